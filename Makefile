@@ -1,0 +1,77 @@
+# Needs Python 3.10 or newer and make; everything else is installed into .venv on first use.
+#   make test WORKERS=8 OMP_NUM_THREADS=2     more processes, more threads
+#   make test TESTS=tests/test_masks.py       some of the tests
+#   make demo ARGS="--help"                   options for the command
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+TESTS ?= tests
+MARKERS ?= not slow and not zoo and not gaudi
+ARGS ?=
+OMP_NUM_THREADS ?= 1
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+INSTALLED := $(VENV)/.installed
+GAUDI_VENV := .venv-gaudi
+GAUDI_INSTALLED := $(GAUDI_VENV)/.installed
+PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest
+PIP_OPTIONS := --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint zoo bench bench-gpu test-gaudi docs clean
+
+help:  ## this list
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# $(1) the environment, $(2) its constraints, $(3) what to install
+define install
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed; $(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...")'
+	@echo "Setting up $(1): some minutes, once"
+	test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install $(PIP_OPTIONS) --quiet -c $(2) setuptools wheel
+	$(1)/bin/python -m pip install $(PIP_OPTIONS) --no-build-isolation -c $(2) $(3)
+	@touch $(1)/.installed
+endef
+
+setup: $(INSTALLED)  ## install everything for development into .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt,-e '.[dev]')
+
+demo: $(INSTALLED)  ## fine-tune a small model, plainly and with dropped branches, and compare
+	$(BIN)/dropbp finetune $(ARGS)
+
+test: $(INSTALLED)  ## the tests (the slow ones are left out)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "$(MARKERS)" $(ARGS) $(TESTS)
+
+lint: $(INSTALLED)  ## style, types, contents of the wheel, import arrows
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(PYTEST) -q tests/test_packaging.py tests/test_import_arrows.py
+
+zoo: $(INSTALLED)  ## every model class of transformers that a tiny config can build
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m tests.zoo $(ARGS)
+
+bench: $(INSTALLED)  ## speed, memory and learning against the rivals, on this machine's CPU
+	$(BIN)/dropbp bench all $(ARGS)
+
+bench-gpu: $(INSTALLED)  ## the same at the paper's settings, on a CUDA machine
+	$(BIN)/dropbp bench all --device cuda $(ARGS)
+
+$(GAUDI_INSTALLED): pyproject.toml constraints-gaudi.txt tests/gaudi/setup_env.py
+	$(call install,$(GAUDI_VENV),constraints-gaudi.txt,-e '.[gaudi]' peft ninja pytest pytest-timeout pytest-xdist)
+	$(GAUDI_VENV)/bin/python tests/gaudi/setup_env.py
+
+test-gaudi: $(GAUDI_INSTALLED)  ## the unmodified GaudiTrainer on the simulated HPU, in an environment of its own
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(GAUDI_VENV)/bin/python -m pytest -n $(WORKERS) -m gaudi $(ARGS) tests/gaudi
+
+docs: $(INSTALLED)  ## the documentation as a site
+	@test -f mkdocs.yml || { echo "There is no mkdocs.yml yet: read docs/*.md as they are." >&2; exit 1; }
+	$(PY) -m mkdocs build --strict
+
+clean:  ## remove what was built; environments and runs stay
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

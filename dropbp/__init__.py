@@ -1,0 +1,58 @@
+"""Cheaper fine-tuning by skipping part of the backward pass; the forward stays equal to the bit.
+
+    handle = dropbp.enable(model, drop_rate=0.5)
+    ...                                             # your training loop, unchanged
+    handle.remove()
+
+Everything is imported on first use, so that `import dropbp` is quick and touches no vendor's software.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dropbp.allocation import allocate as allocate
+    from dropbp.branches import Branch as Branch
+    from dropbp.errors import ConfigError as ConfigError
+    from dropbp.errors import DeviceError as DeviceError
+    from dropbp.errors import DiscoveryError as DiscoveryError
+    from dropbp.errors import DropBPError as DropBPError
+    from dropbp.errors import MissingDependencyError as MissingDependencyError
+    from dropbp.errors import StateError as StateError
+    from dropbp.session import Handle as Handle
+    from dropbp.session import disable as disable
+    from dropbp.session import discover as discover
+    from dropbp.session import enable as enable
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "allocate": "dropbp.allocation",
+    "Branch": "dropbp.branches",
+    "ConfigError": "dropbp.errors",
+    "DeviceError": "dropbp.errors",
+    "DiscoveryError": "dropbp.errors",
+    "DropBPError": "dropbp.errors",
+    "MissingDependencyError": "dropbp.errors",
+    "StateError": "dropbp.errors",
+    "Handle": "dropbp.session",
+    "disable": "dropbp.session",
+    "discover": "dropbp.session",
+    "enable": "dropbp.session",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dropbp' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

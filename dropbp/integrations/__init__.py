@@ -1,0 +1,1 @@
+"""Bridges to training stacks. Only the files here import transformers, accelerate or optimum-habana."""
