@@ -1,0 +1,140 @@
+"""CUDA: the caching allocator's own statistics, events for timing, and graphs counted by `torch.compile`.
+
+Written for the A100 class and later (compute capability 8.0 and up); older ones work where PyTorch does.
+
+Random masks and captured graphs: a CUDA graph is one fixed sequence of kernels, and a whole compiled model one fixed
+graph, so each *different* mask costs a capture or a compilation. Compile by region, where a dropped region is merely
+one called without gradients, or choose a coupling with few masks: `nested` has N+1 for N branches, `pool` as many as
+it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp.device import JSON, Availability, DeviceDefaults, dynamo_graph_count
+
+_DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+_FULL_SUPPORT_FROM = (8, 0)
+
+
+def create_device(index: int | None) -> CudaDevice:
+    """The adapter of one GPU; None is PyTorch's current one at the time of each call."""
+    return CudaDevice(index)
+
+
+class CudaDevice:
+    """One GPU, with PyTorch's caching allocator."""
+
+    name = "cuda"
+
+    def __init__(self, index: int | None = None) -> None:
+        self.index = index
+
+    def is_available(self) -> Availability:
+        """Whether PyTorch sees this GPU; else whether the build, the driver or the index is to blame."""
+        if torch.version.cuda is None and torch.version.hip is None:
+            return Availability(False, f"PyTorch {torch.__version__} is built without CUDA")
+        if not torch.cuda.is_available():
+            return Availability(False, "PyTorch is built with CUDA and finds no usable GPU or driver")
+        count = torch.cuda.device_count()
+        if self.index is not None and self.index >= count:
+            return Availability(False, f"index {self.index} was asked for; there are {count} GPUs, counted from 0")
+        return Availability(True)
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has done all work of this process."""
+        torch.cuda.synchronize(self.index)
+
+    def step_boundary(self) -> None:
+        """Nothing: kernels are launched as they are called."""
+
+    def is_lazy(self) -> bool:
+        """Never."""
+        return False
+
+    def memory_allocated_bytes(self) -> int:
+        """Bytes of living tensors on this GPU."""
+        return torch.cuda.memory_allocated(self.index)
+
+    def max_memory_allocated_bytes(self) -> int:
+        """The most bytes of living tensors at once since `reset_peak_memory`, scratch memory of kernels included."""
+        return torch.cuda.max_memory_allocated(self.index)
+
+    def max_memory_reserved_bytes(self) -> int:
+        """The most bytes that the allocator held at once: what must fit in the GPU, fragmentation included."""
+        return torch.cuda.max_memory_reserved(self.index)
+
+    def memory_limit_bytes(self) -> int:
+        """The GPU's memory."""
+        return int(self._properties().total_memory)
+
+    def reset_peak_memory(self) -> None:
+        """Start measuring the peak anew."""
+        torch.cuda.reset_peak_memory_stats(self.index)
+
+    def describe(self) -> dict[str, JSON]:
+        """GPU, compute capability, memory, and the versions of PyTorch, CUDA or ROCm, cuDNN and the driver."""
+        properties = self._properties()
+        capability = (int(properties.major), int(properties.minor))
+        return {
+            "name": self.name,
+            "index": torch.cuda.current_device() if self.index is None else self.index,
+            "generation": str(properties.name),
+            "compute_capability": f"{capability[0]}.{capability[1]}",
+            "a100_class_or_later": torch.version.hip is None and capability >= _FULL_SUPPORT_FROM,
+            "multiprocessors": int(properties.multi_processor_count),
+            "devices": torch.cuda.device_count(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "rocm": torch.version.hip,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": driver_version(),
+            "memory_limit_bytes": self.memory_limit_bytes(),
+            "memory_is": "tensors alive, by the caching allocator",
+        }
+
+    def compile_count(self) -> int:
+        """Graphs that `torch.compile` has captured."""
+        return dynamo_graph_count()
+
+    def generator_state(self) -> torch.Tensor:
+        """The states of the generators of all GPUs, one row for each: a model may be spread over them."""
+        return torch.stack(torch.cuda.get_rng_state_all())
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        """Put the generators of all GPUs back."""
+        torch.cuda.set_rng_state_all(list(state))
+
+    def defaults(self) -> DeviceDefaults:
+        """No boundaries, `exact` masks, compilation by region."""
+        return DeviceDefaults()
+
+    def check_model(self, model: nn.Module) -> None:
+        """Nothing: every model will do."""
+
+    def elapsed_s(self, fn: Callable[[], object]) -> float:
+        """Seconds that the GPU takes for what `fn` launches, from events in its stream."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    def _properties(self) -> Any:
+        return torch.cuda.get_device_properties(torch.cuda.current_device() if self.index is None else self.index)
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version as its kernel module reports it; None where it does not."""
+    try:
+        words = _DRIVER_VERSION.read_text(encoding="utf-8", errors="replace").splitlines()[0].split()
+    except (OSError, IndexError):
+        return None
+    return next((word for word in words if word[0].isdecimal() and "." in word), None)

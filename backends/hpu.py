@@ -1,0 +1,203 @@
+"""HPU: Intel Gaudi, in lazy and in eager mode.
+
+`habana_frameworks` is imported by the first call that needs it and never by importing this module: it reads its
+environment variables once, and they must be set before. What the modes mean for DropBP is in `docs/devices.md`.
+
+Sources: docs.habana.ai, and the HabanaAI/gaudi-pytorch-bridge repository.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp.device import JSON, Availability, DeviceDefaults
+from dropbp.errors import DeviceError
+
+# Lazy: with marks around each layer, and the optimizer and clipping cut by branch (`dropbp.grouping`), no graph depends
+# on the whole mask and no skipped parameter moves. Eager: nothing is recorded, so nothing needs a mark.
+DEFAULTS = {
+    "lazy": DeviceDefaults(boundary="layer", compile_scope="none", group_parameters=True, grouped_clipping=True),
+    "eager": DeviceDefaults(),
+}
+
+_GRAPHS_MODULE = "habana_frameworks.torch.hpu.graphs"
+_DRIVER_VERSION = Path("/sys/module/habanalabs/version")
+
+
+def create_device(index: int | None) -> HpuDevice:
+    """The adapter; None is the process's device, of which Gaudi gives each process one."""
+    return HpuDevice(index)
+
+
+class HpuDevice:
+    """One Gaudi accelerator."""
+
+    name = "hpu"
+
+    def __init__(self, index: int | None = None) -> None:
+        self.index = index
+
+    def is_available(self) -> Availability:
+        """Whether Gaudi's software can be imported and sees a device."""
+        try:
+            hpu = _torch_hpu()
+        except DeviceError as error:
+            return Availability(False, str(error))
+        if not hpu.is_available():
+            return Availability(False, "habana_frameworks is installed and finds no device")
+        if self.index is not None and self.index >= hpu.device_count():
+            return Availability(False, f"index {self.index} was asked for; there are {hpu.device_count()} devices")
+        return Availability(True)
+
+    def synchronize(self) -> None:
+        """Launch what is recorded and wait until it is done."""
+        self.step_boundary()
+        _torch_hpu().synchronize()
+
+    def step_boundary(self) -> None:
+        """`htcore.mark_step()` in lazy mode, nothing in eager mode."""
+        if self.is_lazy():
+            _habana("core").mark_step()
+
+    def is_lazy(self) -> bool:
+        """What Gaudi's software says of itself; its default has changed between releases."""
+        return bool(_habana("utils.internal").is_lazy())
+
+    def memory_allocated_bytes(self) -> int:
+        """Bytes in use on the device, workspace of graphs included. Synchronize first: lazy work is not yet counted."""
+        return self._memory("InUse")
+
+    def max_memory_allocated_bytes(self) -> int:
+        """The most bytes in use at once since `reset_peak_memory`."""
+        return self._memory("MaxInUse")
+
+    def memory_limit_bytes(self) -> int:
+        """Bytes that could be in use."""
+        return self._memory("Limit")
+
+    def reset_peak_memory(self) -> None:
+        """Start measuring the peak anew."""
+        _torch_hpu().reset_peak_memory_stats()
+
+    def describe(self) -> dict[str, JSON]:
+        """Generation, mode, memory, and the versions of PyTorch, Gaudi's software and its driver."""
+        hpu = _torch_hpu()
+        return {
+            "name": self.name,
+            "generation": str(hpu.get_device_name()),
+            "mode": self._mode(),
+            "devices": int(hpu.device_count()),
+            "torch": torch.__version__,
+            "habana_torch_plugin": _plugin_version(),
+            "driver": _driver_version(),
+            "memory_limit_bytes": self.memory_limit_bytes(),
+            "memory_is": "in use on the device, workspace of graphs included",
+        }
+
+    def compile_count(self) -> int:
+        """Graphs compiled, by Gaudi's own `graph_compilation` metric; in eager mode single operations count too."""
+        metric = _habana("hpu.metrics").metric_global("graph_compilation")
+        if metric is None:
+            raise DeviceError(
+                "Gaudi's software has no metric 'graph_compilation', which counts compiled graphs. It is registered by "
+                "habana_frameworks.torch.hpu.metrics since release 1.8; install a later one."
+            )
+        return int(dict(metric.stats())["TotalNumber"])
+
+    def generator_state(self) -> torch.Tensor:
+        """The state of the device's generator."""
+        state: torch.Tensor = _torch_hpu().random.get_rng_state()
+        return state
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        """Put the device's generator back."""
+        _torch_hpu().random.set_rng_state(state)
+
+    def defaults(self) -> DeviceDefaults:
+        """Those of the present mode: see `DEFAULTS`."""
+        return DEFAULTS[self._mode()]
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse HPU graphs: see `refuse_hpu_graphs`."""
+        refuse_hpu_graphs(model)
+
+    def _mode(self) -> str:
+        return "lazy" if self.is_lazy() else "eager"
+
+    def _memory(self, key: str) -> int:
+        return int(_torch_hpu().memory_stats()[key])
+
+
+def refuse_hpu_graphs(model: nn.Module) -> None:
+    """Do nothing for a model without HPU graphs.
+
+    Raises:
+        DeviceError: the model, or a module in it, runs through `wrap_in_hpu_graph`, `ModuleCacher` or
+            `make_graphed_callables`.
+    """
+    wrapped = find_hpu_graphs(model)
+    if wrapped:
+        raise DeviceError(
+            f"module {wrapped[0]!r} runs as an HPU graph ({len(wrapped)} such modules in the model). An HPU graph "
+            "replays one recorded sequence of operations, so it would repeat the mask of its recording at every step "
+            "and DropBP would do nothing it is asked for. Enable DropBP on the model as it was before "
+            "wrap_in_hpu_graph, ModuleCacher or make_graphed_callables (GaudiTrainer: use_hpu_graphs_for_training="
+            "False), or train without DropBP."
+        )
+
+
+def find_hpu_graphs(model: nn.Module) -> list[str]:
+    """Qualified names of the modules that run as HPU graphs; the model itself is `<model>`."""
+    return [name or "<model>" for name, module in model.named_modules() if _is_hpu_graph(module)]
+
+
+def _is_hpu_graph(module: nn.Module) -> bool:
+    return type(module).__module__ == _GRAPHS_MODULE or any(map(_comes_from_graphs, vars(module).values()))
+
+
+def _comes_from_graphs(value: Any) -> bool:
+    """Whether a function put on a module was written in Gaudi's graphs module, seen through wrappers of others."""
+    function: Callable[..., Any] | None = getattr(value, "__func__", value)
+    while function is not None:
+        # not __module__: functools.wraps gives a wrapper the name of what it wraps
+        if getattr(function, "__globals__", {}).get("__name__") == _GRAPHS_MODULE:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _torch_hpu() -> Any:
+    _habana("hpu")
+    return torch.get_device_module("hpu")
+
+
+def _habana(name: str) -> Any:
+    try:
+        return importlib.import_module(f"habana_frameworks.torch.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("habana_frameworks"):
+            raise DeviceError(f"Gaudi's software is not installed here ({error})") from error
+        raise DeviceError(f"Gaudi's software cannot be imported: {error!r}") from error
+    except Exception as error:  # a broken driver or a foreign build of PyTorch fails in its own way
+        raise DeviceError(f"Gaudi's software cannot be imported: {error!r}") from error
+
+
+def _plugin_version() -> str | None:
+    try:
+        return importlib.metadata.version("habana-torch-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver_version() -> str | None:
+    try:
+        return _DRIVER_VERSION.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,260 @@
+"""Devices: the few things the core must ask of a machine, and how an adapter is found by name.
+
+An adapter is a module with a function `create_device(index)`. Those of this library live in `dropbp.backends` and are
+imported on first use, so that `import dropbp` touches no vendor's software; others are found through the entry point
+group `dropbp.backends`. A device that was asked for is used or refused, never replaced by another one.
+
+The idea of adapters probed by name, with the reason of a negative probe kept, is from vLLM's `vllm/platforms`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
+
+import torch
+from torch import nn
+
+from dropbp.errors import DeviceError
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "dropbp.backends"
+BUILT_IN_DEVICES = ("cpu", "cuda", "hpu", "meta")
+
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+Boundary: TypeAlias = Literal["none", "layer", "sublayer"]
+Fill: TypeAlias = Literal["none", "zero"]
+CompileScope: TypeAlias = Literal["none", "region", "model"]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """The answer of a probe: truthy when the device can be used here; `reason` says why when it cannot."""
+
+    available: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+@dataclass(frozen=True)
+class DeviceDefaults:
+    """What to choose on a device, in its present mode, when the user says nothing.
+
+    Attributes:
+        boundary: where the graph of a lazy device is cut, in forward and in backward.
+        fill: what a skipped parameter's gradient is: `none` leaves it None, so the optimizer does not move it; `zero`
+            fills it with zeros, so that decay and momentum do.
+        coupling: the coupling from which masks are drawn.
+        compile_scope: the largest part of the model that `torch.compile` can take under *random* masks.
+        bounded_couplings: couplings with few different masks, for whole-model compilation and captured graphs.
+        group_parameters: whether the optimizer should get one parameter group for each branch.
+        grouped_clipping: whether gradients should be clipped group by group.
+    """
+
+    boundary: Boundary = "none"
+    fill: Fill = "none"
+    coupling: str = "exact"
+    compile_scope: CompileScope = "region"
+    bounded_couplings: tuple[str, ...] = ("nested", "pool")
+    group_parameters: bool = False
+    grouped_clipping: bool = False
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What the core needs of a device and nothing else. All memory is in bytes."""
+
+    @property
+    def name(self) -> str:
+        """The name by which the adapter is found: `cpu`, `cuda`, `hpu`, or a third party's."""
+        ...
+
+    def is_available(self) -> Availability:
+        """Whether the device can be used here; when not, the answer holds the reason."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until all work given to the device is done."""
+        ...
+
+    def step_boundary(self) -> None:
+        """Cut and launch the graph that a lazy device has recorded; nothing elsewhere."""
+        ...
+
+    def is_lazy(self) -> bool:
+        """Whether operations are recorded and run later, at a step boundary."""
+        ...
+
+    def memory_allocated_bytes(self) -> int:
+        """Bytes in use now."""
+        ...
+
+    def max_memory_allocated_bytes(self) -> int:
+        """The most bytes in use at once since `reset_peak_memory`."""
+        ...
+
+    def memory_limit_bytes(self) -> int:
+        """Bytes that could be in use."""
+        ...
+
+    def reset_peak_memory(self) -> None:
+        """Start measuring the peak anew."""
+        ...
+
+    def describe(self) -> dict[str, JSON]:
+        """Name, generation, software versions, limits: what a result file must say about the device."""
+        ...
+
+    def compile_count(self) -> int:
+        """Graphs compiled so far in this process; only its differences mean something."""
+        ...
+
+    def generator_state(self) -> torch.Tensor:
+        """The state of the device's random generators, to be given to `set_generator_state`."""
+        ...
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        """Put the device's random generators back into a state got from `generator_state`."""
+        ...
+
+    def defaults(self) -> DeviceDefaults:
+        """What to choose on this device, in its present mode, when the user says nothing."""
+        ...
+
+    def check_model(self, model: nn.Module) -> None:
+        """Nothing for a model that this device can train with dropped branches; else a `DeviceError` that says why."""
+        ...
+
+
+DeviceLike: TypeAlias = "str | torch.device | Device"
+DeviceFactory: TypeAlias = Callable[[int | None], Device]
+
+
+def get_device(device: DeviceLike | None = None, model: nn.Module | None = None) -> Device:
+    """The adapter of a device, ready for use.
+
+    Args:
+        device: a name such as `"cuda"` or `"cuda:1"`, a `torch.device`, or an object that is a `Device` already. It
+            is never overridden, wherever the model is. None takes the model's own device: see `model_device`.
+        model: asked for its device when `device` is None.
+
+    Raises:
+        DeviceError: the device is unknown, its adapter cannot be loaded, or it is not available here. The message
+            holds the reason, and the devices known.
+    """
+    adapter = device if isinstance(device, Device) else _create_by_name(device, model)
+    availability = adapter.is_available()
+    if not availability:
+        raise DeviceError(
+            f"device {adapter.name!r} was asked for and is not available here: {availability.reason}. "
+            f"{_known_sentence()}"
+        )
+    return adapter
+
+
+def available_devices() -> dict[str, Availability]:
+    """Every device known by name, built in or from an entry point, with the answer of its probe.
+
+    A probe imports its vendor's software where that is installed.
+    """
+    return {name: _probe(name) for name in known_devices()}
+
+
+def known_devices() -> tuple[str, ...]:
+    """Names that `get_device` understands: those built in, then those of other packages."""
+    return BUILT_IN_DEVICES + tuple(sorted(set(_third_party_adapters()) - set(BUILT_IN_DEVICES)))
+
+
+def model_device(model: nn.Module | None) -> torch.device:
+    """The device a model is on: that of its first parameter, else first buffer, that holds data.
+
+    A model spread over several devices thus answers with that of its first part, in the order of
+    `model.parameters()`. A model all on the meta device answers `meta`; one without tensors, or None, answers with
+    `torch.get_default_device()`.
+    """
+    tensors: list[torch.Tensor] = [] if model is None else list(itertools.chain(model.parameters(), model.buffers()))
+    devices = [tensor.device for tensor in tensors] or [torch.get_default_device()]
+    return next((device for device in devices if device.type != "meta"), devices[0])
+
+
+def dynamo_graph_count() -> int:
+    """Graphs that `torch.compile` has captured so far in this process, recompilations included.
+
+    One graph may become one forward and one backward kernel program; both are compiled for that one graph.
+    """
+    if "torch._dynamo.utils" not in sys.modules:  # never compiled anything, and the import is slow
+        return 0
+    counters = sys.modules["torch._dynamo.utils"].counters
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _create_by_name(device: str | torch.device | None, model: nn.Module | None) -> Device:
+    name, index = _parse_name(model_device(model) if device is None else device)
+    return _factory(name)(index)
+
+
+def _parse_name(device: str | torch.device) -> tuple[str, int | None]:
+    name, _, index = str(device).partition(":")
+    if not name or (index and not index.isdecimal()):
+        raise DeviceError(
+            f"device {device!r} is not a device name; allowed is a name, or a name and an index as in 'cuda:1'. "
+            f"{_known_sentence()}"
+        )
+    return name, int(index) if index else None
+
+
+def _factory(name: str) -> DeviceFactory:
+    third_party = _third_party_adapters()
+    if name in BUILT_IN_DEVICES:
+        adapter: Any = importlib.import_module(f"dropbp.backends.{name}")
+    elif name in third_party:
+        adapter = _load_third_party(name, third_party[name])
+    else:
+        raise DeviceError(
+            f"no adapter for device {name!r}. {_known_sentence()} A package can add one by an entry point "
+            f"{name!r} in the group {ENTRY_POINT_GROUP!r}."
+        )
+    return cast(DeviceFactory, getattr(adapter, "create_device", adapter))
+
+
+def _third_party_adapters() -> Mapping[str, EntryPoint]:
+    return {entry_point.name: entry_point for entry_point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _load_third_party(name: str, entry_point: EntryPoint) -> Any:
+    try:
+        adapter = entry_point.load()
+    except Exception as error:  # someone else's import can fail in any way, and must not hide the other devices
+        raise DeviceError(
+            f"the adapter of device {name!r}, entry point {entry_point.value!r}, cannot be loaded: {error!r}. "
+            "Mend or remove the package that declares it."
+        ) from error
+    if not callable(getattr(adapter, "create_device", adapter)):
+        raise DeviceError(
+            f"the adapter of device {name!r}, entry point {entry_point.value!r}, is a {type(adapter).__name__}; needed "
+            "is a module with a function create_device(index), or such a function."
+        )
+    return adapter
+
+
+def _probe(name: str) -> Availability:
+    try:
+        availability = _factory(name)(None).is_available()
+    except DeviceError as error:
+        availability = Availability(False, str(error))
+    if not availability:
+        logger.debug("device %s is not available: %s", name, availability.reason)
+    return availability
+
+
+def _known_sentence() -> str:
+    return f"Known devices: {', '.join(known_devices())}."

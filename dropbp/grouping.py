@@ -1,0 +1,221 @@
+"""Optimizer and clipping cut by branch, so that the work on each part is the same whatever the mask.
+
+A lazy device compiles a graph for each new set of operations. An optimizer or a clipping that goes through all
+gradients at once, and leaves out those that are None, does another set of operations for every mask. Cut at the
+branches, where gradients are all there or all None, each part does one thing or nothing. That keeps the defined
+behaviour, a skipped parameter is not moved, at the price of more and smaller launches.
+
+`zero_fill_gradients` is the other way: few launches, and another optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+ParameterGroup: TypeAlias = "dict[str, Any]"
+
+_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class BranchLike(Protocol):
+    """What is needed of a branch: the qualified names of the modules that it runs."""
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """Qualified names of the branch's modules."""
+        ...
+
+
+def group_parameters_by_branch(
+    model: nn.Module, branches: Sequence[BranchLike], groups: Iterable[ParameterGroup] | None = None
+) -> list[ParameterGroup]:
+    """Parameter groups in which all parameters are skipped together or none is: one for each branch, one for the rest.
+
+    Parameters that several branches share get a group of their own. Options of the groups given (learning rate, decay)
+    are kept, so that a group with two branches in it becomes three. Fused optimizers that count steps for each group,
+    as Gaudi's FusedAdamW does, then count them as `torch.optim.AdamW` does: only where there was a gradient.
+
+    Args:
+        model: the model that the branches belong to.
+        branches: the branches, for instance `handle.branches`.
+        groups: the groups as they would be without DropBP; None makes one of all parameters that are trained. For an
+            optimizer that exists, before any scheduler is made for it:
+            `optimizer.param_groups[:] = group_parameters_by_branch(model, branches, optimizer.param_groups)`.
+
+    Returns:
+        Groups for an optimizer. Their parameters are in another order than before, so that an optimizer's saved state
+        fits only the same grouping.
+    """
+    users = _branches_of_parameters(model, branches)
+    if groups is None:
+        groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    return split_groups(groups, lambda parameter: users.get(id(parameter), ()))
+
+
+def split_groups(groups: Iterable[ParameterGroup], key: Callable[[torch.Tensor], Any]) -> list[ParameterGroup]:
+    """Each group cut into one for each key of its parameters, in the order of the keys; options are kept."""
+    return [part for group in groups for part in _split_group(group, key)]
+
+
+def clip_grad_norm_grouped(
+    groups: Iterable[Iterable[torch.Tensor]],
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    step_boundary: Callable[[], None] | None = None,
+) -> torch.Tensor:
+    """Clip all gradients by their common norm, group by group: `torch.nn.utils.clip_grad_norm_` in bounded pieces.
+
+    A group without gradients takes part with a norm of zero, so that the sum over groups has the same shape for every
+    mask. Norms are computed in float32, or in float64 for parameters of that kind; nothing is read back to the host.
+    Gradients sharded over ranks (DTensor) are not supported: use PyTorch's function.
+
+    Args:
+        groups: the parameters of each group, for instance `[group["params"] for group in optimizer.param_groups]`.
+        max_norm: the largest norm that is left as it is.
+        norm_type: the order of the norm; may be `inf`.
+        step_boundary: called after each piece; `device.step_boundary` on a lazy device.
+
+    Returns:
+        The norm of all gradients before clipping, a scalar tensor on the device of the first group.
+    """
+    boundary = step_boundary or _no_boundary
+    parts = [part for part in map(list, groups) if part]
+    if not parts:
+        return torch.zeros(())
+    dtype, device = _norm_dtype(parts), parts[0][0].device
+    total = _total_norm(parts, norm_type, dtype, device, boundary)
+    scale = torch.clamp(max_norm / (total + _CLIP_EPSILON), max=1.0)
+    boundary()
+    for part in parts:
+        _scale_gradients(part, scale)
+        boundary()
+    return total
+
+
+def step_by_group(
+    optimizer: torch.optim.Optimizer,
+    step_boundary: Callable[[], None],
+    groups: Sequence[ParameterGroup] | None = None,
+) -> None:
+    """One step of an optimizer, a parameter group at a time, with a boundary after each.
+
+    For optimizers that do not mark between groups themselves, as those of PyTorch do not. The result is that of
+    `optimizer.step()` where groups do not depend on each other, as in all optimizers of PyTorch but LBFGS.
+
+    Args:
+        optimizer: one that goes through its groups one after another.
+        step_boundary: called after each group; `device.step_boundary` on a lazy device.
+        groups: taken for this step in place of the optimizer's own.
+    """
+    with marked_groups(optimizer, step_boundary, groups):
+        optimizer.step()
+
+
+@contextmanager
+def marked_groups(
+    optimizer: torch.optim.Optimizer,
+    step_boundary: Callable[[], None],
+    groups: Iterable[ParameterGroup] | None = None,
+) -> Iterator[None]:
+    """Inside, a step of the optimizer goes through these groups, its own by default, with a boundary after each."""
+    own = optimizer.param_groups
+    optimizer.param_groups = _MarkedGroups(own if groups is None else groups, step_boundary)
+    try:
+        yield
+    finally:
+        optimizer.param_groups = own
+
+
+class _MarkedGroups(list[ParameterGroup]):
+    """Groups with a boundary after each when they are gone through."""
+
+    def __init__(self, groups: Iterable[ParameterGroup], boundary: Callable[[], None]) -> None:
+        super().__init__(groups)
+        self.boundary = boundary
+
+    def __iter__(self) -> Iterator[ParameterGroup]:
+        for group in super().__iter__():
+            yield group
+            self.boundary()
+
+
+@torch.no_grad()
+def zero_fill_gradients(parameters: Iterable[torch.Tensor]) -> int:
+    """Give every trained parameter whose gradient is None a gradient of zeros, and return how many there were.
+
+    The optimizer then does the same work for every mask, but it is no longer the same optimizer. AdamW shrinks a
+    skipped parameter by its weight decay, moves it along its momentum, lets both its moments fade and counts the step;
+    SGD does likewise with decay and momentum. Under the default, None, a skipped parameter stays where it is.
+    """
+    missing = [parameter for parameter in parameters if parameter.requires_grad and parameter.grad is None]
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
+    return len(missing)
+
+
+def _branches_of_parameters(model: nn.Module, branches: Sequence[BranchLike]) -> dict[int, tuple[int, ...]]:
+    users: dict[int, set[int]] = {}
+    for index, branch in enumerate(branches):
+        for name in branch.modules:
+            for parameter in model.get_submodule(name).parameters():
+                users.setdefault(id(parameter), set()).add(index)
+    return {key: tuple(sorted(indices)) for key, indices in users.items()}
+
+
+def _split_group(group: ParameterGroup, key: Callable[[torch.Tensor], Any]) -> list[ParameterGroup]:
+    parts: dict[Any, list[torch.Tensor]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(key(parameter), []).append(parameter)
+    return [{**group, "params": parts[each]} for each in sorted(parts)]
+
+
+def _norm_dtype(parts: Sequence[Sequence[torch.Tensor]]) -> torch.dtype:
+    wide = any(parameter.dtype is torch.float64 for part in parts for parameter in part)
+    return torch.float64 if wide else torch.float32
+
+
+@torch.no_grad()
+def _total_norm(
+    parts: Sequence[Sequence[torch.Tensor]],
+    norm_type: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    boundary: Callable[[], None],
+) -> torch.Tensor:
+    norms = []
+    for part in parts:
+        norms.append(_group_norm(part, norm_type, dtype, device))
+        boundary()
+    return _norm(torch.stack(norms), norm_type, dtype)
+
+
+def _group_norm(
+    part: Sequence[torch.Tensor], norm_type: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    gradients = [parameter.grad for parameter in part if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), dtype=dtype, device=device)
+    norms = [_norm(gradient, norm_type, dtype).to(device) for gradient in gradients]
+    return _norm(torch.stack(norms), norm_type, dtype)
+
+
+def _norm(tensor: torch.Tensor, norm_type: float, dtype: torch.dtype) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(tensor, norm_type, dtype=dtype)
+    return norm
+
+
+@torch.no_grad()
+def _scale_gradients(part: Sequence[torch.Tensor], scale: torch.Tensor) -> None:
+    for parameter in part:
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale.to(parameter.grad.device))
+
+
+def _no_boundary() -> None:
+    pass

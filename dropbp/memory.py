@@ -1,0 +1,162 @@
+"""Bytes of tensors, counted exactly: the same figure in every run, on any machine.
+
+Allocator statistics and resident sets depend on the device, on its caches and on what else the process does. What a
+backward pass keeps alive does not: it is the sum of the sizes of the storages that tensors hold. Here each storage is
+counted when the operation that makes it returns, and leaves the count when its last owner lets go of it. The idea of
+following storages by weak references from a dispatch mode is from `torch.distributed._tools.mem_tracker`.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+TensorOwner: TypeAlias = "torch.Tensor | nn.Module | torch.optim.Optimizer"
+
+
+class TensorBytes:
+    """Bytes of the storages that are followed: now, and the most at once."""
+
+    def __init__(self) -> None:
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def reset_peak(self) -> None:
+        """Start measuring the peak anew, from what is alive now."""
+        self.peak_bytes = self.live_bytes
+
+    def follow(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage from now until it dies; one that is counted already gets its present size."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._references:
+            self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self.live_bytes += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def follows(self, storage: torch.UntypedStorage) -> bool:
+        """Whether the storage is counted."""
+        return storage._cdata in self._references
+
+    def _forget(self, key: int) -> None:
+        del self._references[key]
+        self.live_bytes -= self._sizes.pop(key)
+
+
+class _FollowNewStorages(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, tracked: TensorBytes) -> None:
+        super().__init__()
+        self._tracked = tracked
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        older = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(outputs):
+            if storage._cdata not in older or self._tracked.follows(storage):  # it may have been resized
+                self._tracked.follow(storage)
+        return outputs
+
+
+@contextmanager
+def track_tensor_bytes(*already_there: TensorOwner) -> Iterator[TensorBytes]:
+    """Count the bytes of every storage made while the context is open, in forward, backward and optimizer.
+
+    Nothing that is computed changes by a bit. It works on every device, the meta device included. Not seen is what no
+    operation makes: scratch memory inside a kernel, storages resized by `UntypedStorage.resize_`, states of random
+    generators (5056 bytes for each checkpoint on CPU). Functions under `torch.compile` run uncompiled meanwhile: what
+    a compiled kernel allocates could not be followed.
+
+    Args:
+        already_there: models, optimizers and tensors whose storages exist already and are to be counted too; other
+            storages made before are never counted, nor is their end.
+
+    Yields:
+        `TensorBytes`; `live_bytes` and `peak_bytes` can be read at any time, and after the context is closed.
+    """
+    tracked = TensorBytes()
+    for storage in _owned_storages(already_there):
+        tracked.follow(storage)
+    with _uncompiled(), _FollowNewStorages(tracked):
+        yield tracked
+
+
+def saved_tensor_bytes(fn: Callable[[], Any], *, exclude: Iterable[TensorOwner] = ()) -> int:
+    """Bytes that a forward leaves saved for its backward.
+
+    Each storage counts once, however many tensors of it are saved. Counted is what is alive when `fn` has returned:
+    under gradient checkpointing that is the checkpoints alone. Not counted are parameters and their views, what
+    `exclude` holds, and tensors that a custom autograd function keeps without `save_for_backward`. It works on the
+    meta device too, where nothing is computed.
+
+    Args:
+        fn: runs one forward and returns what holds its graph: the loss, or the model's whole output.
+        exclude: models, optimizers or tensors whose storages are not activations. Give the model: only so can a view
+            of a frozen parameter be told from an activation.
+
+    Source: `torch.autograd.graph.saved_tensors_hooks`.
+    """
+    excluded = {storage._cdata for storage in _owned_storages(exclude)}
+    saved: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not _is_parameter(tensor):
+            saved.update({storage._cdata: weakref.ref(storage) for storage in _storages(tensor)})
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = fn()
+    alive = {key: storage for key, reference in saved.items() if (storage := reference()) is not None}
+    del output
+    return sum(storage.nbytes() for key, storage in alive.items() if key not in excluded)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled functions called for the first time under a dispatch mode would stay uncompiled for ever after."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
+def _owned_storages(owners: Iterable[TensorOwner]) -> Iterator[torch.UntypedStorage]:
+    for owner in owners:
+        if isinstance(owner, nn.Module):
+            parameters = list(owner.parameters())
+            gradients = [parameter.grad for parameter in parameters]
+            yield from _storages((parameters, gradients, list(owner.buffers())))
+        elif isinstance(owner, torch.optim.Optimizer):
+            yield from _storages([dict(state) for state in owner.state.values()])
+        else:
+            yield from _storages(owner)
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            yield from _storages_of(leaf)
+
+
+def _storages_of(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        yield from _storages([getattr(tensor, name) for name in names])
+    elif tensor.layout is torch.strided:
+        yield tensor.untyped_storage()
+    elif tensor.layout is torch.sparse_coo:
+        yield from _storages((tensor._indices(), tensor._values()))

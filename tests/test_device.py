@@ -1,0 +1,547 @@
+"""Devices are found by name, probed with a reason, and never replaced by another."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dropbp.device
+from dropbp.device import (
+    Availability,
+    Device,
+    DeviceDefaults,
+    available_devices,
+    get_device,
+    known_devices,
+    model_device,
+)
+from dropbp.errors import DeviceError
+
+MIB = 2**20
+
+
+class ToyDevice:
+    """A third party's device that can be used."""
+
+    name = "toy"
+
+    def __init__(self, index: int | None = None) -> None:
+        self.index = index
+
+    def is_available(self) -> Availability:
+        return Availability(self.index != 7, "there is no toy 7")
+
+    def synchronize(self) -> None: ...
+
+    def step_boundary(self) -> None: ...
+
+    def is_lazy(self) -> bool:
+        return True
+
+    def memory_allocated_bytes(self) -> int:
+        return 1
+
+    def max_memory_allocated_bytes(self) -> int:
+        return 2
+
+    def memory_limit_bytes(self) -> int:
+        return 3
+
+    def reset_peak_memory(self) -> None: ...
+
+    def describe(self) -> dict[str, dropbp.device.JSON]:
+        return {"name": self.name}
+
+    def compile_count(self) -> int:
+        return 0
+
+    def generator_state(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def set_generator_state(self, state: torch.Tensor) -> None: ...
+
+    def defaults(self) -> DeviceDefaults:
+        return DeviceDefaults(boundary="layer")
+
+    def check_model(self, model: nn.Module) -> None: ...
+
+
+def declare(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    """Let the entry points of the group be these alone."""
+    points = [EntryPoint(name, value, "dropbp.backends") for name, value in values.items()]
+    monkeypatch.setattr(dropbp.device, "entry_points", lambda group: points)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("toy_adapter")
+    module.create_device = ToyDevice  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_adapter", module)
+    declare(monkeypatch, toy="toy_adapter", toy_function="toy_adapter:create_device", cpu="toy_adapter")
+
+
+# --- the registry
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "hpu", "meta"])
+def test_built_in_adapter_is_a_device_with_its_name(name: str) -> None:
+    adapter = dropbp.device._factory(name)(None)
+    assert isinstance(adapter, Device)
+    assert adapter.name == name
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"])
+def test_device_can_be_a_name_or_a_torch_device(device: str | torch.device) -> None:
+    assert get_device(device).name == "cpu"
+
+
+def test_device_object_is_taken_as_it_is() -> None:
+    toy = ToyDevice()
+    assert get_device(toy) is toy
+
+
+def test_unavailable_device_object_is_refused() -> None:
+    with pytest.raises(DeviceError, match="there is no toy 7"):
+        get_device(ToyDevice(7))
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch is built with CUDA here")
+def test_missing_device_is_refused_with_reason_and_known_devices() -> None:
+    with pytest.raises(DeviceError, match=r"'cuda'.*built without CUDA.*Known devices: cpu, cuda, hpu, meta"):
+        get_device("cuda")
+
+
+def test_explicit_device_is_not_overridden_by_the_model() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    assert get_device("cpu", model).name == "cpu"
+
+
+def test_unknown_device_is_refused_with_the_way_to_add_one() -> None:
+    with pytest.raises(DeviceError, match=r"no adapter for device 'npu'.*Known devices: cpu.*dropbp\.backends"):
+        get_device("npu")
+
+
+@pytest.mark.parametrize("device", ["", "cuda:first", "cuda:-1"])
+def test_what_is_not_a_device_name_is_refused(device: str) -> None:
+    with pytest.raises(DeviceError, match="allowed is a name"):
+        get_device(device)
+
+
+def test_every_known_device_is_probed_and_every_refusal_has_a_reason() -> None:
+    answers = available_devices()
+    assert set(answers) == set(known_devices())
+    assert answers["cpu"]
+    assert all(answer.reason for answer in answers.values() if not answer)
+
+
+@pytest.mark.usefixtures("toy")
+def test_third_party_device_is_found_by_entry_point() -> None:
+    assert known_devices() == ("cpu", "cuda", "hpu", "meta", "toy", "toy_function")
+    assert isinstance(get_device("toy"), ToyDevice)
+    assert isinstance(get_device("toy_function"), ToyDevice)
+    with pytest.raises(DeviceError, match="there is no toy 7"):
+        get_device("toy:7")
+
+
+@pytest.mark.usefixtures("toy")
+def test_third_party_cannot_take_a_built_in_name() -> None:
+    assert not isinstance(get_device("cpu"), ToyDevice)
+
+
+def test_adapter_that_cannot_be_loaded_is_named_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    declare(monkeypatch, broken="no_such_package_anywhere", wrong="sys:maxsize")
+    with pytest.raises(DeviceError, match=r"'broken'.*no_such_package_anywhere"):
+        get_device("broken")
+    with pytest.raises(DeviceError, match=r"'wrong'.*is a int.*create_device"):
+        get_device("wrong")
+    answers = available_devices()
+    assert answers["cpu"]
+    assert not answers["broken"]
+
+
+# --- the model's own device
+
+
+def test_model_answers_with_the_device_of_its_first_parameter_that_holds_data() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2))
+    assert model_device(model) == torch.device("cpu")
+    assert get_device(None, model).name == "cpu"
+
+
+def test_model_all_on_meta_answers_meta() -> None:
+    device = get_device(None, nn.Linear(2, 2, device="meta"))
+    assert device.name == "meta"
+    assert device.describe()["generation"] == "shapes without data"
+    assert device.max_memory_allocated_bytes() == 0
+
+
+def test_model_without_parameters_answers_with_its_buffers_or_the_default_device() -> None:
+    model = nn.Module()
+    assert model_device(model) == torch.get_default_device()
+    model.register_buffer("positions", torch.zeros(2, device="meta"))
+    assert model_device(model) == torch.device("meta")
+
+
+def test_nothing_given_takes_the_default_device_of_torch() -> None:
+    assert get_device().name == torch.get_default_device().type
+    with torch.device("meta"):
+        assert get_device().name == "meta"
+
+
+# --- cpu
+
+
+def test_cpu_peak_sees_memory_that_is_gone_and_can_be_reset() -> None:
+    device = get_device("cpu")
+    device.reset_peak_memory()
+    before = device.max_memory_allocated_bytes()
+    block = torch.ones(64 * MIB // 4)
+    del block
+    assert device.max_memory_allocated_bytes() - before > 48 * MIB
+    device.reset_peak_memory()
+    assert device.max_memory_allocated_bytes() - device.memory_allocated_bytes() < 16 * MIB
+
+
+def test_cpu_peak_is_sampled_where_the_system_does_not_let_it_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = sys.modules[type(get_device("cpu")).__module__]
+    monkeypatch.setattr(cpu, "reset_high_water", lambda: False)
+    device = get_device("cpu")
+    device.reset_peak_memory()
+    assert device.describe()["peak_is"] == "5 ms samples"
+    before = device.max_memory_allocated_bytes()
+    block = torch.ones(64 * MIB // 4)
+    time.sleep(0.2)
+    del block
+    assert device.max_memory_allocated_bytes() - before > 48 * MIB
+
+
+def test_cpu_limit_is_the_lower_of_machine_and_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu = sys.modules[type(get_device("cpu")).__module__]
+    unlimited, limited = tmp_path / "unlimited", tmp_path / "limited"
+    unlimited.write_text("max\n")
+    limited.write_text("1048576\n")
+    monkeypatch.setattr(cpu, "_CGROUP_LIMITS", (unlimited, tmp_path / "none"))
+    machine = get_device("cpu").memory_limit_bytes()
+    assert machine > MIB
+    monkeypatch.setattr(cpu, "_CGROUP_LIMITS", (unlimited, limited))
+    assert get_device("cpu").memory_limit_bytes() == MIB
+
+
+def test_cpu_generator_state_goes_there_and_back() -> None:
+    device = get_device("cpu")
+    state = device.generator_state()
+    drawn = torch.rand(3)
+    device.set_generator_state(state)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_compile_count_grows_with_each_graph_and_not_with_each_call() -> None:
+    device = get_device("cpu")
+    compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    compiled(torch.zeros(2))
+    first = device.compile_count()
+    compiled(torch.ones(2))
+    assert device.compile_count() == first
+    compiled(torch.zeros(3))
+    assert device.compile_count() == first + 1
+
+
+# --- cuda, with the driver's answers replaced
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """Two GPUs of the A100 class, as far as PyTorch's Python functions go."""
+    seen = types.SimpleNamespace(calls=[], states=[torch.arange(16, dtype=torch.uint8), torch.zeros(16).byte()])
+    properties = types.SimpleNamespace(
+        name="NVIDIA A100-SXM4-80GB", major=8, minor=0, total_memory=80 * 1024**3, multi_processor_count=108
+    )
+    replaced = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda _: properties,
+        "synchronize": lambda index: seen.calls.append(("synchronize", index)),
+        "memory_allocated": lambda index: 5 + (index or 0),
+        "max_memory_allocated": lambda index: 7 + (index or 0),
+        "max_memory_reserved": lambda index: 9 + (index or 0),
+        "reset_peak_memory_stats": lambda index: seen.calls.append(("reset", index)),
+        "get_rng_state_all": lambda: seen.states,
+        "set_rng_state_all": lambda states: setattr(seen, "states", states),
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    return seen
+
+
+def test_cuda_speaks_of_the_gpu_that_was_asked_for(gpus: types.SimpleNamespace) -> None:
+    device = get_device("cuda:1")
+    device.synchronize()
+    device.reset_peak_memory()
+    assert gpus.calls == [("synchronize", 1), ("reset", 1)]
+    assert (device.memory_allocated_bytes(), device.max_memory_allocated_bytes()) == (6, 8)
+    assert device.memory_limit_bytes() == 80 * 1024**3
+    assert not device.is_lazy()
+
+
+@pytest.mark.usefixtures("gpus")
+def test_cuda_describes_its_class() -> None:
+    description = get_device("cuda").describe()
+    assert description["compute_capability"] == "8.0"
+    assert description["a100_class_or_later"] is True
+    assert description["devices"] == 2
+    assert description["cuda"] == "12.8"
+
+
+@pytest.mark.usefixtures("gpus")
+def test_cuda_index_out_of_range_is_refused() -> None:
+    with pytest.raises(DeviceError, match="there are 2 GPUs"):
+        get_device("cuda:2")
+
+
+def test_cuda_build_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, gpus: types.SimpleNamespace) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="no usable GPU"):
+        get_device("cuda")
+
+
+def test_cuda_generator_states_of_all_gpus_go_there_and_back(gpus: types.SimpleNamespace) -> None:
+    device, before = get_device("cuda"), gpus.states
+    state = device.generator_state()
+    gpus.states = []
+    device.set_generator_state(state)
+    assert all(map(torch.equal, gpus.states, before))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_cuda_on_a_real_gpu() -> None:
+    device = get_device("cuda")
+    device.reset_peak_memory()
+    before = device.max_memory_allocated_bytes()
+    block = torch.ones(MIB, device="cuda")
+    del block
+    assert device.max_memory_allocated_bytes() - before == 4 * MIB
+    state = device.generator_state()
+    drawn = torch.rand(3, device="cuda")
+    device.set_generator_state(state)
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+    assert device.elapsed_s(lambda: torch.ones(MIB, device="cuda").sum()) > 0  # type: ignore[attr-defined]
+
+
+# --- hpu, with a habana_frameworks of a few lines, in a process of its own: it puts a module into torch
+
+FAKE_HABANA = """
+import sys, types, torch
+from torch import nn
+from dropbp.device import available_devices, get_device
+from dropbp.errors import DeviceError
+
+calls, state = [], {"lazy": True, "available": True, "rng": torch.arange(4)}
+
+def module(name, source=None, **members):
+    made = types.ModuleType(name)
+    vars(made).update(members)
+    exec(source or "", vars(made))
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, made)
+    sys.modules[name] = made
+    return made
+
+class Metric:
+    def stats(self):
+        return [("TotalNumber", 11), ("TotalTime", 5), ("AvgTime", 0.5)]
+
+GRAPHS = '''
+from functools import wraps
+import torch
+def wrap_in_hpu_graph(module):
+    original = module.forward
+    @wraps(original)
+    def forward(*args, **kwargs):
+        return original(*args, **kwargs)
+    module.forward = forward
+    return module
+class ModuleCacher(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        model.forward = self.forward
+    def forward(self, *args):
+        return args
+'''
+module("habana_frameworks", __path__=[])
+module("habana_frameworks.torch", __path__=[])
+module("habana_frameworks.torch.core", mark_step=lambda: calls.append("mark_step"))
+module("habana_frameworks.torch.utils", __path__=[])
+module("habana_frameworks.torch.utils.internal", is_lazy=lambda: state["lazy"])
+module("habana_frameworks.torch.hpu.random".rpartition(".")[0], __path__=[],
+    is_available=lambda: state["available"], device_count=lambda: 1, get_device_name=lambda: "GAUDI2",
+    synchronize=lambda: calls.append("synchronize"), reset_peak_memory_stats=lambda: calls.append("reset"),
+    memory_stats=lambda: {"Limit": 96 * 2**30, "InUse": 5, "MaxInUse": 7})
+module("habana_frameworks.torch.hpu.random", get_rng_state=lambda: state["rng"],
+    set_rng_state=lambda new: state.update(rng=new))
+module("habana_frameworks.torch.hpu.metrics",
+    metric_global=lambda name: Metric() if name == "graph_compilation" else None)
+graphs = module("habana_frameworks.torch.hpu.graphs", GRAPHS)
+torch.hpu = sys.modules["habana_frameworks.torch.hpu"]
+hpu = get_device("hpu")
+"""
+
+
+def run_python(source: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(source)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def on_fake_hpu(body: str) -> None:
+    result = run_python(FAKE_HABANA + textwrap.dedent(body))
+    assert result.returncode == 0, result.stderr
+
+
+def test_hpu_step_boundary_marks_in_lazy_mode_alone() -> None:
+    on_fake_hpu("""
+        hpu.step_boundary()
+        assert hpu.is_lazy() and calls == ["mark_step"], calls
+        state["lazy"] = False
+        hpu.step_boundary()
+        assert not hpu.is_lazy() and calls == ["mark_step"], calls
+    """)
+
+
+def test_hpu_synchronize_launches_what_is_recorded_first() -> None:
+    on_fake_hpu("""
+        hpu.synchronize()
+        assert calls == ["mark_step", "synchronize"], calls
+    """)
+
+
+def test_hpu_memory_generator_and_compilations_are_those_of_its_software() -> None:
+    on_fake_hpu("""
+        hpu.reset_peak_memory()
+        assert calls == ["reset"]
+        assert (hpu.memory_allocated_bytes(), hpu.max_memory_allocated_bytes()) == (5, 7)
+        assert hpu.memory_limit_bytes() == 96 * 2**30
+        assert hpu.compile_count() == 11
+        before = hpu.generator_state()
+        state["rng"] = None
+        hpu.set_generator_state(before)
+        assert torch.equal(state["rng"], torch.arange(4))
+        description = hpu.describe()
+        assert description["generation"] == "GAUDI2" and description["mode"] == "lazy", description
+    """)
+
+
+def test_hpu_defaults_keep_optimizer_semantics_in_both_modes() -> None:
+    on_fake_hpu("""
+        lazy = hpu.defaults()
+        state["lazy"] = False
+        eager = hpu.defaults()
+        assert (lazy.boundary, eager.boundary) == ("layer", "none")
+        assert lazy.fill == eager.fill == "none"
+        assert lazy.group_parameters and lazy.grouped_clipping and not eager.group_parameters
+        assert (lazy.compile_scope, eager.compile_scope) == ("none", "region")
+    """)
+
+
+def test_hpu_without_a_device_or_with_a_wrong_index_is_refused() -> None:
+    on_fake_hpu("""
+        for name, reason in (("hpu:1", "there are 1 devices"), ("hpu", "finds no device")):
+            try:
+                get_device(name)
+            except DeviceError as error:
+                assert reason in str(error), error
+            else:
+                raise AssertionError(name)
+            state["available"] = False
+    """)
+
+
+def test_hpu_graphs_are_refused_with_the_module_and_the_reason() -> None:
+    on_fake_hpu("""
+        def refused(model):
+            try:
+                hpu.check_model(model)
+            except DeviceError as error:
+                return str(error)
+
+        assert refused(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) is None
+        inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        graphs.wrap_in_hpu_graph(inner[0])
+        assert "module '0' runs as an HPU graph" in refused(inner)
+        assert "would repeat the mask" in refused(inner)
+        cached = nn.Sequential(nn.Linear(2, 2))
+        graphs.ModuleCacher(cached)
+        assert "'<model>'" in refused(cached)
+
+        import functools
+        rewrapped = graphs.wrap_in_hpu_graph(nn.Linear(2, 2))
+        captured = rewrapped.forward
+        @functools.wraps(captured)
+        def outer(*args):
+            return captured(*args)
+        rewrapped.forward = outer
+        assert "'<model>'" in refused(rewrapped)
+    """)
+
+
+def test_hpu_that_is_not_installed_says_so() -> None:
+    result = run_python("""
+        import sys
+        sys.modules["habana_frameworks"] = None
+        from dropbp.device import available_devices
+        print(available_devices()["hpu"].reason)
+    """)
+    assert "Gaudi's software is not installed" in result.stdout, result.stderr
+
+
+def test_hpu_whose_software_is_broken_says_how() -> None:
+    result = run_python("""
+        import sys, types
+        class Broken:
+            def find_spec(self, name, path=None, target=None):
+                if name == "habana_frameworks":
+                    raise OSError("libSynapse.so: no such file")
+        sys.meta_path.insert(0, Broken())
+        from dropbp.device import available_devices
+        print(available_devices()["hpu"].reason)
+    """)
+    assert "cannot be imported" in result.stdout, result.stderr
+    assert "libSynapse.so" in result.stdout
+
+
+def test_importing_and_loading_adapters_touches_neither_gaudi_nor_dynamo() -> None:
+    result = run_python("""
+        import sys
+        import dropbp.device, dropbp.memory, dropbp.grouping
+        for name in dropbp.device.BUILT_IN_DEVICES:
+            dropbp.device._factory(name)
+        assert dropbp.device.get_device("cpu").compile_count() == 0
+        heavy = ("habana_frameworks", "torch._dynamo", "torch._inductor", "transformers")
+        print([name for name in heavy if name in sys.modules])
+    """)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_adapter_in_the_documentation_is_a_device() -> None:
+    page = Path(__file__).parents[1].joinpath("docs", "devices.md").read_text(encoding="utf-8")
+    source = page.partition("# my_package/xpu.py\n")[2].partition("```")[0]
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    device = namespace["create_device"](None)
+    assert isinstance(device, Device)
+    if not torch.xpu.is_available():
+        with pytest.raises(DeviceError, match="sees no Intel GPU"):
+            get_device(device)
