@@ -1,0 +1,120 @@
+"""Small inputs for models that say what they take.
+
+Models in the style of transformers carry a `config` and a `main_input_name`; that is enough to build a batch of one.
+Nothing is imported from there: the attributes are asked for, and a model that lacks them gets a clear error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp.errors import DiscoveryError
+
+FIRST_TOKEN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Positional and keyword arguments of one forward."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def as_inputs(example_inputs: Any) -> Inputs:
+    """A dict is keyword arguments, a tuple or list positional ones, anything else the single argument."""
+    if isinstance(example_inputs, Mapping):
+        return Inputs(kwargs=dict(example_inputs))
+    if isinstance(example_inputs, (tuple, list)):
+        return Inputs(args=tuple(example_inputs))
+    return Inputs(args=(example_inputs,))
+
+
+def can_build(model: nn.Module) -> bool:
+    """Whether the model says what its forward takes."""
+    return hasattr(model, "config") and (hasattr(model, "main_input_name") or hasattr(model, "dummy_inputs"))
+
+
+def takes_text(model: nn.Module) -> bool:
+    """Whether it is token ids, of any length."""
+    return can_build(model) and getattr(model, "main_input_name", "") == "input_ids"
+
+
+def build(model: nn.Module, batch_size: int = 1, sequence_length: int = 16) -> Inputs:
+    """A small batch on the model's device, without labels.
+
+    Raises:
+        DiscoveryError: the model does not say what it takes.
+    """
+    if not can_build(model):
+        raise DiscoveryError(
+            f"{type(model).__name__} does not say what its forward takes (no `config` and `main_input_name`). Pass "
+            "example_inputs=...: a dict of keyword arguments, a tuple of positional ones, or one tensor."
+        )
+    kwargs: dict[str, Any] = dict(_main_input(model, batch_size, sequence_length))
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in kwargs:
+        kwargs["decoder_input_ids"] = _token_ids(model, batch_size, sequence_length)
+    if "use_cache" in _parameters(model):
+        kwargs["use_cache"] = False
+    return Inputs(kwargs=kwargs)
+
+
+def _main_input(model: Any, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "input_ids":
+        return {name: _token_ids(model, batch_size, sequence_length)}
+    if name == "pixel_values":
+        return {name: _pixels(model, batch_size)}
+    if name == "input_features" and hasattr(model.config, "num_mel_bins"):
+        frames = 2 * int(getattr(model.config, "max_source_positions", sequence_length))
+        return {name: _normal(model, batch_size, int(model.config.num_mel_bins), frames)}
+    if name == "input_values":
+        return {name: _normal(model, batch_size, 4000)}
+    return {key: value.to(device_of(model)) for key, value in model.dummy_inputs.items()}
+
+
+def _token_ids(model: Any, batch_size: int, sequence_length: int) -> torch.Tensor:
+    vocabulary = _vocabulary_size(model)
+    first = min(FIRST_TOKEN, max(0, vocabulary - 1))
+    span = max(1, min(vocabulary, 1000) - first)
+    ids = first + torch.arange(batch_size * sequence_length).reshape(batch_size, sequence_length) % span
+    return ids.to(device_of(model))
+
+
+def _vocabulary_size(model: Any) -> int:
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return int(getattr(text, "vocab_size", None) or 100)
+
+
+def _pixels(model: Any, batch_size: int) -> torch.Tensor:
+    vision = getattr(model.config, "vision_config", model.config)
+    size = getattr(vision, "image_size", None) or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return _normal(model, batch_size, int(getattr(vision, "num_channels", 3)), int(height), int(width))
+
+
+def _normal(model: nn.Module, *shape: int) -> torch.Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return values.to(device_of(model), _float_dtype(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter (or buffer), CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(inner.forward).parameters

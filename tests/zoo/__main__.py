@@ -1,0 +1,137 @@
+"""`python -m tests.zoo`: every architecture a tiny configuration can build, one table, one JSON file.
+
+Exit status 1 if any architecture is wrong or crashed, or if fewer than 98 % of those built are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import json
+import logging
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import dropbp
+from tests.zoo import report
+from tests.zoo.check import Verdict, check_model
+from tests.zoo.tiny import FAMILIES, Case, cases
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE, RESULTS = ROOT / "docs" / "models.md", ROOT / "bench" / "results" / "zoo.json"
+LIMIT_S = 120
+ENOUGH_RIGHT = 0.98
+
+
+class TooSlow(Exception):
+    """One architecture took more processor time than the limit."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, write; the exit status."""
+    options = _options(arguments)
+    _quiet()
+    chosen = [case for family in options.family or FAMILIES for case in cases(family)]
+    chosen = [case for case in chosen if not options.name or case.name in options.name]
+    verdicts = list(run(tqdm(chosen, unit="model", disable=options.json, dynamic_ncols=True)))
+    complete = not options.family and not options.name
+    results = report.results(verdicts, _versions())
+    if complete or options.write_docs:
+        report.write(results, TABLE, RESULTS)
+    sys.stdout.write(json.dumps(results, indent=1) + "\n" if options.json else report.text(results))
+    return 0 if is_good(verdicts) else 1
+
+
+def is_good(verdicts: Sequence[Verdict]) -> bool:
+    """Nothing wrong, nothing crashed, and enough of what was built is right."""
+    counts = collections.Counter(v.verdict for v in verdicts)
+    built = len(verdicts) - counts["unbuilt"]
+    return not counts["wrong"] and not counts["crashed"] and counts["right"] >= ENOUGH_RIGHT * built
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser.add_argument("name", nargs="*", help="model classes, such as LlamaForCausalLM (all if none is named)")
+    parser.add_argument("--family", action="append", choices=tuple(FAMILIES), help="may be given several times")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+    parser.add_argument("--write-docs", action="store_true", help="write the files even if only a part was run")
+    return parser.parse_args(arguments)
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+
+
+def run(chosen: Iterable[Case]) -> Iterator[Verdict]:
+    """The verdict on each case."""
+    for case in chosen:
+        if isinstance(chosen, tqdm):
+            chosen.set_postfix_str(case.name)
+        yield examine(case)
+
+
+def examine(case: Case) -> Verdict:
+    """Build and check one architecture; whatever happens becomes a verdict."""
+    start = time.process_time()
+    try:
+        with _time_limit(LIMIT_S):
+            verdict = _built_and_checked(case)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        detail = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        verdict = Verdict(case.name, case.family, "crashed", detail)
+    verdict.seconds = time.process_time() - start
+    return verdict
+
+
+def _built_and_checked(case: Case) -> Verdict:
+    try:
+        model = case.build()
+    except TooSlow:
+        raise
+    except Exception as error:
+        return Verdict(case.name, case.family, "unbuilt", str(error))
+    return check_model(case.name, case.family, model, case.inputs(model))
+
+
+@contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TooSlow(f"more than {seconds} s of processor time")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "dropbp": dropbp.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Is a branch dropped exactly? Compared with a plain backward whose gradient into the branch is set to zero.
+
+The plain model runs with autograd on; a hook on the node whose output is the branch sets the gradient that enters it to
+zero. Dropping that branch must give the same loss to the bit, no gradient for the branch's own parameters, and the same
+gradients everywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import dropbp
+from dropbp import inputs as example
+from dropbp.branches import Graph, branch_groups
+from dropbp.trace import Recorder, differentiable, tensors_in
+
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What became of one architecture.
+
+    `verdict` is `right`, `refused` (`detail` is the error), `wrong` (what differed), `crashed` or `unbuilt`. Shares are
+    of the weights (two dimensions or more) that got a gradient in a plain backward, and of the FLOPs.
+    """
+
+    name: str
+    family: str
+    verdict: str
+    detail: str = ""
+    branches: int = 0
+    weights_in_branches: float = 0.0
+    flops_in_branches: float = 0.0
+    least_covered: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+
+def check_model(name: str, family: str, model: nn.Module, inputs: example.Inputs | None = None) -> Verdict:
+    """Drop every branch alone, then two in three, and compare."""
+    given = None if inputs is None else (dict(inputs.kwargs) or inputs.args)
+    try:
+        handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=given)
+    except dropbp.DiscoveryError as error:
+        return Verdict(name, family, "refused", str(error))
+    inputs = inputs or example.build(model, 2, 16)
+    with handle:
+        problem = _first_problem(handle, model, inputs)
+        weights = _used_weights(handle, model, inputs)
+        return Verdict(
+            name,
+            family,
+            "wrong" if problem else "right",
+            problem,
+            len(handle.branches),
+            _share(handle, weights),
+            handle.report()["branch_flops_share"],
+            _least_covered(handle, weights),
+        )
+
+
+def _used_weights(handle: Any, model: nn.Module, inputs: example.Inputs) -> dict[str, int]:
+    """Elements of each weight that a plain backward gives a gradient; of stacked experts, only those that were hit."""
+    model.zero_grad()
+    with handle.fixed([False] * len(handle.branches)):
+        _loss(model(*inputs.args, **inputs.kwargs)).backward()
+    return {name: _hit(p.grad) for name, p in model.named_parameters() if p.dim() >= 2 and p.grad is not None}
+
+
+def _hit(gradient: torch.Tensor) -> int:
+    if gradient.dim() == 2:
+        return gradient.numel() if gradient.any() else 0
+    slices = gradient.flatten(1).any(dim=1)
+    return int(slices.sum()) * gradient[0].numel()
+
+
+def _share(handle: Any, weights: Mapping[str, int]) -> float:
+    needs = handle._structure.parameters
+    return sum(n for name, n in weights.items() if name in needs) / max(1, sum(weights.values()))
+
+
+def _least_covered(handle: Any, weights: Mapping[str, int]) -> dict[str, Any] | None:
+    """The numbered block with the smallest share of its weights in branches, and what is left out."""
+    shares = []
+    lists = {block.rpartition(".")[0] for block in handle._structure.blocks}
+    blocks = {n for n, _ in handle.model.named_modules() if n.rpartition(".")[0] in lists and n[-1:].isdigit()}
+    for block in sorted(blocks):
+        own = {name: n for name, n in weights.items() if name.startswith(f"{block}.") and n}
+        if own:
+            outside = [name for name in own if name not in handle._structure.parameters]
+            shares.append({"block": block, "share": _share(handle, own), "outside": outside})
+    return min(shares, key=lambda entry: float(entry["share"]), default=None)
+
+
+def _first_problem(handle: Any, model: nn.Module, inputs: example.Inputs) -> str:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    count = len(handle.branches)
+    for i in range(count):
+        mask = [i == j for j in range(count)]
+        problem = _compare(handle, model, inputs, mask)
+        if problem:
+            return f"branch {handle.branches[i].name}: {problem}"
+    several = [i % 3 != 1 for i in range(count)]
+    problem = _compare(handle, model, inputs, several)
+    return f"mask {several}: {problem}" if problem else ""
+
+
+def _compare(handle: Any, model: nn.Module, inputs: example.Inputs, mask: list[bool]) -> str:
+    torch.manual_seed(1)
+    model.zero_grad()
+    with handle.fixed(mask):
+        loss = _loss(model(*inputs.args, **inputs.kwargs))
+    loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    expected_loss, expected = _expected(handle, model, inputs, mask)
+    return _difference(handle, mask, loss.detach(), expected_loss, got, expected)
+
+
+def _expected(
+    handle: Any, model: nn.Module, inputs: example.Inputs, mask: list[bool]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    torch.manual_seed(1)
+    model.zero_grad()
+    recorder = Recorder(model, count_flops=False)
+    with handle.fixed([False] * len(mask)), recorder:
+        args, kwargs = differentiable(inputs.args, inputs.kwargs)
+        outputs = model(*args, **kwargs)
+    loss = _loss(outputs)
+    for function in _branch_outputs(recorder, outputs, model, mask):
+        function.register_prehook(_zeros)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def _branch_outputs(recorder: Recorder, outputs: Any, model: nn.Module, mask: list[bool]) -> list[Any]:
+    """The autograd nodes whose outputs are the dropped branches, found anew in the graph of this very forward."""
+    graph = Graph(recorder.trace(outputs), model)
+    groups = branch_groups(graph)
+    assert len(groups) == len(mask), f"{len(groups)} branches in the training forward, {len(mask)} when enabled"
+    heads = [head for group, drop in zip(groups, mask, strict=True) if drop for _, head in group]
+    return [recorder.functions[head] for head in dict.fromkeys(heads)]
+
+
+def _zeros(gradients: Any) -> Any:
+    return tuple(g if g is None else torch.zeros_like(g) for g in gradients)
+
+
+def _loss(outputs: Any) -> torch.Tensor:
+    """A loss in which every element of every output matters, reproducibly."""
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in tensors_in(outputs):
+        if tensor.requires_grad:
+            weights = torch.sin(torch.arange(tensor.numel(), dtype=torch.float64)).reshape(tensor.shape)
+            total = total + (tensor.double() * weights).sum()
+    return total
+
+
+def _difference(
+    handle: Any,
+    mask: Iterable[bool],
+    loss: torch.Tensor,
+    expected_loss: torch.Tensor,
+    got: Mapping[str, torch.Tensor | None],
+    expected: Mapping[str, torch.Tensor | None],
+) -> str:
+    if not torch.equal(loss, expected_loss):
+        return f"the loss is {loss.item()!r}, expected {expected_loss.item()!r}"
+    dropped = sum(1 << i for i, d in enumerate(mask) if d)
+    for name, need in handle._structure.parameters.items():
+        if need & dropped == need and got[name] is not None:
+            return f"parameter {name} got a gradient though its branch was dropped"
+    for name, gradient in expected.items():
+        problem = _gradient_differs(got[name], gradient)
+        if problem:
+            return f"parameter {name}: {problem}"
+    return ""
+
+
+def _gradient_differs(got: torch.Tensor | None, expected: torch.Tensor | None) -> str:
+    if expected is None or not expected.any():
+        return "" if got is None or not got.any() else "a gradient where none was expected"
+    if got is None:
+        return "no gradient where one was expected"
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    return "" if error <= TOLERANCE else f"gradients differ by {error:.1e}"
