@@ -1,0 +1,208 @@
+"""Blocks of a model under gradient checkpointing and under compilation.
+
+A block whose branches are all dropped has nothing to recompute. Non-reentrant checkpointing of PyTorch finds that out
+by itself, since nothing is saved there. Models in the style of transformers call a checkpoint function held by the
+module, which is passed by for such blocks. A reentrant checkpoint in a user's own code cannot be passed by; but when it
+recomputes a block that only adds its dropped branches to the stream, the stream itself will do as the block's output:
+of what is recomputed only the graph counts, and that is the identity.
+
+Under `torch.compile` of a whole model a block is the largest part that can be compiled for all masks: a region of two
+branches has four different masks, the whole model 2**N.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dropbp.branches import Structure
+from dropbp.intercept import Attachment, Forward, Interception
+from dropbp.runtime import Plan, Runtime, current_node, is_compiling, named_forward, run_frozen
+
+Function = Callable[..., Any]
+
+_FUNCTION = "_gradient_checkpointing_func"
+
+
+class BlockState(Attachment):
+    """A block, the branches in it, and whether it only adds them to its input (None until that was seen)."""
+
+    def __init__(self, module: nn.Module, need: int, runtime: Runtime) -> None:
+        self.module, self.need, self.runtime = module, need, runtime
+        self.local = runtime.local
+        self.only_adds: bool | None = None
+
+    def recomputes_in_vain(self) -> bool:
+        """Whether a reentrant checkpoint of this block alone is recomputing it with all of its branches dropped."""
+        if self.only_adds is False or not torch.is_grad_enabled():
+            return False
+        if checkpointed_module(getattr(current_node(), "run_function", None)) is not self.module:
+            return False
+        return not self.need & ~self.runtime.plan_recomputed().dropped
+
+    def plan_of_outer_checkpoint(self) -> Plan | None:
+        """The plan, if a user's checkpoint recomputes the block: what is saved must be the same as in the forward."""
+        node = current_node()
+        return None if node is None or hasattr(node, "run_function") else self.runtime.plan_recomputed()
+
+    def recompute(self, forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """The stream instead of the block's output; the first time the block runs, to see whether that is the same."""
+        if self.only_adds and args[0].requires_grad:
+            return args[0]
+        output = forward()
+        self.only_adds = bool(args) and _only_added_to(args[0], output)
+        return output
+
+
+def _only_added_to(stream: Any, output: Any) -> bool:
+    """Whether the output is the stream plus tensors without gradients: a chain of plain additions of one shape."""
+    if not isinstance(stream, torch.Tensor) or not isinstance(output, torch.Tensor):
+        return False
+    if (stream.shape, stream.dtype) != (output.shape, output.dtype):
+        return False
+    node: Any = output.grad_fn
+    while node is not None and node.name() == "AddBackward0" and node._saved_alpha == 1:
+        sources = [source for source, _ in node.next_functions if source is not None and not _leads_nowhere(source)]
+        node = sources[0] if len(sources) == 1 else None
+    return node is not None and getattr(node, "variable", None) is stream
+
+
+def _leads_nowhere(node: Any) -> bool:
+    return bool(node.name() == "ConnectBackward")
+
+
+def checkpointed_module(function: Any) -> Any:
+    """The module whose forward a checkpointed function is: a module, its bound method, or partials of these."""
+    while isinstance(function, functools.partial):
+        if function.args and isinstance(function.args[0], nn.Module):
+            return function.args[0]
+        function = function.func
+    return function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+
+
+def block_forward(original: Forward) -> Forward:
+    """Around a block: a border for compilation of the whole model, and a short cut for recomputation."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        block: BlockState | None = self._dropbp_block
+        if block is None or block.original is not original:
+            return original(self, *args, **kwargs)
+        if is_compiling():
+            if block.runtime.split:
+                torch._dynamo.graph_break()
+            return original(self, *args, **kwargs)
+        plan = block.local.plan
+        if plan is None:
+            if block.recomputes_in_vain():
+                return block.recompute(functools.partial(original, self, *args, **kwargs), args)
+            plan = block.plan_of_outer_checkpoint()
+        if plan is None or not torch.is_grad_enabled():
+            return original(self, *args, **kwargs)
+        if plan.checkpointed & block.need:
+            return checkpoint(functools.partial(original, self), *args, use_reentrant=False, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return named_forward(forward)
+
+
+def install_blocks(model: nn.Module, blocks: Mapping[str, int], runtime: Runtime) -> list[Interception]:
+    """Put `block_forward` around every block."""
+    return [
+        Interception(module, "_dropbp_block", BlockState(module, need, runtime), block_forward)
+        for module, need in _modules(model, blocks).items()
+    ]
+
+
+def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, int]:
+    """Several names may be one module."""
+    needs: dict[nn.Module, int] = {}
+    for name, need in blocks.items():
+        module = model.get_submodule(name)
+        needs[module] = needs.get(module, 0) | need
+    return needs
+
+
+class CheckpointBypass:
+    """Lets blocks whose branches are all dropped run outside gradient checkpointing: they have nothing to recompute.
+
+    Models in the style of transformers call `module._gradient_checkpointing_func(function, *args)`, an attribute set on
+    instances when checkpointing is switched on, which may be after `enable`: so it is looked for before each forward.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.hosts = [m.__dict__ for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.need = _modules(model, structure.blocks)
+
+    def refresh(self) -> None:
+        """Find checkpoint functions that were set since the last time."""
+        for host in self.hosts:
+            function = host.get(_FUNCTION)
+            if function is not None and type(function) is not _Bypassing:
+                host[_FUNCTION] = _Bypassing(self, function)
+
+    def is_on(self) -> bool:
+        """Whether the model checkpoints its blocks itself."""
+        return any(host.get("gradient_checkpointing") for host in self.hosts)
+
+    def remove(self) -> None:
+        """Put the checkpoint functions back."""
+        for host in self.hosts:
+            function = host.get(_FUNCTION)
+            if isinstance(function, _Bypassing) and function.owner is self:
+                host[_FUNCTION] = function.inner
+
+    @contextlib.contextmanager
+    def without_reentry(self) -> Iterator[None]:
+        """Inside, reentrant checkpoint functions are non-reentrant: only these leave a graph that can be looked at."""
+        present = [(host, host[_FUNCTION]) for host in self.hosts if host.get(_FUNCTION) is not None]
+        try:
+            for host, function in present:
+                host[_FUNCTION] = _not_reentrant(function)
+            yield
+        finally:
+            for host, function in present:
+                host[_FUNCTION] = function
+
+    def drops_all_of(self, module: Any) -> bool:
+        """Whether this is a block with every branch dropped."""
+        need = self.need.get(module, 0)
+        return need != 0 and not need & ~self.runtime.plan_now().dropped
+
+
+class _Bypassing:
+    """Stands in for a module's checkpoint function. Copies and pickles are the function itself."""
+
+    def __init__(self, owner: CheckpointBypass, inner: Function) -> None:
+        self.owner, self.inner = owner, inner
+
+    def __call__(self, function: Function, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.inner(function, *args, **kwargs)
+        module = checkpointed_module(function)
+        if self.owner.drops_all_of(module):
+            return function(*args, **kwargs)
+        loose = getattr(module, "_dropbp_loose", None)
+        if loose is not None:  # recomputation may run the class's forward, without what lies around the instance's
+            function = functools.partial(run_frozen, loose, function)
+        return self.inner(function, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Function:
+        return self.inner
+
+    def __reduce__(self) -> Any:
+        return functools.partial(self.inner).__reduce__()
+
+
+def _not_reentrant(function: Function) -> Function:
+    inner = function.inner if isinstance(function, _Bypassing) else function
+    if isinstance(inner, functools.partial) and inner.keywords.get("use_reentrant"):
+        return functools.partial(inner.func, *inner.args, **{**inner.keywords, "use_reentrant": False})
+    return function

@@ -1,0 +1,51 @@
+"""Keeping bookkeeping out of compiled code, without importing the compiler, which takes seconds.
+
+`torch.compile` works frame by frame: a frame is traced, or it is skipped and the frames it calls are looked at in turn.
+The functions here tell it to skip a function of ours, and switch it off while ours decide what a step drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Callback = Any
+_frames: Any = torch._C._dynamo.eval_frame
+
+
+def never_compile(function: Callable[..., Any]) -> None:
+    """Skip this function's frame; what it calls is still compiled (`torch.compiler.disable(recursive=False)`)."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    if hasattr(_frames, "skip_code"):  # torch 2.6
+        _frames.skip_code(function.__code__)
+        return
+    skip, default = _frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT
+    _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, default))
+
+
+def pause() -> Callback:
+    """Compile nothing from here on in this thread. Returns what `resume` needs; None if nothing was to be compiled."""
+    return _frames.set_eval_frame(None)
+
+
+def resume(callback: Callback) -> None:
+    """Compile again as before the `pause` that returned `callback`."""
+    if callback is not None:
+        _frames.set_eval_frame(callback)
+
+
+def resumed(callback: Callback, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function inside a pause as if outside of it."""
+    if callback is None:
+        return function(*args, **kwargs)
+    _frames.set_eval_frame(callback)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _frames.set_eval_frame(None)
+
+
+for _own in (pause, resume, resumed):
+    never_compile(_own)

@@ -1,0 +1,161 @@
+"""The options of `enable`, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dropbp.errors import ConfigError
+
+SCALINGS = ("none", "unbiased", "clipped")
+BOUNDARIES = ("auto", "none", "layer", "sublayer")
+FILLS = ("auto", "none", "zero")
+STEMS = ("auto", "train", "rest")
+RATES = ("auto", "uniform", "shelf", "geometric", "linear", "uniform_depth", "freeze")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How branches are dropped.
+
+    Attributes:
+        drop_rate: share of the branches' FLOPs whose backward is skipped, 0 <= drop_rate < 1.
+        masks: name of the coupling masks are drawn from; see `dropbp.masks.couplings()`.
+        seed: of the masks; the same on every rank.
+        rates: each branch's drop rate to begin with: `uniform` (all `drop_rate`), a depth profile of
+            `dropbp.allocation.depth_rates`, a sequence of numbers, or `auto`: what suits the coupling.
+        max_rate: no branch is dropped more often; None leaves it to the allocation.
+        resample: when a new mask is drawn: `forward` (each training forward), `step` (when `handle.resample()` is
+            called, once per optimizer step), or an integer K (every K training forwards).
+        scaling: of kept branches' gradients: `none`, `unbiased` (1/(1-rate)), `clipped` (at most `max_scale`).
+        max_scale: largest factor of `clipped`.
+        stem: whether what feeds the stream (embeddings) trains in every step, `train`, or rests in steps that drop the
+            stream's first branch, `rest`: its gradient would be that of the bare stream. `auto`: rests under masks
+            drawn by `nested`, trains under those given by `handle.fixed(mask)`.
+        max_activations: share of the branches' activations, by FLOPs, that a step may keep for its backward; blocks
+            beyond it, nearest the input first, are checkpointed in that step. None: no limit; `auto`: 1 - drop_rate
+            under `nested`, whose deepest steps would need the memory of a whole backward, else None.
+        warmup: number of training forwards at the beginning in which nothing is dropped.
+        boundary: where a lazy device cuts its graph: `none`, `layer`, `sublayer`; `auto` asks the device.
+        fill: gradient of skipped parameters: `none` leaves it None (the optimizer does not move them), `zero` fills it
+            (weight decay and momentum do move them); `auto` asks the device.
+        rehearse: on a lazy device, whether the first steps take those of the masks to come that compile new graphs.
+        mask_options: further options of the coupling, such as `pool_size`.
+    """
+
+    drop_rate: float
+    masks: str = "nested"
+    seed: int = 0
+    rates: str | Sequence[float] = "auto"
+    max_rate: float | None = None
+    resample: str | int = "forward"
+    scaling: str = "none"
+    max_scale: float = 2.0
+    stem: str = "auto"
+    max_activations: str | float | None = "auto"
+    warmup: int = 0
+    boundary: str = "auto"
+    fill: str = "auto"
+    rehearse: bool = True
+    mask_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_drop_rate(self.drop_rate)
+        _check_choice("scaling", self.scaling, SCALINGS)
+        _check_choice("boundary", self.boundary, BOUNDARIES)
+        _check_choice("fill", self.fill, FILLS)
+        _check_choice("stem", self.stem, STEMS)
+        _check_activations(self.max_activations)
+        _check_rates(self.rates)
+        _check_max_rate(self.max_rate)
+        _check_resample(self.resample)
+        _check_warmup(self.warmup)
+        _check_max_scale(self.max_scale)
+        _check_integer("seed", self.seed)
+
+
+def make_config(
+    drop_rate: float, masks: str, seed: int, options: Mapping[str, Any], couplings: Mapping[str, Sequence[str]]
+) -> Config:
+    """Options by name: those of `Config` are taken, the rest are the coupling's (`pool_size`, ...).
+
+    `couplings` maps the name of each known coupling to the options it takes.
+    """
+    own = {field.name for field in dataclasses.fields(Config)} - {"mask_options"}
+    known = {name: value for name, value in options.items() if name in own}
+    extra = {name: value for name, value in options.items() if name not in own}
+    _check_choice("masks", masks, tuple(couplings))
+    _check_extra(masks, extra, sorted(own - {"drop_rate", "masks", "seed"}), couplings[masks])
+    return Config(drop_rate=drop_rate, masks=masks, seed=seed, **known, mask_options=extra)
+
+
+def _check_extra(masks: str, extra: Mapping[str, Any], own: Sequence[str], allowed: Sequence[str]) -> None:
+    unknown = sorted(set(extra) - set(allowed))
+    if unknown:
+        raise ConfigError(
+            f"unknown option {unknown[0]!r}; options are {', '.join(own)}"
+            + (f", and {', '.join(allowed)} for masks={masks!r}." if allowed else ".")
+        )
+
+
+def _check_drop_rate(drop_rate: Any) -> None:
+    if not _is_number(drop_rate) or not 0 <= drop_rate < 1:
+        raise ConfigError(
+            f"drop_rate is {drop_rate!r}; it is the share of backward FLOPs to skip, 0 <= drop_rate < 1. "
+            "0.5 halves the blocks' backward; the paper uses 0.5, 0.75 and 0.875."
+        )
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+
+
+def _check_activations(value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+    if value is not None and value != "auto" and not number:
+        raise ConfigError(
+            f"max_activations is {value!r}; allowed: a share, 0 < share <= 1, None (no limit), or 'auto'."
+        )
+
+
+def _check_resample(resample: Any) -> None:
+    if resample in ("forward", "step") and isinstance(resample, str):
+        return
+    if not isinstance(resample, int) or isinstance(resample, bool) or resample < 1:
+        raise ConfigError(
+            f"resample is {resample!r}; allowed: 'forward', 'step' (with handle.resample() once per optimizer step), "
+            "or an integer of at least 1, the number of training forwards a mask is kept for."
+        )
+
+
+def _check_rates(rates: Any) -> None:
+    if isinstance(rates, str):
+        _check_choice("rates", rates, RATES)
+    elif not isinstance(rates, Iterable):
+        raise ConfigError(f"rates is {rates!r}; allowed: one of {', '.join(RATES)}, or a rate from 0 to 1 per branch.")
+
+
+def _check_max_rate(max_rate: Any) -> None:
+    if max_rate is not None and not (_is_number(max_rate) and 0 <= max_rate <= 1):
+        raise ConfigError(f"max_rate is {max_rate!r}; it must be a number from 0 to 1, or None.")
+
+
+def _check_warmup(warmup: Any) -> None:
+    if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
+        raise ConfigError(f"warmup is {warmup!r}; it must be a whole number of at least 0: of training forwards.")
+
+
+def _check_max_scale(max_scale: Any) -> None:
+    if not _is_number(max_scale) or not max_scale >= 1:
+        raise ConfigError(f"max_scale is {max_scale!r}; it must be a number of at least 1.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be an integer.")

@@ -1,0 +1,126 @@
+"""The masks of the first steps on a lazy device, chosen so that every graph is compiled then and none later.
+
+With a graph cut at each block, what is recorded for a block depends on few things: which of its branches are kept,
+which of those have a gradient already (from an earlier micro-batch), whether it is recomputed, and whether anything
+below it is kept, as the lowest kept block needs no gradient of its input. The optimizer's work on a branch depends on
+whether the branch has been trained before, as moments are made in the first step. Such a *situation* is compiled
+once for all blocks alike. Common situations come up by themselves in the first steps; rare ones would each cost a
+compilation of seconds at some later step. So the first steps take, from the masks that are to come, those with new
+situations in them, until the masks to come hold none that is new. All are masks of the coupling; only their order is
+another one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+Situation = Hashable
+LOOKAHEAD = 400
+MAX_FORWARDS = 64
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block, or a stem that rests when a branch is dropped: its kind (equal ones share graphs), branches as bits."""
+
+    kind: Hashable
+    branches: int
+
+
+class Rehearsal:
+    """Chooses masks, as bit masks of dropped branches, until no new situation is in sight.
+
+    Args:
+        layers: the blocks, nearest the input first.
+        everything: all branches.
+        recomputed: for dropped branches, the kept ones that are recomputed in the backward.
+    """
+
+    def __init__(self, layers: Sequence[Layer], everything: int, recomputed: Callable[[int], int]) -> None:
+        self.layers, self.everything, self.recomputed = layers, everything, recomputed
+        self.seen: set[Situation] = set()
+        self.forwards = 0
+        self.done = False
+        self._trained = self._in_training = 0
+        self._window: list[int] = []
+        self._run = self._longest_run = 1
+
+    def next(self, with_gradient: int, upcoming: Callable[[], Sequence[int]]) -> int | None:
+        """The dropped branches of the next forward; None when all was rehearsed.
+
+        Args:
+            with_gradient: the branches whose parameters have gradients now.
+            upcoming: draws the dropped branches of the forwards to come.
+        """
+        if self.done:
+            return None
+        if not with_gradient:
+            self._trained |= self._in_training
+        self._run = self._run + 1 if with_gradient else 1
+        self._longest_run = max(self._longest_run, self._run)
+        if not self._window or not with_gradient:
+            self._window = self._best_window(upcoming(), with_gradient)
+        if not self._window or self.forwards >= MAX_FORWARDS:
+            self.done = True
+            logger.info("rehearsed %d kinds of block in %d forwards", len(self.seen), self.forwards)
+            return None
+        self.forwards += 1
+        return self._window.pop(0)
+
+    def note(self, dropped: int, with_gradient: int) -> None:
+        """Remember what the present forward compiles."""
+        if self.done:
+            return
+        self._in_training = with_gradient | self.everything & ~dropped
+        self.seen.update(self._situations(dropped, with_gradient))
+
+    def _best_window(self, upcoming: Sequence[int], with_gradient: int) -> list[int]:
+        """The successive masks, as many as there were forwards in a step so far, with the most that is new."""
+        best: list[int] = []
+        most = 0
+        for start in range(len(upcoming)):
+            window = upcoming[start : start + self._longest_run]
+            new = len(self._situations_of_step(window, with_gradient) - self.seen)
+            if new > most:
+                best, most = list(window), new
+        return best
+
+    def _situations_of_step(self, window: Sequence[int], with_gradient: int) -> set[Situation]:
+        found: set[Situation] = set()
+        for dropped in window:
+            found.update(self._situations(dropped, with_gradient))
+            with_gradient |= self.everything & ~dropped
+        return found
+
+    def _situations(self, dropped: int, with_gradient: int) -> Iterator[Situation]:
+        kept = self.everything & ~dropped
+        again = self.recomputed(dropped)
+        below = 0
+        for layer in self.layers:
+            mine = layer.branches & kept
+            lowest = _low(layer.branches)
+            for branch in _bits_of(mine):
+                yield layer.kind, branch // lowest, bool(branch & self._trained)
+            yield (
+                layer.kind,
+                mine // lowest,
+                (mine & with_gradient) // lowest,
+                bool(again & layer.branches),
+                bool(below & kept),
+            )
+            below |= layer.branches
+        yield bool(kept)
+
+
+def _low(bits: int) -> int:
+    return bits & -bits
+
+
+def _bits_of(bits: int) -> Iterator[int]:
+    while bits:
+        yield _low(bits)
+        bits &= bits - 1

@@ -1,0 +1,156 @@
+"""What each rank does under DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch._dynamo  # before zero.Init, which replaces functions that it looks at
+import torch.distributed as dist
+import transformers.models.llama.modeling_llama
+from torch import nn
+
+import dropbp
+from tests.distributed.ddp import where
+from tests.distributed.traffic import Traffic
+from tests.distributed.training import (
+    BATCHES,
+    STEPS,
+    add_lora,
+    global_mean,
+    half_dropped,
+    local_batch,
+    make_model,
+    make_optimizer,
+)
+from tests.engine_models import llama_loss
+
+
+def start() -> int:
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    return dist.get_rank()
+
+
+def stop() -> None:
+    dist.destroy_process_group()
+
+
+def settings(stage: int, accumulation: int = 1) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def engine_of(model: nn.Module, stage: int, accumulation: int = 1) -> Any:
+    import deepspeed
+
+    config = settings(stage, accumulation)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    return engine
+
+
+def run(engine: Any, handle: dropbp.Handle, steps: range) -> tuple[list[float], list[Any]]:
+    losses, masks = [], []
+    for step in steps:
+        loss = llama_loss(engine, local_batch(step, **where()))
+        engine.backward(loss)
+        engine.step()
+        losses.append(global_mean(loss, dist.get_world_size()))
+        masks.append(handle.mask)
+    return losses, masks
+
+
+def trained(stage: int) -> Any:
+    model = make_model()
+    handle = dropbp.enable(model, drop_rate=0.5)
+    return run(engine_of(model, stage), handle, range(STEPS))
+
+
+def trained_after(stage: int) -> Any:
+    model = make_model()
+    engine = engine_of(model, stage)
+    handle = dropbp.enable(engine.module, drop_rate=0.5)
+    names = [branch.parameters for branch in handle.branches]
+    return *run(engine, handle, range(10)), names
+
+
+def trained_from_partitions() -> Any:
+    """Partitioned from birth, as `from_pretrained` does under ZeRO-3."""
+    import deepspeed
+
+    assert transformers
+    with deepspeed.zero.Init(config_dict_or_path=settings(3)):
+        model = make_model()
+    plain = make_model()
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(plain.get_parameter(name).data)
+    handle = dropbp.enable(model, drop_rate=0.5)
+    return run(engine_of(model, 3), handle, range(10))
+
+
+def trained_with_lora(stage: int) -> Any:
+    model = add_lora(make_model())
+    handle = dropbp.enable(model, drop_rate=0.5)
+    return run(engine_of(model, stage), handle, range(10))
+
+
+def accumulated(stage: int) -> Any:
+    """Two micro-batches, a mask each, for every step."""
+    model = make_model()
+    handle = dropbp.enable(model, drop_rate=0.5)
+    return run(engine_of(model, stage, accumulation=2), handle, range(2 * BATCHES))
+
+
+def traffic(stage: int) -> dict[str, Any]:
+    model = make_model()
+    handle = dropbp.enable(model, drop_rate=0.5)
+    engine = engine_of(model, stage)
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        for _ in range(3):  # ZeRO-3 learns the order of modules
+            with half_dropped(handle, share), Traffic() as counted:
+                loss = llama_loss(engine, local_batch(0, **where()))
+                engine.backward(loss)
+                engine.step()
+        found[str(share)] = dict(counted.bytes)
+    return found
+
+
+def refusals(stage: int) -> dict[str, str]:
+    model = make_model()
+    handle = dropbp.enable(model, drop_rate=0.5)
+    engine = engine_of(model, stage)
+    found = {}
+    for name, function in {
+        "wrapper": lambda: dropbp.enable(engine),
+        "calibrate": lambda: handle.calibrate(lambda: llama_loss(engine, local_batch(0, **where()))),
+    }.items():
+        try:
+            function()
+        except dropbp.DropBPError as error:
+            found[name] = str(error)
+    return found
+
+
+CASES = {
+    f"{name} {stage}": functools.partial(case, stage)
+    for stage in (2, 3)
+    for name, case in {
+        "trained": trained,
+        "after": trained_after,
+        "lora": trained_with_lora,
+        "accumulated": accumulated,
+        "traffic": traffic,
+        "refusals": refusals,
+    }.items()
+} | {"partitions": trained_from_partitions}
+
+__all__ = ["CASES", "start", "stop", "torch"]
