@@ -1,0 +1,5 @@
+"""Fused optimizers."""
+
+from habana_frameworks.torch.hpex.optimizers.FusedAdamW import FusedAdamW
+
+__all__ = ["FusedAdamW"]

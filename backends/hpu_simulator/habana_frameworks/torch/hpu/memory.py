@@ -1,0 +1,45 @@
+"""Memory in bytes, by the names that Gaudi uses."""
+
+from dropbp.backends.hpu_simulator._session import extension
+
+
+def memory_stats(device=None):
+    return dict(extension().memory_stats())
+
+
+def memory_allocated(device=None):
+    return memory_stats()["InUse"]
+
+
+def max_memory_allocated(device=None):
+    return memory_stats()["MaxInUse"]
+
+
+def memory_reserved(device=None):
+    """All of it: Gaudi's process takes the whole device."""
+    return memory_stats()["Limit"]
+
+
+def max_memory_reserved(device=None):
+    return memory_stats()["Limit"]
+
+
+def mem_get_info(device=None):
+    stats = memory_stats()
+    return stats["Limit"] - stats["InUse"], stats["Limit"]
+
+
+def reset_peak_memory_stats(device=None):
+    extension().reset_peak_memory()
+
+
+def reset_accumulated_memory_stats(device=None):
+    extension().reset_allocation_counts()
+
+
+def empty_cache():
+    """Nothing is cached."""
+
+
+def memory_summary(device=None, abbreviated=False):
+    return "\n".join(f"{name}: {value}" for name, value in memory_stats().items())

@@ -1,0 +1,5 @@
+"""Utilities of Gaudi's package."""
+
+from habana_frameworks.torch.utils import experimental, internal
+
+__all__ = ["experimental", "internal"]

@@ -1,0 +1,73 @@
+"""DropBP in the `GaudiTrainer` of optimum-habana, on Intel Gaudi.
+
+`DropBPCallback` in `callbacks=[…]` is all that is needed, in a GaudiTrainer as in any other trainer. What is here is
+for those who would rather have a trainer of their own: it makes the callback, and refuses at once what cannot work.
+
+    from dropbp.integrations.optimum_habana import DropBPGaudiTrainer
+
+    trainer = DropBPGaudiTrainer(model, args=args, gaudi_config=gaudi_config, train_dataset=data, drop_rate=0.875)
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dropbp.errors import ConfigError, MissingDependencyError
+from dropbp.integrations.transformers import DropBPCallback
+
+if TYPE_CHECKING:
+    DropBPGaudiTrainer: type  # made by __getattr__
+
+__all__ = ["DropBPCallback", "DropBPGaudiTrainer", "with_dropbp"]
+
+
+def with_dropbp(trainer_class: type) -> type:
+    """A subclass of any Gaudi trainer (`GaudiSFTTrainer`, `GaudiSeq2SeqTrainer`, ...) that drops branches.
+
+    Its constructor takes two more arguments, `drop_rate` and `dropbp_options`, the latter a mapping of what
+    `DropBPCallback` takes; `dropbp` is the callback.
+    """
+
+    class DropBPTrainer(trainer_class):  # type: ignore[misc]
+        """The trainer, with DropBP."""
+
+        def __init__(
+            self, *args: Any, drop_rate: float = 0.5, dropbp_options: Mapping[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            refuse_graphs(kwargs.get("args") or next((a for a in args if hasattr(a, "output_dir")), None))
+            super().__init__(*args, **kwargs)
+            self.dropbp = DropBPCallback(drop_rate, **dict(dropbp_options or {}))
+            self.add_callback(self.dropbp)
+
+    DropBPTrainer.__name__ = DropBPTrainer.__qualname__ = f"DropBP{trainer_class.__name__}"
+    return DropBPTrainer
+
+
+def refuse_graphs(arguments: Any) -> None:
+    """Do nothing for training arguments with which DropBP works.
+
+    Raises:
+        ConfigError: HPU graphs are asked for in training.
+    """
+    if getattr(arguments, "use_hpu_graphs_for_training", False):
+        raise ConfigError(
+            "use_hpu_graphs_for_training=True replays one recorded sequence of operations, and so one mask for ever; "
+            "DropBP draws another mask in each step. Set use_hpu_graphs_for_training=False (graphs for inference may "
+            "stay), or train without DropBP."
+        )
+
+
+def __getattr__(name: str) -> Any:
+    """`DropBPGaudiTrainer`, made when it is first asked for: optimum-habana takes seconds to import."""
+    if name != "DropBPGaudiTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from optimum.habana import GaudiTrainer
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"DropBPGaudiTrainer needs optimum-habana ({error}); install it with: pip install 'dropbp[gaudi]'."
+        ) from error
+    made = globals()[name] = with_dropbp(GaudiTrainer)
+    return made

@@ -1,0 +1,1 @@
+"""Tests that need the second environment, with optimum-habana: `make test-gaudi`."""
