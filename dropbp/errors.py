@@ -20,7 +20,7 @@ class DiscoveryError(DropBPError):
 
 
 class StateError(DropBPError):
-    """A call that does not fit the present state: a model enabled twice, a handle already removed, a foreign state file."""
+    """A call that does not fit the present state: a model enabled twice, a handle removed, a foreign state file."""
 
 
 class DeviceError(DropBPError):

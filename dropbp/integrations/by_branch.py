@@ -1,0 +1,137 @@
+"""A trainer's optimizer and clipping, cut by branch on a lazy device: put on the instances that the trainer uses.
+
+The optimizer's own groups stay as they are, so that its saved state fits a run with or without DropBP. They are cut
+only while it steps, into parts in which all parameters are skipped or none is; what an optimizer writes into a part
+(Gaudi's `FusedAdamW` counts steps there) is kept in the group under `PARTS`, and is saved with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dropbp.grouping import ParameterGroup, clip_grad_norm_grouped, marked_groups
+from dropbp.session import Handle
+
+logger = logging.getLogger(__name__)
+
+PARTS = "dropbp_parts"
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+
+class ByBranch:
+    """Cuts what a trainer does between backward and the next forward; `remove` puts everything back.
+
+    Args:
+        handle: of the model that is trained.
+        trainer: of transformers or optimum-habana, with its optimizer made.
+    """
+
+    def __init__(self, handle: Handle, trainer: Any) -> None:
+        self.handle = handle
+        self.boundary = handle.device.step_boundary
+        self._undo: list[tuple[Any, str, Any, Any]] = []
+        optimizer = unwrapped(trainer.optimizer)
+        self.optimizer, self._step = optimizer, optimizer.step
+        self._put(optimizer, "step", self.step)
+        self._put(trainer.accelerator, "clip_grad_norm_", self.clip)
+        if getattr(trainer, "FusedNorm", None) is not None:
+            self._put(trainer, "FusedNorm", FusedNormByBranch(self, trainer.args.max_grad_norm))
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer's step, part by part."""
+        self.boundary()
+        with self._parts() as parts, marked_groups(self.optimizer, self.boundary, parts):
+            return self._step(*args, **kwargs)
+
+    def clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Clip by the norm of all gradients, part by part; the norm before is returned."""
+        self.boundary()
+        given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        parts = self.handle.group_parameters([{"params": given}])
+        groups = [part["params"] for part in parts]
+        return clip_grad_norm_grouped(groups, max_norm, norm_type, step_boundary=self.boundary)
+
+    def remove(self) -> None:
+        """Put the instances back; what someone else put over ours since stays, and ours passes on."""
+        for owner, name, ours, before in reversed(self._undo):
+            if vars(owner).get(name) is not ours:
+                continue
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        self._undo.clear()
+
+    def _put(self, owner: Any, name: str, ours: Any) -> None:
+        self._undo.append((owner, name, ours, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, ours)
+
+    @contextmanager
+    def _parts(self) -> Iterator[Sequence[ParameterGroup]]:
+        groups = self.optimizer.param_groups
+        cut = [(group, self.handle.group_parameters([_without_parts(group)])) for group in groups]
+        for group, parts in cut:
+            for part, own in zip(parts, _saved_parts(group, len(parts)), strict=True):
+                part.update(own)
+        yield [part for _, parts in cut for part in parts]
+        for group, parts in cut:
+            _save_parts(group, parts)
+
+
+class FusedNormByBranch:
+    """In place of Gaudi's `FusedClipNorm`."""
+
+    def __init__(self, by_branch: ByBranch, max_norm: float) -> None:
+        self.by_branch, self.max_norm = by_branch, max_norm
+
+    def clip_norm(self, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Clip as `FusedClipNorm.clip_norm` does."""
+        return self.by_branch.clip(parameters, self.max_norm)
+
+
+_ABSENT = object()
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether gradients are in pieces on several ranks, whose norms only the sharding engine knows."""
+    return str(trainer.accelerator.distributed_type).rpartition(".")[2] in SHARDED
+
+
+def _without_parts(group: ParameterGroup) -> ParameterGroup:
+    return {key: value for key, value in group.items() if key != PARTS}
+
+
+def _saved_parts(group: ParameterGroup, count: int) -> Sequence[Mapping[str, Any]]:
+    saved = group.get(PARTS)
+    if saved is None:
+        return [{}] * count
+    if len(saved) != count:
+        logger.warning("the saved optimizer was cut into %d parts, this one into %d: begun anew", len(saved), count)
+        return [{}] * count
+    return list(saved)
+
+
+def _save_parts(group: ParameterGroup, parts: Sequence[ParameterGroup]) -> None:
+    """Keep what the optimizer wrote into the parts; the group itself gets the highest count of steps."""
+    own = [{key: value for key, value in part.items() if _is_news(group, key, value)} for part in parts]
+    if not any(own):
+        return
+    group[PARTS] = own
+    steps = [part["step"] for part in parts if "step" in part]
+    if steps:
+        group["step"] = max(steps)
+
+
+def _is_news(group: ParameterGroup, key: str, value: Any) -> bool:
+    return key != "params" and (key == "step" or key not in group)

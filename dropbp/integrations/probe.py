@@ -1,0 +1,81 @@
+"""What one step costs in FLOPs and memory, counted after training on a batch of the run.
+
+Counting slows a step down, so it must not happen in the steps that are timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dropbp.device import get_device
+from dropbp.memory import track_tensor_bytes
+from dropbp.session import Handle, enable
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from dropbp.integrations.transformers import DropBPCallback
+
+_MASKS = 4  # memory depends on the mask: the largest of a few counts
+
+
+def probe_step(trainer: Trainer, callback: DropBPCallback | None) -> dict[str, Any]:
+    """FLOPs per token, for this run and for plain training, and the peak memory of a step in bytes.
+
+    The saving is counted, not assumed: FLOPs of a step without dropping, less those of a step with everything
+    dropped, times the share that the run really dropped.
+    """
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def step() -> None:
+        trainer.model.train()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        trainer.model.zero_grad()
+
+    tokens = batch["input_ids"].numel()
+    plain = count_flops(step)
+    if callback is None:
+        return _costs(tokens, plain, plain, peak_bytes(trainer, step))
+    with _enabled(trainer, callback) as handle:
+        with handle.fixed((True,) * len(handle.branches)):
+            dropped = count_flops(step)
+        peak = max(peak_bytes(trainer, step) for _ in range(_MASKS))
+    return _costs(tokens, plain, plain - callback.report()["realised_drop_rate"] * (plain - dropped), peak)
+
+
+def count_flops(step: Callable[[], None]) -> int:
+    """FLOPs of a function, matrix products of attention included."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels hide theirs on CPU
+        step()
+    return int(counter.get_total_flops())
+
+
+def peak_bytes(trainer: Trainer, step: Callable[[], None]) -> int:
+    """The most memory in use during a step: of tensors, exactly, on CPU; as the device reports it elsewhere."""
+    device = get_device(trainer.args.device)
+    if device.name == "cpu":
+        with track_tensor_bytes(trainer.model, trainer.optimizer) as tracked:
+            step()
+        return tracked.peak_bytes
+    device.reset_peak_memory()
+    step()
+    device.synchronize()
+    return device.max_memory_allocated_bytes()
+
+
+@contextmanager
+def _enabled(trainer: Trainer, callback: DropBPCallback) -> Iterator[Handle]:
+    with enable(trainer.model, callback.drop_rate, masks=callback.masks, **callback.options) as handle:
+        handle.set_rates([branch["rate"] for branch in callback.report()["branches"]])
+        yield handle
+
+
+def _costs(tokens: int, plain: int, run: float, peak: int) -> dict[str, Any]:
+    return {"flops_per_token": run / tokens, "plain_flops_per_token": plain / tokens, "peak_bytes": peak}

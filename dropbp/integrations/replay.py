@@ -1,0 +1,91 @@
+"""The loss of a training step, computed again outside the trainer that computed it.
+
+A callback sees neither the batch nor the loss: with preference trainers the loss is not even an output of the model.
+But whatever a trainer does with a model's outputs `y`, it reaches the parameters through the gradient `g = dL/dy` only.
+So the inputs of one forward and the gradient of its outputs are caught in passing, and `sum(y * g)` of a new forward on
+the same inputs has the same gradients as the trainer's own loss. The order of the data is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dropbp.errors import StateError
+
+Closure: TypeAlias = Callable[[], torch.Tensor]
+
+
+class LossReplay:
+    """Catches the next training forwards of a model, and the gradients that their outputs get.
+
+    Forwards in evaluation mode or without gradients are let pass. Call `release` when done.
+
+    Args:
+        model: the model whose forwards are caught.
+        limit: how many are caught at most; the later ones are let pass.
+    """
+
+    def __init__(self, model: nn.Module, limit: int = 1) -> None:
+        self._model, self._limit = model, limit
+        self._caught: list[_Forward] = []
+        self._hook = model.register_forward_hook(self._note_forward, with_kwargs=True)
+
+    def closures(self) -> list[Closure]:
+        """One function for each forward caught: runs it again and returns a loss with the trainer's own gradients.
+
+        Raises:
+            StateError: no training forward with a backward through its outputs has been caught.
+        """
+        closures = [partial(forward.loss, self._model) for forward in self._caught if forward.gradients]
+        if not closures:
+            raise StateError("no training forward followed by a backward was caught, so there is no loss to replay.")
+        return list(closures)
+
+    def release(self) -> None:
+        """Let go of the batches and of the model's hook."""
+        self._hook.remove()
+        self._caught.clear()
+
+    def _note_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if len(self._caught) == self._limit or not (module.training and torch.is_grad_enabled()):
+            return None
+        self._caught.append(_Forward(args, dict(kwargs)))
+        return self._caught[-1].watch(output)
+
+
+@dataclass
+class _Forward:
+    """The inputs of one forward, and the gradient of each output that got one."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    gradients: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def loss(self, model: nn.Module) -> torch.Tensor:
+        leaves, _ = tree_flatten(model(*self.args, **self.kwargs))
+        terms = [(leaves[index] * gradient).sum().float() for index, gradient in self.gradients.items()]
+        return torch.stack(terms).sum()
+
+    def watch(self, output: Any) -> Any:
+        leaves, spec = tree_flatten(output)
+        return tree_unflatten([self._watched(index, leaf) for index, leaf in enumerate(leaves)], spec)
+
+    def _watched(self, index: int, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
+            return leaf
+        # A copy gets what comes from outside the model; the output itself may also feed another output, as the
+        # logits feed the loss, and would count that twice. A view would not do: trainers scale losses in place.
+        copy = leaf.clone()
+        copy.register_hook(partial(self._note_gradient, index))
+        return copy
+
+    def _note_gradient(self, index: int, gradient: torch.Tensor) -> None:
+        known = self.gradients.get(index)
+        self.gradients[index] = gradient.detach() if known is None else known + gradient.detach()

@@ -1,0 +1,370 @@
+"""`DropBPCallback`: DropBP in a trainer of transformers, by one line in `callbacks=[…]`.
+
+It works wherever `transformers.Trainer` calls its callbacks: in `Trainer` itself, in TRL's `SFTTrainer`, `DPOTrainer`
+and their relatives, from transformers 4.55 on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from dropbp.errors import ConfigError, MissingDependencyError, StateError
+from dropbp.integrations.by_branch import ByBranch, is_sharded
+from dropbp.integrations.files import write_text
+from dropbp.integrations.replay import LossReplay
+from dropbp.session import Handle, enable
+
+try:
+    from transformers.trainer_callback import (
+        CallbackHandler,
+        ExportableState,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+    )
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.training_args import TrainingArguments
+except ModuleNotFoundError as error:
+    raise MissingDependencyError(
+        f"DropBPCallback needs {error.name}, which is not installed; install it with: pip install 'dropbp[hf]'."
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "dropbp.json"
+RESAMPLE = ("forward", "step")
+CALIBRATION_BATCHES = 4  # of the step's micro-batches; sensitivities differ from batch to batch
+
+
+class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Enables DropBP when training begins and removes it when training ends.
+
+    The state (rates, masks' generator, counts) goes into each checkpoint, as part of `trainer_state.json` and as a
+    file `dropbp.json` of its own; a resumed run draws the masks that the uninterrupted one would have drawn.
+
+    Args:
+        drop_rate: mean share of the branches' backward FLOPs to skip, in [0, 1).
+        masks: the coupling from which masks are drawn; see `dropbp.enable`.
+        resample: `"forward"` draws a mask for each micro-batch, `"step"` one for each optimizer step.
+        calibrate_at: when rates are set from sensitivities: a share of training (a float below 1; the paper's is 0.1)
+            or an optimizer step (an int). None keeps the rates of the beginning. `"auto"` is 0.1, but None under
+            `nested` masks, whose depth profile does better without (docs/learning.md).
+        recalibrate_every: repeat that after so many optimizer steps, or after such a share of training.
+        warmup_steps: optimizer steps at the beginning in which nothing is dropped.
+        group_parameters: whether the optimizer and the clipping work branch by branch, so that a lazy device compiles
+            nothing new for a new mask; None asks the device. The result is the same.
+        log: add `dropbp_*` figures to the trainer's own log, and so to TensorBoard, W&B and the like.
+        **options: passed on to `dropbp.enable`.
+
+    After an exception inside `train()` no trainer calls its callbacks; `close()`, leaving a `with` block around the
+    callback, or the next `train()` then removes DropBP from the model.
+    """
+
+    def __init__(
+        self,
+        drop_rate: float = 0.5,
+        *,
+        masks: str = "nested",
+        resample: str = "forward",
+        calibrate_at: float | int | str | None = "auto",
+        recalibrate_every: float | int | None = None,
+        warmup_steps: int = 0,
+        group_parameters: bool | None = None,
+        log: bool = True,
+        **options: Any,
+    ) -> None:
+        _check_schedule(resample, _calibration_point(calibrate_at, masks), recalibrate_every, warmup_steps)
+        self.drop_rate = drop_rate
+        self.masks = masks
+        self.resample = resample
+        self.calibrate_at = _calibration_point(calibrate_at, masks)
+        self.recalibrate_every = recalibrate_every
+        self.warmup_steps = warmup_steps
+        self.group_parameters = group_parameters
+        self.log = log
+        self.options = options
+        self.snapshot: dict[str, Any] | None = None
+        self.calibrated_steps: list[int] = []
+        self.calibration_s = 0.0
+        self._handle: Handle | None = None
+        self._replay: LossReplay | None = None
+        self._by_branch: ByBranch | None = None
+        self._last_report: dict[str, Any] = {}
+        self._clock = _StepClock()
+
+    @property
+    def handle(self) -> Handle | None:
+        """The handle of `dropbp.enable` while training runs, else None."""
+        return self._handle
+
+    def report(self) -> dict[str, Any]:
+        """The handle's report: the present one while training runs, else that of the end of the last training."""
+        if self._handle is not None:
+            self._last_report = dict(self._handle.report())
+        return self._last_report
+
+    def close(self) -> None:
+        """Remove DropBP from the model; nothing if it is not enabled."""
+        if self._replay is not None:
+            self._replay.release()
+            self._replay = None
+        if self._by_branch is not None:
+            self._by_branch.remove()
+            self._by_branch = None
+        if self._handle is not None:
+            self.report()
+            self.snapshot = self._snapshot()
+            self._handle.remove()
+            self._handle = None
+
+    def __enter__(self) -> DropBPCallback:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer writes into `trainer_state.json`."""
+        return {"args": self._arguments(), "attributes": {"snapshot": self._snapshot()}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Enable DropBP on the model, in the state of the checkpoint if there is one."""
+        self.close()  # what an earlier training left that did not end
+        _put_first(self)
+        self._enable(_unwrapped(kwargs["model"]), args.gradient_accumulation_steps)
+        self._restore(_saved_snapshot(state) if state.global_step else None)
+        self._cut_by_branch()
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self._clock = _StepClock()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw a mask for the step if asked to, and get ready to calibrate in it if it is time."""
+        if self._handle is None:
+            return
+        if self.resample == "step":
+            self._handle.resample()
+        if self._calibration_due(state.global_step + 1, state.max_steps):
+            self._replay = LossReplay(_unwrapped(kwargs["model"]), CALIBRATION_BATCHES)
+        self._clock.begin()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Calibrate, if the step was chosen for it: the gradients are free now."""
+        self._clock.end()
+        if self._replay is not None:
+            self._calibrate(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add this library's figures to the trainer's."""
+        if self._handle is None or not self.log or not logs or not ({"loss", "train_runtime"} & logs.keys()):
+            return
+        figures = self._figures()
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)  # the trainer has stored a copy before asking its callbacks
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put a file of its own into the checkpoint, for other readers."""
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if self._handle is not None and state.is_world_process_zero and folder.is_dir():
+            write_text(folder / STATE_FILE, json.dumps(self.state(), indent=1) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove DropBP from the model."""
+        self.close()
+
+    def _enable(self, model: nn.Module, forwards_per_step: int) -> None:
+        options = {"resample": self.resample, "warmup": self.warmup_steps * forwards_per_step, **self.options}
+        self._handle = enable(model, self.drop_rate, masks=self.masks, **options)
+
+    def _cut_by_branch(self) -> None:
+        if self._handle is None or not self._wants_groups(self._handle):
+            return
+        trainer = _calling_trainer(_calling_handler(self))
+        if trainer is None or is_sharded(trainer):
+            logger.warning("optimizer and clipping are not cut by branch: a lazy device compiles anew for new masks")
+            return
+        self._by_branch = ByBranch(self._handle, trainer)
+
+    def _wants_groups(self, handle: Handle) -> bool:
+        if self.group_parameters is not None:
+            return self.group_parameters
+        return handle.device.defaults().group_parameters and not handle.fills_gradients
+
+    def _restore(self, snapshot: dict[str, Any] | None) -> None:
+        self.calibrated_steps, self.calibration_s = [], 0.0
+        if snapshot is None or self._handle is None:
+            return
+        self._handle.load_state_dict(snapshot["handle"])
+        self.calibrated_steps = list(snapshot["calibrated_steps"])
+        self.calibration_s = float(snapshot["calibration_s"])
+
+    def _snapshot(self) -> dict[str, Any] | None:
+        if self._handle is None:
+            return self.snapshot
+        return {
+            "handle": self._handle.state_dict(),
+            "calibrated_steps": self.calibrated_steps,
+            "calibration_s": self.calibration_s,
+        }
+
+    def _arguments(self) -> dict[str, Any]:
+        names = ("drop_rate", "masks", "resample", "calibrate_at", "recalibrate_every", "warmup_steps", "log")
+        return {name: getattr(self, name) for name in names} | {k: v for k, v in self.options.items() if _is_json(v)}
+
+    def _calibration_due(self, step: int, max_steps: int) -> bool:
+        if self.calibrate_at is None or self.drop_rate == 0:
+            return False
+        if self.calibrated_steps:
+            again = self.recalibrate_every
+            return again is not None and step >= self.calibrated_steps[-1] + _as_steps(again, max_steps)
+        return step >= max(_as_steps(self.calibrate_at, max_steps), self.warmup_steps + 1)
+
+    def _calibrate(self, step: int) -> None:
+        replay, self._replay = self._replay, None
+        if replay is None or self._handle is None:
+            return
+        begin_s = time.perf_counter()
+        try:
+            self._handle.calibrate(replay.closures())
+        except StateError as error:  # a loss that is not finite, say: no reason to end the training
+            logger.warning("no calibration at step %d, rates stay as they are: %s", step, error)
+        replay.release()
+        self.calibrated_steps.append(step)
+        self.calibration_s += time.perf_counter() - begin_s
+
+    def _figures(self) -> dict[str, float]:
+        report = self.report()
+        return {
+            "dropbp_realised_drop_rate": report["realised_drop_rate"],
+            "dropbp_backward_saved_share": report["realised_drop_rate"] * report["branch_flops_share"],
+            "dropbp_step_s": self._clock.mean_s(),
+            "dropbp_calibration_s": self.calibration_s,
+        }
+
+
+class _StepClock:
+    """Mean time of the steps since it was last asked."""
+
+    def __init__(self) -> None:
+        self._begin_s: float | None = None
+        self._total_s = 0.0
+        self._steps = 0
+        self._mean_s = 0.0
+
+    def begin(self) -> None:
+        self._begin_s = time.perf_counter()
+
+    def end(self) -> None:
+        if self._begin_s is not None:
+            self._total_s += time.perf_counter() - self._begin_s
+            self._steps += 1
+
+    def mean_s(self) -> float:
+        if self._steps:
+            self._mean_s = self._total_s / self._steps
+        self._total_s, self._steps = 0.0, 0
+        return self._mean_s
+
+
+def _check_schedule(
+    resample: str, calibrate_at: float | int | None, recalibrate_every: float | int | None, warmup_steps: int
+) -> None:
+    if resample not in RESAMPLE:
+        raise ConfigError(f"resample={resample!r} is not known; allowed are {' and '.join(map(repr, RESAMPLE))}.")
+    for name, value in (("calibrate_at", calibrate_at), ("recalibrate_every", recalibrate_every)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value!r} must be above 0: a share of training below 1, or a step; None is off.")
+    if warmup_steps < 0:
+        raise ConfigError(f"warmup_steps={warmup_steps} must be 0 or more.")
+
+
+def _calibration_point(calibrate_at: float | int | str | None, masks: str) -> float | int | None:
+    if not isinstance(calibrate_at, str):
+        return calibrate_at
+    if calibrate_at != "auto":
+        raise ConfigError(f"calibrate_at={calibrate_at!r} must be 'auto', a share of training, a step, or None.")
+    return None if masks == "nested" else 0.1
+
+
+def _as_steps(amount: float | int, max_steps: int) -> int:
+    return max(1, round(amount * max_steps)) if amount < 1 else int(amount)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    from accelerate.utils import extract_model_from_parallel
+
+    unwrapped: nn.Module = extract_model_from_parallel(model)
+    return unwrapped
+
+
+def _saved_snapshot(state: TrainerState) -> dict[str, Any] | None:
+    saved = state.stateful_callbacks.get(DropBPCallback.__name__)
+    newest = saved[-1] if isinstance(saved, list) else saved
+    return None if newest is None else newest["attributes"]["snapshot"]
+
+
+def _put_first(callback: DropBPCallback) -> None:
+    """Move the callback before the reporters, which would otherwise have logged before it adds its figures.
+
+    A trainer runs the callbacks of `callbacks=[…]` last and offers no other order. Its list is found on the call
+    stack, because an event hands over neither the trainer nor the list. Moving an entry to the front while the list
+    is being run skips and repeats nothing: the entries before it shift to the places that have been run already.
+    """
+    handler = _calling_handler(callback)
+    if handler is None:
+        logger.debug("called by something else than a trainer: the reporters will not see the figures of DropBP")
+        return
+    others = [other for other in handler.callbacks if other is not callback]
+    handler.callbacks[:] = [callback, *others]
+
+
+def _calling_handler(callback: DropBPCallback) -> CallbackHandler | None:
+    frame = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler) and any(other is callback for other in caller.callbacks):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _calling_trainer(handler: CallbackHandler | None) -> Any:
+    """The trainer whose list of callbacks is being run: found like the list."""
+    frame: FrameType | None = sys._getframe() if handler is not None else None
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if getattr(caller, "callback_handler", None) is handler and hasattr(caller, "accelerator"):
+            return caller
+        frame = frame.f_back
+    return None

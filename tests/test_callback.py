@@ -1,0 +1,299 @@
+"""`DropBPCallback` in the Trainer of transformers and in TRL's."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerState
+
+from dropbp.errors import ConfigError, StateError
+from dropbp.integrations.examples import collate
+from dropbp.integrations.replay import LossReplay
+from dropbp.integrations.transformers import STATE_FILE, DropBPCallback
+from tests.tiny import make_model, make_tokenizer, random_examples, save_model
+
+
+class Watcher(TrainerCallback):
+    """Notes the mask of every training forward and the logs, as a reporter would see them."""
+
+    def __init__(self, callback: DropBPCallback, stop_at: int | None = None, fail_at: int | None = None) -> None:
+        self.callback, self.stop_at, self.fail_at = callback, stop_at, fail_at
+        self.masks: list[tuple[bool, ...] | None] = []
+        self.logs: list[dict[str, float]] = []
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        self.masks.append(self.callback.handle.mask)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.masks.append(self.callback.handle.mask)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.global_step == self.fail_at:
+            raise RuntimeError("the machine is on fire")
+        control.should_training_stop = control.should_training_stop or state.global_step == self.stop_at
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def make_trainer(folder: Path, callbacks: list[TrainerCallback], **options: Any) -> Trainer:
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_steps": 10,
+        "logging_steps": 2,
+        "save_steps": 4,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        **options,
+    }
+    return Trainer(
+        model=make_model(),
+        args=TrainingArguments(output_dir=str(folder), **arguments),
+        train_dataset=random_examples(),
+        eval_dataset=random_examples(8, seed=1),
+        data_collator=partial(collate, padding_id=0),
+        callbacks=callbacks,
+    )
+
+
+def trained(
+    folder: Path,
+    callback: DropBPCallback,
+    resume: str | None = None,
+    watch: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Trainer, Watcher]:
+    watcher = Watcher(callback, **(watch or {}))
+    trainer = make_trainer(folder, [watcher, callback], **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, watcher
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_each_micro_batch_gets_a_mask_of_its_own(tmp_path: Path) -> None:
+    _, watcher = trained(tmp_path, DropBPCallback(calibrate_at=None), gradient_accumulation_steps=2, max_steps=6)
+    assert len(watcher.masks) == 12
+    assert any(a != b for a, b in zip(watcher.masks[::2], watcher.masks[1::2], strict=True))
+
+
+def test_resampling_per_step_keeps_one_mask_for_the_micro_batches_of_a_step(tmp_path: Path) -> None:
+    callback = DropBPCallback(calibrate_at=None, resample="step")
+    _, watcher = trained(tmp_path, callback, gradient_accumulation_steps=2, max_steps=6)
+    assert watcher.masks[::2] == watcher.masks[1::2]
+    assert len(set(watcher.masks)) > 1
+
+
+def test_training_end_leaves_no_trace_on_the_model(tmp_path: Path) -> None:
+    trainer, _ = trained(tmp_path / "a", DropBPCallback(calibrate_at=None), max_steps=2)
+    bare = make_trainer(tmp_path / "b", [], max_steps=2)
+    bare.train()
+    for ours, theirs in zip(trainer.model.modules(), bare.model.modules(), strict=True):
+        assert set(ours.__dict__) == set(theirs.__dict__)
+        assert not ours._forward_hooks
+
+
+def test_the_trainers_log_carries_the_figures_where_reporters_see_them(tmp_path: Path) -> None:
+    trainer, watcher = trained(tmp_path, DropBPCallback(calibrate_at=None))
+    names = {"dropbp_realised_drop_rate", "dropbp_backward_saved_share", "dropbp_step_s", "dropbp_calibration_s"}
+    seen = [logs for logs in watcher.logs if "loss" in logs]
+    stored = [logs for logs in trainer.state.log_history if "loss" in logs]
+    assert len(seen) == len(stored) == 5
+    assert all(names <= logs.keys() for logs in seen + stored)
+    assert seen[-1]["dropbp_realised_drop_rate"] == pytest.approx(0.5, abs=0.06)
+
+
+def test_logging_can_be_switched_off(tmp_path: Path) -> None:
+    _, watcher = trained(tmp_path, DropBPCallback(calibrate_at=None, log=False), max_steps=2)
+    assert not any(name.startswith("dropbp") for logs in watcher.logs for name in logs)
+
+
+@pytest.mark.parametrize("masks", ["exact", "independent"])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path: Path, masks: str) -> None:
+    whole, watched = trained(tmp_path / "whole", DropBPCallback(masks=masks), gradient_accumulation_steps=2)
+    _, before = trained(
+        tmp_path / "cut", DropBPCallback(masks=masks), watch={"stop_at": 5}, gradient_accumulation_steps=2
+    )
+    checkpoint = str(tmp_path / "cut" / "checkpoint-4")
+    second, after = trained(tmp_path / "cut", DropBPCallback(masks=masks), checkpoint, gradient_accumulation_steps=2)
+    assert watched.masks == before.masks[:8] + after.masks
+    assert losses(whole) == losses(second)
+    for ours, theirs in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_calibration_happens_once_at_the_share_asked_for_also_over_a_resume(tmp_path: Path) -> None:
+    callback = DropBPCallback(masks="exact", calibrate_at=0.2)
+    trained(tmp_path, callback, watch={"stop_at": 5})
+    assert callback.calibrated_steps == [2]
+    resumed = DropBPCallback(masks="exact", calibrate_at=0.2)
+    trained(tmp_path, resumed, str(tmp_path / "checkpoint-4"))
+    assert resumed.calibrated_steps == [2]
+    rates = [branch["rate"] for branch in resumed.report()["branches"]]
+    assert len(set(rates)) > 1
+    assert rates == [branch["rate"] for branch in callback.report()["branches"]]
+
+
+def test_calibration_can_be_repeated(tmp_path: Path) -> None:
+    callback = DropBPCallback(calibrate_at=2, recalibrate_every=0.3)
+    trainer, _ = trained(tmp_path, callback)
+    assert callback.calibrated_steps == [2, 5, 8]
+    assert trainer.state.log_history[-1]["dropbp_calibration_s"] > 0
+
+
+def test_calibration_leaves_data_order_and_random_state_alone(tmp_path: Path) -> None:
+    plain, _ = trained(tmp_path / "a", DropBPCallback(0.0, calibrate_at=None), max_steps=4)
+    calibrated, _ = trained(tmp_path / "b", DropBPCallback(1e-9, calibrate_at=1, recalibrate_every=1), max_steps=4)
+    assert losses(plain) == losses(calibrated)
+
+
+def test_warm_up_steps_drop_nothing(tmp_path: Path) -> None:
+    callback = DropBPCallback(calibrate_at=None, warmup_steps=3)
+    _, watcher = trained(tmp_path, callback, gradient_accumulation_steps=2, max_steps=6)
+    assert not any(any(mask) for mask in watcher.masks[:6])
+    assert all(any(mask) for mask in watcher.masks[6:])
+
+
+def test_each_checkpoint_holds_the_state_twice(tmp_path: Path) -> None:
+    trained(tmp_path, DropBPCallback(0.25, calibrate_at=None), max_steps=4)
+    own = json.loads((tmp_path / "checkpoint-4" / STATE_FILE).read_text())
+    trainers = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert own == trainers["stateful_callbacks"]["DropBPCallback"]
+    assert own["args"]["drop_rate"] == 0.25
+    assert own["attributes"]["snapshot"]["handle"]["forwards"] == 4
+
+
+def test_a_plain_run_can_be_resumed_with_dropbp(tmp_path: Path) -> None:
+    make_trainer(tmp_path, [], max_steps=4).train()
+    callback = DropBPCallback(calibrate_at=None)
+    trained(tmp_path, callback, str(tmp_path / "checkpoint-4"), max_steps=8)
+    assert callback.report()["forwards"] == 4
+    assert (tmp_path / "checkpoint-8" / STATE_FILE).is_file()
+
+
+def test_the_trainer_can_restore_the_callback_itself(tmp_path: Path) -> None:
+    trained(tmp_path, DropBPCallback(0.25, calibrate_at=None), max_steps=4)
+    trainer = make_trainer(
+        tmp_path, [DropBPCallback(calibrate_at=None)], max_steps=6, restore_callback_states_from_checkpoint=True
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    restored = next(other for other in trainer.callback_handler.callbacks if isinstance(other, DropBPCallback))
+    assert restored.drop_rate == 0.25
+    assert restored.report()["forwards"] == 6
+
+
+def test_a_with_block_removes_dropbp_after_an_exception(tmp_path: Path) -> None:
+    callback = DropBPCallback(calibrate_at=None)
+    trainer = make_trainer(tmp_path, [callback, Watcher(callback, fail_at=2)])
+    with pytest.raises(RuntimeError, match="on fire"), callback:
+        trainer.train()
+    assert callback.handle is None
+    assert not any("forward" in module.__dict__ for module in trainer.model.modules())
+
+
+def test_training_again_after_an_exception_starts_anew(tmp_path: Path) -> None:
+    callback = DropBPCallback(calibrate_at=None)
+    watcher = Watcher(callback, fail_at=2)
+    trainer = make_trainer(tmp_path, [callback, watcher], max_steps=4)
+    with pytest.raises(RuntimeError):
+        trainer.train()
+    watcher.fail_at = None
+    trainer.train()
+    assert callback.report()["forwards"] == 4
+
+
+def test_evaluation_inside_training_is_not_touched(tmp_path: Path) -> None:
+    callback = DropBPCallback(0.0, calibrate_at=None)
+    plain, _ = trained(tmp_path / "a", callback, eval_strategy="steps", eval_steps=2, max_steps=2)
+    bare = make_trainer(tmp_path / "b", [], eval_strategy="steps", eval_steps=2, max_steps=2)
+    bare.train()
+    assert plain.state.log_history[-2]["eval_loss"] == bare.state.log_history[-2]["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resample": "epoch"}, "resample='epoch' is not known; allowed are 'forward' and 'step'"),
+        ({"calibrate_at": 0}, "calibrate_at=0 must be above 0"),
+        ({"recalibrate_every": -2}, "recalibrate_every=-2 must be above 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be 0 or more"),
+    ],
+)
+def test_a_bad_schedule_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DropBPCallback(**options)
+    assert message in str(caught.value)
+
+
+def test_a_replayed_loss_has_the_gradients_of_a_loss_computed_outside_the_model() -> None:
+    model = make_model().train()
+    ids = torch.randint(1, 300, (2, 8))
+    replay = LossReplay(model)
+    output = model(input_ids=ids, labels=ids)
+    loss = output.loss
+    loss *= 3  # trainers scale in place
+    (loss + output.logits.div_(2).logsumexp(-1).mean()).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    (closure,) = replay.closures()
+    closure().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    replay.release()
+    assert not model._forward_hooks
+
+
+def test_a_replay_lets_evaluation_pass_and_says_when_there_is_nothing() -> None:
+    model = make_model().train()
+    replay = LossReplay(model)
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    with pytest.raises(StateError, match="no training forward"):
+        replay.closures()
+
+
+def test_sft_trainer_takes_the_callback(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    callback = DropBPCallback(calibrate_at=2)
+    trainer = SFTTrainer(
+        model=make_model(),
+        args=SFTConfig(str(tmp_path), max_steps=4, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True),
+        train_dataset=Dataset.from_list([{"text": f"Add {n} and 1 and say the sum."} for n in range(16)]),
+        processing_class=make_tokenizer(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.calibrated_steps == [2]
+    assert callback.report()["realised_drop_rate"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_dpo_trainer_takes_the_callback(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    callback = DropBPCallback(calibrate_at=2)
+    rows = [{"prompt": f"Add {n} and 1.", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(16)]
+    trainer = DPOTrainer(
+        model=str(save_model(tmp_path / "model")),
+        args=DPOConfig(str(tmp_path), max_steps=4, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.calibrated_steps == [2]
+    assert callback.report()["forwards"] >= 4

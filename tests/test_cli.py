@@ -1,0 +1,154 @@
+"""The command `dropbp`: dispatch, errors, `inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import dropbp
+from dropbp import cli
+from dropbp.errors import ConfigError
+from tests.tiny import save_model
+
+HEAVY = ("torch", "transformers", "peft", "matplotlib")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["inspect", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys\nfrom dropbp.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit as end: assert not end.code\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\nassert not loaded, loaded"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_check_of_imports_can_fail() -> None:
+    done = run_python("import sys, matplotlib\nassert 'matplotlib' not in sys.modules")
+    assert done.returncode == 1
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"dropbp {dropbp.__version__}\n"
+
+
+def test_without_a_command_there_is_help_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "finetune" in capsys.readouterr().out
+    assert cli.main(["--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["commands"]) == set(cli.COMMANDS)
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fly"])
+    assert end.value.code == 2
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
+    monkeypatch.setattr(cli, "_load", lambda wanted: SimpleNamespace(**functions) if wanted == name else None)
+
+
+def test_a_command_is_a_module_with_arguments_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--number", type=int)
+
+    install(monkeypatch, "inspect", add_arguments=add_arguments, run=lambda args: args.number)
+    assert cli.main(["inspect", "--number", "7"]) == 7
+
+
+def test_the_harness_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    install(monkeypatch, "bench", main=seen.append)
+    assert cli.main(["bench", "speed", "--json"]) == 0
+    assert seen == [["speed", "--json"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("drop_rate=2\nmust be below 1"), 2, "dropbp: drop_rate=2 must be below 1"),
+        (KeyboardInterrupt(), 130, "dropbp: interrupted"),
+        (KeyboardInterrupt("interrupted; c-3 is kept"), 130, "dropbp: interrupted; c-3 is kept"),
+    ],
+)
+def test_expected_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    install(monkeypatch, "inspect", add_arguments=lambda parser: None, run=run)
+    assert cli.main(["inspect"]) == status
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'peft'", name="peft.tuners")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert cli.main(["inspect"]) == 2
+    assert (
+        "peft.tuners is needed and not installed; install it with: pip install 'dropbp[hf]'" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("source", ["", "config.json"])
+def test_inspect_shows_each_branch_below_its_modules(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    assert cli.main(["inspect", str(model_folder / source), "--sequence-length", "32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("LlamaForCausalLM")
+    assert "6 branches" in lines[0]
+    names = [line.split("  ")[0].strip() or line.strip().split("  ")[0] for line in lines[3:]]
+    assert names.count("self_attn") == names.count("mlp") == 3
+
+
+def test_inspect_counts_flops_for_the_shape_asked_for(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for length in ("16", "32"):
+        assert cli.main(["inspect", str(model_folder), "--sequence-length", length, "--batch-size", "2", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    short, long = ([branch["flops"] for branch in result["branches"]] for result in found)
+    assert all(2 * a <= b for a, b in zip(short, long, strict=True))
+    assert sum(branch["parameters"] for branch in found[0]["branches"]) < found[0]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./missing"], "./missing does not exist"),
+        (["nobody/nothing"], "nobody/nothing cannot be loaded"),
+        (["MODEL", "--batch-size", "0"], "--batch-size 0 must be 1 or more"),
+    ],
+)
+def test_inspect_refuses_what_it_cannot_read(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1]

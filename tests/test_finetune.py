@@ -1,0 +1,406 @@
+"""`dropbp finetune`: data, training, saving, resuming, reporting."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dropbp.cli import main
+from dropbp.errors import ConfigError
+from dropbp.integrations import causal_lm, corpus, demo, embedded, report, training
+from dropbp.integrations.examples import IGNORED, Encoder, Example, collate, encode_rows, pack
+from dropbp.integrations.rows import read_rows
+from tests.tiny import CHAT_TEMPLATE, make_tokenizer, save_model, sums, write_jsonl
+
+SMALL = ["--batch-size", "2", "--gradient-accumulation", "2", "--max-length", "128", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "sums.jsonl", sums(24))
+
+
+def finetune(model: Path, data: Path, output: Path, *options: str) -> int:
+    return main(["finetune", "--model", str(model), "--dataset", str(data), "--output", str(output), *SMALL, *options])
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
+
+
+def learned(example: Example) -> str:
+    """The part of an example that has a loss, as text."""
+    ids = [label for label in example["labels"] if label != IGNORED]
+    text: str = make_tokenizer().decode(ids)
+    return text
+
+
+# -- rows
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_rows_are_the_same_from_every_format(tmp_path: Path, suffix: str) -> None:
+    rows = sums(3)
+    path = tmp_path / f"rows{suffix}"
+    write_as(rows, path)
+    assert read_rows(str(path)) == rows
+
+
+def write_as(rows: list[dict[str, str]], path: Path) -> None:
+    import pandas
+
+    frame = pandas.DataFrame(rows)
+    if path.suffix == ".jsonl":
+        write_jsonl(path, rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", "[1, 2]\n", "line 1 holds a list; needed is an object"),
+        ("a.json", '{"text": "a"}', "holds a dict; needed is a list of objects"),
+        ("a.xml", "<a/>", "ends in '.xml'; known are .csv, .json, .jsonl, .parquet, .txt"),
+        ("a.jsonl", "", "holds no rows"),
+        ("a.txt", " \n", "holds no rows"),
+        ("a.parquet", "no", "is not a Parquet file"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_rows(str(path))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+# -- examples
+
+
+def encoded(rows: list[dict[str, Any]], *, chat: bool = False, max_length: int = 256) -> list[Example]:
+    tokenizer = make_tokenizer()
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return encode_rows(rows, Encoder(tokenizer, max_length), iter).examples
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Add 1 and 2.", "input": "", "output": "3"},
+        {"instruction": "Add them.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Add 1 and 2.", "context": "", "response": "3"},
+        {"prompt": "Add 1 and 2: ", "completion": "3"},
+    ],
+)
+def test_the_loss_is_on_the_response_and_its_end_only(row: dict[str, str]) -> None:
+    (example,) = encoded([row])
+    assert learned(example) == "3</s>"
+    assert len(example["input_ids"]) == len(example["labels"])
+
+
+def test_an_input_is_part_of_the_prompt() -> None:
+    (example,) = encoded([{"instruction": "Add them.", "input": "1 and 2", "output": "3"}])
+    text = make_tokenizer().decode(example["input_ids"])
+    assert "### Instruction:\nAdd them.\n\n### Input:\n1 and 2\n\n### Response:\n3" in text
+
+
+def test_in_a_conversation_every_answer_is_learned_and_nothing_else() -> None:
+    messages = [
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "4"},
+    ]
+    (example,) = encoded([{"messages": messages}], chat=True)
+    assert learned(example) == "2</s>4</s>"
+
+
+def test_plain_text_is_packed_into_full_examples() -> None:
+    examples = encoded([{"text": "Add the numbers. " * 20}, {"text": "Say the sum. " * 20}], max_length=16)
+    assert {len(example["input_ids"]) for example in examples} == {16}
+    assert examples[0]["labels"] == examples[0]["input_ids"]
+
+
+def test_rows_whose_response_does_not_fit_are_counted() -> None:
+    rows = [{"prompt": "Add " * 40, "completion": "1"}, {"prompt": "1", "completion": "2"}]
+    result = encode_rows(rows, Encoder(make_tokenizer(), 8), iter)
+    assert (len(result.examples), result.rows_without_loss) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "a", "answer": "b"}], "the data set has the columns answer, question; known are messages"),
+        ([{"messages": []}], "the tokenizer has no chat template"),
+        (
+            [{"prompt": "a " * 50, "completion": "b"}],
+            "none of the 1 rows leaves a token to learn within --max-length 8",
+        ),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": "a"}],
+            "row 2 of the data set does not fit the kind 'completion'",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        encoded(rows, max_length=8)
+    assert message in str(caught.value)
+
+
+def test_a_batch_is_padded_without_loss_or_attention() -> None:
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}], 0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+
+
+def test_packing_keeps_a_short_text_and_drops_a_remainder() -> None:
+    assert [len(example["input_ids"]) for example in pack(list(range(10)), 4)] == [4, 4]
+    assert [len(example["input_ids"]) for example in pack(list(range(3)), 4)] == [3]
+
+
+# -- a real model
+
+
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_a_fine_tuned_model_can_be_loaded_with_its_tokenizer(
+    model_folder: Path, data: Path, tmp_path: Path, peft: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(model_folder, data, tmp_path, "--peft", peft, "--max-steps", "4") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert model.generate(**tokenizer("Add", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
+    (run,) = result_of(tmp_path)["runs"]
+    assert len(run["step_s"]) == len(run["tokens"]) == 4
+    assert run["dropbp"]["realised_drop_rate"] == pytest.approx(0.5, abs=0.1)
+    assert run["evaluations"][-1]["step"] == 4
+    assert (tmp_path / "dropbp.json").is_file()
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "result.json") in capsys.readouterr().out
+
+
+def test_a_resumed_command_ends_where_the_uninterrupted_one_does(
+    model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    common = ["--save-steps", "3", "--eval-steps", "2", "--learning-rate", "1e-3"]
+    assert finetune(model_folder, data, tmp_path / "whole", *common, "--max-steps", "6") == 0
+    interrupt_at(model_folder, data, tmp_path / "cut", common, step=5)
+    assert finetune(model_folder, data, tmp_path / "cut", *common, "--max-steps", "6", "--resume") == 0
+    whole, cut = (result_of(tmp_path / name)["runs"][0] for name in ("whole", "cut"))
+    for key in ("train_losses", "tokens", "calibrated_steps"):
+        assert whole[key] == cut[key]
+    assert [point["loss"] for point in whole["evaluations"]] == [point["loss"] for point in cut["evaluations"]]
+    assert whole["dropbp"]["branches"] == cut["dropbp"]["branches"]
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert adapters[0] == adapters[1]
+
+
+def interrupt_at(model: Path, data: Path, output: Path, common: list[str], step: int) -> None:
+    original = training.StepRecorder.on_step_end
+
+    def interrupting(self: training.StepRecorder, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        original(self, args, state, *rest, **kwargs)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.StepRecorder, "on_step_end", interrupting)
+        assert finetune(model, data, output, *common, "--max-steps", "6") == 130
+
+
+def test_ctrl_c_says_which_checkpoint_is_kept(
+    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt_at(model_folder, data, tmp_path, ["--save-steps", "2"], step=3)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"dropbp: interrupted; {tmp_path / 'checkpoint-2'} is kept: add --resume to go on"
+
+
+def test_a_plain_run_reports_no_dropping(
+    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(model_folder, data, tmp_path, "--plain", "--max-steps", "2", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == result_of(tmp_path)
+    (run,) = printed["runs"]
+    assert run["dropbp"] is None
+    assert run["flops_per_token"] == run["plain_flops_per_token"] > 0
+    assert not (tmp_path / "dropbp.json").exists()
+
+
+def test_checkpointing_and_bf16_train(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    assert finetune(model_folder, data, tmp_path, "--gradient-checkpointing", "--bf16", "--max-steps", "2") == 0
+    assert result_of(tmp_path)["runs"][0]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--drop-rate", "1"], "--drop-rate 1.0 must be in [0, 1)"),
+        (["--drop-rate", "nan"], "--drop-rate nan must be in [0, 1)"),
+        (["--masks", "odd"], "masks"),
+        (["--device", "abacus"], "abacus"),
+        (["--max-steps", "0"], "--max-steps 0 must be above 0"),
+        (["--eval-fraction", "1"], "--eval-fraction 1.0 must be in [0, 1)"),
+        (["--resume"], "holds no checkpoint"),
+        (["--dataset", "missing.jsonl"], "--dataset missing.jsonl is not a file"),
+        (["--model", "./missing"], "./missing does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert finetune(model_folder, data, tmp_path, *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert error[-1].startswith("dropbp: ")
+    assert not any("Traceback" in line for line in error)
+
+
+def test_an_output_with_checkpoints_is_not_overwritten(
+    model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    assert finetune(model_folder, data, tmp_path) == 2
+    assert "give --resume, or another --output" in capsys.readouterr().err
+
+
+def test_splitting_keeps_every_example_once() -> None:
+    examples = [{"input_ids": [n], "labels": [n]} for n in range(10)]
+    train, held_out = causal_lm.split(examples, 0.2, seed=1)
+    assert len(held_out) == 2
+    assert sorted(e["input_ids"][0] for e in train + held_out) == list(range(10))
+    assert causal_lm.split(examples, 0.2, seed=1) == (train, held_out)
+    with pytest.raises(ConfigError, match="cannot be split for evaluation"):
+        causal_lm.split(examples[:1], 0.2, seed=1)
+
+
+# -- the embedded example
+
+
+def test_the_embedded_example_compares_two_runs_and_trains_its_base_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = embedded.Base(layers=2, width=32, heads=2, sequence_length=32, batch_size=2, steps=3, corpus_bytes=9000)
+    monkeypatch.setattr(demo, "Recipe", lambda: embedded.Recipe(base, corpus_bytes=9000, batch_size=2, steps=4))
+    assert main(["finetune", "--output", str(tmp_path / "a")]) == 0
+    text = capsys.readouterr()
+    assert "base (once)" in text.err
+    assert "validation loss" in text.out
+    assert main(["finetune", "--output", str(tmp_path / "b")]) == 0
+    assert "base (once)" not in capsys.readouterr().err
+    plain, dropped = result_of(tmp_path / "a")["runs"]
+    assert plain["evaluations"][0]["loss"] == dropped["evaluations"][0]["loss"]
+    assert plain["tokens"] == dropped["tokens"]
+    assert dropped["flops_per_token"] < plain["flops_per_token"] == dropped["plain_flops_per_token"]
+    assert dropped["peak_bytes"] < plain["peak_bytes"]
+
+
+def test_the_byte_tokenizer_gives_back_every_text() -> None:
+    tokenizer = embedded.byte_tokenizer()
+    text = "def f(x):\n\treturn 'héllo €' # \u2028"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 256
+
+
+def test_another_base_gets_another_place_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    base = embedded.Base()
+    assert embedded.base_folder(base, "x").parent == tmp_path / "dropbp"
+    assert embedded.base_folder(base, "x") == embedded.base_folder(embedded.Base(), "x")
+    assert len({embedded.base_folder(b, d) for b in (base, replace(base, seed=1)) for d in "xy"}) == 4
+
+
+def test_a_new_model_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    embedded.new_model(embedded.Base(layers=1, width=32, heads=2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_corpora_are_long_enough_and_of_different_kinds() -> None:
+    code, prose = corpus.source_code(50_000), corpus.english_prose(50_000)
+    assert len(code.encode()) == len(prose.encode()) == 50_000
+    assert code.count("def ") > 5 * prose.count("def ")
+    assert corpus.digest(code) != corpus.digest(prose)
+
+
+# -- the report
+
+
+def make_run(name: str, drop_rate: float, step_s: float, final_loss: float) -> dict[str, Any]:
+    flops = 100.0 * (1 - drop_rate / 2)
+    return {
+        "name": name,
+        "drop_rate": drop_rate,
+        "steps": 4,
+        "step_s": [9.0, 9.0, step_s, step_s],
+        "tokens": [10] * 4,
+        "calibrated_steps": [],
+        "flops_per_token": flops,
+        "plain_flops_per_token": 100.0,
+        "peak_bytes": 2**20,
+        "dropbp": {"realised_drop_rate": drop_rate} if drop_rate else None,
+        "evaluations": [
+            {"step": 0, "train_s": 0.0, "tokens": 0, "loss": 3.0},
+            {"step": 4, "train_s": 4 * step_s, "tokens": 40, "loss": final_loss},
+        ],
+    }
+
+
+def test_the_verdict_says_so_when_plain_training_is_better() -> None:
+    result = {"runs": [make_run("plain", 0.0, 2.0, 1.0), make_run("dropbp", 0.5, 1.0, 2.5)]}
+    cost, same_steps, same_time, same_flops = report.verdict(result)
+    assert cost == "dropbp takes 50% of plain's step time, 75% of its FLOPs, 100% of its peak memory."
+    assert same_steps.endswith(
+        "after the same 4 steps: plain 1.0000, DropBP 2.5000; plain training is lower by 1.5000."
+    )
+    assert "plain 2.0000, DropBP 2.5000; plain training is lower by 0.5000" in same_time
+    assert "plain 1.5000, DropBP 2.5000" in same_flops
+
+
+def test_the_verdict_distrusts_times_of_a_busy_machine() -> None:
+    busy = make_run("plain", 0.0, 2.0, 1.0) | {"step_s": [2.0, 2.0, 2.0, 4.0, 2.0, 4.0]}
+    result = {"runs": [busy, make_run("dropbp", 0.5, 1.0, 1.5)]}
+    assert "Equal steps differ by a factor of 2.0 in time" in report.verdict(result)[1]
+
+
+def test_the_verdict_says_so_when_dropbp_is_better() -> None:
+    result = {"runs": [make_run("plain", 0.0, 2.0, 1.0), make_run("dropbp", 0.5, 1.0, 1.5)]}
+    assert "DropBP is lower by 0.5000" in report.verdict(result)[2]
+
+
+def test_one_run_has_a_table_and_no_verdict() -> None:
+    result = {"runs": [make_run("plain", 0.0, 2.0, 1.0)]}
+    assert report.verdict(result) == []
+    header, _, row = report.table(result).splitlines()
+    assert len(header) == len(row)
+    assert "2.000 s" in row
