@@ -1,0 +1,139 @@
+"""Figures derived from a throughput record: nothing that is shown comes from anywhere else."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .limits import Parts, limit_s, median_spread, share_of_possible_saving
+from .records import Record
+from .throughput import SPLIT, UNRECORDED
+
+CLOCKS = {"wall": "_s", "cpu": "_cpu_s"}
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One variant of a run. A step is forward and backward; the optimizer is apart. Shares and ratios to plain.
+
+    Medians over the rounds; under nested masks, whose steps differ in depth by design, the mean.
+    """
+
+    name: str
+    how: str
+    drop_rate: float
+    dropped_share: float
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    step_s: float
+    step_spread_s: tuple[float, float]
+    ratio: float
+    limit_ratio: float
+    share: float | None
+    tokens_per_s: float
+    samples_per_s: float
+    peak_gib: float | None
+    activations_ratio: float | None
+
+
+def clocks_of(record: Record) -> tuple[str, ...]:
+    """On CPU the process's own time stands beside the wall's: other users of the machine do not add to it."""
+    return ("wall", "cpu") if record["device"]["name"] == "cpu" else ("wall",)
+
+
+def figures(record: Record, clock: str = "wall") -> list[Figures]:
+    """Every variant of a throughput run, in the order they were listed, with medians over the rounds."""
+    parts = parts_of(record, clock)
+    return [_figures(record, name, variant, parts, CLOCKS[clock]) for name, variant in record["variants"].items()]
+
+
+def parts_of(record: Record, clock: str = "wall") -> Parts:
+    """Parts of the plain step. The split of the backward is timed on the wall, in the variant that has it."""
+    ending, steps = CLOCKS[clock], record["steps"]
+    split = steps.get(SPLIT, steps["plain"])
+    blocks_share = statistics.median(step["blocks_backward_s"] / step["backward_s"] for step in split)
+    backward_s = _median(steps["plain"], f"backward{ending}")
+    return Parts(
+        forward_s=_median(steps["plain"], f"forward{ending}"),
+        unrecorded_forward_s=_median(steps[UNRECORDED], f"forward{ending}"),
+        blocks_backward_s=blocks_share * backward_s,
+        rest_backward_s=(1 - blocks_share) * backward_s,
+    )
+
+
+def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts, ending: str) -> Figures:
+    steps = record["steps"][name]
+    seconds = [step[f"forward{ending}"] + step[f"backward{ending}"] for step in steps]
+    first, _, third = median_spread(seconds)
+    step_s = _middle(seconds, variant["how"])
+    dropped = statistics.fmean(step.get("dropped_share", 0.0) for step in steps)
+    limit = limit_s(parts, dropped)
+    configuration = record["configuration"]
+    samples_per_s = configuration["batch_size"] / step_s
+    return Figures(
+        name=name,
+        how=variant["how"],
+        drop_rate=variant["drop_rate"],
+        dropped_share=dropped,
+        forward_s=_median(steps, f"forward{ending}"),
+        backward_s=_median(steps, f"backward{ending}"),
+        optimizer_s=_median(steps, f"optimizer{ending}"),
+        step_s=step_s,
+        step_spread_s=(first, third),
+        ratio=step_s / parts.step_s,
+        limit_ratio=limit / parts.step_s,
+        share=share_of_possible_saving(parts.step_s, step_s, limit) if dropped else None,
+        tokens_per_s=samples_per_s * configuration["sequence_length"],
+        samples_per_s=samples_per_s,
+        peak_gib=_peak_gib(record, name),
+        activations_ratio=_activations_ratio(record, name),
+    )
+
+
+def _peak_gib(record: Record, name: str) -> float | None:
+    memory = record.get("memory", {}).get(name)
+    return None if memory is None else memory["peak_bytes"] / GIB
+
+
+def _activations_ratio(record: Record, name: str) -> float | None:
+    """What a step needs beyond weights and optimizer states, relative to plain."""
+    memory = record.get("memory", {})
+    if name not in memory or name == "plain":
+        return None
+    above = {key: memory[key]["peak_bytes"] - memory[key]["resident_bytes"] for key in (name, "plain")}
+    return float(above[name] / above["plain"])
+
+
+def grown(record: Record, clock: str = "wall") -> list[dict[str, Any]]:
+    """Each variant of a growth run: its micro-batch, tokens per second there, and the ratio to plain's."""
+    ending, length = CLOCKS[clock], record["configuration"]["sequence_length"]
+    rows = []
+    for name, variant in record["variants"].items():
+        size, steps = record["batch_sizes"][name]["batch_size"], record["steps"].get(name, [])
+        seconds = [step[f"forward{ending}"] + step[f"backward{ending}"] for step in steps]
+        speed = size * length / _middle(seconds, variant["how"]) if seconds else None
+        rows.append({**variant, "batch_size": size, "tokens_per_s": speed})
+    plain = rows[0]["tokens_per_s"]
+    return [{**row, "ratio": row["tokens_per_s"] / plain if plain and row["tokens_per_s"] else None} for row in rows]
+
+
+def _middle(seconds: Sequence[float], how: str) -> float:
+    return statistics.fmean(seconds) if how == "nested" else statistics.median(seconds)
+
+
+def length_ratios(record: Record, how: str = "exact") -> dict[float, tuple[int, float | None]]:
+    """Drop rate -> (longest sequence, ratio to plain's) of a seqlen run, masks of one coupling; plain is rate 0."""
+    plain = record["lengths"]["plain"]["length"]
+    lengths = {0.0: plain}
+    for name, entry in record["lengths"].items():
+        if name.startswith(f"{how}-"):
+            lengths[float(name.partition("-")[2])] = entry["length"]
+    return {rate: (length, length / plain if plain else None) for rate, length in lengths.items()}
+
+
+def _median(steps: Sequence[dict[str, Any]], key: str) -> float:
+    return float(statistics.median(step[key] for step in steps))

@@ -1,0 +1,243 @@
+"""Tables and the plot of the learning bench, from its JSON files alone.
+
+Every figure is a validation loss (nats per byte) with the standard deviation over seeds, read from a run's curve at
+the same FLOPs or the same time as plain training; each method stands at the learning rate that served it best.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dropbp.errors import ConfigError
+
+from . import learning, tasks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = dict[str, Any]
+BEGIN, END = "<!-- tables: made by python -m bench.learning --tables -->", "<!-- end of tables -->"
+MEMORY_BUDGET = 0.6  # half of the activations, and what of the head and the norms cannot be dropped
+COLUMNS = (
+    "method",
+    "p",
+    "lr",
+    "step time",
+    "memory",
+    "equal FLOPs",
+    "equal time",
+    "against plain",
+    "against freezing",
+    "short of memory",
+)
+ORDER = (
+    "plain",
+    "lora",
+    "pld",
+    "freezing",
+    "sweep",
+    "nested shelf slow-deep",
+    "nested shelf",
+    "nested geometric",
+    "exact",
+    "published",
+    "lisa",
+    "layerdrop",
+)
+COLOURS = {
+    "plain": "black",
+    "freezing": "tab:blue",
+    "sweep": "tab:green",
+    "nested shelf slow-deep": "tab:red",
+    "published": "tab:orange",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at one drop rate on one task: its runs at the best learning rate, and its step times."""
+
+    task: str
+    method: str
+    drop_rate: float
+    runs: tuple[Record, ...]
+    times: list[Record]
+    short_times: list[Record]
+
+    @property
+    def learning_rate(self) -> float:
+        """The one its runs were trained at."""
+        return float(self.runs[0]["config"]["learning_rate"])
+
+    @property
+    def step_ratio(self) -> float:
+        """Step time over that of plain training."""
+        return learning.step_ratio(self.times, self.method, self.drop_rate)
+
+    @property
+    def memory_share(self) -> float:
+        """Most that a step keeps for its backward, over what a plain step keeps."""
+        row, plain = learning.row_and_plain(self.times, self.method, self.drop_rate)
+        return float(max(row["saved_mib"]) / max(plain["saved_mib"]))
+
+    def losses(self, axis: str, share: float = 1.0) -> dict[int, float]:
+        """Validation loss by seed, where the run had used `share` of plain training's time or FLOPs."""
+        found = {r["config"]["seed"]: learning.loss_at(r, axis, share * budget(r, axis)) for r in self.runs}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
+
+    def losses_short_of_memory(self) -> dict[int, float]:
+        """The same at plain training's time, where a step may keep half of what a plain step keeps.
+
+        Plain training then checkpoints every block and nested masks those that they reach too deep for, so that fewer
+        steps fit in the time; what keeps no more than that goes on as before. Empty where that was not measured.
+        """
+        if self.memory_share <= MEMORY_BUDGET:
+            return self.losses("time")
+        plain = self.method == "plain"
+        try:
+            name = self.method if plain else f"{self.method} {learning.CAPPED}"
+            slower = learning.step_ratio(self.short_times, name, self.drop_rate, checkpointing=plain)
+        except ConfigError:
+            return {}
+        return self.losses("time", self.step_ratio / slower)
+
+
+def budget(run: Record, axis: str) -> float:
+    """What plain training uses: its steps as the unit of time, or FLOPs."""
+    return float(run["config"]["plain_steps"] if axis == "time" else run["flops_budget"])
+
+
+def entries(records: Sequence[Record]) -> list[Entry]:
+    """One per (task, method, drop rate) with a finished run, in the order of the presets' lists."""
+    best = learning.best_rates(records)
+    found: dict[tuple[str, str, float], list[Record]] = {}
+    for record in (r for r in records if r["kind"] == "run" and r["status"] == "finished"):
+        config = record["config"]
+        key = (config["task"], config["method"], config["drop_rate"])
+        if best[key] == config["learning_rate"]:
+            found.setdefault(key, []).append(record)
+    kinds = (learning.MEMORY_TO_SPARE, learning.SHORT_OF_MEMORY)
+    made = [Entry(*k, tuple(runs), *(learning.of_kind(records, x, k[0]) for x in kinds)) for k, runs in found.items()]
+    return sorted(made, key=lambda e: (_place(e.task, tasks.TASKS), e.drop_rate, _place(e.method, ORDER)))
+
+
+def _place(name: str, order: Iterable[str]) -> int:
+    return next((i for i, known in enumerate(order) if known == name), 99)
+
+
+# -- tables
+
+
+def write(records: Sequence[Record], docs: Path) -> None:
+    """Put the tables between the markers of `docs/learning.md`, and the plot beside it."""
+    made = entries(records)
+    if not made:
+        raise ConfigError("There is no finished run to make tables of; run python -m bench.learning --preset quick.")
+    page = docs / "learning.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else f"# Learning\n\n{BEGIN}\n{END}\n"
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(f"{head}{BEGIN}\n\n{tables(made)}\n{END}{tail}", encoding="utf-8")
+    plot(made, docs / "img" / "learning.png")
+
+
+def tables(made: Sequence[Entry]) -> str:
+    """All tasks, one Markdown table each."""
+    parts = []
+    for task in dict.fromkeys(entry.task for entry in made):
+        mine = [entry for entry in made if entry.task == task]
+        seeds = max(len(entry.runs) for entry in mine)
+        about = (
+            f"{mine[0].runs[0]['config']['plain_steps']} plain steps; at most {seeds} seed{'s' if seeds > 1 else ''}"
+        )
+        shift = tasks.task(task).shift
+        parts.append(f"### {task}\n\n{shift[:1].upper()}{shift[1:]}; {about}.\n\n{table(mine)}\n")
+    return "\n".join(parts)
+
+
+def table(made: Sequence[Entry]) -> str:
+    """One row per entry, as Markdown; losses as mean and standard deviation over seeds."""
+    rows = [_cells(entry, made) for entry in made]
+    lines = [COLUMNS, tuple("---" if i < 1 else "---:" for i in range(len(COLUMNS))), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(entry: Entry, made: Sequence[Entry]) -> tuple[str, ...]:
+    return (
+        entry.method,
+        f"{entry.drop_rate:g}" if entry.drop_rate else "-",
+        f"{entry.learning_rate:g}",
+        f"{entry.step_ratio:.2f}",
+        f"{entry.memory_share:.2f}",
+        _figure(entry.losses("flops")),
+        _figure(entry.losses("time")),
+        _against(entry, made, "plain", 0.0),
+        _against(entry, made, "freezing", entry.drop_rate),
+        _figure(entry.losses_short_of_memory()),
+    )
+
+
+def _against(entry: Entry, made: Sequence[Entry], method: str, drop_rate: float) -> str:
+    others = [other for other in made if (other.method, other.drop_rate) == (method, drop_rate) and other is not entry]
+    return paired(entry.losses("time"), others[0].losses("time")) if others else "-"
+
+
+def _figure(losses: dict[int, float]) -> str:
+    values = list(losses.values())
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def paired(losses: dict[int, float], others: dict[int, float]) -> str:
+    """Mean of the differences seed by seed, with its standard error: both saw the same batches."""
+    differences = [losses[seed] - others[seed] for seed in losses.keys() & others.keys()]
+    if not differences:
+        return "-"
+    error = f" ± {statistics.stdev(differences) / math.sqrt(len(differences)):.3f}" if len(differences) > 1 else ""
+    return f"{statistics.fmean(differences):+.3f}{error}"
+
+
+# -- the plot
+
+
+def plot(made: Sequence[Entry], path: Path) -> None:
+    """Validation loss against time, a panel per task: plain training, freezing, the published masks, and ours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(entry.task for entry in made))
+    rows = math.ceil(len(names) / 2)
+    figure = Figure(figsize=(10, 3.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(rows, 2, place + 1)
+        _panel(axes, [entry for entry in made if entry.task == name and entry.method in COLOURS])
+        axes.set_title(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def _panel(axes: Axes, made: Sequence[Entry]) -> None:
+    for entry in made:
+        shares, losses = curve(entry)
+        label = entry.method if entry.method == "plain" else f"{entry.method}, p={entry.drop_rate:g}"
+        style = "--" if entry.drop_rate > 0.5 else "-"
+        axes.plot(shares, losses, style, color=COLOURS[entry.method], linewidth=1.5, label=label)
+    axes.set_xlabel("time (share of plain training's)")
+    axes.set_ylabel("validation loss (nats per byte)")
+    axes.legend(fontsize=7)
+
+
+def curve(entry: Entry) -> tuple[list[float], list[float]]:
+    """Mean loss over seeds at equal parts of plain training's time."""
+    shares = [(i + 1) / learning.CURVE_POINTS for i in range(learning.CURVE_POINTS)]
+    means = [entry.losses("time", share) for share in shares]
+    return shares, [statistics.fmean(found.values()) if found else math.nan for found in means]

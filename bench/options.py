@@ -1,0 +1,45 @@
+"""Options that the parts of the bench share, and progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dropbp.errors import ConfigError
+
+from .records import RESULTS
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to run, and where results go."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, hpu; never replaced by another one (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="result files (bench/results)")
+    parser.add_argument("--again", action="store_true", help="also runs that are finished already")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything works")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch on CPU (as the environment says)")
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Set threads, quieten libraries."""
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ConfigError(f"--threads {args.threads} must be at least 1.")
+        torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def device_name(args: argparse.Namespace) -> str:
+    """The device's name, without an index."""
+    return str(args.device).partition(":")[0]
+
+
+def progress(total: int, title: str) -> Any:
+    """A bar on standard error, silent where that is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, disable=not sys.stderr.isatty(), leave=False)

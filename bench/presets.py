@@ -1,0 +1,180 @@
+"""What can be measured, as data: models by their sizes, and presets that say which variants of them to run.
+
+Models have random weights: time and memory do not depend on what a weight is. Sizes are those of the published
+configurations (arXiv:2307.09288 for Llama 2, arXiv:2407.21783 for Llama 3). The scaled models keep what decides the
+ratios, the share of blocks in all FLOPs: 96 % in `llama-8x1024`, 98 % in Llama-2-7B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dropbp.errors import ConfigError
+
+T = TypeVar("T")
+
+DROP_RATES = (0.5, 0.75, 0.875)  # the paper's
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Llama."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+
+
+MODELS: Mapping[str, ModelShape] = {
+    "llama-4x64": ModelShape(4, 64, 2, 2, 192, 256),
+    "llama-8x512": ModelShape(8, 512, 8, 8, 1408, 2048),
+    "llama-8x1024": ModelShape(8, 1024, 16, 16, 2816, 4096),
+    "llama2-7b": ModelShape(32, 4096, 32, 32, 11008, 32000),
+    "llama2-13b": ModelShape(40, 5120, 40, 40, 13824, 32000),
+    "llama2-70b": ModelShape(80, 8192, 64, 8, 28672, 32000),
+    "llama3-8b": ModelShape(32, 4096, 32, 8, 14336, 128256),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way of training: what a run's configuration says, apart from drop rates and sizes of the input."""
+
+    tuning: str = "full"
+    dtype: str = "bf16"
+    checkpointing: bool = False
+    compiled: bool = False
+    loss: str = "plain"
+
+    @property
+    def name(self) -> str:
+        """As in file names and tables."""
+        flags = [("checkpointing", self.checkpointing), ("compiled", self.compiled), ("chunked", self.loss != "plain")]
+        return "-".join([self.tuning, self.dtype, *(name for name, on in flags if on)])
+
+
+@dataclass(frozen=True)
+class ThroughputPreset:
+    """Runs of `throughput`: one for each model and training, all drop rates interleaved in it.
+
+    Attributes:
+        growth: for these trainings, also the largest micro-batch that fits at each rate, and the throughput there.
+        growth_budget_micro_batches: on CPU, memory is limited to what plain training needs for so many micro-batches
+            of `batch_size`; an accelerator has its own limit.
+    """
+
+    model: str
+    trainings: tuple[Training, ...]
+    drop_rates: tuple[float, ...] = DROP_RATES
+    batch_size: int = 2
+    sequence_length: int = 512
+    rounds: int = 20
+    warmup_rounds: int = 3
+    growth: tuple[Training, ...] = ()
+    growth_budget_micro_batches: float = 1.0
+    growth_rounds: int = 5
+
+
+@dataclass(frozen=True)
+class SeqlenPreset:
+    """Runs of `seqlen`: one for each training, all drop rates in it.
+
+    Attributes:
+        budget_gib: memory there is, in GiB; None takes all that the device has.
+        step: lengths tried are multiples of this.
+        max_length: no longer sequence is tried.
+        counted: measure by counting tensor bytes on shapes, on the meta device, whatever the model's size.
+    """
+
+    model: str
+    trainings: tuple[Training, ...]
+    drop_rates: tuple[float, ...] = DROP_RATES
+    budget_gib: float | None = None
+    step: int = 128
+    max_length: int = 1 << 20
+    counted: bool = False
+    masks: int = 4
+
+
+def _trainings(
+    tunings: str, dtypes: str = "bf16", checkpointing: str = "no", loss: str = "plain"
+) -> tuple[Training, ...]:
+    """All combinations of space-separated words."""
+    return tuple(
+        Training(tuning, dtype, again == "yes", False, kind)
+        for dtype in dtypes.split()
+        for tuning in tunings.split()
+        for again in checkpointing.split()
+        for kind in loss.split()
+    )
+
+
+_CPU_TRAININGS = (*_trainings("full lora", "bf16 fp32"), Training("full", "bf16", True), Training("full", "fp32", True))
+_BOTH_LOSSES = "plain chunked"
+
+THROUGHPUT: Mapping[str, ThroughputPreset] = {
+    "smoke": ThroughputPreset(
+        "llama-4x64", _trainings("full lora", "fp32"), (0.875,), 1, 32, 2, 1, _trainings("full", "fp32"), 2.0, 1
+    ),
+    "cpu-small": ThroughputPreset(
+        "llama-8x512",
+        (*_CPU_TRAININGS, Training("full", "fp32", compiled=True)),
+        batch_size=2, sequence_length=256, rounds=7, warmup_rounds=1, growth=_trainings("full", "fp32"),
+    ),
+    "cpu": ThroughputPreset("llama-8x1024", _CPU_TRAININGS, rounds=7, warmup_rounds=1),
+    "llama2-7b": ThroughputPreset(
+        "llama2-7b",
+        (*_trainings("full lora", "bf16", "no yes"), Training("full", compiled=True), Training("lora", compiled=True)),
+        growth=_trainings("full lora"),
+    ),
+    "llama2-13b": ThroughputPreset("llama2-13b", _trainings("lora", "bf16", "no yes")),
+    "llama2-70b-qlora": ThroughputPreset("llama2-70b", _trainings("qlora", "bf16", "no yes"), rounds=8),
+    "llama3-8b": ThroughputPreset("llama3-8b", _trainings("lora", "bf16", "no yes"), growth=_trainings("lora")),
+    # The published protocols: sequence 512, micro-batch 2, no checkpointing.
+    "a100": ThroughputPreset("llama2-7b", _trainings("full lora"), growth=_trainings("full lora")),
+    "gaudi2": ThroughputPreset("llama2-7b", _trainings("full lora"), growth=_trainings("full lora")),
+}  # fmt: skip
+
+SEQLEN: Mapping[str, SeqlenPreset] = {
+    "smoke": SeqlenPreset("llama-4x64", _trainings("full", "fp32"), (0.875,), 0.02, 32, 8192, True),
+    "cpu": SeqlenPreset(
+        "llama-8x1024", _trainings("full lora", "bf16", "no yes", _BOTH_LOSSES), budget_gib=4.0, counted=True
+    ),
+    "llama2-7b-80gib": SeqlenPreset(
+        "llama2-7b", _trainings("full lora", "bf16", "no", _BOTH_LOSSES), (0.875,), 79.0, 512, counted=True, masks=2
+    ),
+    "llama2-70b-qlora-80gib": SeqlenPreset(
+        "llama2-70b", _trainings("qlora", "bf16", "no", _BOTH_LOSSES), (0.875,), 79.0, 256, counted=True, masks=1
+    ),
+    "llama2-7b": SeqlenPreset("llama2-7b", _trainings("full lora", "bf16", "no yes", _BOTH_LOSSES)),
+    "llama2-70b-qlora": SeqlenPreset("llama2-70b", _trainings("qlora", "bf16", "no yes", _BOTH_LOSSES)),
+    "a100": SeqlenPreset("llama2-7b", _trainings("full", "bf16", "no", _BOTH_LOSSES)),
+}
+
+# What the whole bench runs when no preset is named, by kind of device.
+DEFAULT_THROUGHPUT: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu-small",),
+    "cuda": ("llama2-7b", "llama2-13b", "llama3-8b", "llama2-70b-qlora"),
+    "hpu": ("gaudi2",),
+}
+DEFAULT_SEQLEN: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "llama2-7b-80gib", "llama2-70b-qlora-80gib"),
+    "cuda": ("llama2-7b", "llama2-70b-qlora"),
+    "hpu": ("llama2-7b",),
+}
+
+
+def chosen(kind: str, table: Mapping[str, T], name: str) -> T:
+    """The entry of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists those there are.
+    """
+    if name not in table:
+        raise ConfigError(f"{kind} {name!r} is unknown; known are {', '.join(table)}.")
+    return table[name]

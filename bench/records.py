@@ -1,0 +1,152 @@
+"""One JSON file per run: configuration, versions, device, every raw step time, and how the run ended.
+
+A run is known by its kind and configuration. A finished one is a file of that name, written whole or not at all, and is
+not run again. One that failed or was cancelled goes, with what it had measured, into the folder `unfinished`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dropbp.device import Device
+from dropbp.errors import ConfigError
+from dropbp.integrations.files import write_text
+
+SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"
+UNFINISHED = "unfinished"
+_PACKAGES = ("dropbp", "torch", "transformers", "peft", "bitsandbytes")
+Record = dict[str, Any]
+
+
+class Store:
+    """The files of one kind of runs, below `root`."""
+
+    def __init__(self, root: Path, kind: str) -> None:
+        self.folder, self.kind = root / kind, kind
+
+    def path(self, name: str) -> Path:
+        """Where the finished run of that name is."""
+        return self.folder / f"{_file_name(name)}.json"
+
+    def finished(self, name: str, configuration: Mapping[str, Any]) -> Record | None:
+        """The finished run of that name and configuration; None if there is none, or it was another one."""
+        path = self.path(name)
+        record = read(path) if path.is_file() else None
+        same = record is not None and record["configuration"] == _plain(configuration)
+        return record if same else None
+
+    @contextmanager
+    def run(self, name: str, configuration: Mapping[str, Any], device: Device) -> Iterator[Record]:
+        """A record to fill; it is written when the block ends, whatever its end, and errors go on.
+
+        `failures`, a list in the record, is for parts that failed without ending the run.
+        """
+        record = new_record(self.kind, name, configuration, device)
+        try:
+            yield record
+            record["status"] = "finished"
+        except KeyboardInterrupt:
+            record["status"] = "cancelled"
+            raise
+        except BaseException as error:
+            record["status"] = "failed"
+            record["failures"].append(describe_error(error))
+            raise
+        finally:
+            record["ended"] = now()
+            _write(record, self._destination(record))
+
+    def _destination(self, record: Record) -> Path:
+        if record["status"] == "finished":
+            return self.path(record["name"])
+        started = re.sub(r"\W", "", record["started"])
+        return self.folder / UNFINISHED / f"{_file_name(record['name'])}--{started}.json"
+
+
+def new_record(kind: str, name: str, configuration: Mapping[str, Any], device: Device) -> Record:
+    """A record of a run that begins now."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "name": name,
+        "status": "running",
+        "started": now(),
+        "configuration": _plain(configuration),
+        "versions": versions(),
+        "device": device.describe(),
+        "failures": [],
+    }
+
+
+def read(path: Path) -> Record:
+    """One record.
+
+    Raises:
+        ConfigError: the file is damaged, or of another schema.
+    """
+    try:
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+        schema = record["schema"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a result file ({error!r}). Delete it, and its run is done again.") from error
+    if schema != SCHEMA:
+        raise ConfigError(f"{path} has schema {schema!r}; this version reads {SCHEMA}. Delete it to run it again.")
+    return record
+
+
+def read_all(root: Path, kind: str) -> list[Record]:
+    """All finished runs of a kind, in the order of their names."""
+    return [read(path) for path in sorted((root / kind).glob("*.json"))]
+
+
+def read_unfinished(root: Path, kind: str) -> list[Record]:
+    """All runs of a kind that failed or were cancelled, oldest first."""
+    return [read(path) for path in sorted((root / kind / UNFINISHED).glob("*.json"))]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a figure depends on; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        found[package] = None
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def describe_error(error: BaseException) -> dict[str, str]:
+    """An error as data; of the trace only the innermost function, so that no path of the machine is kept."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {
+        "type": type(error).__name__,
+        "message": str(error)[:2000],
+        "where": f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "",
+    }
+
+
+def now() -> str:
+    """The time, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _write(record: Record, path: Path) -> None:
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of it, so that a configuration can be compared with one read from a file."""
+    return json.loads(json.dumps(value))
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", name)

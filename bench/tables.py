@@ -1,0 +1,364 @@
+"""`docs/results.md` and its plots, from the result files alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dropbp.errors import ConfigError, MissingDependencyError
+from dropbp.integrations.files import new_file, write_text
+
+from . import paper, records
+from .derive import Figures, clocks_of, figures, grown, length_ratios
+from .setup import COUPLINGS
+from .throughput import GROWTH_KIND, KIND
+
+SEQLEN_KIND = "seqlen"
+DOCS = Path("docs")
+PAGE = "results.md"
+OTHER_PAGES = {
+    "learning": "learning.md",
+    "sensitivity": "sensitivity.md",
+    "overhead": "overhead.md",
+    "recipes": "recipes.md",
+}
+TARGET_SHARE, TARGET_CHECKPOINTED_RATIO, TARGET_RATE = 0.97, 0.42, 0.875
+COLOURS = {"exact": "#1f6f8b", "nested": "#7fb069", "detach": "#c8553d"}
+THROUGHPUT_COLUMNS = (
+    "variant",
+    "forward s",
+    "backward s",
+    "optimizer s",
+    "step s (quartiles)",
+    "ratio",
+    "tokens/s",
+    "samples/s",
+    "peak GiB",
+    "activations",
+)
+CLOCK_NAMES = {"wall": "wall clock", "cpu": "CPU time"}
+
+INTRO = """# Results
+
+Made from the files in `bench/results/` by `dropbp bench tables`; run `make bench` for those of a CPU, `make bench-gpu`
+for the paper's settings. All variants of a run take turns in one process, a new mask each step.
+"""
+HOW_TO_READ = """\
+- A *step* is forward and backward; the optimizer is timed apart. Figures are medians over the rounds.
+- *limit*: the least that a step can take: the forward, its dropped share without recording, the kept share of the
+  blocks' backward, and the rest of the backward, all measured in the same run, at the share of FLOPs its masks dropped.
+- *share of the possible saving*: (plain - step) / (plain - limit). It can pass 100 %: what a small step spares besides
+  FLOPs, such as fresh memory, is not in the limit.
+- *exact*: each step drops a random set of branches, within one branch of the budget, as the paper does. *nested*, the
+  default: each step trains the top of the model down to a random depth; steps differ, so figures are means, memory is
+  that of the greediest step, and the deepest steps are checkpointed to keep it small.
+- *detach* is the reference implementation's way: the branch is recorded, and its output detached.
+- *CPU time* is the process's own time on all processors. On a machine shared with others it is the steadier clock; on
+  an idle one both agree.
+- *activations* is the peak of memory in a step beyond weights and optimizer states, gradients included.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--output", type=Path, default=records.RESULTS, metavar="DIR", help="the result files")
+    parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="page and plots (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and the plots."""
+    runs = {kind: _shown_runs(args.output, kind) for kind in (KIND, GROWTH_KIND, SEQLEN_KIND)}
+    if not any(runs.values()):
+        raise ConfigError(f"{args.output} holds no finished runs. Run `dropbp bench throughput` first.")
+    images = plot_all(runs, args.docs / "img")
+    write_text(args.docs / PAGE, page(args.output, runs, images, args.docs))
+    sys.stdout.write(f"{args.docs / PAGE}\n")
+    return 0
+
+
+def _shown_runs(root: Path, kind: str) -> list[records.Record]:
+    return [run for run in records.read_all(root, kind) if not run["name"].startswith("smoke")]
+
+
+def page(root: Path, runs: dict[str, list[records.Record]], images: Sequence[str], docs: Path) -> str:
+    """The whole page as Markdown."""
+    sections = [
+        INTRO,
+        "## Targets\n\n" + targets_table(runs[KIND]),
+        "## Beside the paper\n\n" + paper.table(paper.compare(root)),
+        "## Time and memory of a step\n\n" + HOW_TO_READ,
+        *[f"![{Path(image).stem}](img/{image})" for image in images if image.startswith("throughput")],
+        *[throughput_section(run) for run in runs[KIND]],
+        _if_any("## The largest micro-batch\n\n", runs[GROWTH_KIND], growth_section),
+        _if_any(
+            "## The longest sequence\n\nMicro-batch 1, gradients and optimizer states held.\n\n",
+            runs[SEQLEN_KIND],
+            None,
+        ),
+        *[f"![{Path(image).stem}](img/{image})" for image in images if image.startswith("seqlen")],
+        seqlen_tables(runs[SEQLEN_KIND]),
+        _unfinished_section(root),
+        _other_pages(docs),
+    ]
+    return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
+
+
+def _if_any(title: str, runs: Sequence[records.Record], section: Any) -> str:
+    if not runs:
+        return ""
+    return title + "\n\n".join(section(run) for run in runs) if section else title
+
+
+# -- targets
+
+
+def targets_table(runs: Iterable[records.Record]) -> str:
+    """Share of the possible saving by run and rate, and the ratio under checkpointing, each against its target."""
+    lines = [
+        f"Share of the possible saving, target {TARGET_SHARE:.0%}. Under gradient checkpointing: the step relative to",
+        f"the checkpointed plain one, target {TARGET_CHECKPOINTED_RATIO} at p = {TARGET_RATE} in full fine-tuning.",
+        "",
+        "| run | clock | p | step / plain | limit / plain | share of the possible saving | the reference's way |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for run in runs:
+        for clock in clocks_of(run):
+            lines += _target_rows(run, clock)
+    return "\n".join(lines)
+
+
+def _target_rows(run: records.Record, clock: str) -> list[str]:
+    each = figures(run, clock)
+    reference = {f.drop_rate: f for f in each if f.how == "detach"}
+    return [
+        f"| {_title(run)} | {CLOCK_NAMES[clock]} | {f.drop_rate:g} | {_ratio_cell(run, f)} | {f.limit_ratio:.3f} | "
+        f"{_share_cell(run, f)} | {_percent(reference[f.drop_rate].share) if f.drop_rate in reference else '-'} |"
+        for f in each
+        if f.how == "exact"
+    ]
+
+
+def _ratio_cell(run: records.Record, f: Figures) -> str:
+    configuration = run["configuration"]
+    if not configuration["checkpointing"] or configuration["tuning"] != "full" or f.drop_rate != TARGET_RATE:
+        return f"{f.ratio:.3f}"
+    return f"{f.ratio:.3f} {_verdict(f.ratio <= TARGET_CHECKPOINTED_RATIO)}"
+
+
+def _share_cell(run: records.Record, f: Figures) -> str:
+    configuration = run["configuration"]
+    if configuration["checkpointing"] or configuration["compiled"] or f.share is None:
+        return _percent(f.share)
+    return f"{_percent(f.share)} {_verdict(f.share >= TARGET_SHARE)}"
+
+
+def _verdict(met: bool) -> str:
+    return "✓" if met else "✗"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+# -- sections
+
+
+def throughput_section(run: records.Record) -> str:
+    """One run: every variant, on every clock."""
+    tables = [f"{CLOCK_NAMES[clock].capitalize()}:\n\n{_throughput_table(run, clock)}" for clock in clocks_of(run)]
+    return f"### {_title(run)}\n\n{_conditions(run)}\n\n" + "\n\n".join(tables)
+
+
+def _throughput_table(run: records.Record, clock: str) -> str:
+    head = f"| {' | '.join(THROUGHPUT_COLUMNS)} |\n|---|{'---:|' * (len(THROUGHPUT_COLUMNS) - 1)}"
+    return "\n".join([head, *(_figures_row(f) for f in figures(run, clock))])
+
+
+def _figures_row(f: Figures) -> str:
+    cells = (
+        f.name,
+        f"{f.forward_s:.3f}",
+        f"{f.backward_s:.3f}",
+        f"{f.optimizer_s:.3f}",
+        f"{f.step_s:.3f} ({f.step_spread_s[0]:.3f}-{f.step_spread_s[1]:.3f})",
+        f"{f.ratio:.3f}",
+        f"{f.tokens_per_s:.0f}",
+        f"{f.samples_per_s:.2f}",
+        "-" if f.peak_gib is None else f"{f.peak_gib:.3f}",
+        "-" if f.activations_ratio is None else f"{f.activations_ratio:.3f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _title(run: records.Record) -> str:
+    configuration = run["configuration"]
+    words = [configuration["model"], configuration["tuning"], configuration["dtype"]]
+    words += [word for word in ("checkpointing", "compiled") if configuration[word]]
+    words += ["chunked loss"] if configuration["loss"] != "plain" else []
+    return ", ".join(words)
+
+
+def _conditions(run: records.Record) -> str:
+    configuration, device = run["configuration"], run["device"]
+    words = [
+        f"sequence {configuration['sequence_length']}, micro-batch {configuration['batch_size']}",
+        str(device.get("generation") or device["name"]),
+        *([f"{configuration['threads']} thread(s)"] if configuration.get("threads") else []),
+        f"torch {run['versions']['torch']}",
+        f"{configuration['rounds']} rounds",
+        run["started"][:10],
+    ]
+    return "; ".join(words) + "."
+
+
+def growth_section(run: records.Record) -> str:
+    """One run: the largest micro-batch at each rate, and the throughput there."""
+    clock = clocks_of(run)[-1]
+    memory = f"Memory: {run['budget_bytes'] / (1 << 30):.2f} GiB ({run['budget_is']})."
+    lines = [
+        f"### {_title(run)}\n\n{memory} {_conditions(run)} {CLOCK_NAMES[clock].capitalize()}.",
+        "",
+        "| variant | p | largest micro-batch | tokens/s there | ratio to plain |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in grown(run, clock):
+        speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.0f}"
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        lines.append(f"| {row['how']} | {row['drop_rate']:g} | {row['batch_size']} | {speed} | {ratio} |")
+    return "\n".join(lines)
+
+
+def seqlen_tables(runs: Sequence[records.Record]) -> str:
+    """One table for each model and memory: trainings down, rates across."""
+    groups: dict[str, list[records.Record]] = {}
+    for run in runs:
+        groups.setdefault(_memory_title(run), []).append(run)
+    return "\n\n".join(f"### {title}\n\n{_seqlen_table(group)}" for title, group in groups.items())
+
+
+def _memory_title(run: records.Record) -> str:
+    budget, model = run["configuration"]["budget_bytes"], run["configuration"]["model"]
+    where = run["budget_is"] if budget is None else f"{budget / (1 << 30):g} GiB of {run['budget_is']}"
+    return f"{model}, {where} ({run['device']['name']})"
+
+
+def _seqlen_table(runs: Sequence[records.Record]) -> str:
+    rates = sorted({rate for run in runs for rate in length_ratios(run)})
+    head = ["training", "masks", *("plain" if rate == 0 else f"p = {rate:g}" for rate in rates)]
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(rates)]
+    for run in runs:
+        for how in COUPLINGS:
+            ratios = length_ratios(run, how)
+            cells = [_length_cell(ratios.get(rate)) for rate in rates]
+            lines.append(f"| {_title(run).partition(', ')[2]} | {how} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _length_cell(entry: tuple[int, float | None] | None) -> str:
+    if entry is None:
+        return "-"
+    length, ratio = entry
+    return f"{length}" if ratio is None or ratio == 1 else f"{length} ({ratio:.2f}x)"
+
+
+def _unfinished_section(root: Path) -> str:
+    """Every run that failed or was cancelled, and every part that failed inside a run."""
+    lines = []
+    for kind in (KIND, GROWTH_KIND, SEQLEN_KIND):
+        for run in [*records.read_unfinished(root, kind), *_shown_runs(root, kind)]:
+            reasons = [f"{f.get('variant', '')} {f['type']}: {f['message'][:160]}".strip() for f in run["failures"]]
+            if reasons or run["status"] != "finished":
+                lines.append(f"- {kind} {run['name']}, {run['started']}: {run['status']}. {' '.join(reasons)}")
+    return "## Failed and cancelled runs\n\n" + "\n".join(lines) if lines else ""
+
+
+def _other_pages(docs: Path) -> str:
+    found = [f"- [{name}]({name}.md)" for name in OTHER_PAGES if (docs / f"{name}.md").is_file()]
+    return "## Other parts of the bench\n\n" + "\n".join(found) if found else ""
+
+
+# -- plots
+
+
+def plot_all(runs: dict[str, list[records.Record]], folder: Path) -> list[str]:
+    """All plots; returns their file names."""
+    names = []
+    for model, group in _by_model(runs[KIND]).items():
+        names.append(f"throughput-{model}.png")
+        _save(_plot_throughput(group), folder / names[-1])
+    for model, group in _by_model(runs[SEQLEN_KIND]).items():
+        names.append(f"seqlen-{model}.png")
+        _save(_plot_seqlen(group), folder / names[-1])
+    return names
+
+
+def _by_model(runs: Iterable[records.Record]) -> dict[str, list[records.Record]]:
+    groups: dict[str, list[records.Record]] = {}
+    for run in runs:
+        groups.setdefault(run["configuration"]["model"], []).append(run)
+    return groups
+
+
+def _figure(columns: int, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "plots need matplotlib, which is not installed; install it with: pip install 'dropbp[bench]'"
+        ) from error
+    return Figure(figsize=(max(5.0, 2.6 * columns), height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, metadata={"Software": None})
+
+
+def _plot_throughput(runs: Sequence[records.Record]) -> Any:
+    """Step time relative to plain, bars by rate, the limit as a line on each."""
+    figure = _figure(len(runs), 3.4)
+    axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for ax, run in zip(axes, runs, strict=True):
+        _draw_bars(ax, [f for f in figures(run, clocks_of(run)[-1]) if f.how != "plain"])
+        ax.set_title(_title(run).partition(", ")[2].replace(", ", "\n", 1), fontsize=9)
+    axes[0].set_ylabel(f"step time / plain ({CLOCK_NAMES[clocks_of(runs[0])[-1]]})")
+    axes[0].set_ylim(0, 1)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(runs[0]["configuration"]["model"])
+    return figure
+
+
+def _draw_bars(ax: Any, each: Sequence[Figures]) -> None:
+    hows = list(dict.fromkeys(f.how for f in each))
+    rates = sorted({f.drop_rate for f in each})
+    width = 0.8 / len(hows)
+    for f in each:
+        x = rates.index(f.drop_rate) + width * (hows.index(f.how) - (len(hows) - 1) / 2)
+        first = f.drop_rate == rates[0]
+        ax.bar(x, f.ratio, width, color=COLOURS[f.how], label=f.how if first else None)
+        ax.hlines(f.limit_ratio, x - width / 2, x + width / 2, color="black", label=_limit_label(f, first, hows))
+    ax.set_xticks(range(len(rates)), [f"p = {rate:g}" for rate in rates], fontsize=8)
+
+
+def _limit_label(f: Figures, first: bool, hows: Sequence[str]) -> str | None:
+    return "limit" if first and f.how == hows[0] else None
+
+
+def _plot_seqlen(runs: Sequence[records.Record]) -> Any:
+    """Longest sequence against the drop rate."""
+    figure = _figure(2, 4.0)
+    ax = figure.subplots()
+    for index, run in enumerate(runs):
+        for how, style in zip(COUPLINGS, ("-", ":"), strict=True):
+            lengths = {rate: length for rate, (length, _) in length_ratios(run, how).items()}
+            label = _title(run).partition(", ")[2] if how == COUPLINGS[0] else None
+            ax.plot(list(lengths), list(lengths.values()), style, marker="o", color=f"C{index}", label=label)
+    ax.set_xlabel(f"drop rate ({COUPLINGS[0]} masks; dotted: {COUPLINGS[1]})")
+    ax.set_ylabel("longest sequence, tokens")
+    ax.set_yscale("log", base=2)
+    ax.legend(fontsize=8)
+    ax.set_title(_memory_title(runs[0]), fontsize=9)
+    return figure

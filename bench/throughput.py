@@ -1,0 +1,355 @@
+"""Speed and memory of a training step: plain, with DropBP, and in the reference's way, taking turns in one process.
+
+Every round gives each variant one step with a new mask, so that a busy machine slows all of them alike. A step is timed
+in parts, the optimizer apart: with accumulation it is rare. Beside them runs a forward without recording, and the plain
+backward is split where the gradient enters and leaves the blocks: what is needed for the limit (`limits`). Memory is
+taken from an untimed step of each variant, in tensor bytes on CPU and from the allocator elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dropbp.device import Device, get_device
+from dropbp.errors import ConfigError, MissingDependencyError
+from dropbp.memory import track_tensor_bytes
+
+from . import records
+from .options import add_run_arguments, device_name, progress, settle
+from .presets import DEFAULT_THROUGHPUT, THROUGHPUT, ThroughputPreset, Training, chosen
+from .probe import Probe, largest_batch
+from .setup import (
+    COUPLINGS,
+    PLAIN,
+    Lane,
+    Variant,
+    build_batch,
+    build_model,
+    build_optimizer,
+    decoder_layers,
+    loss_of,
+    many_compilations,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+KIND, GROWTH_KIND = "throughput", "growth"
+SPLIT, UNRECORDED = "split", "unrecorded"
+Timing = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--preset", action="append", choices=tuple(THROUGHPUT), help="what to run; may be repeated")
+    parser.add_argument("--only", metavar="TRAINING", help="only this training of the preset, such as full-bf16")
+    parser.add_argument("--rounds", type=int, help="timed steps of each variant")
+    parser.add_argument("--no-growth", action="store_true", help="leave out the largest micro-batches")
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the presets; what is finished already is left as it is."""
+    settle(args)
+    if args.rounds is not None and args.rounds < 1:
+        raise ConfigError(f"--rounds {args.rounds} must be at least 1.")
+    kind = device_name(args)
+    names = args.preset or (("smoke",) if args.smoke else DEFAULT_THROUGHPUT.get(kind, ("smoke",)))
+    for name in names:
+        preset = chosen("preset", THROUGHPUT, name)
+        run_preset(name, replace(preset, rounds=args.rounds or preset.rounds), args)
+    return 0
+
+
+def run_preset(name: str, preset: ThroughputPreset, args: argparse.Namespace) -> None:
+    """All runs of a preset. One that fails is recorded, and the next is run."""
+    device = get_device(device_name(args))
+    for training in _selected(preset.trainings, args.only):
+        _guarded(lambda t=training: _measure(name, preset, t, device, args))  # type: ignore[misc]
+    for training in () if args.no_growth else preset.growth:
+        if args.only in (None, training.name):
+            _guarded(lambda t=training: _grow(name, preset, t, device, args))  # type: ignore[misc]
+
+
+def _selected(trainings: Sequence[Training], only: str | None) -> list[Training]:
+    known = {training.name: training for training in trainings}
+    if only is not None and only not in known:
+        raise ConfigError(f"--only {only!r} is not in the preset; it has {', '.join(known)}.")
+    return [known[only]] if only is not None else list(trainings)
+
+
+def _guarded(measure: Callable[[], None]) -> None:
+    """The other runs do not suffer from one that fails; its record says what happened."""
+    try:
+        measure()
+    except (RuntimeError, MissingDependencyError) as error:  # the first is what PyTorch raises, out of memory included
+        logger.warning("a run failed: %s", error)
+
+
+# -- one run
+
+
+def _measure(name: str, preset: ThroughputPreset, training: Training, device: Device, args: argparse.Namespace) -> None:
+    variants = variants_of(preset, training)
+    configuration = configuration_of(preset, training, device) | {
+        "drop_rates": list(preset.drop_rates),
+        "rounds": preset.rounds,
+        "warmup_rounds": preset.warmup_rounds,
+    }
+    store, run_name = records.Store(args.output, KIND), f"{name}--{device.name}--{training.name}"
+    if not args.again and store.finished(run_name, configuration) is not None:
+        return
+    with store.run(run_name, configuration, device) as record, _compiler(training):
+        bench = Bench(preset, training, variants, device)
+        record["parameters"] = sum(p.numel() for p in bench.model.parameters())
+        record["variants"] = {lane.variant.name: asdict(lane.variant) for lane in bench.lanes}
+        record["steps"], record["warmup_steps"] = bench.steps, bench.warmup_steps
+        bench.run_rounds(preset.warmup_rounds, preset.rounds, f"{name} {training.name}")
+        record["memory"] = {lane.variant.name: bench.peak(lane) for lane in bench.lanes}
+        record["compiled_graphs"] = device.compile_count()
+
+
+def variants_of(preset: ThroughputPreset, training: Training) -> list[Variant]:
+    """Plain and DropBP at each rate; the reference's way, too, where it can run (its masks cannot be compiled)."""
+    hows = COUPLINGS if training.compiled else (*COUPLINGS, "detach")
+    return [PLAIN, *(Variant(how, rate) for how in hows for rate in preset.drop_rates)]
+
+
+def configuration_of(preset: ThroughputPreset, training: Training, device: Device) -> dict[str, Any]:
+    """What makes a run what it is."""
+    return {
+        "model": preset.model,
+        **asdict(training),
+        "batch_size": preset.batch_size,
+        "sequence_length": preset.sequence_length,
+        "device": device.name,
+        "threads": torch.get_num_threads() if device.name == "cpu" else None,
+    }
+
+
+def _compiler(training: Training) -> Any:
+    return many_compilations() if training.compiled else nullcontext()
+
+
+class Bench:
+    """All variants over one set of parameters, and one optimizer."""
+
+    def __init__(
+        self, preset: ThroughputPreset, training: Training, variants: Sequence[Variant], device: Device
+    ) -> None:
+        self.device = device
+        self.model = build_model(preset.model, training, device.name)
+        self.lanes = [Lane(variant, self.model, device, training.compiled) for variant in variants]
+        self.optimizer = build_optimizer(self.model, training.tuning)
+        self.ids_BS = build_batch(preset.model, preset.batch_size, preset.sequence_length, device.name)
+        # Hooks that wait for the device would slow a plain step down; where waiting is free they cost nothing.
+        self.splits_plain = device.name == "cpu"
+        self.steps: dict[str, list[Timing]] = {}
+        self.warmup_steps: dict[str, list[Timing]] = {}
+
+    def run_rounds(self, warmup_rounds: int, rounds: int, title: str) -> None:
+        """Every round all variants, each time in another order, and what the limit needs."""
+        turns = self._turns()
+        names = list(turns)
+        with progress((warmup_rounds + rounds) * len(turns), title) as bar:
+            for index in range(warmup_rounds + rounds):
+                kept = self.warmup_steps if index < warmup_rounds else self.steps
+                for name in [*names[index % len(names) :], *names[: index % len(names)]] if index else names:
+                    timing = turns[name]()
+                    kept.setdefault(name, []).append({"round": index, **timing})
+                    bar.update()
+
+    def _turns(self) -> dict[str, Callable[[], Timing]]:
+        turns: dict[str, Callable[[], Timing]] = {}
+        for lane in self.lanes:
+            split = lane.variant == PLAIN and self.splits_plain
+            turns[lane.variant.name] = lambda lane=lane, split=split: self.step(lane, split)  # type: ignore[misc]
+        plain = self.lanes[0]
+        if not self.splits_plain:
+            turns[SPLIT] = lambda: self.step(plain, True)
+        turns[UNRECORDED] = lambda: self.unrecorded(plain)
+        return turns
+
+    def step(self, lane: Lane, split: bool = False, ids_BS: Tensor | None = None) -> Timing:
+        """One training step, timed in parts."""
+        ids_BS = self.ids_BS if ids_BS is None else ids_BS
+        watch = BackwardWatch(lane.model, self.device) if split else None
+        with watch or nullcontext():
+            loss, forward = timed(self.device, lambda: loss_of(lane.model, ids_BS))
+            began_s = time.perf_counter()
+            _, backward = timed(self.device, loss.backward)
+        del loss
+        _, optimizer = timed(self.device, self._update)
+        timing = {**_named("forward", forward), **_named("backward", backward), **_named("optimizer", optimizer)}
+        if watch is not None:
+            timing["blocks_backward_s"] = watch.blocks_backward_s(began_s + backward[0])
+        if lane.mask is not None:
+            timing |= {"mask": lane.mask, "dropped_share": lane.dropped_share}
+        return timing
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def unrecorded(self, lane: Lane) -> Timing:
+        """A forward that records nothing."""
+        with torch.no_grad():
+            _, forward = timed(self.device, lambda: loss_of(lane.model, self.ids_BS))
+        return _named("forward", forward)
+
+    def peak(self, lane: Lane) -> dict[str, Any]:
+        """Peak memory of a further step with a mask that needs most, and what weights and optimizer hold before it."""
+        measured = [self._peak_with(lane, mask) for mask in lane.greedy_masks(1)]
+        return max(measured, key=lambda one: int(one["peak_bytes"]))
+
+    def _peak_with(self, lane: Lane, mask: Sequence[bool] | None) -> dict[str, Any]:
+        with lane.masked(mask):
+            if self.device.name != "cpu":
+                self.device.reset_peak_memory()
+                resident_bytes = self.device.memory_allocated_bytes()
+                self.step(lane)
+                peak_bytes, measure = self.device.max_memory_allocated_bytes(), "allocator"
+            else:
+                with track_tensor_bytes(self.model, self.optimizer, self.ids_BS) as tracked:
+                    resident_bytes = tracked.live_bytes
+                    self.step(lane)
+                peak_bytes, measure = tracked.peak_bytes, "tensor bytes"
+        return {"peak_bytes": peak_bytes, "resident_bytes": resident_bytes, "is": measure, "mask": lane.mask}
+
+
+def timed(device: Device, work: Callable[[], T]) -> tuple[T, tuple[float, float]]:
+    """What the work returns, and its seconds: on the wall, and of this process on all processors."""
+    device.synchronize()
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    result = work()
+    device.synchronize()
+    return result, (time.perf_counter() - wall_s, time.process_time() - cpu_s)
+
+
+def _named(part: str, seconds: tuple[float, float]) -> Timing:
+    return {f"{part}_s": seconds[0], f"{part}_cpu_s": seconds[1]}
+
+
+class BackwardWatch:
+    """Notes when the gradient enters the last block and when it leaves the first, in a plain step."""
+
+    def __init__(self, model: nn.Module, device: Device) -> None:
+        self.layers, self.device = decoder_layers(model), device
+        self.entered_s: float | None = None
+        self.left_s: float | None = None
+
+    def __enter__(self) -> BackwardWatch:
+        self._hooks = [
+            self.layers[0].register_forward_pre_hook(self._at_first, with_kwargs=True),
+            self.layers[-1].register_forward_hook(self._at_last),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _at_first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        if stream.requires_grad and stream.grad_fn is not None:
+            stream.register_hook(self._leaving)
+
+    def _at_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) else output
+        if stream.requires_grad:
+            stream.register_hook(self._entering)
+
+    def _entering(self, gradient: Tensor) -> None:
+        self.entered_s = self.entered_s or self._now_s()
+
+    def _leaving(self, gradient: Tensor) -> None:
+        self.left_s = self._now_s()
+
+    def _now_s(self) -> float:
+        self.device.synchronize()
+        return time.perf_counter()
+
+    def blocks_backward_s(self, ended_s: float) -> float:
+        """Seconds between the two; until the end where nothing below the first block needs a gradient."""
+        if self.entered_s is None:
+            return 0.0
+        return (self.left_s or ended_s) - self.entered_s
+
+
+# -- the largest micro-batch
+
+
+def _grow(name: str, preset: ThroughputPreset, training: Training, device: Device, args: argparse.Namespace) -> None:
+    """The largest micro-batch that fits at each rate, then steps of that size, in turns."""
+    variants = [PLAIN, *(Variant(how, rate) for how in COUPLINGS for rate in preset.drop_rates)]
+    configuration = configuration_of(preset, training, device) | {
+        "drop_rates": list(preset.drop_rates),
+        "rounds": preset.growth_rounds,
+        "budget_micro_batches": preset.growth_budget_micro_batches if device.name == "cpu" else None,
+    }
+    store, run_name = records.Store(args.output, GROWTH_KIND), f"{name}--{device.name}--{training.name}"
+    if not args.again and store.finished(run_name, configuration) is not None:
+        return
+    with store.run(run_name, configuration, device) as record:
+        budget_bytes = _growth_budget_bytes(preset, training, device)
+        record["budget_bytes"], record["budget_is"] = budget_bytes, _budget_is(device)
+        record["variants"] = {variant.name: asdict(variant) for variant in variants}
+        record["batch_sizes"] = {}
+        for variant in variants:
+            found = largest_batch(preset, training, variant, device.name, budget_bytes)
+            record["batch_sizes"][variant.name] = found
+        record["steps"] = {}
+        _time_grown(record, preset, training, variants, device)
+
+
+def _growth_budget_bytes(preset: ThroughputPreset, training: Training, device: Device) -> int:
+    if device.name != "cpu":
+        return device.memory_limit_bytes()
+    plain = Probe(preset.model, training, PLAIN, accumulated=False)
+    return plain.peak_bytes(round(preset.batch_size * preset.growth_budget_micro_batches), preset.sequence_length)
+
+
+def _budget_is(device: Device) -> str:
+    return "tensor bytes of plain training" if device.name == "cpu" else "memory of the device"
+
+
+def _time_grown(
+    record: records.Record,
+    preset: ThroughputPreset,
+    training: Training,
+    variants: Sequence[Variant],
+    device: Device,
+) -> None:
+    sizes = {name: found["batch_size"] for name, found in record["batch_sizes"].items()}
+    bench = Bench(preset, training, [v for v in variants if sizes[v.name]], device)
+    batches = {
+        name: build_batch(preset.model, size, preset.sequence_length, device.name)
+        for name, size in sizes.items()
+        if size
+    }
+    rounds = preset.growth_rounds + 1  # the first warms up
+    with progress(rounds * len(bench.lanes), f"{preset.model} {training.name} largest micro-batches") as bar:
+        for index in range(rounds):
+            for lane in bench.lanes:
+                name = lane.variant.name
+                with _out_of_memory_recorded(record, name):
+                    timing = {"round": index, **bench.step(lane, ids_BS=batches[name])}
+                    record["steps"].setdefault(name, []).extend([timing] if index else [])
+                bar.update()
+
+
+@contextmanager
+def _out_of_memory_recorded(record: records.Record, name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        record["failures"].append({"variant": name, **records.describe_error(error)})
