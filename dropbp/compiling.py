@@ -6,7 +6,11 @@ The functions here tell it to skip a function of ours, and switch it off while o
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -45,6 +49,39 @@ def resumed(callback: Callback, function: Callable[..., Any], args: Any, kwargs:
         return function(*args, **kwargs)
     finally:
         _frames.set_eval_frame(None)
+
+
+class _CompiledCodeOff:
+    """Torch's stance is one for the process, and setting it back is not: of two threads that overlap, the second would
+    restore what the first had set, for ever. So the first to come sets it, and the last to go restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._stance = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stance.close()
+
+
+_compiled_code_off = _CompiledCodeOff()
+
+
+def compiled_code_off() -> AbstractContextManager[None]:
+    """Compiled modules run as written meanwhile, in every thread, so that their graph can be seen."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
+        return contextlib.nullcontext()
+    return _compiled_code_off
 
 
 for _own in (pause, resume, resumed):

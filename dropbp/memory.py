@@ -8,16 +8,17 @@ following storages by weak references from a dispatch mode is from `torch.distri
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+from dropbp.compiling import compiled_code_off
 
 TensorOwner: TypeAlias = "torch.Tensor | nn.Module | torch.optim.Optimizer"
 
@@ -76,7 +77,8 @@ def track_tensor_bytes(*already_there: TensorOwner) -> Iterator[TensorBytes]:
     Nothing that is computed changes by a bit. It works on every device, the meta device included. Not seen is what no
     operation makes: scratch memory inside a kernel, storages resized by `UntypedStorage.resize_`, states of random
     generators (5056 bytes for each checkpoint on CPU). Functions under `torch.compile` run uncompiled meanwhile: what
-    a compiled kernel allocates could not be followed.
+    a compiled kernel allocates could not be followed; and one called for the first time under a dispatch mode would
+    stay uncompiled for ever after.
 
     Args:
         already_there: models, optimizers and tensors whose storages exist already and are to be counted too; other
@@ -88,7 +90,7 @@ def track_tensor_bytes(*already_there: TensorOwner) -> Iterator[TensorBytes]:
     tracked = TensorBytes()
     for storage in _owned_storages(already_there):
         tracked.follow(storage)
-    with _uncompiled(), _FollowNewStorages(tracked):
+    with compiled_code_off(), _FollowNewStorages(tracked):
         yield tracked
 
 
@@ -120,14 +122,6 @@ def saved_tensor_bytes(fn: Callable[[], Any], *, exclude: Iterable[TensorOwner] 
     alive = {key: storage for key, reference in saved.items() if (storage := reference()) is not None}
     del output
     return sum(storage.nbytes() for key, storage in alive.items() if key not in excluded)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Compiled functions called for the first time under a dispatch mode would stay uncompiled for ever after."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def _is_parameter(tensor: torch.Tensor) -> bool:

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from dropbp.branches import Structure
+from dropbp.compiling import compiled_code_off
 from dropbp.distributed import is_partitioned
 from dropbp.errors import ConfigError, StateError
 from dropbp.onepass import Observation, OnePass
-from dropbp.trace import compiled_code_off, random_state_kept
+from dropbp.trace import random_state_kept
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
+from dropbp.compiling import compiled_code_off
 from dropbp.errors import DiscoveryError
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
@@ -370,6 +371,10 @@ def _sum_by_key(records: Sequence[tuple[int, int]]) -> dict[int, int]:
     return total
 
 
+# Random state and attention kernels are settings of the process: overlapping threads would restore each other's.
+_one_at_a_time = threading.RLock()
+
+
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, own random state, no compiled code, no cached casts; everything put back afterwards."""
@@ -377,6 +382,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     cache = torch.is_autocast_cache_enabled()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
         stack.enter_context(random_state_kept(model))
         stack.enter_context(compiled_code_off())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -432,16 +438,6 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
         for device in devices:
             indices = range(getattr(torch, device.type).device_count())
             stack.enter_context(torch.random.fork_rng(devices=list(indices), device_type=device.type))
-        yield
-
-
-@contextlib.contextmanager
-def compiled_code_off() -> Iterator[None]:
-    """Compiled modules run as written, so that their graph can be seen."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
         yield
 
 

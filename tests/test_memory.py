@@ -135,7 +135,6 @@ def test_tracking_leaves_gradients_bit_identical() -> None:
 
 
 def test_function_first_called_while_tracked_is_compiled_later() -> None:
-    torch._dynamo.reset()  # what other tests compiled, and gave up compiling, is not this one's
     compiled = torch.compile(lambda x: (x * 2).sin(), backend="eager")
     x = torch.ones(8)
     with track_tensor_bytes() as tracked:
