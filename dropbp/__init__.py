@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dropbp.allocation import allocate as allocate
     from dropbp.branches import Branch as Branch
+    from dropbp.discovery import discover as discover
     from dropbp.errors import ConfigError as ConfigError
     from dropbp.errors import DeviceError as DeviceError
     from dropbp.errors import DiscoveryError as DiscoveryError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from dropbp.errors import StateError as StateError
     from dropbp.session import Handle as Handle
     from dropbp.session import disable as disable
-    from dropbp.session import discover as discover
     from dropbp.session import enable as enable
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ _HOMES = {
     "StateError": "dropbp.errors",
     "Handle": "dropbp.session",
     "disable": "dropbp.session",
-    "discover": "dropbp.session",
+    "discover": "dropbp.discovery",
     "enable": "dropbp.session",
 }
 

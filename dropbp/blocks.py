@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dropbp.branches import Structure
 from dropbp.intercept import Attachment, Forward, Interception
-from dropbp.runtime import Plan, Runtime, current_node, is_compiling, named_forward, run_frozen
+from dropbp.runtime import Plan, Runtime, current_node, is_compiling, named_forward
+from dropbp.sites import run_frozen
 
 Function = Callable[..., Any]
 
@@ -127,6 +128,34 @@ def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, int
         module = model.get_submodule(name)
         needs[module] = needs.get(module, 0) | need
     return needs
+
+
+def beyond_limit(blocks: Iterable[int], flops: Sequence[int], limit: float, dropped: int) -> int:
+    """Branches of the blocks nearest the input whose activations are more than a step may keep, as a bit mask.
+
+    Args:
+        blocks: each block's branches as a bit mask, nearest the input first.
+        flops: of each branch; activations are taken to be in proportion.
+        limit: share of all branches' activations that may be kept. One branch more is allowed.
+        dropped: branches that keep nothing, as a bit mask.
+    """
+    everything = (1 << len(flops)) - 1
+    chosen, kept = 0, _flops_of(everything & ~dropped, flops)
+    allowed = limit * sum(flops) + max(flops)
+    for branches in blocks:
+        if kept <= allowed:
+            break
+        share = _flops_of(branches & everything & ~dropped, flops)
+        chosen, kept = chosen | (branches if share else 0), kept - share
+    return chosen
+
+
+def _flops_of(branches: int, flops: Sequence[int]) -> int:
+    total = 0
+    while branches:
+        lowest = branches & -branches
+        total, branches = total + flops[lowest.bit_length() - 1], branches ^ lowest
+    return total
 
 
 class CheckpointBypass:

@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from dropbp.cover import ALIVE, Cover, Group, exact_groups, needs
@@ -377,7 +378,7 @@ def _totals(graph: Graph, need: Sequence[int]) -> tuple[dict[int, int], dict[int
         if node.leaf is None:
             flops[own] = flops.get(own, 0) + graph.trace.flops.get(node.sequence, 0)
         elif id(node.leaf) in graph.parameter_names:
-            elements[own] = elements.get(own, 0) + node.leaf.numel()
+            elements[own] = elements.get(own, 0) + _elements(node.leaf)
     return flops, elements
 
 
@@ -417,6 +418,11 @@ def _common_prefix(names: Sequence[str]) -> str:
 
 def _weight_elements(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+
+
+def _elements(leaf: torch.Tensor) -> int:
+    """Of the whole parameter, also where DeepSpeed ZeRO-3 has let go of all but a part."""
+    return int(getattr(leaf, "ds_numel", leaf.numel()))
 
 
 def _has_weights(module: nn.Module) -> bool:

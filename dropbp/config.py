@@ -40,7 +40,8 @@ class Config:
         boundary: where a lazy device cuts its graph: `none`, `layer`, `sublayer`; `auto` asks the device.
         fill: gradient of skipped parameters: `none` leaves it None (the optimizer does not move them), `zero` fills it
             (weight decay and momentum do move them); `auto` asks the device.
-        rehearse: on a lazy device, whether the first steps take those of the masks to come that compile new graphs.
+        rehearse: whether the first steps take those of the masks to come in which a lazy device compiles something
+            new, so that it compiles nothing later; other devices then take the same masks, to no end.
         mask_options: further options of the coupling, such as `pool_size`.
     """
 
@@ -57,7 +58,7 @@ class Config:
     warmup: int = 0
     boundary: str = "auto"
     fill: str = "auto"
-    rehearse: bool = True
+    rehearse: bool = False
     mask_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -28,7 +28,9 @@ class Attachment:
     inside someone else's wrapper or in a copy, and lets calls pass.
     """
 
-    original: Forward | None = None
+    __slots__ = ("original",)
+
+    original: Forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None

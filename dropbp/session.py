@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import operator
 import sys
 import threading
@@ -21,31 +20,24 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dropbp import inputs as example
 from dropbp.allocation import allocate, depth_rates
-from dropbp.blocks import CheckpointBypass, install_blocks
-from dropbp.branches import Branch, Structure, analyse, analyse_named
+from dropbp.blocks import CheckpointBypass, beyond_limit
+from dropbp.books import STATE_VERSION, Books, Mask, checked_state, read_state, table
+from dropbp.branches import Branch
 from dropbp.checks import check_lengths, checked_rates
 from dropbp.config import Config, make_config
 from dropbp.device import Device, get_device
+from dropbp.discovery import Findings, find, unwrapped
 from dropbp.distributed import NEEDED, Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
-from dropbp.errors import ConfigError, DiscoveryError, StateError
-from dropbp.flops import FlopsModel, Shape, counted_once, fitted, shape_of
+from dropbp.drawing import Drawing, bits
+from dropbp.errors import ConfigError, StateError
+from dropbp.flops import Shape, shape_of
 from dropbp.grouping import ParameterGroup, split_groups
-from dropbp.intercept import Interception
-from dropbp.masks import Sampler, couplings
+from dropbp.installation import put_in_place, rehearsal
+from dropbp.masks import couplings
 from dropbp.online import Online, own_squares
-from dropbp.rehearsal import LOOKAHEAD, Layer, Rehearsal
-from dropbp.runtime import Plan, RootState, Runtime, install, install_boundaries, install_exits, install_stems
+from dropbp.runtime import Plan, RootState, Runtime
 from dropbp.sensitivity import Calibration, Closure, measure
-from dropbp.trace import record
-
-logger = logging.getLogger(__name__)
-
-Mask = tuple[bool, ...]
-STATE_VERSION = 1
-SHORT, LONG = 16, 32
-MAX_SAMPLERS = 32
 
 
 def enable(
@@ -93,72 +85,22 @@ def enable(
     model = _checked_model(model)
     adapter = get_device(device, model)
     adapter.check_model(model)
-    structure, flops, shape = _understand(model, example_inputs, branches)
-    return Handle(model, config, adapter, structure, flops, shape)
+    return Handle(model, config, adapter, find(model, example_inputs, branches))
 
 
 def disable(model: nn.Module) -> None:
     """Remove DropBP from a model, whoever enabled it. Does nothing to a model that is not enabled."""
-    handle = _handle_of(_unwrapped(model))
+    handle = handle_of(model)
     if handle is not None:
         handle.remove()
-
-
-def discover(
-    model: nn.Module, example_inputs: Any = None, branches: Sequence[str | Sequence[str]] | None = None
-) -> tuple[Branch, ...]:
-    """The residual branches of a model, nearest the input first; the model is not changed.
-
-    Raises:
-        DiscoveryError: none was found, a block was not understood, or the forward needs `example_inputs`.
-    """
-    structure, flops, shape = _understand(_unwrapped(model), example_inputs, branches)
-    return _with_flops(structure.branches, flops.at(shape))
-
-
-def _understand(
-    model: nn.Module, example_inputs: Any, named: Sequence[str | Sequence[str]] | None
-) -> tuple[Structure, FlopsModel, Shape]:
-    if example_inputs is not None:
-        given = example.as_inputs(example_inputs)
-        structure = _structure(model, given, named)
-        shape = shape_of(given.args, given.kwargs)
-        return structure, counted_once([b.flops for b in structure.branches], shape), shape
-    short = _structure(model, example.build(model, 1, SHORT), named)
-    counts = [b.flops for b in short.branches]
-    if not example.takes_text(model):
-        return short, counted_once(counts, Shape(1)), Shape(1)
-    return short, _flops_by_length(model, counts, named), Shape(1, SHORT)
-
-
-def _flops_by_length(
-    model: nn.Module, counts: Sequence[int], named: Sequence[str | Sequence[str]] | None
-) -> FlopsModel:
-    try:
-        long = _structure(model, example.build(model, 1, LONG), named)
-    except DiscoveryError as error:
-        logger.debug("FLOPs are taken as proportional to the length: %s", error)
-        return fitted(counts, [2 * c for c in counts], Shape(1, SHORT), Shape(1, 2 * SHORT))
-    return fitted(counts, [b.flops for b in long.branches], Shape(1, SHORT), Shape(1, LONG))
-
-
-def _structure(model: nn.Module, given: example.Inputs, named: Sequence[str | Sequence[str]] | None) -> Structure:
-    trace = record(model, given.args, given.kwargs)
-    if named is None:
-        return analyse(trace, model)
-    return analyse_named(trace, model, [[n] if isinstance(n, str) else list(n) for n in named])
-
-
-def _with_flops(branches: Sequence[Branch], flops: Sequence[int]) -> tuple[Branch, ...]:
-    return tuple(replace(b, flops=f) for b, f in zip(branches, flops, strict=True))
 
 
 def _checked_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {type(model).__name__}; dropbp.enable takes a torch.nn.Module.")
     refuse_wrapper(model)
-    model = _unwrapped(model)
-    if _handle_of(model) is not None or any(m.__dict__.get("_dropbp_site") is not None for m in model.modules()):
+    model = unwrapped(model)
+    if handle_of(model) is not None or any(m.__dict__.get("_dropbp_site") is not None for m in model.modules()):
         raise StateError(
             f"{type(model).__name__} is enabled already. Change it through its handle (set_rates, fixed), or call "
             "handle.remove() or dropbp.disable(model) first."
@@ -171,62 +113,53 @@ def _checked_model(model: Any) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module behind `torch.compile(model)`."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def _handle_of(model: nn.Module) -> Handle | None:
-    root = model.__dict__.get("_dropbp_root")
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of an enabled model, None if it is not enabled."""
+    root = unwrapped(model).__dict__.get("_dropbp_root")
     return root.begin.__self__ if isinstance(root, RootState) else None  # type: ignore[attr-defined]
 
 
 class Handle:
     """What `enable` returns: the branches, the masks, the books, and the way back. Also a context manager."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Config,
-        device: Device,
-        structure: Structure,
-        flops: FlopsModel,
-        shape: Shape,
-    ) -> None:
+    def __init__(self, model: nn.Module, config: Config, device: Device, findings: Findings) -> None:
         self.model, self.config, self.device = model, config, device
-        self._structure, self._flops_model, self._shape = structure, flops, shape
-        self._flops = flops.at(shape)
-        self._samplers: dict[Shape, Sampler] = {}
-        self._rates = self._initial_rates()
-        self._fixed = _FixedMasks()
+        self._findings, self._structure, self._shape = findings, findings.structure, findings.shape
+        self._flops = findings.flops.at(findings.shape)
         self._lock = threading.Lock()
+        self._mask: Mask | None = None
         self._measuring: Mask | None = None
         self._sensitivities: tuple[float, ...] | None = None
         self._own: tuple[float, ...] | None = None
-        self._online = Online.new(len(structure.branches))
-        self._mask: Mask | None = None
-        self._current: Mask | None = None
-        self._forwards = self._draws = self._dropped_forwards = 0
-        self._counts = [0] * len(structure.branches)
-        self._flops_dropped = self._flops_seen = 0.0
+        self._books = Books([0] * len(self._flops))
+        self._online = Online.new(len(self._flops))
         self._check_scaling()
+        self._drawing = Drawing(config, self._initial_rates(), self._shape, self._flops)
         self._scales = self._factors()
         self._runtime = Runtime(model)
-        self._bypass = CheckpointBypass(model, structure, self._runtime)
-        self._blocks = [model.get_submodule(name) for name in structure.blocks]
+        self._bypass = CheckpointBypass(model, self._structure, self._runtime)
+        self._blocks = [model.get_submodule(name) for name in self._structure.blocks]
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self._need_of_parameter)
         self._runtime.watchers.append(self._gathering.watch)
-        self._sampler()  # options of the coupling are checked before anything is put in place
-        self._interceptions = self._install()
-        self._rehearsal = self._new_rehearsal()
+        self._interceptions = put_in_place(
+            model,
+            self._structure,
+            self._runtime,
+            RootState(self._begin, self._runtime),
+            scales=config.scaling != "none",
+            stem_rests=self._stem_rests(),
+            boundary=device.defaults().boundary if config.boundary == "auto" else config.boundary,
+            step_boundary=device.step_boundary,
+        )
+        if config.rehearse:
+            self._drawing.rehearsal = rehearsal(model, self._structure, self._stem_rests(), self._checkpointed)
 
     # -- what is there
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches, nearest the input first, with FLOPs for the shapes last seen and present rates."""
-        each = zip(self._structure.branches, self._flops, self._rates, strict=True)
+        each = zip(self._structure.branches, self._flops, self.rates, strict=True)
         return tuple(replace(branch, flops=flops, rate=rate) for branch, flops, rate in each)
 
     @property
@@ -237,7 +170,7 @@ class Handle:
     @property
     def rates(self) -> tuple[float, ...]:
         """Each branch's drop rate."""
-        return self._rates
+        return self._drawing.rates
 
     @property
     def enabled(self) -> bool:
@@ -258,11 +191,11 @@ class Handle:
         Raises:
             ConfigError: the mask has not one entry per branch.
         """
-        self._fixed.masks.append(self._checked_mask(mask))
+        self._drawing.fixed.append(self._drawing.checked(mask))
         try:
             yield self
         finally:
-            self._fixed.masks.pop()
+            self._drawing.fixed.pop()
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Set each branch's drop rate, 0..1; the next mask is drawn from them.
@@ -272,8 +205,7 @@ class Handle:
         """
         checked = checked_rates(rates)
         check_lengths("rates", checked, self._flops)
-        self._rates = checked
-        self._samplers.clear()
+        self._drawing.set_rates(checked)
         self._scales = self._factors()
 
     def calibrate(
@@ -303,7 +235,7 @@ class Handle:
         if set_rates:
             self.set_rates(rates)
             self._sensitivities, self._own = estimate.sensitivities, estimate.own
-            self._online = Online.new(len(rates), self._forwards, self._counts)
+            self._online = Online.new(len(rates), self._books.forwards, self._books.counts)
         return Calibration(estimate.sensitivities, rates, estimate.own, method, estimate.passes, seconds)
 
     def observe(self, *, every: int = 100, decay: float = 0.95) -> bool:
@@ -325,8 +257,8 @@ class Handle:
         self._check_enabled()
         if every < 1 or not 0 <= decay < 1:
             raise ConfigError(f"every is {every!r} and decay {decay!r}; allowed: every >= 1 and 0 <= decay < 1.")
-        squares = own_squares(self.model, self._structure.parameters, len(self._counts))
-        self._online.observe(squares, self._forwards, self._counts, decay)
+        squares = own_squares(self.model, self._structure.parameters, len(self._flops))
+        self._online.observe(squares, self._books.forwards, self._books.counts, decay)
         if self._online.calls % every:
             return False
         sensitivities = self._online.sensitivities(self.model, self._sensitivities, self._own)
@@ -341,13 +273,13 @@ class Handle:
         not are all equal, and a nested mask of equal rates drops everything or nothing.
         """
         if self.config.masks == "nested":
-            return self._rates
+            return self.rates
         return allocate(sensitivities, self._flops, self.config.drop_rate, self.config.max_rate)
 
     @contextlib.contextmanager
     def _unbooked(self, mask: Sequence[bool]) -> Iterator[None]:
         """What feeds the stream stays awake: its gradients say how the first branch matters to others, not to it."""
-        self._measuring = self._checked_mask(mask)
+        self._measuring = self._drawing.checked(mask)
         stems = [self.model.get_submodule(name) for name in self._structure.stems] if self._stem_rests() else []
         sites = [module.__dict__["_dropbp_site"] for module in stems]
         try:
@@ -361,7 +293,7 @@ class Handle:
 
     def resample(self) -> None:
         """Draw a new mask at the next training forward (with `resample="step"`: call once per optimizer step)."""
-        self._current = None
+        self._drawing.resample()
 
     def reduce_kept(self, replica: DistributedDataParallel) -> None:
         """Make `DistributedDataParallel` around this model send gradients of kept branches only.
@@ -422,65 +354,40 @@ class Handle:
         `realised_drop_rate` and `flops_saved_share` are shares of the branches' forward FLOPs over all training
         forwards and over those after the warm-up; `flops_skipped` counts forward FLOPs whose backward was skipped.
         """
-        seen = max(self._flops_seen, 1.0)
+        books = self._books
         return {
             "drop_rate": self.config.drop_rate,
-            "realised_drop_rate": self._flops_dropped / seen,
-            "flops_skipped": self._flops_dropped,
+            "realised_drop_rate": books.drop_rate,
+            "flops_skipped": books.flops_dropped,
             "branch_flops_share": self._structure.coverage,
             "masks": self.config.masks,
             "seed": self.config.seed,
-            "forwards": self._forwards,
-            "draws": self._draws,
+            "forwards": books.forwards,
+            "draws": self._drawing.draws,
             "device": self.device.name,
             "shape": {"batch_size": self._shape.batch_size, "sequence_length": self._shape.sequence_length},
-            "branches": [self._branch_report(i, b) for i, b in enumerate(self.branches)],
-        }
-
-    def _branch_report(self, i: int, branch: Branch) -> dict[str, Any]:
-        realised = self._counts[i] / self._forwards if self._forwards else 0.0
-        return {
-            "name": branch.name,
-            "modules": list(branch.modules),
-            "flops": branch.flops,
-            "parameters": branch.parameters,
-            "rate": branch.rate,
-            "dropped": self._counts[i],
-            "realised_rate": realised,
+            "branches": [books.of_branch(i, branch) for i, branch in enumerate(self.branches)],
         }
 
     def summary(self) -> str:
         """A table of the branches with FLOPs, rates and how often each was dropped."""
-        width = max(len("branch"), *(len(b.name) for b in self._structure.branches))
-        report, total = self.report(), sum(self._flops)
-        head = f"{'branch':<{width}}  {'share of FLOPs':>14}  {'parameters':>12}  {'rate':>6}  {'realised':>8}"
-        rows = [
-            f"{entry['name']:<{width}}  {entry['flops'] / total:>14.2%}  {entry['parameters']:>12,}  "
-            f"{entry['rate']:>6.3f}  {entry['realised_rate']:>8.3f}"
-            for entry in report["branches"]
-        ]
-        foot = (
-            f"{len(self._counts)} branches hold {self._structure.coverage:.1%} of the forward's FLOPs; target drop "
-            f"rate {self.config.drop_rate:g}, realised {report['realised_drop_rate']:.4f} in {self._forwards} forwards"
-        )
-        return "\n".join([head, *rows, foot])
+        return table(self.report())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to draw the same masks: plain numbers, lists and strings."""
+        books, current = self._books, self._drawing.current
         return {
             "version": STATE_VERSION,
-            "branches": [branch.name for branch in self._structure.branches],
-            "masks": self.config.masks,
-            "seed": self.config.seed,
+            **self._identity(),
             "drop_rate": self.config.drop_rate,
-            "rates": list(self._rates),
-            "forwards": self._forwards,
-            "draws": self._draws,
+            "rates": list(self.rates),
+            "forwards": books.forwards,
+            "draws": self._drawing.draws,
             "mask": None if self._mask is None else list(self._mask),
-            "current": None if self._current is None else list(self._current),
-            "counts": list(self._counts),
-            "flops_dropped": self._flops_dropped,
-            "flops_seen": self._flops_seen,
+            "current": None if current is None else list(current),
+            "counts": list(books.counts),
+            "flops_dropped": books.flops_dropped,
+            "flops_seen": books.flops_seen,
             "sensitivities": None if self._sensitivities is None else list(self._sensitivities),
             "own": None if self._own is None else list(self._own),
             "online": self._online.state(),
@@ -492,96 +399,34 @@ class Handle:
         Raises:
             StateError: the state is of another version, model, coupling or seed, or is damaged; nothing is changed.
         """
-        self._check_state(state)
+        state = checked_state(state, self._identity())
         try:
-            rates = [float(r) for r in state["rates"]]
-            counts = [_loaded_count(c) for c in state["counts"]]
-            masks = [self._loaded_mask(state[k]) for k in ("mask", "current")]
-            numbers = [_loaded_count(state[k]) for k in ("forwards", "draws")]
-            flops = [_loaded_sum(state[k]) for k in ("flops_dropped", "flops_seen")]
-            check_lengths("counts", counts, self._flops)
-            parts = [self._loaded_part(state.get(k)) for k in ("sensitivities", "own")]
-            online = self._loaded_online(state, counts)
-            self.set_rates(rates)
+            saved = read_state(state, len(self._flops))
+            online = self._loaded_online(state, saved.books)
+            self.set_rates(saved.rates)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise StateError(f"The DropBP state is damaged ({error}); nothing was loaded.") from error
-        self._counts, (self._mask, self._current) = counts, masks
-        if self._forwards < numbers[0]:
-            self._rehearsal = None  # the run that is continued had its own
-        (self._forwards, self._draws), (self._flops_dropped, self._flops_seen) = numbers, flops
-        (self._sensitivities, self._own), self._online = parts, online
+        if self._books.forwards < saved.books.forwards:
+            self._drawing.rehearsal = None  # the run that is continued had its own
+        self._books, self._mask, self._online = saved.books, saved.mask, online
+        self._drawing.draws, self._drawing.current = saved.draws, saved.current
+        self._sensitivities, self._own = saved.sensitivities, saved.own
 
-    def _loaded_mask(self, mask: Any) -> Mask | None:
-        if mask is None:
-            return None
-        if not all(isinstance(drop, bool) for drop in mask):
-            raise ValueError(f"a mask is {_short(mask)}, not a list of bools")
-        return self._checked_mask(mask)
+    def _identity(self) -> dict[str, Any]:
+        """What a state must share with this handle to be loaded."""
+        branches = [branch.name for branch in self._structure.branches]
+        return {"branches": branches, "masks": self.config.masks, "seed": self.config.seed}
 
-    def _loaded_part(self, values: Sequence[float] | None) -> tuple[float, ...] | None:
-        """States of earlier versions have none."""
-        if values is None:
-            return None
-        check_lengths("sensitivities", values, self._flops)
-        return tuple(float(value) for value in values)
-
-    def _loaded_online(self, state: Mapping[str, Any], counts: Sequence[int]) -> Online:
+    def _loaded_online(self, state: Mapping[str, Any], books: Books) -> Online:
         if state.get("online") is None:
-            return Online.new(len(self._flops), int(state["forwards"]), counts)
+            return Online.new(len(self._flops), books.forwards, books.counts)
         return Online.from_state(state["online"], len(self._flops))
-
-    def _check_state(self, state: Any) -> None:
-        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
-            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-            raise StateError(f"The DropBP state is of version {found!r}; this library reads version {STATE_VERSION}.")
-        mine = {**self.state_dict(), "drop_rate": None}
-        for key in ("branches", "masks", "seed"):
-            if state.get(key) != mine[key]:
-                raise StateError(
-                    f"The DropBP state belongs to another run: its {key} are {_short(state.get(key))}, this "
-                    f"model's are {_short(mine[key])}. Enable the same model with the same options before loading."
-                )
 
     # -- inside
 
     def _check_enabled(self) -> None:
         if not self.enabled:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
-
-    def _install(self) -> list[Interception]:
-        root = RootState(self._begin, self._runtime)
-        made = install(self.model, self._structure, self._runtime, root)
-        if self._stem_rests():
-            made += install_stems(self.model, self._structure.stems, self._runtime)
-        made += install_blocks(self.model, self._structure.blocks, self._runtime)
-        if self.config.scaling != "none":
-            made += install_exits(self.model, self._structure, self._runtime)
-        boundary = self._boundary()
-        if boundary != "none":
-            made += install_boundaries(self.model, self._boundary_names(boundary), self.device.step_boundary)
-            made += install_boundaries(self.model, self._last_blocks(), self.device.step_boundary, after=True)
-        return made
-
-    def _boundary(self) -> str:
-        return self.device.defaults().boundary if self.config.boundary == "auto" else self.config.boundary
-
-    def _boundary_names(self, boundary: str) -> list[str]:
-        names = list(self._structure.blocks)
-        if boundary == "sublayer":
-            names += [branch.modules[0] for branch in self._structure.branches if branch.modules]
-        return list(dict.fromkeys(names))
-
-    def _last_blocks(self) -> list[str]:
-        """The last block of each list: what comes after, the head and the loss, gets a graph of its own."""
-        return list({name.rpartition(".")[0]: name for name in self._structure.blocks}.values())
-
-    def _new_rehearsal(self) -> Rehearsal | None:
-        if not self.config.rehearse or self._boundary() == "none" or not self.device.is_lazy():
-            return None
-        stems = self._structure.stems if self._stem_rests() else {}
-        parts = [*stems.items(), *self._structure.blocks.items()]
-        layers = [Layer(_kind(self.model.get_submodule(name)), need) for name, need in parts]
-        return Rehearsal(layers, (1 << len(self._counts)) - 1, self._checkpointed)
 
     def _initial_rates(self) -> tuple[float, ...]:
         rates = self.config.rates
@@ -607,31 +452,21 @@ class Handle:
         if self.config.scaling == "none":
             return ()
         top = self.config.max_scale if self.config.scaling == "clipped" else float("inf")
-        return tuple(min(top, 1 / (1 - rate)) if rate < 1 else 1.0 for rate in self._rates)
-
-    def _checked_mask(self, mask: Sequence[bool]) -> Mask:
-        checked = tuple(bool(m) for m in mask)
-        if len(checked) != len(self._structure.branches):
-            raise ConfigError(
-                f"The mask has {len(checked)} entries, the model {len(self._structure.branches)} branches. Give one "
-                "bool per entry of handle.branches, True to drop its backward."
-            )
-        return checked
+        return tuple(min(top, 1 / (1 - rate)) if rate < 1 else 1.0 for rate in self.rates)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         """Called before every training forward of the root: what it drops, and how kept gradients are scaled."""
         if self._measuring is not None:
-            return Plan(_bits(self._measuring))
+            return Plan(bits(self._measuring))
         with self._lock:
             self._see(shape_of(args, kwargs))
-            warm, mask = self._forwards >= self.config.warmup, self._next_mask()
-            self._mask = mask
-            if self._rehearsal is not None and not self._rehearsal.done:
-                self._rehearsal.note(_bits(mask), self._with_gradient())
-            self._book(mask)
+            books, drawing = self._books, self._drawing
+            warm = books.forwards >= self.config.warmup
+            mask = self._mask = drawing.next(books.forwards, self._with_gradient() if drawing.rehearses() else 0)
+            books.note(mask, self._flops)
             self._bypass.refresh()
             self._refresh_engines(mask)
-        dropped = _bits(mask)
+        dropped = bits(mask)
         if dropped and self._fills():
             self._fill(dropped)
         return Plan(dropped, self._scales if warm else (), self._checkpointed(dropped), self._rests_now())
@@ -641,17 +476,7 @@ class Handle:
         limit = self._activations_limit()
         if limit is None or self._bypass.is_on():
             return 0
-        chosen, kept = 0, self._flops_of(~dropped)
-        allowed = limit * sum(self._flops) + max(self._flops)
-        for need in self._structure.blocks.values():
-            if kept <= allowed:
-                break
-            share = self._flops_of(need & ~dropped)
-            chosen, kept = chosen | (need if share else 0), kept - share
-        return chosen
-
-    def _flops_of(self, branches: int) -> int:
-        return sum(flops for i, flops in enumerate(self._flops) if branches >> i & 1)
+        return beyond_limit(self._structure.blocks.values(), self._flops, limit, dropped)
 
     def _activations_limit(self) -> float | None:
         limit = self.config.max_activations
@@ -661,7 +486,7 @@ class Handle:
 
     def _rests_now(self) -> bool:
         """A mask that was given names branches only: under it the stem trains, unless it was told to rest."""
-        return self.config.stem == "rest" or not self._fixed.masks
+        return self.config.stem == "rest" or not self._drawing.fixed
 
     def _stem_rests(self) -> bool:
         return self.config.stem == "rest" or (self.config.stem == "auto" and self.config.masks == "nested")
@@ -677,63 +502,14 @@ class Handle:
 
     def _see(self, shape: Shape) -> None:
         if shape != self._shape:
-            self._shape, self._flops = shape, self._flops_model.at(shape)
-
-    def _next_mask(self) -> Mask:
-        if self._fixed.masks:
-            return self._fixed.masks[-1]
-        if self._forwards < self.config.warmup:
-            return (False,) * len(self._counts)
-        if self._keeps_mask() and self._current is not None:
-            return self._current
-        self._current = self._rehearsed() or self._drawn()
-        return self._current
-
-    def _drawn(self) -> Mask:
-        mask = self._sampler().draw(self._draws)
-        self._draws += 1
-        return mask
-
-    def _rehearsed(self) -> Mask | None:
-        """A mask for a graph that is not compiled yet: see `dropbp.rehearsal`."""
-        if self._rehearsal is None or self._rehearsal.done:
-            return None
-        dropped = self._rehearsal.next(self._with_gradient(), self._upcoming)
-        return None if dropped is None else tuple(bool(dropped >> i & 1) for i in range(len(self._counts)))
-
-    def _upcoming(self) -> list[int]:
-        sampler = self._sampler()
-        return [_bits(sampler.draw(draw)) for draw in range(self._draws, self._draws + LOOKAHEAD)]
+            self._shape, self._flops = shape, self._findings.flops.at(shape)
+            self._drawing.see(shape, self._flops)
 
     def _with_gradient(self) -> int:
         """The branches whose parameters have gradients now, from an earlier micro-batch of this step."""
         needs = self._structure.parameters.items()
         held = (need for name, need in needs if self.model.get_parameter(name).grad is not None)
         return functools.reduce(operator.or_, held, 0)
-
-    def _keeps_mask(self) -> bool:
-        every = self.config.resample
-        if isinstance(every, int):
-            return (self._forwards - self.config.warmup) % every != 0
-        return every == "step"
-
-    def _sampler(self) -> Sampler:
-        """One per shape: with other lengths the branches weigh differently."""
-        if self._shape not in self._samplers:
-            if len(self._samplers) >= MAX_SAMPLERS:
-                self._samplers.clear()
-            self._samplers[self._shape] = Sampler(
-                self.config.masks, self._rates, self._flops, self.config.seed, **self.config.mask_options
-            )
-        return self._samplers[self._shape]
-
-    def _book(self, mask: Mask) -> None:
-        self._forwards += 1
-        for i, drop in enumerate(mask):
-            if drop:
-                self._counts[i] += 1
-                self._flops_dropped += self._flops[i]
-        self._flops_seen += sum(self._flops)
 
     def _fills(self) -> bool:
         fill = self.device.defaults().fill if self.config.fill == "auto" else self.config.fill
@@ -746,36 +522,3 @@ class Handle:
                 parameter = self.model.get_parameter(name)
                 if parameter.requires_grad and parameter.grad is None and not hasattr(parameter, "ds_id"):
                     parameter.grad = torch.zeros_like(parameter)
-
-
-def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """Blocks of one kind record the same graphs."""
-    return type(block), tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in block.parameters())
-
-
-def _loaded_count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"a count is {_short(value)}, not a number of 0 and above")
-    return value
-
-
-def _loaded_sum(value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"a sum of FLOPs is {_short(value)}, not a number of 0 and above")
-    return float(value)
-
-
-def _bits(mask: Mask) -> int:
-    return sum(1 << i for i, drop in enumerate(mask) if drop)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-class _FixedMasks(threading.local):
-    """The masks of the `with handle.fixed(...)` that are open in this thread, the innermost last."""
-
-    def __init__(self) -> None:
-        self.masks: list[Mask] = []

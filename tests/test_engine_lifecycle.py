@@ -236,7 +236,7 @@ def test_thousands_of_cycles_leave_nothing_behind():
     model = plain_net(blocks=1)
     before = snapshot(model)
     with dropbp.enable(model, example_inputs=plain_batch()) as first:
-        parts = first.config, first.device, first._structure, first._flops_model, first._shape
+        parts = first.config, first.device, first._findings
     objects = []
     for cycle in range(CYCLES):
         handle = dropbp.Handle(model, *parts)

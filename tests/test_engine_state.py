@@ -56,7 +56,7 @@ def test_a_resumed_run_draws_the_same_masks(options, after):
     model, handle = enabled(**options)
     handle.load_state_dict(state)
     assert handle.state_dict() == state
-    handle._current = handle._current if after else None
+    handle._drawing.current = handle._drawing.current if after else None
     assert first + [(plain_loss(model), handle.mask)[1] for _ in range(16 - after)] == expected
     assert handle.report()["forwards"] == 16
 

@@ -52,7 +52,7 @@ def inspect_model(source: str, batch_size: int, sequence_length: int) -> dict[st
 
     from dropbp.inputs import build
     from dropbp.integrations.models import load_config, new_model
-    from dropbp.session import discover
+    from dropbp.discovery import discover
 
     config = load_config(source)
     with FakeTensorMode():

@@ -1,0 +1,135 @@
+"""The mask of each training forward: fixed, kept from the last one, rehearsed, or drawn from rates and coupling.
+
+The order of precedence is that of the methods: what a `with handle.fixed(mask)` says, nothing dropped during the
+warm-up, the present mask as long as `resample` keeps it, the rehearsal of a lazy device, a new draw.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from dropbp.books import Mask
+from dropbp.config import Config
+from dropbp.errors import ConfigError
+from dropbp.flops import Shape
+from dropbp.masks import Sampler
+from dropbp.rehearsal import LOOKAHEAD, Rehearsal
+
+MAX_SAMPLERS = 32
+
+
+class Drawing:
+    """Draws masks for one model.
+
+    Args:
+        config: coupling, seed, warm-up and how long a mask is kept.
+        rates: of the branches; set anew by `set_rates`.
+        shape, flops: of the forwards to come; set anew by `see`.
+    """
+
+    def __init__(self, config: Config, rates: tuple[float, ...], shape: Shape, flops: Sequence[int]) -> None:
+        self.config, self.rates = config, rates
+        self.draws = 0
+        self.current: Mask | None = None
+        self.rehearsal: Rehearsal | None = None
+        self._fixed = _FixedMasks()
+        self._samplers: dict[Shape, Sampler] = {}
+        self.see(shape, flops)
+        self.sampler()  # what is wrong with the coupling's options is said here, not in the first step
+
+    @property
+    def fixed(self) -> list[Mask]:
+        """The masks of the `with handle.fixed(...)` open in this thread, the innermost last."""
+        return self._fixed.masks
+
+    def see(self, shape: Shape, flops: Sequence[int]) -> None:
+        """The next forwards have this shape, and so the branches these FLOPs."""
+        self._shape, self._flops = shape, flops
+
+    def set_rates(self, rates: tuple[float, ...]) -> None:
+        """The next mask is drawn from these rates."""
+        self.rates = rates
+        self._samplers.clear()
+
+    def resample(self) -> None:
+        """The next mask is a new one."""
+        self.current = None
+
+    def next(self, forwards: int, with_gradient: int) -> Mask:
+        """The mask of the next training forward, True = backward dropped.
+
+        Args:
+            forwards: training forwards so far.
+            with_gradient: the branches whose parameters have gradients now, as bits; read by a rehearsal only.
+        """
+        mask = self._next(forwards, with_gradient)
+        if self.rehearsal is not None and not self.rehearsal.done:
+            self.rehearsal.note(bits(mask), with_gradient)
+        return mask
+
+    def _next(self, forwards: int, with_gradient: int) -> Mask:
+        if self.fixed:
+            return self.fixed[-1]
+        if forwards < self.config.warmup:
+            return (False,) * len(self.rates)
+        if self.current is None or not self._keeps(forwards):
+            self.current = self._rehearsed(with_gradient) or self._drawn()
+        return self.current
+
+    def checked(self, mask: Sequence[bool]) -> Mask:
+        """The mask as a tuple of bools. Raises ConfigError if it has not one entry per branch."""
+        checked = tuple(bool(m) for m in mask)
+        if len(checked) != len(self.rates):
+            raise ConfigError(
+                f"The mask has {len(checked)} entries, the model {len(self.rates)} branches. Give one bool per entry "
+                "of handle.branches, True to drop its backward."
+            )
+        return checked
+
+    def rehearses(self) -> bool:
+        """Whether a rehearsal is going on."""
+        return self.rehearsal is not None and not self.rehearsal.done
+
+    def _keeps(self, forwards: int) -> bool:
+        every = self.config.resample
+        if isinstance(every, int):
+            return (forwards - self.config.warmup) % every != 0
+        return every == "step"
+
+    def _drawn(self) -> Mask:
+        mask = self.sampler().draw(self.draws)
+        self.draws += 1
+        return mask
+
+    def _rehearsed(self, with_gradient: int) -> Mask | None:
+        """A mask for a graph that is not compiled yet: see `dropbp.rehearsal`."""
+        if self.rehearsal is None or self.rehearsal.done:
+            return None
+        dropped = self.rehearsal.next(with_gradient, self._upcoming)
+        return None if dropped is None else tuple(bool(dropped >> i & 1) for i in range(len(self.rates)))
+
+    def _upcoming(self) -> list[int]:
+        sampler = self.sampler()
+        return [bits(sampler.draw(draw)) for draw in range(self.draws, self.draws + LOOKAHEAD)]
+
+    def sampler(self) -> Sampler:
+        """Of the present shape: with other lengths the branches weigh differently."""
+        if self._shape not in self._samplers:
+            if len(self._samplers) >= MAX_SAMPLERS:
+                self._samplers.clear()
+            config = self.config
+            self._samplers[self._shape] = Sampler(
+                config.masks, self.rates, self._flops, config.seed, **config.mask_options
+            )
+        return self._samplers[self._shape]
+
+
+def bits(mask: Mask) -> int:
+    """A mask as a number: bit i for branch i."""
+    return sum(1 << i for i, drop in enumerate(mask) if drop)
+
+
+class _FixedMasks(threading.local):
+    def __init__(self) -> None:
+        self.masks: list[Mask] = []
