@@ -25,7 +25,7 @@ LIGHT = (
     "PermuteBackward", "TransposeBackward", "TBackward", "CloneBackward", "AliasBackward", "ExpandBackward",
     "SqueezeBackward", "UnsqueezeBackward", "NativeDropoutBackward", "SliceBackward",
 )  # fmt: skip
-OWN_STREAM_SHARE = 0.5
+OWN_STREAM_SHARE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.zoo.check import Verdict
 
-ORDER = ("right", "refused", "wrong", "crashed", "unbuilt")
+ORDER = ("right", "none", "refused", "wrong", "crashed", "unbuilt")
 TITLES = {
     "causal-lm": "Causal language models",
     "masked-lm": "Masked language models",
@@ -30,7 +30,8 @@ that drops two branches in three:
   branch is set to zero in the autograd graph.
 
 `right`: all of that holds. `refused`: `dropbp.enable` raised an error that says what was not understood; the model is
-as before, and `branches=[...]` may still name what to drop. `unbuilt`: no tiny configuration is known, or a package is
+as before, and `branches=[...]` may still name what to drop. `none`: the architecture has no residual stream, and
+`dropbp.enable` raised an error that says so. `unbuilt`: no tiny configuration is known, or a package is
 missing. Nothing may be wrong.
 
 *Weights* and *FLOPs* are the shares of the weights that the forward used, and of its FLOPs, that lie in branches; the
@@ -73,9 +74,10 @@ def text(found: Mapping[str, Any]) -> str:
     lines += [""] if lines else []
     for family, counts in found["counts"].items():
         lines.append(f"{family:16} " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n))
-    built = {verdict: sum(c[verdict] for c in found["counts"].values()) for verdict in ORDER}
-    total = sum(built.values()) - built["unbuilt"]
-    lines.append(f"{'all':16} {built['right']} of {total} built are right ({built['right'] / max(1, total):.1%})")
+    total = {verdict: sum(c[verdict] for c in found["counts"].values()) for verdict in ORDER}
+    built = sum(total.values()) - total["unbuilt"] - total["none"]
+    share = total["right"] / max(1, built)
+    lines.append(f"{'all':16} {total['right']} of {built} built that have a residual stream are right ({share:.1%})")
     return "\n".join(lines) + "\n"
 
 
