@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results" / "learning"
 WARMUP_STEPS = 8
+WARMUP_ROUNDS = 2  # of timing
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 CURVE_POINTS = 6
@@ -89,10 +90,10 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(("prose-lora",), ("published", "freezing", "nested shelf"), (0.5,), (0,), 16, 4),
+    "quick": Preset(("prose-lora",), ("published", "freezing", "default"), (0.5,), (0,), 16, 4),
     "long": Preset(
         tasks=("c-long",),
-        methods=("freezing", "published", "nested shelf", "nested shelf slow-deep", "sweep"),
+        methods=("freezing", "published", "nested shelf", "default"),
         drop_rates=(0.5, 0.875),
         seeds=(0,),
         plain_steps=320,
@@ -100,14 +101,16 @@ PRESETS = {
     ),
     "full": Preset(
         tasks=("python", "c-accumulated", "prose-lora"),
-        methods=("freezing", "published", "nested shelf", "nested shelf slow-deep", "sweep"),
-        drop_rates=(0.5, 0.875),
+        methods=("freezing", "published", "nested shelf", "default"),
+        drop_rates=(0.5, 0.75, 0.875),
         seeds=(0, 1, 2),
         plain_steps=64,
         timing_rounds=16,
         once=(
             ("nested geometric", 0.5),
             ("nested geometric", 0.875),
+            ("nested shelf slow-deep", 0.5),
+            ("nested shelf slow-deep", 0.875),
             ("exact", 0.5),
             ("lora", 0.0),
             ("lisa", 0.5),
@@ -279,13 +282,14 @@ def step_times(task_name: str, variants: Sequence[Variant], rounds: int, seed: i
     stream = tasks.batches(tasks.split(task), task, seed)
     record = _header(MEMORY_TO_SPARE, Run(task_name, "all", 0.0, 1e-5, seed, rounds))
     trainers = [
-        Trainer(Run(task_name, name, rate, 1e-5, seed, rounds), checkpointing=ckpt) for name, rate, ckpt in variants
+        Trainer(Run(task_name, name, rate, 1e-5, seed, rounds), rounds + 2 * WARMUP_ROUNDS, ckpt)  # its middle is timed
+        for name, rate, ckpt in variants
     ]
     rows: list[Record] = [
         {"method": name, "drop_rate": rate, "checkpointing": ckpt, "cpu_s": [], "wall_s": [], "saved_mib": []}
         for name, rate, ckpt in variants
     ]
-    for done in range(-2, rounds):
+    for done in range(-WARMUP_ROUNDS, rounds):
         window = next(stream)
         for trainer, row in zip(trainers, rows, strict=True):
             cpu_s, wall_s = _timed(trainer, window)
@@ -495,7 +499,7 @@ def _measured_times(preset: Preset, task_name: str, folder: Path, resume: bool) 
     """Step times with memory to spare; those with little of it are measured too, for the tables."""
     task = tasks.task(task_name)
     known = variants(preset, task) + rivals_run_once(preset, task)
-    nested = [(f"{name} {CAPPED}", rate, False) for name, rate in known if name.startswith("nested")]
+    nested = [(f"{name} {CAPPED}", rate, False) for name, rate in known if name.startswith(("nested", "default"))]
     _measured(task_name, SHORT_OF_MEMORY, [("plain", 0.0, True), *nested], preset.timing_rounds, folder, resume)
     spare: list[Variant] = [(*which, False) for which in known if which[0] != "plain"]
     return _measured(task_name, MEMORY_TO_SPARE, spare, preset.timing_rounds, folder, resume)

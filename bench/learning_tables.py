@@ -40,7 +40,7 @@ ORDER = (
     "lora",
     "pld",
     "freezing",
-    "sweep",
+    "default",
     "nested shelf slow-deep",
     "nested shelf",
     "nested geometric",
@@ -52,8 +52,8 @@ ORDER = (
 COLOURS = {
     "plain": "black",
     "freezing": "tab:blue",
-    "sweep": "tab:green",
-    "nested shelf slow-deep": "tab:red",
+    "default": "tab:green",
+    "nested shelf": "tab:red",
     "published": "tab:orange",
 }
 

@@ -9,6 +9,7 @@ FLOPs of unlike methods are counted in one way. The rivals that change blocks wo
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,27 +105,6 @@ class DropBP(Method):
 
     def remove(self) -> None:
         self.handle.remove()
-
-
-class Sweep(DropBP):
-    """Nested masks whose depth falls steadily from one step to the next: first most of the model, at last its top.
-
-    The drop rate rises from p - d to p + d with d = 0.8 min(p, 1 - p). Source of the idea: FreezeOut, arXiv:1706.04983.
-    """
-
-    def __init__(self, model: nn.Module, drop_rate: float, *, steps: int, seed: int = 0) -> None:
-        super().__init__(model, drop_rate, seed=seed, masks="nested", rates="freeze", resample="step")
-        self.steps, self.spread = steps, 0.8 * min(drop_rate, 1 - drop_rate)
-
-    def begin_step(self, step: int) -> None:
-        progress = min(1.0, step / self.steps)
-        drop_rate = self.handle.config.drop_rate + self.spread * (2 * progress - 1)
-        self.handle.set_rates(depth_rates([b.flops for b in self.handle.branches], drop_rate, "freeze"))
-        self.handle.resample()
-
-    def deepest(self) -> contextlib.AbstractContextManager[object]:
-        self.begin_step(0)
-        return self.micro_batch()
 
 
 class PublishedDropBP(DropBP):
@@ -338,6 +318,11 @@ def _uniform(masks: str) -> Callable[..., Method]:
     return lambda model, drop_rate, seed, steps: DropBP(model, drop_rate, seed=seed, masks=masks, rates="uniform")
 
 
+def _default(model: nn.Module, drop_rate: float, seed: int, steps: int, **options: Any) -> Method:
+    """What `dropbp.enable` does when it is told the length of the run, without a limit to memory unless told."""
+    return DropBP(model, drop_rate, seed=seed, steps=steps, resample="step", **options)
+
+
 def _nested(model: nn.Module, drop_rate: float, seed: int, words: Sequence[str]) -> Method:
     profile, *more = words
     options: dict[str, Any] = {"masks": "nested", "resample": "step"}
@@ -365,8 +350,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "layerdrop": lambda model, drop_rate, seed, steps: LayerDrop(model, drop_rate, seed=seed),
     "pld": lambda model, drop_rate, seed, steps: ProgressiveLayerDrop(model, steps=steps, seed=seed),
     "published": lambda model, drop_rate, seed, steps: PublishedDropBP(model, drop_rate, seed=seed),
+    "default": _default,
+    "default capped": functools.partial(_default, max_activations="auto"),
     "exact": _uniform("exact"),
-    "sweep": lambda model, drop_rate, seed, steps: Sweep(model, drop_rate, steps=steps, seed=seed),
     "independent": _uniform("independent"),
     "cyclic": _uniform("cyclic"),
 }

@@ -145,7 +145,8 @@ def depth_rates(flops: Iterable[float], drop_rate: float, profile: str = "geomet
             m = 3 q / (1-q): three quarters of the trained FLOPs are a top that is always trained, one quarter goes
             to a geometric tail below it; with less than one branch of shelf, that branch alone), "linear" (rates on
             a straight line in depth, as steep as the bounds allow), "freeze" (1 below, 0 above, one
-            fractional branch at the border).
+            fractional branch at the border), "band" (D uniform over a band around its mean m, from m - d to m + d
+            with d half the distance to the nearer end: the top is always trained, the lowest part never).
         max_rate: no branch is dropped more often, in (0, 1]; below 1 every branch is trained now and then.
 
     Returns:
@@ -218,6 +219,20 @@ def _freeze(count: int, theta: float) -> list[float]:
     return [_clip(theta * count - k) for k in range(count)]
 
 
+def _band(count: int, theta: float) -> list[float]:
+    """D uniform between theta - d and theta + d of the branches, d = min(theta, 1 - theta) / 2."""
+    middle, half = theta * count, min(theta, 1 - theta) * count / 2
+    if half < _ROUNDING:
+        return _freeze(count, theta)
+    low, high = middle - half, middle + half
+    return [_clip((_trained_below(high - k) - _trained_below(low - k)) / (high - low)) for k in range(count)]
+
+
+def _trained_below(depth: float) -> float:
+    """Integral of min(1, max(0, x)) up to `depth`."""
+    return max(0.0, depth) ** 2 / 2 if depth < 1 else depth - 0.5
+
+
 def _only_top(count: int, keep: float) -> list[float]:
     return [keep] + [0.0] * (count - 1)
 
@@ -228,6 +243,7 @@ PROFILES: dict[str, Profile] = {
     "shelf": _shelf,
     "linear": _linear,
     "freeze": _freeze,
+    "band": _band,
 }
 
 

@@ -12,7 +12,7 @@ SCALINGS = ("none", "unbiased", "clipped")
 BOUNDARIES = ("auto", "none", "layer", "sublayer")
 FILLS = ("auto", "none", "zero")
 STEMS = ("auto", "train", "rest")
-RATES = ("auto", "uniform", "shelf", "geometric", "linear", "uniform_depth", "freeze")
+RATES = ("auto", "uniform", "shelf", "geometric", "linear", "uniform_depth", "freeze", "band")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Config:
             beyond it, nearest the input first, are checkpointed in that step. None: no limit; `auto`: 1 - drop_rate
             under `nested`, whose deepest steps would need the memory of a whole backward, else None.
         warmup: number of training forwards at the beginning in which nothing is dropped.
+        steps: number of training forwards of the whole run after its warm-up (with `resample="step"` of optimizer
+            steps), where it is known. Nested masks then recede: steps reach deepest at first and least deep at last,
+            which learns more in the same time; see docs/learning.md. None: any depth at any time.
         boundary: where a lazy device cuts its graph: `none`, `layer`, `sublayer`; `auto` asks the device.
         fill: gradient of skipped parameters: `none` leaves it None (the optimizer does not move them), `zero` fills it
             (weight decay and momentum do move them); `auto` asks the device.
@@ -56,6 +59,7 @@ class Config:
     stem: str = "auto"
     max_activations: str | float | None = "auto"
     warmup: int = 0
+    steps: int | None = None
     boundary: str = "auto"
     fill: str = "auto"
     rehearse: bool = False
@@ -72,8 +76,22 @@ class Config:
         _check_max_rate(self.max_rate)
         _check_resample(self.resample)
         _check_warmup(self.warmup)
+        _check_steps(self.steps)
         _check_max_scale(self.max_scale)
         _check_integer("seed", self.seed)
+
+    @property
+    def recedes(self) -> bool:
+        """Whether nested masks go from deep to less deep over the run."""
+        return self.masks == "nested" and self.steps is not None and "uniform" not in self.mask_options
+
+    @property
+    def coupling_options(self) -> dict[str, Any]:
+        """What the coupling is given."""
+        if not self.recedes or self.steps is None:
+            return dict(self.mask_options)
+        kept_for = self.resample if isinstance(self.resample, int) else 1
+        return {**self.mask_options, "uniform": "falling", "draws": -(-self.steps // kept_for)}
 
 
 def make_config(
@@ -146,6 +164,14 @@ def _check_max_rate(max_rate: Any) -> None:
 def _check_warmup(warmup: Any) -> None:
     if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
         raise ConfigError(f"warmup is {warmup!r}; it must be a whole number of at least 0: of training forwards.")
+
+
+def _check_steps(steps: Any) -> None:
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ConfigError(
+            f"steps is {steps!r}; it must be the number of training forwards of the run, at least 1, or None where it "
+            "is not known."
+        )
 
 
 def _check_max_scale(max_scale: Any) -> None:

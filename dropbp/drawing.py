@@ -111,7 +111,10 @@ class Drawing:
 
     def _upcoming(self) -> list[int]:
         sampler = self.sampler()
-        return [bits(sampler.draw(draw)) for draw in range(self.draws, self.draws + LOOKAHEAD)]
+        upcoming = [sampler.draw(draw) for draw in range(self.draws, self.draws + LOOKAHEAD)]
+        if self.config.recedes:  # some masks come late, but they come
+            upcoming += sampler.distinct_masks or ()
+        return [bits(mask) for mask in upcoming]
 
     def sampler(self) -> Sampler:
         """Of the present shape: with other lengths the branches weigh differently."""
@@ -120,7 +123,7 @@ class Drawing:
                 self._samplers.clear()
             config = self.config
             self._samplers[self._shape] = Sampler(
-                config.masks, self.rates, self._flops, config.seed, **config.mask_options
+                config.masks, self.rates, self._flops, config.seed, **config.coupling_options
             )
         return self._samplers[self._shape]
 

@@ -266,17 +266,21 @@ def _phases(rates: Rates, flops: Rates, coin: Callable[[], float]) -> list[float
 
 
 @register_coupling("nested")
-def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") -> Draws:
+def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden", draws: int | None = None) -> Draws:
     """One uniform number per step; every branch whose rate exceeds it falls. At most N+1 different masks.
 
     With rates that do not fall toward the input (`dropbp.allocation.depth_rates`) each step trains the top of the
     model down to a random depth, and every trained branch gets its exact gradient. The FLOPs budget holds on average.
     `uniform="golden"` steps through multiples of the golden ratio from a seeded start: uniform over seeds, and so
     even over steps that a few consecutive ones already cover all depths in proportion. `"random"` draws independently.
+    `"falling"` takes the numbers in order, the largest first, evenly over a training of `draws` draws: its first steps
+    reach deepest, its last the least deep, and rates and budget are met over the whole of it. Draws beyond are as the
+    last. That layers converge from the input up is from FreezeOut, Brock et al., arXiv:1706.04983.
     """
     numbers: dict[str, Callable[[int], float]] = {
         "golden": _golden(seed, "nested"),
         "random": lambda step: _generator(seed, "nested", step).random(),
+        "falling": _falling(draws if uniform == "falling" else 1),
     }
     if uniform not in numbers:
         raise ConfigError(f"uniform is {uniform!r}; allowed is {' or '.join(numbers)}. Pass one of these.")
@@ -346,6 +350,17 @@ def _golden(seed: int, stream: str) -> Callable[[int], float]:
     """Step -> number in [0, 1): a start that depends on the seed plus multiples of the golden ratio, modulo 1."""
     start = _key(f"{seed}/{stream}/golden", 8)
     return lambda step: ((start + step * _GOLDEN & _TWO_64 - 1) >> 11) * 2.0**-53
+
+
+def _falling(draws: int | None) -> Callable[[int], float]:
+    """Step -> number from just below 1 down to just above 0, in `draws` equal steps."""
+    count = _checked_int("draws", 0 if draws is None else draws)
+    if count < 1:
+        raise ConfigError(
+            f"draws is {draws}; uniform='falling' needs the number of draws in the whole training, at least 1. Pass "
+            "draws=..., or the number of training forwards to dropbp.enable(..., steps=...)."
+        )
+    return lambda step: max(0.5, count - step - 0.5) / count
 
 
 def _key(text: str, size: int) -> int:

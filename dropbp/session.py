@@ -434,7 +434,8 @@ class Handle:
             checked = checked_rates(rates)
             check_lengths("rates", checked, self._flops)
             return checked
-        profile = ("shelf" if self.config.masks == "nested" else "uniform") if rates == "auto" else rates
+        nested = "band" if self.config.recedes else "shelf"
+        profile = (nested if self.config.masks == "nested" else "uniform") if rates == "auto" else rates
         if profile == "uniform":
             return (float(self.config.drop_rate),) * len(self._flops)
         cap = 1.0 if self.config.max_rate is None else self.config.max_rate

@@ -232,7 +232,7 @@ def test_allocate_says_what_is_wrong(arguments, message):
 def test_unknown_method_and_profile_list_the_known_ones():
     with pytest.raises(ConfigError, match="method 'greedy' is unknown; known are exact, paper, uniform"):
         allocate([1], [1], 0.5, method="greedy")
-    with pytest.raises(ConfigError, match="profile 'steep' is unknown; known are freeze, geometric, linear, she"):
+    with pytest.raises(ConfigError, match="profile 'steep' is unknown; known are band, freeze, geometric"):
         depth_rates([1], 0.5, "steep")
 
 

@@ -36,6 +36,8 @@ def test_a_drop_rate_outside_of_its_range_is_refused(drop_rate):
         ({"seed": 1.5}, "seed is 1.5; it must be an integer"),
         ({"seed": True}, "seed is True; it must be an integer"),
         ({"warmup": -1}, "warmup is -1; it must be a whole number of at least 0"),
+        ({"steps": 0}, "steps is 0; it must be the number of training forwards of the run, at least 1"),
+        ({"steps": 2.5}, "steps is 2.5; it must be the number of training forwards of the run, at least 1"),
         ({"warmup": 2.5}, "warmup is 2.5; it must be a whole number of at least 0"),
         ({"max_scale": 0.5}, "max_scale is 0.5; it must be a number of at least 1"),
         ({"max_scale": float("nan")}, "max_scale is nan; it must be a number"),

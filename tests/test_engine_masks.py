@@ -223,3 +223,27 @@ def test_masks_weigh_branches_by_the_flops_of_the_lengths_seen():
     long = [branch.flops for branch in handle.branches]
     assert long[1] == 16 * short[1]  # an MLP is linear in the length
     assert long[0] > 16 * short[0]  # attention is not
+
+
+@pytest.mark.parametrize(("resample", "draws"), [("forward", 24), ("step", 24), (3, 8)])
+def test_nested_masks_recede_over_a_run_whose_length_is_known(resample, draws):
+    model, handle = enabled(masks="nested", steps=24, warmup=2, resample=resample)
+    masks = []
+    for _ in range(26):
+        if resample == "step":
+            handle.resample()
+        plain_loss(model)
+        masks.append(handle.mask)
+    assert masks[:2] == [(False,) * 6] * 2
+    kept = [mask.count(False) for mask in masks[2:]]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[-1]
+    assert handle.report()["draws"] == draws
+    realised = sum(sum(mask) for mask in masks[2:]) / (24 * 6)
+    assert realised == pytest.approx(0.5, abs=1 / draws)
+
+
+def test_the_length_of_the_run_changes_nothing_for_other_masks():
+    known, unknown = (enabled(masks="exact", steps=steps)[1] for steps in (50, None))
+    assert known.rates == unknown.rates
+    assert known.config.coupling_options == unknown.config.coupling_options

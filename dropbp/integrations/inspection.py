@@ -50,9 +50,9 @@ def inspect_model(source: str, batch_size: int, sequence_length: int) -> dict[st
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from dropbp.discovery import discover
     from dropbp.inputs import build
     from dropbp.integrations.models import load_config, new_model
-    from dropbp.discovery import discover
 
     config = load_config(source)
     with FakeTensorMode():
