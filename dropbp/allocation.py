@@ -21,6 +21,7 @@ _ROUNDING = 1e-12
 _PAPER_STEPS = 10
 _BISECTIONS = 100
 _SHELF_TO_TAIL = 3.0
+_BLOCK = 2  # branches: the last steps of a band train an attention and an MLP at least
 
 T = TypeVar("T")
 Allocator = Callable[[Rates, Rates, float, float], Rates]
@@ -146,7 +147,8 @@ def depth_rates(flops: Iterable[float], drop_rate: float, profile: str = "geomet
             to a geometric tail below it; with less than one branch of shelf, that branch alone), "linear" (rates on
             a straight line in depth, as steep as the bounds allow), "freeze" (1 below, 0 above, one
             fractional branch at the border), "band" (D uniform over a band around its mean m, from m - d to m + d
-            with d half the distance to the nearer end: the top is always trained, the lowest part never).
+            with d half the distance to the nearer end, less where m - d would be under two branches: the top is
+            always trained, the lowest part never).
         max_rate: no branch is dropped more often, in (0, 1]; below 1 every branch is trained now and then.
 
     Returns:
@@ -220,8 +222,9 @@ def _freeze(count: int, theta: float) -> list[float]:
 
 
 def _band(count: int, theta: float) -> list[float]:
-    """D uniform between theta - d and theta + d of the branches, d = min(theta, 1 - theta) / 2."""
-    middle, half = theta * count, min(theta, 1 - theta) * count / 2
+    """D uniform over theta - d to theta + d of the branches, d = min(theta, 1 - theta) / 2, but never below a block."""
+    middle = theta * count
+    half = min(middle / 2, (count - middle) / 2, middle - _BLOCK)
     if half < _ROUNDING:
         return _freeze(count, theta)
     low, high = middle - half, middle + half

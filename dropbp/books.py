@@ -68,10 +68,13 @@ def table(report: Mapping[str, Any]) -> str:
         f"{entry['rate']:>6.3f}  {entry['realised_rate']:>8.3f}"
         for entry in branches
     ]
+    never = sum(entry["rate"] == 1 for entry in branches)
     foot = (
         f"{len(branches)} branches hold {report['branch_flops_share']:.1%} of the forward's FLOPs; target drop "
         f"rate {report['drop_rate']:g}, realised {report['realised_drop_rate']:.4f} in {report['forwards']} forwards"
     )
+    if never:
+        foot += f"; {never} branches are never trained (rate 1)"
     return "\n".join([head, *rows, foot])
 
 

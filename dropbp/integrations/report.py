@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, quantiles
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dropbp.device import get_device
@@ -49,7 +49,7 @@ def write_result(result: Result, path: Path) -> None:
 
 
 def table(result: Result) -> str:
-    """Step time (median, and the range from the 10th to the 90th percentile), memory, FLOPs and loss of each run."""
+    """Step time (mean, and the range from the 10th to the 90th percentile), memory, FLOPs and loss of each run."""
     lines = [_COLUMNS, *map(_cells, result["runs"])]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
     rule = tuple("-" * width for width in widths)
@@ -104,7 +104,7 @@ def typical_steps_s(run: Run) -> list[float]:
 
 def _cells(run: Run) -> tuple[str, ...]:
     steps_s = typical_steps_s(run)
-    step_s = median(steps_s) if steps_s else float("nan")
+    step_s = fmean(steps_s) if steps_s else float("nan")
     tokens = sum(run["tokens"]) / max(len(run["tokens"]), 1)
     realised = run["dropbp"]["realised_drop_rate"] if run["dropbp"] else 0.0
     return (
@@ -132,7 +132,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _cost_sentence(plain: Run, dropped: Run) -> str:
-    time = median(typical_steps_s(dropped)) / median(typical_steps_s(plain))
+    time = fmean(typical_steps_s(dropped)) / fmean(typical_steps_s(plain))  # steps of nested masks differ
     memory = dropped["peak_bytes"] / plain["peak_bytes"]
     flops = dropped["flops_per_token"] / plain["flops_per_token"]
     name = dropped["name"]
