@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dropbp.allocation import allocate as allocate
+    from dropbp.analysis import analyze as analyze
     from dropbp.branches import Branch as Branch
     from dropbp.discovery import discover as discover
     from dropbp.errors import ConfigError as ConfigError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from dropbp.errors import DropBPError as DropBPError
     from dropbp.errors import MissingDependencyError as MissingDependencyError
     from dropbp.errors import StateError as StateError
+    from dropbp.planning import plan as plan
+    from dropbp.regional import compile_blocks as compile_blocks
     from dropbp.session import Handle as Handle
     from dropbp.session import disable as disable
     from dropbp.session import enable as enable
@@ -31,12 +34,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "allocate": "dropbp.allocation",
     "Branch": "dropbp.branches",
+    "analyze": "dropbp.analysis",
     "ConfigError": "dropbp.errors",
     "DeviceError": "dropbp.errors",
     "DiscoveryError": "dropbp.errors",
     "DropBPError": "dropbp.errors",
     "MissingDependencyError": "dropbp.errors",
     "StateError": "dropbp.errors",
+    "plan": "dropbp.planning",
+    "compile_blocks": "dropbp.regional",
     "Handle": "dropbp.session",
     "disable": "dropbp.session",
     "discover": "dropbp.discovery",

@@ -33,6 +33,8 @@ class Command:
 COMMANDS = {
     "finetune": Command("dropbp.integrations.finetune", "fine-tune a causal language model, plainly and with DropBP"),
     "inspect": Command("dropbp.integrations.inspection", "the residual branches of a model, with FLOPs and parameters"),
+    "plan": Command("dropbp.integrations.planning", "time, memory and FLOPs of a step per drop rate, before training"),
+    "analyze": Command("dropbp.integrations.analysis", "gradients by path length; bias and variance of each coupling"),
     "bench": Command(BENCH_MODULE, "measure speed and memory; one JSON file for each run"),
 }
 

@@ -107,23 +107,12 @@ class OnePass:
                 self.recorder.functions = ()
 
     def _understand(self, graph: Graph) -> None:
-        need = needs(graph, self._groups(graph))
-        edges = _entrance_edges(graph, self.recorder.functions, need, len(self.structure.branches))
+        need = needs(graph, edges_of_branches(graph, self.structure))
+        edges = entrance_edges(graph, self.recorder.functions, need, len(self.structure.branches))
         self.own = _owned(graph, need, len(edges))
         self.below = _parameters_below(graph, [[edge.number for edge in entering] for entering in edges])
         kept = self.inputs.keep_only({edge.source for entering in edges for edge in entering})
         self.entrances.watch(edges, kept)
-
-    def _groups(self, graph: Graph) -> list[list[Edge]]:
-        """The edges of each branch; a closure may run the model several times."""
-        found, count = groups_again(graph, self.structure), len(self.structure.branches)
-        if not found or len(found) % count:
-            raise StateError(
-                f"The closure's graph shows {len(found)} branches, the model has {count}: reentrant gradient "
-                "checkpointing hides branches, and so does a closure that runs only a part of the model. Use "
-                "checkpointing with use_reentrant=False, or calibrate with method='exact'."
-            )
-        return [[edge for group in found[branch::count] for edge in group] for branch in range(count)]
 
     def step(self, squares: Mapping[str, float]) -> float:
         """How far to go along the gradients; 0 where there is nothing to be seen.
@@ -318,7 +307,23 @@ def _square(tensor: Tensor) -> Tensor:
     return tensor.detach().float().square().sum()
 
 
-def _entrance_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], count: int) -> list[list[Entrance]]:
+def edges_of_branches(graph: Graph, structure: Structure) -> list[list[Edge]]:
+    """The edges of each branch; a closure may run the model several times.
+
+    Raises:
+        StateError: the graph does not show every branch.
+    """
+    found, count = groups_again(graph, structure), len(structure.branches)
+    if not found or len(found) % count:
+        raise StateError(
+            f"The closure's graph shows {len(found)} branches, the model has {count}: reentrant gradient "
+            "checkpointing hides branches, and so does a closure that runs only a part of the model. Use "
+            "checkpointing with use_reentrant=False, or calibrate with method='exact'."
+        )
+    return [[edge for group in found[branch::count] for edge in group] for branch in range(count)]
+
+
+def entrance_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], count: int) -> list[list[Entrance]]:
     """For every branch where its nodes take what other parts of the model made, parameters left out."""
     number = {function: i for i, function in enumerate(functions)}
     found: list[list[Entrance]] = [[] for _ in range(count)]

@@ -85,7 +85,7 @@ def measure(
         raise ConfigError("No closure was given. Pass a function that runs one forward and returns the loss.")
     start = time.perf_counter()
     observe = _exact if method == "exact" else _one_pass
-    with _undisturbed(model):
+    with undisturbed(model):
         observations = [observe(model, structure, closure, masked) for closure in closures]
     passes = len(closures) * (len(structure.branches) + 1 if method == "exact" else 1)
     return _averaged(observations, _device(model), passes), time.perf_counter() - start
@@ -242,7 +242,7 @@ def _over_ranks(values: torch.Tensor, device: torch.device, operation: str) -> t
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Gradients, random state, buffers and the root's mode are as before afterwards, whatever happens."""
     _refuse_partitioned(model)
     _refuse_steps_in_backward(model)

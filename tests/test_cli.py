@@ -28,7 +28,17 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["inspect", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["finetune", "--help"],
+        ["inspect", "--help"],
+        ["plan", "--help"],
+        ["analyze", "--help"],
+        ["--version"],
+    ],
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"import sys\nfrom dropbp.cli import main\n"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropbp.bench import sensitivity as bench
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -653,3 +654,35 @@ def test_ranks_find_the_same_sensitivities(tmp_path, wrapped):
             for method in METHODS:
                 whole = handle.calibrate(lambda: trained.loss_of(model, both), method=method)
                 assert first[method] == pytest.approx(whole.sensitivities, rel=5e-3)
+
+
+# -- the committed measurement
+
+
+def test_the_committed_measurement_meets_its_targets():
+    record = bench.read()
+    for model in record["models"].values():
+        assert model["one-pass passes"] == {"forward": 2, "backward": 1}
+        for rate in bench.DROP_RATES:
+            found = bench.derived(model, rate)
+            ranks = [one["spearman"] for one in found["single"]]
+            assert statistics.mean(ranks) >= 0.95 and min(ranks) >= 0.9
+            assert max(one["objective_ratio"] for one in [*found["single"], found["averaged"]]) <= 1.02
+    overhead = record["overhead"]
+    assert overhead["layers"] == 80
+    assert statistics.median(overhead["calibration_cpu_s"]) < 3 * statistics.median(overhead["step_cpu_s"])
+
+
+def test_the_table_is_derived_from_the_measurement():
+    record = bench.read()
+    lines = bench.table(record).splitlines()
+    assert sum(line.startswith("| gpt2 |") for line in lines) == 2 * len(bench.DROP_RATES)
+    assert "Spearman" in lines[0] and "80 layers" in lines[-1]
+
+
+def test_agreement_is_with_the_exact_objective():
+    flops, exact = [1.0, 1.0], [1.0, 3.0]
+    same = bench.agreement(exact, exact, flops, 0.5)
+    assert same["objective_ratio"] == 1.0 and same["rates"] == pytest.approx([0.75, 0.25])
+    assert same["uniform_ratio"] == pytest.approx(1.0 / 0.75)
+    assert bench.agreement([3.0, 1.0], exact, flops, 0.5)["objective_ratio"] > same["uniform_ratio"]

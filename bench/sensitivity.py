@@ -1,0 +1,332 @@
+"""Sensitivities in one pass against the paper's N+1: agreement on trained models, cost, and the rates that follow.
+
+Small language models are trained for a short time on the standard library's sources: a Llama, a GPT-2 (tied weights,
+biases, learnt positions), and the Llama with LoRA adapters trained on English. On several batches both methods measure
+every branch. The file holds these raw sensitivities; all that is shown is derived from them. Overhead is measured on a
+deep model: seconds of a calibration over seconds of an ordinary training step, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dropbp
+from dropbp.device import get_device
+from dropbp.integrations.corpus import english_prose, source_code
+from dropbp.integrations.files import write_text
+
+from . import records
+from .options import add_run_arguments, progress, settle
+
+KIND = FILE = "sensitivity"
+DROP_RATES = (0.5, 0.75, 0.875)
+TARGETS = {"spearman_mean": 0.95, "spearman_least": 0.9, "objective": 1.02, "steps": 3.0, "forwards": 2}
+VOCABULARY = 256
+AGREEMENT_COLUMNS = (
+    "model",
+    "p",
+    "Spearman, single batches (least)",
+    "averaged",
+    "objective / exact's, single (worst)",
+    "averaged",
+    "exact of another batch",
+    "uniform rates",
+)
+Rows = Sequence[Sequence[float]]
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of the models, how long they are trained, and on how many batches they are measured."""
+
+    layers: int = 8
+    width: int = 64
+    steps: int = 200
+    adapter_steps: int = 40
+    learning_rate: float = 3e-3
+    rows: int = 8
+    length: int = 64
+    batches: int = 8
+    deep_layers: int = 80
+    deep_width: int = 32
+    rounds: int = 5
+    seed: int = 0
+
+
+SMOKE = Setting(layers=2, width=16, steps=2, adapter_steps=2, rows=2, length=16, batches=2, deep_layers=4, rounds=1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--json", action="store_true", help="print the record instead of a table")
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the file, print the table."""
+    settle(args)
+    setting = SMOKE if args.smoke else Setting()
+    path = args.output / f"{FILE}{'-smoke' if args.smoke else ''}.json"
+    record = None if args.again or not path.is_file() else records.read(path)
+    if record is None or record["configuration"] != asdict(setting):
+        record = measure(setting)
+        write_text(path, json.dumps(record, indent=1) + "\n")
+    sys.stdout.write(json.dumps(record, indent=1) + "\n" if args.json else table(record) + "\n")
+    return 0
+
+
+def measure(setting: Setting) -> records.Record:
+    """The whole record."""
+    record = records.new_record(KIND, FILE, asdict(setting), get_device("cpu"))
+    with progress(4, "sensitivities") as bar:
+        llama = _trained(_llama(setting.layers, setting.width), _Text(setting, source_code), setting, setting.steps)
+        models = {"llama": lambda: llama, "gpt2": lambda: _gpt2(setting), "lora": lambda: _lora(llama, setting)}
+        record["models"] = {}
+        for name, make in models.items():
+            text = _Text(setting, english_prose if name == "lora" else source_code, seed=setting.seed + 7)
+            record["models"][name] = measured(make(), text, setting)
+            bar.update()
+        record["overhead"] = overhead(setting)
+        bar.update()
+    record["status"], record["ended"] = "finished", records.now()
+    return record
+
+
+def measured(model: Any, text: _Text, setting: Setting) -> Found:
+    """Raw sensitivities of every branch on every batch by both methods, and forwards and backwards of each."""
+    found: Found = {"one-pass": [], "exact": []}
+    with dropbp.enable(model, masks="exact", example_inputs={"input_ids": text.batch()}) as handle:
+        found["branches"] = [branch.name for branch in handle.branches]
+        found["flops"] = [branch.flops for branch in handle.branches]
+        for batch in [text.batch() for _ in range(setting.batches)]:
+            for method in ("one-pass", "exact"):
+                closure = _Counted(lambda batch=batch: _loss(model, batch))  # type: ignore[misc]
+                result = handle.calibrate(closure, method=method, set_rates=False)
+                found[method].append(list(result.sensitivities))
+                found[f"{method} passes"] = {"forward": closure.calls, "backward": result.passes}
+    return found
+
+
+def overhead(setting: Setting) -> Found:
+    """Seconds of calibrations and of ordinary steps (forward, backward, AdamW) of a deep model, in turns."""
+    model = _llama(setting.deep_layers, setting.deep_width)
+    batch = _Text(setting, source_code).batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        _loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with dropbp.enable(model, 0.0, masks="exact") as handle:
+        ways: dict[str, Callable[[], Any]] = {
+            "step_cpu_s": step,
+            "calibration_cpu_s": lambda: handle.calibrate(lambda: _loss(model, batch), set_rates=False),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(setting.rounds + 1):  # the first warms up
+            for name, way in ways.items():
+                start = time.process_time()
+                way()
+                seconds[name].append(time.process_time() - start)
+        branches = len(handle.branches)
+    return {"layers": setting.deep_layers, "branches": branches, **{name: s[1:] for name, s in seconds.items()}}
+
+
+# -- derived from the record alone
+
+
+def objective(sensitivities: Sequence[float], rates: Sequence[float]) -> float:
+    """What an allocation minimises."""
+    return math.fsum(s * p * p for s, p in zip(sensitivities, rates, strict=True))
+
+
+def agreement(one_pass: Sequence[float], exact: Sequence[float], flops: Sequence[float], drop_rate: float) -> Found:
+    """Of one-pass with exact: rank correlation, and the exact objective of its allocation over the least there is."""
+    from scipy.stats import spearmanr
+
+    best = objective(exact, dropbp.allocate(exact, flops, drop_rate))
+    rates = dropbp.allocate(one_pass, flops, drop_rate)
+    return {
+        "spearman": float(spearmanr(one_pass, exact).statistic),
+        "objective_ratio": objective(exact, rates) / best,
+        "uniform_ratio": objective(exact, [drop_rate] * len(flops)) / best,
+        "rates": list(rates),
+    }
+
+
+def derived(model: Found, drop_rate: float) -> Found:
+    """Agreement on every batch, and of the means over all batches; what exact of one batch does for another, too."""
+    flops, quick, exact = model["flops"], model["one-pass"], model["exact"]
+    single = [agreement(a, b, flops, drop_rate) for a, b in zip(quick, exact, strict=True)]
+    return {
+        "single": single,
+        "averaged": agreement(mean(quick), mean(exact), flops, drop_rate),
+        "other_batch": [agreement(a, b, flops, drop_rate) for a, b in zip(exact, [*exact[1:], exact[0]], strict=True)],
+    }
+
+
+def mean(rows: Rows) -> list[float]:
+    """Of the columns."""
+    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+
+
+def table(record: records.Record) -> str:
+    """Markdown: agreement, rates and cost, from the record alone."""
+    return "\n\n".join([_agreement_table(record), _rates_table(record), _cost_lines(record)])
+
+
+def read(root: Path = records.RESULTS) -> records.Record:
+    """The committed record."""
+    return records.read(root / f"{FILE}.json")
+
+
+def _agreement_table(record: records.Record) -> str:
+    head = ["| ", " | ".join(AGREEMENT_COLUMNS), " |\n|---|", "---:|" * (len(AGREEMENT_COLUMNS) - 1)]
+    rows = [_agreement_row(name, rate, derived(m, rate)) for name, m in record["models"].items() for rate in DROP_RATES]
+    return "\n".join(["".join(head), *rows])
+
+
+def _agreement_row(name: str, rate: float, found: Found) -> str:
+    ranks = [one["spearman"] for one in found["single"]]
+    ratios = [one["objective_ratio"] for one in found["single"]]
+    other = statistics.fmean(one["objective_ratio"] for one in found["other_batch"])
+    averaged = found["averaged"]
+    cells = [
+        name,
+        f"{rate:g}",
+        f"{statistics.fmean(ranks):.3f} ({min(ranks):.3f})",
+        f"{averaged['spearman']:.3f}",
+        f"{statistics.fmean(ratios):.3f} ({max(ratios):.3f})",
+        f"{averaged['objective_ratio']:.3f}",
+        f"{other:.3f}",
+        f"{averaged['uniform_ratio']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _rates_table(record: records.Record) -> str:
+    lines = ["| model | p | rates from averaged one-pass: least, quartiles, largest |", "|---|---:|---|"]
+    for name, model in record["models"].items():
+        for rate in DROP_RATES:
+            rates = derived(model, rate)["averaged"]["rates"]
+            quartiles = statistics.quantiles(rates, n=4, method="inclusive")
+            numbers = ", ".join(f"{value:.2f}" for value in (min(rates), *quartiles, max(rates)))
+            lines.append(f"| {name} | {rate:g} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _cost_lines(record: records.Record) -> str:
+    deep = record["overhead"]
+    step_s, calibration_s = (statistics.median(deep[key]) for key in ("step_cpu_s", "calibration_cpu_s"))
+    passes = next(iter(record["models"].values()))["one-pass passes"]
+    return (
+        f"One-pass runs {passes['forward']} forwards and {passes['backward']} backward. On a model of "
+        f"{deep['layers']} layers ({deep['branches']} branches) it takes {calibration_s / step_s:.2f} ordinary steps "
+        f"of CPU time (target: under {TARGETS['steps']:g})."
+    )
+
+
+# -- models and text
+
+
+class _Text:
+    """Windows at random places of a text, as bytes: shape (rows, length)."""
+
+    def __init__(self, setting: Setting, source: Callable[[int], str], seed: int = 0, max_bytes: int = 400_000) -> None:
+        self.size = (setting.rows, setting.length)
+        self.data = torch.frombuffer(bytearray(source(max_bytes).encode()), dtype=torch.uint8).long()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def batch(self) -> Tensor:
+        rows, length = self.size
+        starts = torch.randint(len(self.data) - length, (rows,), generator=self.generator).tolist()
+        return torch.stack([self.data[start : start + length] for start in starts])
+
+
+class _Counted:
+    def __init__(self, closure: Callable[[], Tensor]) -> None:
+        self.closure, self.calls = closure, 0
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        return self.closure()
+
+
+def _loss(model: Any, ids_BS: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=ids_BS, labels=ids_BS).loss
+    return loss
+
+
+def _trained(model: Any, text: _Text, setting: Setting, steps: int) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, setting.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting.learning_rate, total_steps=steps)
+    for _ in range(steps):
+        _loss(model, text.batch()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model
+
+
+def _llama(layers: int, width: int, seed: int = 0) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).train()
+
+
+def _gpt2(setting: Setting) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=setting.width, n_layer=setting.layers, n_head=4, n_positions=128, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.seed)
+        model = GPT2LMHeadModel(config).train()
+    return _trained(model, _Text(setting, source_code), setting, setting.steps)
+
+
+def _lora(llama: Any, setting: Setting) -> Any:
+    """The trained Llama with adapters, themselves trained on another text."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.seed)
+        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
+        adapted = get_peft_model(llama, config).train()
+    return _trained(adapted, _Text(setting, english_prose), setting, setting.adapter_steps)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m bench.sensitivity`."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sensitivity", description=(__doc__ or "").partition("\n")[0])
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
