@@ -32,13 +32,14 @@ define install
 	test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1)
 	$(1)/bin/python -m pip install $(PIP_OPTIONS) --quiet -c $(2) setuptools wheel
 	$(1)/bin/python -m pip install $(PIP_OPTIONS) --no-build-isolation -c $(2) $(3)
-	@touch $(1)/.installed
 endef
 
 setup: $(INSTALLED)  ## install everything for development into .venv
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,-e '.[dev]')
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet --no-build-isolation -c constraints.txt -e '.[stacks]'
+	@touch $@
 
 demo: $(INSTALLED)  ## fine-tune a small model, plainly and with dropped branches, and compare
 	$(BIN)/dropbp finetune $(ARGS)
@@ -64,6 +65,7 @@ bench-gpu: $(INSTALLED)  ## the same at the paper's settings, on a CUDA machine
 $(GAUDI_INSTALLED): pyproject.toml constraints-gaudi.txt tests/gaudi/setup_env.py
 	$(call install,$(GAUDI_VENV),constraints-gaudi.txt,-e '.[gaudi]' peft ninja pytest pytest-timeout pytest-xdist)
 	$(GAUDI_VENV)/bin/python tests/gaudi/setup_env.py
+	@touch $@
 
 test-gaudi: $(GAUDI_INSTALLED)  ## the unmodified GaudiTrainer on the simulated HPU, in an environment of its own
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(GAUDI_VENV)/bin/python -m pytest -n $(WORKERS) -m gaudi $(ARGS) tests/gaudi

@@ -13,6 +13,7 @@ branches has four different masks, the whole model 2**N.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -107,10 +108,43 @@ def block_forward(original: Forward) -> Forward:
         if plan is None or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
         if plan.checkpointed & block.need:
-            return checkpoint(functools.partial(original, self), *args, use_reentrant=False, **kwargs)
+            function = _SameCaches(functools.partial(original, self), args, kwargs)
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
         return original(self, *args, **kwargs)
 
     return named_forward(forward)
+
+
+class _SameCaches:
+    """A block's forward, of which a recomputation meets key-value caches as the forward met them.
+
+    A block appends to the cache it is given, so that recomputed with the same one it would see its keys twice. Caches
+    are those of transformers, known by what they can do.
+    """
+
+    def __init__(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.function, self.runs = function, 0
+        values = [*args, *kwargs.values()]
+        self.before = {id(value): _snapshot(value) for value in values if hasattr(value, "get_seq_length")}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.runs += 1
+        if self.runs == 1 or not self.before:
+            return self.function(*args, **kwargs)
+        again = {key: self._as_before(value) for key, value in kwargs.items()}
+        return self.function(*map(self._as_before, args), **again)
+
+    def _as_before(self, value: Any) -> Any:
+        return _snapshot(self.before[id(value)]) if id(value) in self.before else value
+
+
+def _snapshot(cache: Any) -> Any:
+    """A copy that shares tensors but not the lists they are put into."""
+    same = copy.copy(cache)
+    for name, value in vars(cache).items():
+        if isinstance(value, list):
+            setattr(same, name, [entry if isinstance(entry, torch.Tensor) else copy.copy(entry) for entry in value])
+    return same
 
 
 def install_blocks(model: nn.Module, blocks: Mapping[str, int], runtime: Runtime) -> list[Interception]:

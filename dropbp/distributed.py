@@ -36,7 +36,7 @@ WRAPPERS = {
     "find_unused_parameters=True, one process for each device.",
     "FullyShardedDataParallel": "Enable the model before wrapping it, with use_orig_params=True; or better, use its "
     "successor, torch.distributed.fsdp.fully_shard, which does not wrap.",
-    "DeepSpeedEngine": "Enable the model before deepspeed.initialize(...) partitions its parameters.",
+    "DeepSpeedEngine": "Enable the model inside, dropbp.enable(engine.module), before or after deepspeed.initialize.",
 }
 
 
@@ -45,6 +45,12 @@ def refuse_wrapper(model: nn.Module) -> None:
     advice = WRAPPERS.get(type(model).__name__)
     if advice is not None:
         raise StateError(f"The model is wrapped in {type(model).__name__}. {advice}")
+    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if partitioned and not any(hasattr(parameter, "_z3_optimizer") for parameter in partitioned):
+        raise StateError(
+            "The model's parameters are partitioned by deepspeed.zero.Init, and no engine gathers them yet. Build it "
+            "first: engine, *_ = deepspeed.initialize(...), then dropbp.enable(engine.module)."
+        )
 
 
 class ReplicaGuard:

@@ -46,11 +46,14 @@ class StepBoundary(torch.autograd.Function):
 
 
 class Connect(torch.autograd.Function):
-    """Identity on `x`, connected to `anchor`: `backward()` works although nothing below was recorded."""
+    """A copy of `x`, connected to `anchor`: `backward()` works although nothing below was recorded.
+
+    A view would not do: trainers scale losses in place (`loss *= n`), which autograd forbids on a view made here.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from dropbp.device import dynamo_graph_count
 from dropbp.errors import ConfigError, StateError
 from dropbp.integrations.examples import collate
 from dropbp.integrations.replay import LossReplay
@@ -103,6 +104,17 @@ def test_training_end_leaves_no_trace_on_the_model(tmp_path: Path) -> None:
     for ours, theirs in zip(trainer.model.modules(), bare.model.modules(), strict=True):
         assert set(ours.__dict__) == set(theirs.__dict__)
         assert not ours._forward_hooks
+
+
+def test_blocks_are_compiled_while_training_runs_and_not_after(tmp_path: Path) -> None:
+    whole, _ = trained(tmp_path / "a", DropBPCallback(), max_steps=4, logging_steps=1)
+    counted = dynamo_graph_count()
+    trainer, _ = trained(
+        tmp_path / "b", DropBPCallback(compile_blocks={"backend": "eager"}), max_steps=4, logging_steps=1
+    )
+    assert dynamo_graph_count() > counted
+    assert losses(trainer) == losses(whole)
+    assert all(layer._compiled_call_impl is None for layer in trainer.model.model.layers)
 
 
 def test_the_trainers_log_carries_the_figures_where_reporters_see_them(tmp_path: Path) -> None:

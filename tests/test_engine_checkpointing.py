@@ -328,3 +328,18 @@ def test_scales_outside_of_modules_are_frozen_in_the_recomputation_too(kind):
         assert_same_gradients(found[1], found[0])
         scales = [gradient for name, gradient in found[1].items() if "lambda_" in name]
         assert [gradient is None for gradient in scales] == list(mask)
+
+
+def test_a_block_recomputed_for_memory_meets_the_cache_as_it_was():
+    """transformers' models make a cache in training too unless told not to; a padded batch shows its length."""
+    attention = torch.ones(2, 6, dtype=torch.long)
+    attention[1, 4:] = 0
+
+    def loss(model):
+        return model(input_ids=tokens(), labels=tokens(), attention_mask=attention, use_cache=True).loss
+
+    plain, model = tiny_llama(4), tiny_llama(4)
+    handle = dropbp.enable(model, max_activations=0.3)
+    with handle.fixed((False,) * 8):
+        got = take_gradients(model, loss(model))
+    assert_same_gradients(got, take_gradients(plain, loss(plain)))

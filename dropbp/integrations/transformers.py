@@ -10,16 +10,19 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from torch import nn
 
+from dropbp.device import get_device
 from dropbp.errors import ConfigError, MissingDependencyError, StateError
 from dropbp.integrations.by_branch import ByBranch, is_sharded
 from dropbp.integrations.files import write_text
 from dropbp.integrations.replay import LossReplay
+from dropbp.regional import compile_blocks
 from dropbp.session import Handle, enable
 
 try:
@@ -59,10 +62,14 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             `nested` masks, whose depth profile does better without (docs/learning.md).
         recalibrate_every: repeat that after so many optimizer steps, or after such a share of training.
         warmup_steps: optimizer steps at the beginning in which nothing is dropped.
+        compile_blocks: options of `torch.compile` with which every block is compiled by itself, as by
+            `dropbp.compile_blocks`; an empty dict takes the defaults, None compiles nothing. Leave `torch_compile` of
+            the training arguments off then.
         group_parameters: whether the optimizer and the clipping work branch by branch, so that a lazy device compiles
             nothing new for a new mask; None asks the device. The result is the same.
         log: add `dropbp_*` figures to the trainer's own log, and so to TensorBoard, W&B and the like.
-        **options: passed on to `dropbp.enable`.
+        **options: passed on to `dropbp.enable`. Unless given, `rehearse` is on where the device is lazy, and `steps` is
+            the length of the training, so that nested masks recede; `steps=None` keeps them from it.
 
     After an exception inside `train()` no trainer calls its callbacks; `close()`, leaving a `with` block around the
     callback, or the next `train()` then removes DropBP from the model.
@@ -77,6 +84,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         calibrate_at: float | int | str | None = "auto",
         recalibrate_every: float | int | None = None,
         warmup_steps: int = 0,
+        compile_blocks: Mapping[str, Any] | None = None,
         group_parameters: bool | None = None,
         log: bool = True,
         **options: Any,
@@ -88,6 +96,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.calibrate_at = _calibration_point(calibrate_at, masks)
         self.recalibrate_every = recalibrate_every
         self.warmup_steps = warmup_steps
+        self.compile_blocks = compile_blocks
         self.group_parameters = group_parameters
         self.log = log
         self.options = options
@@ -97,6 +106,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._handle: Handle | None = None
         self._replay: LossReplay | None = None
         self._by_branch: ByBranch | None = None
+        self._compiled: list[nn.Module] = []
         self._last_report: dict[str, Any] = {}
         self._clock = _StepClock()
 
@@ -119,6 +129,9 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._by_branch is not None:
             self._by_branch.remove()
             self._by_branch = None
+        for block in self._compiled:
+            block._compiled_call_impl = None
+        self._compiled = []
         if self._handle is not None:
             self.report()
             self.snapshot = self._snapshot()
@@ -143,7 +156,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Enable DropBP on the model, in the state of the checkpoint if there is one."""
         self.close()  # what an earlier training left that did not end
         _put_first(self)
-        self._enable(_unwrapped(kwargs["model"]), args.gradient_accumulation_steps)
+        self._enable(_unwrapped(kwargs["model"]), args.gradient_accumulation_steps, state.max_steps)
         self._restore(_saved_snapshot(state) if state.global_step else None)
         self._cut_by_branch()
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
@@ -195,9 +208,19 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Remove DropBP from the model."""
         self.close()
 
-    def _enable(self, model: nn.Module, forwards_per_step: int) -> None:
-        options = {"resample": self.resample, "warmup": self.warmup_steps * forwards_per_step, **self.options}
+    def _enable(self, model: nn.Module, forwards_per_step: int, max_steps: int) -> None:
+        lazy = get_device(self.options.get("device"), model).is_lazy()
+        options: dict[str, Any] = {
+            "resample": self.resample,
+            "warmup": self.warmup_steps * forwards_per_step,
+            "steps": max(1, max_steps - self.warmup_steps) * (forwards_per_step if self.resample == "forward" else 1),
+            "rehearse": lazy,
+            **self.options,
+        }
         self._handle = enable(model, self.drop_rate, masks=self.masks, **options)
+        if self.compile_blocks is not None:
+            names = compile_blocks(self._handle, **self.compile_blocks)
+            self._compiled = [self._handle.model.get_submodule(name) for name in names]
 
     def _cut_by_branch(self) -> None:
         if self._handle is None or not self._wants_groups(self._handle):

@@ -19,8 +19,8 @@ def result(rank: dict[str, Any], case: str) -> Any:
 
 
 @functools.cache
-def reference(steps: int, lora: bool = False, fill: str = "none") -> tuple[list[float], list[list[bool]]]:
-    losses, masks = alone(steps, add_lora if lora else lambda model: model, fill=fill)
+def reference(steps: int, lora: bool = False, zeros: bool = False) -> tuple[list[float], list[list[bool]]]:
+    losses, masks = alone(steps, add_lora if lora else lambda model: model, zeros)
     return losses, [list(mask) for mask in masks]
 
 

@@ -25,12 +25,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[s
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def results(module: str, launcher: str = "torchrun") -> list[dict[str, Any]]:
-        stored = shared / f"{module}-{launcher}.json"
-        with (shared / f"{module}-{launcher}.lock").open("w") as lock:
+    def results(module: str) -> list[dict[str, Any]]:
+        stored = shared / f"{module}.json"
+        with (shared / f"{module}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not stored.exists():
-                stored.write_text(json.dumps(launch(module, launcher=launcher)), encoding="utf-8")
+                stored.write_text(json.dumps(launch(module)), encoding="utf-8")
         return json.loads(stored.read_text(encoding="utf-8"))
 
     return results

@@ -15,7 +15,6 @@ from tests.distributed.traffic import Traffic
 from tests.distributed.training import (
     LAYERS,
     add_lora,
-    alone,
     half_dropped,
     local_batch,
     make_model,
@@ -203,4 +202,4 @@ CASES = {
     "refusals": refusals,  # last: what is refused leaves replicas behind in the middle of a step
 }
 
-__all__ = ["CASES", "alone", "start", "stop"]
+__all__ = ["CASES", "start", "stop"]

@@ -1,4 +1,4 @@
-"""Starting several processes with the real launchers, and reading what they wrote."""
+"""Starting several processes with the real launcher, and reading what they wrote."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ LIMIT_S = 200
 
 
 def launch(
-    module: str, cases: tuple[str, ...] = (), launcher: str = "torchrun", options: tuple[str, ...] = ()
+    module: str,
+    cases: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
+    limit_s: float = LIMIT_S,
 ) -> list[dict[str, Any]]:
-    """Results of the cases of `tests.distributed.<module>`, one dict for each rank. A hang is an error."""
+    """Results of the cases of a module, one dict for each rank. A hang is an error.
+
+    Args:
+        module: of `tests.distributed`, or with its full name; it has `CASES`, `start` and `stop`.
+        cases: names of some of its cases; none means all.
+        options: of torchrun.
+        limit_s: seconds after which the processes are taken to wait for each other.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [*_launcher(launcher), *options, "-m", "tests.distributed.worker", str(folder), module, *cases]
+        command = [*_torchrun(), *options, "-m", "tests.distributed.worker", str(folder), module, *cases]
         with (folder / "log").open("w+", encoding="utf-8") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-            _wait(process, log)
+            _wait(process, log, limit_s)
         return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
 
 
-def _launcher(name: str) -> list[str]:
-    port = str(_free_port())
-    if name == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}", f"--master-port={port}"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={PROCESSES}"]
-    return [
-        *accelerate,
-        "--num_machines=1",
-        "--mixed_precision=no",
-        "--dynamo_backend=no",
-        f"--main_process_port={port}",
-    ]
+def _torchrun() -> list[str]:
+    name = "torch.distributed.run"
+    return [sys.executable, "-m", name, f"--nproc-per-node={PROCESSES}", f"--master-port={_free_port()}"]
 
 
 def _free_port() -> int:
@@ -61,12 +62,12 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _wait(process: subprocess.Popen[bytes], log: Any) -> None:
+def _wait(process: subprocess.Popen[bytes], log: Any, limit_s: float) -> None:
     try:
-        code = process.wait(LIMIT_S)
+        code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         _end(process)
-        code = f"none after {LIMIT_S} s: the processes wait for each other"
+        code = f"none after {limit_s} s: the processes wait for each other"
     if code:
         log.seek(0)
         raise AssertionError(f"exit status {code}\n{log.read()[-6000:]}")

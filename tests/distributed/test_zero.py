@@ -17,16 +17,17 @@ stages = pytest.mark.parametrize("stage", [2, 3])
 @stages
 @pytest.mark.parametrize("case", ["trained", "after"])
 def test_losses_and_masks_are_those_of_one_process(ranks, stage, case):
-    assert_as_alone(ranks("zero"), f"{case} {stage}", fill="zero")
+    assert_as_alone(ranks("zero"), f"{case} {stage}", zeros=True)
 
 
 @stages
 def test_adapters_train_as_in_one_process(ranks, stage):
-    assert_as_alone(ranks("zero"), f"lora {stage}", lora=True, fill="zero")
+    assert_as_alone(ranks("zero"), f"lora {stage}", lora=True, zeros=True)
 
 
 def test_a_model_partitioned_from_birth_trains_as_in_one_process(ranks):
-    assert_as_alone(ranks("zero"), "partitions", fill="zero")
+    assert_as_alone(ranks("zero"), "partitions", zeros=True)
+    assert "dropbp.enable(engine.module)" in result(ranks("zero")[0], "partitions")[2]
 
 
 @stages

@@ -63,11 +63,23 @@ def train(
     return losses, masks
 
 
-def alone(steps: int = STEPS, prepare: Callable[[nn.Module], nn.Module] = lambda model: model, **options: Any) -> Any:
-    """The run in one process."""
+def alone(steps: int, prepare: Callable[[nn.Module], nn.Module], zeros: bool) -> Any:
+    """The run in one process; with `zeros` a missing gradient is zero."""
     model = prepare(make_model())
-    handle = dropbp.enable(model, drop_rate=0.5, **options)
-    return train(model, handle, make_optimizer(model), range(steps))
+    handle = dropbp.enable(model, drop_rate=0.5)
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        if zeros:
+            fill_missing(model)
+
+    return train(model, handle, make_optimizer(model), range(steps), backward=backward)
+
+
+def fill_missing(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def accumulated_alone(steps: int) -> list[float]:
@@ -81,8 +93,7 @@ def accumulated_alone(steps: int) -> list[float]:
             loss = llama_loss(model, local_batch(micro))
             (loss / 2).backward()
             losses.append(loss.item())
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        fill_missing(model)
         optimizer.step()
         optimizer.zero_grad()
     assert handle.enabled

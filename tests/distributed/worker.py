@@ -1,4 +1,4 @@
-"""What each of the processes runs: `python -m tests.distributed.worker FOLDER CASE...` under torchrun or accelerate.
+"""What each of the processes runs: `python -m tests.distributed.worker FOLDER MODULE CASE...`, by a launcher.
 
 Every case returns plain data; each rank writes all of it to FOLDER/rank<N>.json. A case that fails is written with its
 error, so that the other cases are still seen.
@@ -17,7 +17,7 @@ import torch
 
 def main(folder: Path, module: str, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    home = importlib.import_module(f"tests.distributed.{module}")
+    home = importlib.import_module(module if "." in module else f"tests.distributed.{module}")
     rank = home.start()
     results = {}
     for case in cases or list(home.CASES):
