@@ -37,6 +37,7 @@ PARTS = {
     "tables": Part("tables and plots from the result files alone"),
 }
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,3 +114,6 @@ if __name__ == "__main__":
     except DropBPError as error:
         print(f"dropbp bench: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("dropbp bench: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

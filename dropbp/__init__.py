@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dropbp.errors import DiscoveryError as DiscoveryError
     from dropbp.errors import DropBPError as DropBPError
     from dropbp.errors import MissingDependencyError as MissingDependencyError
+    from dropbp.errors import ResourceError as ResourceError
     from dropbp.errors import StateError as StateError
     from dropbp.planning import plan as plan
     from dropbp.regional import compile_blocks as compile_blocks
@@ -40,6 +41,7 @@ _HOMES = {
     "DiscoveryError": "dropbp.errors",
     "DropBPError": "dropbp.errors",
     "MissingDependencyError": "dropbp.errors",
+    "ResourceError": "dropbp.errors",
     "StateError": "dropbp.errors",
     "plan": "dropbp.planning",
     "compile_blocks": "dropbp.regional",

@@ -310,6 +310,6 @@ def _check_reachable(drop_rate: float, cap: float, droppable: float) -> None:
 
 
 def _lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
-    if name not in known:
+    if name not in tuple(known):
         raise ConfigError(f"{kind} {name!r} is unknown; known are {', '.join(sorted(known))}. Pass one of these.")
     return known[name]

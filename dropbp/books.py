@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dropbp.branches import Branch
-from dropbp.checks import check_lengths
+from dropbp.checks import check_lengths, short
 from dropbp.errors import StateError
 
 Mask = tuple[bool, ...]
@@ -97,14 +97,14 @@ def checked_state(state: Any, identity: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         StateError: it is not; the message says in what they differ.
     """
-    if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
-        found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-        raise StateError(f"The DropBP state is of version {found!r}; this library reads version {STATE_VERSION}.")
+    found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+    if not isinstance(state, Mapping) or not isinstance(found, int) or found != STATE_VERSION:
+        raise StateError(f"The DropBP state is of version {short(found)}; this library reads version {STATE_VERSION}.")
     for key, mine in identity.items():
-        if state.get(key) != mine:
+        if type(state.get(key)) is not type(mine) or state[key] != mine:
             raise StateError(
-                f"The DropBP state belongs to another run: its {key} are {_short(state.get(key))}, this "
-                f"model's are {_short(mine)}. Enable the same model with the same options before loading."
+                f"The DropBP state belongs to another run: its {key} are {short(state.get(key))}, this "
+                f"model's are {short(mine)}. Enable the same model with the same options before loading."
             )
     return state
 
@@ -125,7 +125,7 @@ def _mask(mask: Any, branches: int) -> Mask | None:
     if mask is None:
         return None
     if not all(isinstance(drop, bool) for drop in mask):
-        raise ValueError(f"a mask is {_short(mask)}, not a list of bools")
+        raise ValueError(f"a mask is {short(mask)}, not a list of bools")
     _check_length("mask", mask, branches)
     return tuple(mask)
 
@@ -144,16 +144,11 @@ def _check_length(name: str, values: Sequence[Any], branches: int) -> None:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"a count is {_short(value)}, not a number of 0 and above")
+        raise ValueError(f"a count is {short(value)}, not a number of 0 and above")
     return value
 
 
 def _sum(value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise ValueError(f"a sum of FLOPs is {_short(value)}, not a number of 0 and above")
+        raise ValueError(f"a sum of FLOPs is {short(value)}, not a number of 0 and above")
     return float(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -7,25 +7,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from dropbp.errors import ConfigError
 
 Rates = tuple[float, ...]
+T = TypeVar("T")
+MESSAGE_LENGTH = 120  # of a value in a message; a model or a tensor would fill a page
 
 
 def _checked(name: str, values: Iterable[float], allowed: str, is_allowed: Callable[[float], bool]) -> Rates:
-    numbers = tuple(_number(name, place, value) for place, value in enumerate(values))
+    numbers = tuple(_number(name, place, value) for place, value in enumerate(listed(name, values)))
     for place, number in enumerate(numbers):
         if not is_allowed(number):
             raise ConfigError(f"{name}[{place}] is {number!r}; allowed is {allowed}. Correct this entry.")
     return numbers
 
 
+def listed(name: str, values: Iterable[T]) -> list[T]:
+    """The values as a list. Raises ConfigError for what holds no values, a number for example."""
+    try:
+        return list(values)
+    except TypeError as error:
+        raise ConfigError(f"{name} is {short(values)}; {name} holds one entry per branch. Pass a list.") from error
+
+
+def short(value: object) -> str:
+    """A value as text that fits into a message."""
+    text = repr(value)
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[: MESSAGE_LENGTH - 3]}..."
+
+
 def _number(name: str, place: int, value: float) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}[{place}] is {value!r}; {name} holds one number per branch.") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # tensors raise the last
+        raise ConfigError(f"{name}[{place}] is {short(value)}; {name} holds one number per branch.") from error
 
 
 def checked_flops(flops: Iterable[float]) -> Rates:
@@ -37,7 +54,11 @@ def checked_flops(flops: Iterable[float]) -> Rates:
 
 
 def checked_rates(rates: Iterable[float]) -> Rates:
-    """Drop rates as floats. Raises ConfigError unless each lies in [0, 1]."""
+    """Drop rates as floats. Raises ConfigError unless each lies in [0, 1].
+
+    >>> checked_rates([0, 0.5])
+    (0.0, 0.5)
+    """
     return _checked("rates", rates, "a number from 0 (never dropped) to 1 (always dropped)", lambda x: 0 <= x <= 1)
 
 
@@ -51,16 +72,17 @@ def checked_share(name: str, value: float, allowed: str, is_allowed: Callable[[f
     """`value` as a float. Raises ConfigError unless `is_allowed`; `allowed` says in words what is."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not is_allowed(number):
-        raise ConfigError(f"{name} is {value!r}; allowed is {allowed}. Pass another {name}.")
+        raise ConfigError(f"{name} is {short(value)}; allowed is {allowed}. Pass another {name}.")
     return number
 
 
 def check_lengths(name: str, values: Sequence[object], flops: Sequence[float]) -> None:
     """Raises ConfigError unless `values` has one entry per branch, as `flops` has."""
-    if len(values) != len(flops):
+    count = len(listed(name, values))
+    if count != len(flops):
         raise ConfigError(
-            f"{name} has {len(values)} entries and flops has {len(flops)}; both need one per branch, in the same order."
+            f"{name} has {count} entries and flops has {len(flops)}; both need one per branch, in the same order."
         )

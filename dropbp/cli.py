@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dropbp import __version__
-from dropbp.errors import DropBPError
+from dropbp.errors import DropBPError, ResourceError, as_resource_error
 
+EXIT_EXHAUSTED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 BENCH_MODULE = "dropbp.bench.__main__"
@@ -43,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `dropbp` with these arguments.
 
     Returns:
-        The exit status: 0, 2 after bad input (one line on standard error), 130 after Ctrl-C.
+        The exit status: 0, and after one line on standard error 1 when memory or disk space ran out, 2 after bad input,
+        130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
     except DropBPError as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
+        return _fail(str(error), EXIT_EXHAUSTED if isinstance(error, ResourceError) else EXIT_BAD_INPUT)
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is needed and not installed{_hint(str(error.name))}.", EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
@@ -57,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         sys.stderr.close()
         return 0
+    except Exception as error:
+        exhausted = as_resource_error(error)
+        if exhausted is None:
+            raise
+        return _fail(str(exhausted), EXIT_EXHAUSTED)
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:

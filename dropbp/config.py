@@ -79,6 +79,7 @@ class Config:
         _check_steps(self.steps)
         _check_max_scale(self.max_scale)
         _check_integer("seed", self.seed)
+        _check_bool("rehearse", self.rehearse)
 
     @property
     def recedes(self) -> bool:
@@ -186,3 +187,8 @@ def _is_number(value: Any) -> bool:
 def _check_integer(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}; it must be an integer.")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be True or False.")

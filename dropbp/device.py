@@ -181,6 +181,10 @@ def model_device(model: nn.Module | None) -> torch.device:
     `model.parameters()`. A model all on the meta device answers `meta`; one without tensors, or None, answers with
     `torch.get_default_device()`.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise DeviceError(
+            f"model is {type(model).__name__}; its device is asked for, so pass a torch.nn.Module, or None."
+        )
     tensors: list[torch.Tensor] = [] if model is None else list(itertools.chain(model.parameters(), model.buffers()))
     devices = [tensor.device for tensor in tensors] or [torch.get_default_device()]
     return next((device for device in devices if device.type != "meta"), devices[0])

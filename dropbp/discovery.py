@@ -11,7 +11,8 @@ from torch import nn
 
 from dropbp import inputs as example
 from dropbp.branches import Branch, Structure, analyse, analyse_named
-from dropbp.errors import DiscoveryError
+from dropbp.checks import listed, short
+from dropbp.errors import ConfigError, DiscoveryError
 from dropbp.flops import FlopsModel, Shape, counted_once, fitted, shape_of
 from dropbp.trace import record
 
@@ -48,7 +49,7 @@ def discover(model: nn.Module, example_inputs: Any = None, branches: Names | Non
     Raises:
         DiscoveryError: none was found, a block was not understood, or the forward needs `example_inputs`.
     """
-    return find(unwrapped(model), example_inputs, branches).branches
+    return find(unwrapped(checked_module(model)), example_inputs, branches).branches
 
 
 def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings:
@@ -63,6 +64,13 @@ def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings
     if not example.takes_text(model):
         return Findings(short, counted_once(counts, Shape(1)), Shape(1))
     return Findings(short, _flops_by_length(model, counts, named), Shape(1, SHORT))
+
+
+def checked_module(model: Any) -> nn.Module:
+    """The model. Raises ConfigError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {type(model).__name__}; dropbp.enable takes a torch.nn.Module.")
+    return model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -84,4 +92,12 @@ def _structure(model: nn.Module, given: example.Inputs, named: Names | None) -> 
     trace = record(model, given.args, given.kwargs)
     if named is None:
         return analyse(trace, model)
-    return analyse_named(trace, model, [[n] if isinstance(n, str) else list(n) for n in named])
+    return analyse_named(trace, model, [_names(name) for name in listed("branches", named)])
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    """The modules of one branch."""
+    each = [names] if isinstance(names, str) else listed("branches", names)
+    if not all(isinstance(name, str) for name in each):
+        raise ConfigError(f"branches holds {short(names)}; it takes names of modules, or lists of names.")
+    return each

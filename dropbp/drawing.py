@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from dropbp.books import Mask
+from dropbp.checks import listed, short
 from dropbp.config import Config
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape
@@ -24,18 +26,18 @@ class Drawing:
 
     Args:
         config: coupling, seed, warm-up and how long a mask is kept.
-        rates: of the branches; set anew by `set_rates`.
+        rates: of the branches; set anew by `set_rates`, for all shapes, and by `see`.
         shape, flops: of the forwards to come; set anew by `see`.
     """
 
     def __init__(self, config: Config, rates: tuple[float, ...], shape: Shape, flops: Sequence[int]) -> None:
-        self.config, self.rates = config, rates
+        self.config = config
         self.draws = 0
         self.current: Mask | None = None
         self.rehearsal: Rehearsal | None = None
         self._fixed = _FixedMasks()
         self._samplers: dict[Shape, Sampler] = {}
-        self.see(shape, flops)
+        self.see(shape, flops, rates)
         self.sampler()  # what is wrong with the coupling's options is said here, not in the first step
 
     @property
@@ -43,9 +45,9 @@ class Drawing:
         """The masks of the `with handle.fixed(...)` open in this thread, the innermost last."""
         return self._fixed.masks
 
-    def see(self, shape: Shape, flops: Sequence[int]) -> None:
-        """The next forwards have this shape, and so the branches these FLOPs."""
-        self._shape, self._flops = shape, flops
+    def see(self, shape: Shape, flops: Sequence[int], rates: tuple[float, ...]) -> None:
+        """The next forwards have this shape, and so the branches these FLOPs, and the rates that go with it."""
+        self._shape, self._flops, self.rates = shape, flops, rates
 
     def set_rates(self, rates: tuple[float, ...]) -> None:
         """The next mask is drawn from these rates."""
@@ -79,7 +81,7 @@ class Drawing:
 
     def checked(self, mask: Sequence[bool]) -> Mask:
         """The mask as a tuple of bools. Raises ConfigError if it has not one entry per branch."""
-        checked = tuple(bool(m) for m in mask)
+        checked = tuple(_drops(place, drop) for place, drop in enumerate(listed("mask", mask)))
         if len(checked) != len(self.rates):
             raise ConfigError(
                 f"The mask has {len(checked)} entries, the model {len(self.rates)} branches. Give one bool per entry "
@@ -126,6 +128,13 @@ class Drawing:
                 config.masks, self.rates, self._flops, config.seed, **config.coupling_options
             )
         return self._samplers[self._shape]
+
+
+def _drops(place: int, drop: Any) -> bool:
+    try:
+        return bool(drop)
+    except (TypeError, ValueError, RuntimeError) as error:  # an array or a tensor of several numbers
+        raise ConfigError(f"mask[{place}] is {short(drop)}; a mask holds one bool per branch.") from error
 
 
 def bits(mask: Mask) -> int:

@@ -6,6 +6,13 @@ allowed and what to do next.
 
 from __future__ import annotations
 
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left", "File too large", "quota exceeded")
+_TORCH_FULL_WORDS = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+
 
 class DropBPError(Exception):
     """Root of all errors of this library."""
@@ -29,3 +36,24 @@ class DeviceError(DropBPError):
 
 class MissingDependencyError(DropBPError, ImportError):
     """An optional package is needed for what was asked; the message names the extra that installs it."""
+
+
+class ResourceError(DropBPError):
+    """Memory or disk space ran out; the message says what is kept and what to change."""
+
+
+def as_resource_error(error: BaseException) -> ResourceError | None:
+    """The error that says in a line that memory or disk space ran out, if that is what this one means, else None.
+
+    >>> as_resource_error(RuntimeError("CUDA out of memory")) is not None, as_resource_error(KeyError("x"))
+    (True, None)
+
+    torch and safetensors have no type of their own for a full disk, nor torch for memory of the CPU: there the words
+    tell.
+    """
+    text = " ".join(str(error).split())[:200]
+    if getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_WORDS + _TORCH_FULL_WORDS):
+        return ResourceError(f"nothing more can be written ({text}). Free disk space, or write elsewhere.")
+    if isinstance(error, MemoryError) or any(words in text for words in _MEMORY_WORDS):
+        return ResourceError(f"out of memory ({text}). Make batches smaller or shorter, or drop_rate larger.")
+    return None

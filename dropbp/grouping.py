@@ -10,12 +10,15 @@ behaviour, a skipped parameter is not moved, at the price of more and smaller la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
+
+from dropbp.checks import listed, short
+from dropbp.errors import ConfigError
 
 ParameterGroup: TypeAlias = "dict[str, Any]"
 
@@ -59,7 +62,21 @@ def group_parameters_by_branch(
 
 def split_groups(groups: Iterable[ParameterGroup], key: Callable[[torch.Tensor], Any]) -> list[ParameterGroup]:
     """Each group cut into one for each key of its parameters, in the order of the keys; options are kept."""
-    return [part for group in groups for part in _split_group(group, key)]
+    return [part for group in _checked_groups(groups) for part in _split_group(group, key)]
+
+
+def _checked_groups(groups: Iterable[ParameterGroup]) -> list[ParameterGroup]:
+    return [_checked_group(group) for group in listed("groups", groups)]
+
+
+def _checked_group(group: Any) -> ParameterGroup:
+    given = group.get("params") if isinstance(group, Mapping) else None
+    parameters = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(parameter, torch.Tensor) for parameter in parameters):
+        raise ConfigError(
+            f"groups holds {short(group)}; each is a dict whose 'params' is a list of tensors, as optimizers take."
+        )
+    return {**group, "params": parameters}
 
 
 def clip_grad_norm_grouped(

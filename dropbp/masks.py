@@ -86,7 +86,7 @@ def couplings() -> Mapping[str, Coupling]:
 
 def coupling(name: str) -> Coupling:
     """The coupling registered as `name`. Raises ConfigError that lists the known ones."""
-    if name not in _COUPLINGS:
+    if name not in tuple(_COUPLINGS):  # not the mapping, which would want to hash it
         raise ConfigError(
             f"coupling {name!r} is unknown; known are {', '.join(couplings())}. Pass one of these, or add your own "
             "with dropbp.masks.register_coupling."
@@ -120,8 +120,8 @@ class Sampler:
 
     def draw(self, step: int) -> Mask:
         """The mask of draw number `step` (0, 1, ...): True = backward dropped. The same whenever it is asked for."""
-        if step < 0:
-            raise ConfigError(f"step is {step}; allowed is 0 and above. Count draws from 0.")
+        if _checked_int("step", step) < 0:
+            raise ConfigError(f"step is {step!r}; allowed is 0 and above. Count draws from 0.")
         return self._draws.draw(step)
 
     @property
@@ -282,7 +282,7 @@ def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden", dr
         "random": lambda step: _generator(seed, "nested", step).random(),
         "falling": _falling(draws if uniform == "falling" else 1),
     }
-    if uniform not in numbers:
+    if uniform not in tuple(numbers):
         raise ConfigError(f"uniform is {uniform!r}; allowed is {' or '.join(numbers)}. Pass one of these.")
     number = numbers[uniform]
     edges = sorted({0.0, *rates} - {1.0})

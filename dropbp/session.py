@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import sys
 import threading
@@ -24,20 +25,22 @@ from dropbp.allocation import allocate, depth_rates
 from dropbp.blocks import CheckpointBypass, beyond_limit
 from dropbp.books import STATE_VERSION, Books, Mask, checked_state, read_state, table
 from dropbp.branches import Branch
-from dropbp.checks import check_lengths, checked_rates
+from dropbp.checks import check_lengths, checked_rates, checked_share, listed, short
 from dropbp.config import Config, make_config
 from dropbp.device import Device, get_device
-from dropbp.discovery import Findings, find, unwrapped
+from dropbp.discovery import Findings, checked_module, find, unwrapped
 from dropbp.distributed import NEEDED, Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
 from dropbp.drawing import Drawing, bits
 from dropbp.errors import ConfigError, StateError
 from dropbp.flops import Shape, shape_of
-from dropbp.grouping import ParameterGroup, split_groups
+from dropbp.grouping import ParameterGroup, split_groups, zero_fill_gradients
 from dropbp.installation import put_in_place, rehearsal
 from dropbp.masks import couplings
 from dropbp.online import Online, own_squares
 from dropbp.runtime import Plan, RootState, Runtime
 from dropbp.sensitivity import Calibration, Closure, measure
+
+MAX_SHAPES = 32  # whose rates are remembered
 
 
 def enable(
@@ -96,9 +99,7 @@ def disable(model: nn.Module) -> None:
 
 
 def _checked_model(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is {type(model).__name__}; dropbp.enable takes a torch.nn.Module.")
-    refuse_wrapper(model)
+    refuse_wrapper(checked_module(model))
     model = unwrapped(model)
     if handle_of(model) is not None or any(m.__dict__.get("_dropbp_site") is not None for m in model.modules()):
         raise StateError(
@@ -115,7 +116,7 @@ def _checked_model(model: Any) -> nn.Module:
 
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of an enabled model, None if it is not enabled."""
-    root = unwrapped(model).__dict__.get("_dropbp_root")
+    root = unwrapped(checked_module(model)).__dict__.get("_dropbp_root")
     return root.begin.__self__ if isinstance(root, RootState) else None  # type: ignore[attr-defined]
 
 
@@ -134,7 +135,11 @@ class Handle:
         self._books = Books([0] * len(self._flops))
         self._online = Online.new(len(self._flops))
         self._check_scaling()
-        self._drawing = Drawing(config, self._initial_rates(), self._shape, self._flops)
+        self._profile = self._profile_of(config)
+        self._rates_by_shape: dict[Shape, tuple[float, ...]] = {}
+        rates = self._initial_rates()
+        self._check_something_trains(rates)
+        self._drawing = Drawing(config, rates, self._shape, self._flops)
         self._scales = self._factors()
         self._runtime = Runtime(model)
         self._bypass = CheckpointBypass(model, self._structure, self._runtime)
@@ -148,7 +153,7 @@ class Handle:
             RootState(self._begin, self._runtime),
             scales=config.scaling != "none",
             stem_rests=self._stem_rests(),
-            boundary=device.defaults().boundary if config.boundary == "auto" else config.boundary,
+            boundary=self._boundary(),
             step_boundary=device.step_boundary,
         )
         if config.rehearse:
@@ -201,10 +206,12 @@ class Handle:
         """Set each branch's drop rate, 0..1; the next mask is drawn from them.
 
         Raises:
-            ConfigError: wrong number of rates, or one outside 0..1.
+            ConfigError: wrong number of rates, one outside 0..1, or rates with which nothing would train.
         """
         checked = checked_rates(rates)
         check_lengths("rates", checked, self._flops)
+        self._check_something_trains(checked)
+        self._profile = None
         self._drawing.set_rates(checked)
         self._scales = self._factors()
 
@@ -228,7 +235,9 @@ class Handle:
             StateError: the loss or a sensitivity is not finite; nothing is changed.
         """
         self._check_enabled()
-        closures = [closure] if callable(closure) else list(closure)
+        closures = [closure] if callable(closure) else listed("closure", closure)
+        if not all(callable(each) for each in closures):
+            raise ConfigError(f"closure is {short(closure)}; pass a function that runs a forward, or a list of some.")
         with self._bypass.without_reentry():
             estimate, seconds = measure(self.model, self._structure, closures, self._unbooked, method)
         rates = self._rates_from(estimate.sensitivities)
@@ -255,8 +264,8 @@ class Handle:
             ConfigError: `every` or `decay` is outside what is allowed.
         """
         self._check_enabled()
-        if every < 1 or not 0 <= decay < 1:
-            raise ConfigError(f"every is {every!r} and decay {decay!r}; allowed: every >= 1 and 0 <= decay < 1.")
+        every = int(checked_share("every", every, "a number of calls of at least 1", lambda x: 1 <= x < math.inf))
+        decay = checked_share("decay", decay, "a number from 0 to below 1", lambda x: 0 <= x < 1)
         squares = own_squares(self.model, self._structure.parameters, len(self._flops))
         self._online.observe(squares, self._books.forwards, self._books.counts, decay)
         if self._online.calls % every:
@@ -304,8 +313,12 @@ class Handle:
         Raises:
             StateError: the replica is not one of this model.
         """
-        if not any(module is self.model for module in replica.module.modules()):
-            raise StateError("The DistributedDataParallel does not hold the model of this handle.")
+        wrapped = isinstance(replica, DistributedDataParallel)
+        if not wrapped or not any(module is self.model for module in replica.modules()):
+            raise StateError(
+                f"reduce_kept takes the DistributedDataParallel around the model of this handle; {short(replica)} is "
+                "none, or holds another model."
+            )
         reduction = KeptReduction(self._needs_by_parameter(), replica.process_group)
         self._runtime.watchers.append(reduction.watch)
         replica.register_comm_hook(None, lambda _, bucket: reduction(bucket))
@@ -381,6 +394,8 @@ class Handle:
             **self._identity(),
             "drop_rate": self.config.drop_rate,
             "rates": list(self.rates),
+            "profile": self._profile,
+            "shape": [self._shape.batch_size, self._shape.sequence_length],
             "forwards": books.forwards,
             "draws": self._drawing.draws,
             "mask": None if self._mask is None else list(self._mask),
@@ -403,7 +418,7 @@ class Handle:
         try:
             saved = read_state(state, len(self._flops))
             online = self._loaded_online(state, saved.books)
-            self.set_rates(saved.rates)
+            self._load_rates(state, saved.rates)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise StateError(f"The DropBP state is damaged ({error}); nothing was loaded.") from error
         if self._books.forwards < saved.books.forwards:
@@ -411,6 +426,16 @@ class Handle:
         self._books, self._mask, self._online = saved.books, saved.mask, online
         self._drawing.draws, self._drawing.current = saved.draws, saved.current
         self._sensitivities, self._own = saved.sensitivities, saved.own
+
+    def _load_rates(self, state: Mapping[str, Any], rates: tuple[float, ...]) -> None:
+        """Rates that follow from a profile go on doing so, if this handle has the same; others are set."""
+        shape = None if state.get("shape") is None else Shape(*state["shape"])
+        follows = state.get("profile") is not None and state["profile"] == self._profile_of(self.config)
+        if shape is not None:
+            self._see(shape)
+        if follows and self._profile and rates == self._rates_by_profile():
+            return
+        self.set_rates(rates)
 
     def _identity(self) -> dict[str, Any]:
         """What a state must share with this handle to be loaded."""
@@ -428,18 +453,48 @@ class Handle:
         if not self.enabled:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
 
+    def _profile_of(self, config: Config) -> str | None:
+        """What rates follow from FLOPs alone: a profile over depth, or all the same; None where they were given."""
+        if not isinstance(config.rates, str):
+            return None
+        nested = "band" if config.recedes else "shelf"
+        return (nested if config.masks == "nested" else "uniform") if config.rates == "auto" else config.rates
+
     def _initial_rates(self) -> tuple[float, ...]:
         rates = self.config.rates
-        if not isinstance(rates, str):
-            checked = checked_rates(rates)
-            check_lengths("rates", checked, self._flops)
-            return checked
-        nested = "band" if self.config.recedes else "shelf"
-        profile = (nested if self.config.masks == "nested" else "uniform") if rates == "auto" else rates
-        if profile == "uniform":
+        if isinstance(rates, str):
+            return self._rates_by_profile()
+        checked = checked_rates(rates)
+        check_lengths("rates", checked, self._flops)
+        return checked
+
+    def _rates_by_profile(self) -> tuple[float, ...]:
+        """Of the present shape: attention weighs more in long sequences."""
+        if self._profile in (None, "uniform"):
             return (float(self.config.drop_rate),) * len(self._flops)
-        cap = 1.0 if self.config.max_rate is None else self.config.max_rate
-        return depth_rates(self._flops, self.config.drop_rate, profile, cap)
+        if self._shape not in self._rates_by_shape:
+            if len(self._rates_by_shape) >= MAX_SHAPES:
+                self._rates_by_shape.clear()
+            cap = 1.0 if self.config.max_rate is None else self.config.max_rate
+            rates = depth_rates(self._flops, self.config.drop_rate, str(self._profile), cap)
+            self._rates_by_shape[self._shape] = rates
+        return self._rates_by_shape[self._shape]
+
+    def _check_something_trains(self, rates: Sequence[float]) -> None:
+        """Where every step drops every branch, something outside of them must train."""
+        always = bits(tuple(rate >= 1 for rate in rates))
+        if not always:
+            return
+        needs = self._structure.stems.items() if self._stem_rests() else ()
+        asleep = tuple(f"{name}." for name, need in needs if not need & ~always)
+        for name, parameter in self.model.named_parameters():
+            need = self._structure.parameters.get(name)
+            if parameter.requires_grad and (need is None or need & ~always) and not name.startswith(asleep):
+                return
+        raise ConfigError(
+            "With these rates every step drops all that is trained, so nothing would train. Give the branches that "
+            "hold trained parameters rates below 1."
+        )
 
     def _check_scaling(self) -> None:
         reasons = self._structure.unscalable
@@ -504,7 +559,8 @@ class Handle:
     def _see(self, shape: Shape) -> None:
         if shape != self._shape:
             self._shape, self._flops = shape, self._findings.flops.at(shape)
-            self._drawing.see(shape, self._flops)
+            self._drawing.see(shape, self._flops, self._rates_by_profile() if self._profile else self.rates)
+            self._scales = self._factors()
 
     def _with_gradient(self) -> int:
         """The branches whose parameters have gradients now, from an earlier micro-batch of this step."""
@@ -517,9 +573,25 @@ class Handle:
         return fill == "zero"
 
     def _fill(self, dropped: int) -> None:
-        """Zero gradients for parameters that this step skips, so that optimizers see the same set in every step."""
-        for name, need in self._structure.parameters.items():
-            if need & dropped == need:
-                parameter = self.model.get_parameter(name)
-                if parameter.requires_grad and parameter.grad is None and not hasattr(parameter, "ds_id"):
-                    parameter.grad = torch.zeros_like(parameter)
+        """Zero gradients for parameters that this step skips, so that optimizers see the same set in every step.
+
+        A boundary after each branch's: all at once they would be another recording for each mask.
+        """
+        for need, parameters in self._fillable().items():
+            if need & dropped == need and zero_fill_gradients(parameters) and self._boundary() != "none":
+                self.device.step_boundary()
+
+    def _boundary(self) -> str:
+        return self.device.defaults().boundary if self.config.boundary == "auto" else self.config.boundary
+
+    def _fillable(self) -> dict[int, list[nn.Parameter]]:
+        """Parameters by the branches that must all be dropped for them to be skipped; what rests with a stem too."""
+        needs: dict[nn.Parameter, int] = dict(self._needs_by_parameter())
+        if self._stem_rests() and self._rests_now():
+            for name, need in self._structure.stems.items():
+                needs = dict.fromkeys(self.model.get_submodule(name).parameters(), need) | needs
+        found: dict[int, list[nn.Parameter]] = {}
+        for parameter, need in needs.items():
+            if not hasattr(parameter, "ds_id"):
+                found.setdefault(need, []).append(parameter)
+        return found

@@ -92,10 +92,10 @@ def test_a_whole_model_with_few_masks_makes_no_graph_late(options):
     dropbp.enable(model, drop_rate=0.5, max_activations=None, **options)
     run = torch.compile(model, backend=BACKEND)
     counts = []
-    for _ in range(24):
+    for _ in range(120):
         llama_loss(run).backward()
         counts.append(dynamo_graph_count())
-    assert counts[12] == counts[-1]
+    assert counts[60] == counts[-1]  # by then every mask has come, the rarest too
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])

@@ -66,3 +66,26 @@ def _train(model, handle):
         shares.append(sum(f for f, drop in zip(flops, handle.mask, strict=True) if drop) / sum(flops))
         counts = [count + drop for count, drop in zip(counts, handle.mask, strict=True)]
     return shares, counts
+
+
+@pytest.mark.parametrize("length", [4, 16, 96])
+def test_nested_masks_meet_the_budget_at_lengths_other_than_the_one_discovered(length):
+    """Attention weighs more in long sequences, so rates over depth depend on the length."""
+    model = tiny_llama(8)
+    handle = dropbp.enable(model, 0.5, masks="nested")
+    ids = torch.randint(32, (2, length), generator=torch.Generator().manual_seed(0))
+    for _ in range(200):
+        model(input_ids=ids, labels=ids)
+    flops = [branch.flops for branch in handle.branches]
+    expected = sum(f * branch.rate for f, branch in zip(flops, handle.branches, strict=True)) / sum(flops)
+    assert expected == pytest.approx(0.5, rel=1e-9)
+    assert handle.report()["realised_drop_rate"] == pytest.approx(0.5, abs=0.005)
+
+
+def test_rates_that_were_set_stay_at_any_length():
+    model = tiny_llama(2)
+    handle = dropbp.enable(model, 0.5, masks="nested")
+    handle.set_rates([0.9, 0.6, 0.3, 0.1])
+    ids = torch.randint(32, (1, 24))
+    model(input_ids=ids, labels=ids)
+    assert handle.rates == (0.9, 0.6, 0.3, 0.1)

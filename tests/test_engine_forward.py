@@ -132,6 +132,28 @@ def test_parameters_of_a_dropped_branch_do_not_move_under_adamw():
     assert still == {name for name in before if name.startswith(("model.layers.0.self_attn", "model.layers.0.input_"))}
 
 
+def test_a_loss_may_be_scaled_in_place_though_everything_is_dropped():
+    """As transformers' Trainer does. With nothing trained but adapters, no gradient is left."""
+    model = tiny_llama().requires_grad_(False)
+    for layer in model.model.layers:
+        layer.requires_grad_(True)
+    with dropbp.enable(model) as handle, handle.fixed((True,) * 4):
+        loss = llama_loss(model)
+        loss *= 2
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_zeros_are_filled_in_for_all_that_a_step_skips():
+    """What feeds the stream as well, where it rests."""
+    model = tiny_llama()
+    with dropbp.enable(model, rates=[1.0, 1.0, 0.0, 0.0], fill="zero"):
+        llama_loss(model).backward()
+    skipped = [p.grad for p in [*model.model.layers[0].parameters(), *model.model.embed_tokens.parameters()]]
+    assert all(gradient is not None and not gradient.any() for gradient in skipped)
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def _without_dropped(handle, mask, expected):
     """Detaching leaves the branch's norm without gradient too, None there as here."""
     own = [name for branch, dropped in zip(handle.branches, mask, strict=True) if dropped for name in branch.modules]

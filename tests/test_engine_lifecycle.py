@@ -249,7 +249,7 @@ def test_thousands_of_cycles_leave_nothing_behind():
             gc.collect()
             objects.append(len(gc.get_objects()))
     assert_unchanged(model, before)
-    assert abs(objects[1] - objects[0]) < 50, objects
+    assert objects[1] - objects[0] < 50, objects  # fewer there may be: what earlier tests left goes meanwhile
 
 
 def test_whole_cycles_leave_nothing_behind():
@@ -261,7 +261,7 @@ def test_whole_cycles_leave_nothing_behind():
             model.zero_grad()
         gc.collect()
         counts.append(len(gc.get_objects()))
-    assert abs(counts[2] - counts[1]) < 50, counts
+    assert counts[2] - counts[1] < 50, counts
 
 
 ACTIONS = st.sampled_from(["enable", "remove", "disable", "train", "fixed", "evaluate", "copy", "wrong"])

@@ -618,9 +618,15 @@ def test_a_damaged_state_is_refused(key):
             handle.load_state_dict(state)
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"decay": 1.0}])
-def test_observe_refuses_what_makes_no_sense(options):
-    with dropbp.enable(tiny_llama()) as handle, pytest.raises(ConfigError, match="allowed: every >= 1"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every is 0; allowed is a number of calls of at least 1"),
+        ({"decay": 1.0}, r"decay is 1\.0; allowed is a number from 0 to below 1"),
+    ],
+)
+def test_observe_refuses_what_makes_no_sense(options, message):
+    with dropbp.enable(tiny_llama()) as handle, pytest.raises(ConfigError, match=message):
         handle.observe(**options)
 
 

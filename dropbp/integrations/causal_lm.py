@@ -6,16 +6,17 @@ import argparse
 import json
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
-from dropbp.errors import ConfigError
+from dropbp.errors import ConfigError, ResourceError, as_resource_error
 from dropbp.integrations.examples import Encoder, Example, encode_rows
-from dropbp.integrations.files import write_text
+from dropbp.integrations.files import last_whole_checkpoint, write_text
 from dropbp.integrations.models import load_model, load_tokenizer
 from dropbp.integrations.report import new_result
 from dropbp.integrations.rows import Row, read_rows
@@ -42,17 +43,16 @@ def run_finetuning(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
     Raises:
         DropBPError: bad input.
-        KeyboardInterrupt: after Ctrl-C; its message names the checkpoint that is kept.
+        ResourceError: memory or disk space ran out; the message names the checkpoint that is kept.
+        KeyboardInterrupt: after Ctrl-C; its message does so too.
     """
     output = args.output or OUTPUT
     checkpoint = _checkpoint(output, args.resume)
     job = _job(args)
     callback = None if args.plain else DropBPCallback(args.drop_rate, masks=args.masks, seed=args.seed)
-    try:
+    with _says_what_is_kept(output):
         run = train(job, _settings(args, output), callback, checkpoint)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_interrupted(output)) from None
-    _save(job, callback, output)
+        _save(job, callback, output)
     return new_result(vars(args), args.device, [run]), output
 
 
@@ -123,25 +123,33 @@ def _settings(args: argparse.Namespace, output: Path) -> Settings:
 
 
 def _checkpoint(output: Path, resume: bool) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    last: str | None = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if resume and last is None:
-        raise ConfigError(f"--resume: {output} holds no checkpoint.")
-    if last is not None and not resume:
+    last, faults = last_whole_checkpoint(output)
+    if not resume and (last or faults):
         raise ConfigError(f"{output} holds checkpoints of an earlier run; give --resume, or another --output.")
-    return last
+    for name, fault in faults.items():
+        logger.warning("%s is left out, its writing was cut off: %s", output / name, fault)
+    if resume and last is None:
+        whole = f"no whole checkpoint ({'; '.join(faults.values())})" if faults else "no checkpoint"
+        raise ConfigError(f"--resume: {output} holds {whole}. Start anew with another --output.")
+    return None if last is None else str(last)
 
 
-def _interrupted(output: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
+@contextmanager
+def _says_what_is_kept(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted{_kept(output)}") from None
+    except Exception as error:
+        exhausted = as_resource_error(error)
+        if exhausted is None:
+            raise
+        raise ResourceError(f"{str(exhausted).rstrip('.')}{_kept(output)}") from error
 
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    return (
-        "interrupted before the first checkpoint"
-        if last is None
-        else f"interrupted; {last} is kept: add --resume to go on"
-    )
+
+def _kept(output: Path) -> str:
+    last, _ = last_whole_checkpoint(output)
+    return " before the first checkpoint" if last is None else f"; {last} is kept: add --resume to go on"
 
 
 def _save(job: Job, callback: DropBPCallback | None, output: Path) -> None:

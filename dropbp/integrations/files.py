@@ -1,20 +1,31 @@
-"""Files that are either whole or not there: written beside their place, then moved into it."""
+"""Files that are either whole or not there: written beside their place, then moved into it; and how to tell."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LAST_WRITTEN = "trainer_state.json"  # of a checkpoint of transformers: where it is whole, the others are too
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path with the suffix of `path`, moved to `path` if the block ends without an error."""
+    """A temporary path with the suffix of `path`, moved to `path` if the block ends without an error.
+
+    The content is on the disk before the name is, so that a machine that loses power keeps the old file or the new.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
+        _flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -24,3 +35,74 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """The checkpoint of the most steps that was written to its end, and what is wrong with those of more steps.
+
+    A trainer that is killed while it writes leaves a folder with some of its files, or with half of one.
+
+    Returns:
+        The folder, None if there is none; and the faults by name of the folder.
+    """
+    faults: dict[str, str] = {}
+    for checkpoint in _checkpoints(folder):
+        fault = _fault_in(checkpoint)
+        if fault is None:
+            return checkpoint, faults
+        faults[checkpoint.name] = fault
+    return None, faults
+
+
+def fault_of(path: Path) -> str | None:
+    """Why a file of JSON, safetensors or torch's zip format cannot be whole; None if nothing speaks against it.
+
+    Reads no tensors and unpickles nothing.
+    """
+    check = {".json": _json_fault, ".safetensors": _safetensors_fault, ".pt": _zip_fault, ".pth": _zip_fault}
+    try:
+        return check[path.suffix](path) if path.suffix in check else None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"{path.name} is damaged ({type(error).__name__})"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Of the most steps first."""
+    found = {path: CHECKPOINT.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
+    steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
+def _fault_in(checkpoint: Path) -> str | None:
+    if not (checkpoint / LAST_WRITTEN).is_file():
+        return f"{LAST_WRITTEN}, which is written last, is missing"
+    return next(filter(None, map(fault_of, sorted(checkpoint.iterdir()))), None)
+
+
+def _json_fault(path: Path) -> None:
+    json.loads(path.read_text(encoding="utf-8"))
+
+
+def _zip_fault(path: Path) -> str | None:
+    """The list of a zip file's entries is its end, so a file cut short has none."""
+    return None if zipfile.is_zipfile(path) else f"{path.name} is cut short"
+
+
+def _safetensors_fault(path: Path) -> str | None:
+    """The header says where each tensor ends. Source: https://github.com/huggingface/safetensors#format."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return f"{path.name} is cut short"
+        header = json.loads(file.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    whole = path.stat().st_size == 8 + length + max(ends, default=0)
+    return None if whole else f"{path.name} is cut short"

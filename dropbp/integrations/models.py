@@ -72,9 +72,12 @@ def new_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _guarded(source: str, load: Any, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    faults = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError, SafetensorError)
     try:
         return load(source, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except faults as error:
         logger.debug("loading %s failed", source, exc_info=True)
         raise ConfigError(f"{source} cannot be loaded: {_first_line(error)}") from error
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
 from dropbp.device import Device, get_device
-from dropbp.errors import DeviceError
+from dropbp.errors import ConfigError, DeviceError, DropBPError
 from dropbp.integrations.examples import Example, collate
 from dropbp.integrations.probe import probe_step
 
@@ -167,17 +167,32 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 def _trainer(job: Job, settings: Settings, callbacks: list[TrainerCallback], starts_anew: bool) -> Trainer:
-    trainer = Trainer(
-        model=job.model,
-        args=_arguments(settings, len(job.train), bool(job.evaluation), starts_anew),
-        train_dataset=list(job.train),
-        eval_dataset=list(job.evaluation) or None,
-        data_collator=partial(collate, padding_id=job.tokenizer.pad_token_id),
-        processing_class=job.tokenizer,
-        callbacks=callbacks,
-    )
+    with _refusing_what_does_not_fit():
+        trainer = Trainer(
+            model=job.model,
+            args=_arguments(settings, len(job.train), bool(job.evaluation), starts_anew),
+            train_dataset=list(job.train),
+            eval_dataset=list(job.evaluation) or None,
+            data_collator=partial(collate, padding_id=job.tokenizer.pad_token_id),
+            processing_class=job.tokenizer,
+            callbacks=callbacks,
+        )
     trainer.remove_callback(PrinterCallback)  # it prints every log line; the recorder's bar shows what matters
     return trainer
+
+
+@contextmanager
+def _refusing_what_does_not_fit() -> Iterator[None]:
+    """The trainer checks many combinations of options, each with an error of its own choice."""
+    try:
+        yield
+    except DropBPError:
+        raise
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the options do not fit each other, or not this machine: {str(error).strip()} On a machine without an "
+            "accelerator --device cpu may be missing."
+        ) from error
 
 
 def _arguments(settings: Settings, examples: int, evaluates: bool, starts_anew: bool) -> TrainingArguments:

@@ -6,11 +6,12 @@ and their relatives, from transformers 4.55 on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -157,7 +158,11 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.close()  # what an earlier training left that did not end
         _put_first(self)
         self._enable(_unwrapped(kwargs["model"]), args.gradient_accumulation_steps, state.max_steps)
-        self._restore(_saved_snapshot(state) if state.global_step else None)
+        try:
+            self._restore(_saved_snapshot(state) if state.global_step else None)
+        except StateError:
+            self.close()
+            raise
         self._cut_by_branch()
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._clock = _StepClock()
@@ -240,9 +245,11 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.calibrated_steps, self.calibration_s = [], 0.0
         if snapshot is None or self._handle is None:
             return
-        self._handle.load_state_dict(snapshot["handle"])
-        self.calibrated_steps = list(snapshot["calibrated_steps"])
-        self.calibration_s = float(snapshot["calibration_s"])
+        with _refusing_damage():
+            saved, steps = snapshot["handle"], [int(step) for step in snapshot["calibrated_steps"]]
+            seconds = float(snapshot["calibration_s"])
+        self._handle.load_state_dict(saved)
+        self.calibrated_steps, self.calibration_s = steps, seconds
 
     def _snapshot(self) -> dict[str, Any] | None:
         if self._handle is None:
@@ -312,16 +319,14 @@ class _StepClock:
         return self._mean_s
 
 
-def _check_schedule(
-    resample: str, calibrate_at: float | int | None, recalibrate_every: float | int | None, warmup_steps: int
-) -> None:
+def _check_schedule(resample: Any, calibrate_at: Any, recalibrate_every: Any, warmup_steps: Any) -> None:
     if resample not in RESAMPLE:
         raise ConfigError(f"resample={resample!r} is not known; allowed are {' and '.join(map(repr, RESAMPLE))}.")
     for name, value in (("calibrate_at", calibrate_at), ("recalibrate_every", recalibrate_every)):
-        if value is not None and not value > 0:
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
             raise ConfigError(f"{name}={value!r} must be above 0: a share of training below 1, or a step; None is off.")
-    if warmup_steps < 0:
-        raise ConfigError(f"warmup_steps={warmup_steps} must be 0 or more.")
+    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ConfigError(f"warmup_steps={warmup_steps!r} must be 0 or more: a number of optimizer steps.")
 
 
 def _calibration_point(calibrate_at: float | int | str | None, masks: str) -> float | int | None:
@@ -353,8 +358,20 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _saved_snapshot(state: TrainerState) -> dict[str, Any] | None:
     saved = state.stateful_callbacks.get(DropBPCallback.__name__)
-    newest = saved[-1] if isinstance(saved, list) else saved
-    return None if newest is None else newest["attributes"]["snapshot"]
+    with _refusing_damage():
+        newest = saved[-1] if isinstance(saved, list) else saved
+        return None if newest is None else newest["attributes"]["snapshot"]
+
+
+@contextlib.contextmanager
+def _refusing_damage() -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise StateError(
+            f"DropBP's part of the checkpoint is damaged ({type(error).__name__}: {error}); nothing was loaded. Resume "
+            "from an earlier checkpoint."
+        ) from error
 
 
 def _put_first(callback: DropBPCallback) -> None:
