@@ -1,6 +1,6 @@
 """DropBP in the unmodified GaudiTrainer on the simulated HPU; print what happened, one JSON line for each run.
 
-Run as a script in a process of its own: `python -m tests.gaudi.dropbp_run training`. Many runs share the process,
+Run as a script in a process of its own: `python -m tests.gaudi.dropbp_run lora depth`. Many runs share the process,
 because importing optimum-habana takes longer than a run.
 """
 
@@ -26,7 +26,7 @@ def train(
     lora: bool,
     layers: int = 6,
     accumulation: int = 1,
-    steps: int = 100,
+    steps: int = 110,
     **options: Any,
 ) -> Result:
     """One training with the callback; the counts of the simulator."""
@@ -35,7 +35,7 @@ def train(
     callback = DropBPCallback(drop_rate, calibrate_at=None, **options)
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(lora=lora, layers=layers)
-        trainer = make_trainer(folder, model, accumulation=accumulation, steps=steps, logging_steps=10)
+        trainer = make_trainer(folder, model, accumulation=accumulation, steps=steps, logging_steps=4)
         trainer.add_callback(callback)
         simulator.reset()
         trainer.train()
@@ -53,21 +53,59 @@ def train(
     }
 
 
-def training(simulator: Any) -> Iterator[Result]:
-    """Full and LoRA, both accumulations, the paper's rates, the default masks and the paper's."""
-    for lora in (False, True):
-        for accumulation in (1, 2):
-            for drop_rate, masks in ((0.5, "nested"), (0.875, "nested"), (0.5, "independent"), (0.875, "exact")):
-                case = {"drop_rate": drop_rate, "masks": masks, "lora": lora, "accumulation": accumulation}
-                yield case | train(simulator, **case)
+CASES = (
+    {"drop_rate": 0.5, "masks": "nested"},
+    {"drop_rate": 0.875, "masks": "nested"},
+    {"drop_rate": 0.5, "masks": "independent"},
+    {"drop_rate": 0.875, "masks": "exact"},
+    {"drop_rate": 0.5, "masks": "nested", "accumulation": 2},
+    {"drop_rate": 0.875, "masks": "independent", "accumulation": 2},
+)
+
+
+def full(simulator: Any) -> Iterator[Result]:
+    """Every parameter trains: default masks and random ones, both accumulations."""
+    for case in CASES:
+        yield case | train(simulator, lora=False, **case)
+
+
+def lora(simulator: Any) -> Iterator[Result]:
+    """The same with adapters."""
+    for case in CASES:
+        yield case | train(simulator, lora=True, **case)
 
 
 def depth(simulator: Any) -> Iterator[Result]:
     """The same at three depths."""
-    for lora in (False, True):
+    for method in (False, True):
         for layers in (6, 16, 32):
-            case = {"lora": lora, "layers": layers, "drop_rate": 0.5, "steps": 12}
+            case = {"lora": method, "layers": layers, "drop_rate": 0.5, "steps": 30}
             yield case | train(simulator, **case)
+
+
+def subclass(simulator: Any) -> Iterator[Result]:
+    """`DropBPGaudiTrainer` does what the callback does, and refuses HPU graphs before anything is trained."""
+    from dropbp.errors import ConfigError
+    from dropbp.integrations.optimum_habana import DropBPGaudiTrainer
+
+    def trainer(folder: str, **options: Any) -> Any:
+        more = {"drop_rate": 0.75, "dropbp_options": {"masks": "exact", "calibrate_at": None}}
+        return make_trainer(folder, make_model(lora=True), kind=DropBPGaudiTrainer, more=more, **options)
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = trainer(folder, steps=40)
+        simulator.reset()
+        made.train()
+        try:
+            trainer(folder, use_hpu_graphs_for_training=True)
+        except ConfigError as error:
+            refusal = str(error)
+    yield {
+        "name": type(made).__name__,
+        "recompiles": [step.recompiles for step in simulator.report().steps],
+        "realised_drop_rate": made.dropbp.report()["realised_drop_rate"],
+        "refusal": refusal,
+    }
 
 
 def resume(simulator: Any) -> Iterator[Result]:
@@ -150,7 +188,7 @@ class detached:
 
 
 PARTS: dict[str, Callable[[Any], Iterator[Result]]] = {
-    part.__name__: part for part in (training, depth, resume, layers)
+    part.__name__: part for part in (full, lora, depth, subclass, resume, layers)
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,19 @@ def make_model(*, lora: bool, layers: int = 4, architecture: str = "Llama") -> t
 
 
 def make_trainer(
-    folder: str | Path, model: torch.nn.Module, *, accumulation: int = 1, steps: int = 20, **options: Any
+    folder: str | Path,
+    model: torch.nn.Module,
+    *,
+    accumulation: int = 1,
+    steps: int = 20,
+    kind: type | None = None,
+    more: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Any:
-    """A GaudiTrainer in lazy mode with fused AdamW and fused clipping, bf16 under autocast."""
+    """A GaudiTrainer in lazy mode with fused AdamW and fused clipping, bf16 under autocast.
+
+    `kind` is another trainer to take instead, `more` what its constructor is given; options are training arguments.
+    """
     from optimum.habana import GaudiConfig, GaudiTrainer, GaudiTrainingArguments
 
     arguments = GaudiTrainingArguments(
@@ -78,7 +89,8 @@ def make_trainer(
         **{"save_strategy": "no", "logging_steps": steps} | options,
     )
     config = GaudiConfig(use_fused_adam=True, use_fused_clip_norm=True, use_torch_autocast=True)
-    return GaudiTrainer(model=model, args=arguments, gaudi_config=config, train_dataset=Tokens())
+    trainer = GaudiTrainer if kind is None else kind
+    return trainer(model=model, args=arguments, gaudi_config=config, train_dataset=Tokens(), **more or {})
 
 
 def run(lora: bool, accumulation: int, steps: int, layers: int) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""The example for Gaudi runs as it is, on the simulated HPU with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.gaudi, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "gaudi_llama3_8b_lora.py"
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dropbp.integrations.embedded import byte_tokenizer
+
+    tokenizer, folder = byte_tokenizer(), tmp_path / "model"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(200)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_example_trains_saves_and_compiles_nothing_late(tiny_model: Path, rows: Path, tmp_path: Path):
+    report, output = tmp_path / "report.json", tmp_path / "out"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    simulated = [sys.executable, "-W", "ignore", "-m", "dropbp.backends.hpu_simulator", "--json", str(report)]
+    options = ["--model", str(tiny_model), "--dataset", str(rows), "--output", str(output), "--drop-rate", "0.75"]
+    sizes = ["--max-length", "24", "--batch", "4", "--max-steps", "24", "--warmup-steps", "2", "--logging-steps", "3"]
+    done = subprocess.run(
+        [*simulated, str(EXAMPLE), *options, *sizes],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "backward was skipped" in done.stdout
+    assert (output / "adapter_model.safetensors").is_file()
+    steps = json.loads(report.read_text())["steps"]
+    assert len(steps) == 24
+    assert sum(step["recompiles"] for step in steps[12:]) == 0, steps

@@ -1,0 +1,71 @@
+"""The first masks on a lazy device: those of the coupling, in an order that meets everything new early."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from dropbp.rehearsal import MAX_FORWARDS, Layer, Rehearsal
+
+BRANCHES = 8
+EVERYTHING = (1 << BRANCHES) - 1
+LAYERS = [Layer("block", 0b11 << i) for i in range(0, BRANCHES, 2)]
+
+
+def rehearsal(layers: list[Layer] = LAYERS) -> Rehearsal:
+    return Rehearsal(layers, EVERYTHING, lambda dropped: 0)
+
+
+def masks(seed: int, drop_rate: float = 0.5, count: int = 400) -> list[int]:
+    draw = random.Random(seed)
+    return [sum(1 << i for i in range(BRANCHES) if draw.random() < drop_rate) for _ in range(count)]
+
+
+def rehearse(one: Rehearsal, upcoming: list[int], accumulation: int = 1) -> list[int]:
+    """Run it to its end, as a handle does; the masks it chose."""
+    chosen, with_gradient = [], 0
+    for forward in range(10 * MAX_FORWARDS):
+        if forward % accumulation == 0:
+            with_gradient = 0
+        dropped = one.next(with_gradient, lambda: upcoming)
+        if dropped is None:
+            return chosen
+        one.note(dropped, with_gradient)
+        with_gradient |= EVERYTHING & ~dropped
+        chosen.append(dropped)
+    raise AssertionError("the rehearsal did not end")
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5, 0.875])
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_it_ends_soon_and_takes_masks_of_the_coupling_only(drop_rate: float, accumulation: int):
+    upcoming = masks(0, drop_rate)
+    one = rehearsal()
+    chosen = rehearse(one, upcoming, accumulation)
+    assert 0 < len(chosen) <= MAX_FORWARDS
+    assert set(chosen) <= set(upcoming)
+    assert one.done and one.next(0, lambda: upcoming) is None
+
+
+def test_nothing_that_comes_later_is_new():
+    upcoming = masks(1)
+    one = rehearsal()
+    rehearse(one, upcoming)
+    seen = set(one.seen)
+    one.done = False
+    for dropped in upcoming:
+        one.note(dropped, 0)
+    assert one.seen == seen
+
+
+def test_blocks_of_one_kind_share_and_others_do_not():
+    same, others = rehearsal(), rehearsal([Layer(i, layer.branches) for i, layer in enumerate(LAYERS)])
+    for one in (same, others):
+        rehearse(one, masks(2))
+    assert len(others.seen) > 2 * len(same.seen)
+
+
+def test_one_mask_for_ever_needs_the_second_step_and_no_more():
+    """The first training of a branch makes its moments; from the second on nothing is new."""
+    assert rehearse(rehearsal(), [0b1010_1010] * 400) == [0b1010_1010] * 2
