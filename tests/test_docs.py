@@ -1,0 +1,154 @@
+"""The documentation says what is so: its Python runs, its links lead somewhere, its commands exist.
+
+A block of Python is run as it stands, with the names of `given()` at hand. One that cannot be run here says why in a
+comment above its fence: `<!-- not run: it downloads a model of 8 billion parameters -->`. Devices that are not here are
+replaced by the CPU.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dropbp
+from dropbp import masks
+from tests.engine_models import llama_loss, tiny_llama, tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
+NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]+) -->\n\s*\Z")
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<image>[^)\s]+)\)")
+INSTEAD = {'"cuda"': '"cpu"', '"hpu"': '"cpu"', '"hpu_backend"': '"eager"'}
+# Pages of others that say it in their text; each entry must still be there.
+ELSEWHERE = {
+    "hpu_simulator.install(": "compiles the simulated HPU; tests/test_hpu_simulator.py runs it",
+    "class DropBPGaudi": "needs the environment of make test-gaudi",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of Python and where it stands."""
+
+    page: str
+    line: int
+    code: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks() -> list[Block]:
+    return [block for page in PAGES for block in _blocks_of(page)]
+
+
+def _blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        marked = NOT_RUN.search(text[: match.start()])
+        code = textwrap.dedent(match["code"])
+        reason = marked["reason"] if marked else next((why for part, why in ELSEWHERE.items() if part in code), None)
+        found.append(Block(str(page.relative_to(ROOT)), text[: match.start()].count("\n") + 1, code, reason))
+    return found
+
+
+def given(folder: Path) -> dict[str, Any]:
+    """What a page may take for granted: a model, a batch, a loss, and what a trainer needs."""
+    from transformers import Trainer, TrainingArguments
+
+    from tests.tiny import random_examples
+
+    model, batch = tiny_llama(layers=4), {"input_ids": tokens(), "labels": tokens()}
+    args = TrainingArguments(str(folder), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+    return {
+        "__name__": "page",
+        "args": args,
+        "batch": batch,
+        "data": random_examples(8),
+        "dropbp": dropbp,
+        "loss": llama_loss(model),
+        "model": model,
+        "nn": nn,
+        "torch": torch,
+        "Trainer": Trainer,
+    }
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a block may write, and what it may register, without a trace."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(masks, "_COUPLINGS", dict(masks._COUPLINGS))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", [block for block in blocks() if block.reason is None], ids=str)
+def test_the_python_of_a_page_runs(block: Block, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = block.code
+    for device, here in INSTEAD.items():
+        code = code.replace(device, here)
+    exec(compile(code, str(block), "exec"), given(workplace))
+
+
+def test_blocks_that_are_not_run_say_why() -> None:
+    silent = [block for block in blocks() if block.reason is not None and len(block.reason) < 15]
+    assert not silent
+    assert len([block for block in blocks() if block.reason is None]) > 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for match in LINK.finditer(text):
+        target, _, anchor = (match["target"] or match["image"]).partition("#")
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in _anchors(file), f"{page.name}: {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """As GitHub and mkdocs make them from headings."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+def test_every_make_target_that_a_page_names_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", text, re.MULTILINE))
+        assert named <= targets, f"{page.name}: make {', '.join(named - targets)}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    """But those that the site's home page stands for."""
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"([\w/]+\.md)$", site, re.MULTILINE))
+    assert all((ROOT / "docs" / page).is_file() for page in listed)
+
+
+def _modules_with_examples() -> list[str]:
+    """Others are not imported: they may need software that is not here."""
+    paths = [path for path in sorted((ROOT / "dropbp").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+
+
+@pytest.mark.parametrize("name", _modules_with_examples())
+def test_examples_in_docstrings_are_right(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed
