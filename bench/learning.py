@@ -97,7 +97,7 @@ PRESETS = {
         drop_rates=(0.5, 0.875),
         seeds=(0,),
         plain_steps=320,
-        timing_rounds=12,
+        timing_rounds=32,
     ),
     "full": Preset(
         tasks=("python", "c-accumulated", "prose-lora"),
@@ -105,7 +105,7 @@ PRESETS = {
         drop_rates=(0.5, 0.75, 0.875),
         seeds=(0, 1, 2),
         plain_steps=64,
-        timing_rounds=16,
+        timing_rounds=48,
         once=(
             ("nested geometric", 0.5),
             ("nested geometric", 0.875),
@@ -394,6 +394,11 @@ def loss_at(record: Record, axis: str, value: float) -> float | None:
     return float(points[-1][1]) if points and value <= points[-1][0] * 1.02 else None
 
 
+def timed_anew(record: Record, ratio: float) -> Record:
+    """The record with the times of its evaluations by another step ratio."""
+    return record | {"evaluations": [e | {"time": e["step"] * ratio} for e in record["evaluations"]]}
+
+
 def equal_time_loss(record: Record) -> float:
     """Validation loss after as much time as plain training took; infinite for a run that failed."""
     loss = loss_at(record, "time", record["config"]["plain_steps"])
@@ -531,17 +536,20 @@ def _run_all(runs: Sequence[Run], times: dict[str, list[Record]], folder: Path, 
     bar = tqdm(runs, desc="runs", disable=not sys.stderr.isatty())
     for run in bar:
         path = folder / f"{run.name}.json"
-        if resume and _is_finished(path):
+        ratio = step_ratio(times[run.task], run.method, run.drop_rate)
+        if resume and _is_finished(path, ratio):
             continue
         bar.set_postfix_str(run.name)
-        record = train(run, step_ratio(times[run.task], run.method, run.drop_rate))
+        record = train(run, ratio)
         write(record, path)
         if record["status"] == "cancelled":
             raise KeyboardInterrupt(f"cancelled in {run.name}; --resume goes on from here")
 
 
-def _is_finished(path: Path) -> bool:
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
+def _is_finished(path: Path, ratio: float) -> bool:
+    """Whether the run ended, and by the present step times not before plain training would have."""
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"status": "missing"}
+    return record["status"] == "finished" and math.isfinite(equal_time_loss(timed_anew(record, ratio)))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ class Entry:
 
     def losses(self, axis: str, share: float = 1.0) -> dict[int, float]:
         """Validation loss by seed, where the run had used `share` of plain training's time or FLOPs."""
-        found = {r["config"]["seed"]: learning.loss_at(r, axis, share * budget(r, axis)) for r in self.runs}
+        ratio = self.step_ratio  # the one measured last, beside all others, may not be the one the run was planned by
+        runs = [learning.timed_anew(run, ratio) for run in self.runs]
+        found = {r["config"]["seed"]: learning.loss_at(r, axis, share * budget(r, axis)) for r in runs}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
     def losses_short_of_memory(self) -> dict[int, float]:

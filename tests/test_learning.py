@@ -20,7 +20,9 @@ Record = dict[str, Any]
 def run_record(method: str = "plain", drop_rate: float = 0.0, seed: int = 0, rate: float = 1e-3, **more: Any) -> Record:
     """A run of 10 plain steps whose loss falls from 3 to 2 (or to `last`) in the time of plain training."""
     last = more.pop("last", 2.0)
-    points = [{"step": i, "time": 2.5 * i, "flops": 100.0 * i, "loss": 3 - (3 - last) * i / 4} for i in range(1, 5)]
+    points = [
+        {"step": 2.5 * i, "time": 2.5 * i, "flops": 100.0 * i, "loss": 3 - (3 - last) * i / 4} for i in range(1, 5)
+    ]
     config = {"task": "python", "method": method, "drop_rate": drop_rate, "learning_rate": rate, "seed": seed}
     return {
         "kind": "run",
@@ -122,14 +124,20 @@ def test_step_ratio_is_over_plain_and_says_what_was_not_measured() -> None:
 
 
 def test_short_of_memory_what_does_not_fit_is_checkpointed() -> None:
-    spare = {("plain", 0.0, False): 1.0, ("freezing", 0.5, False): 0.6, ("nested shelf", 0.5, False): 0.6}
-    short = {("plain", 0.0, False): 1.0, ("plain", 0.0, True): 4 / 3, ("nested shelf capped", 0.5, False): 0.8}
+    spare = {("plain", 0.0, False): 1.0, ("freezing", 0.5, False): 1.0, ("nested shelf", 0.5, False): 1.0}
+    short = {("plain", 0.0, False): 1.0, ("plain", 0.0, True): 4 / 3, ("nested shelf capped", 0.5, False): 4 / 3}
     records = [run_record(), run_record("freezing", 0.5), run_record("nested shelf", 0.5)]
     records += [times_record(spare, {"freezing": 0.5}), times_record(short, kind=learning.SHORT_OF_MEMORY)]
     plain, freezing, nested = learning_tables.entries(records)
     assert plain.losses_short_of_memory() == {0: pytest.approx(2.25)}
     assert freezing.losses_short_of_memory() == {0: pytest.approx(2)}
     assert nested.losses_short_of_memory() == {0: pytest.approx(2.25)}
+
+
+def test_the_ratio_measured_last_says_where_equal_time_is() -> None:
+    records = [run_record("freezing", 0.5), times_record({("plain", 0.0, False): 1.0, ("freezing", 0.5, False): 2.0})]
+    (entry,) = learning_tables.entries(records)
+    assert entry.losses("time") == {0: pytest.approx(2.5)}  # 5 steps, not 10
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
@@ -208,3 +216,11 @@ def test_the_same_seed_gives_the_same_run_and_touches_no_global_state(tiny: lear
     first, again = (learning.train(run, 0.7) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first["losses"] == again["losses"] and len(first["losses"]) >= 5
+
+
+def test_a_run_that_ends_before_plain_training_by_newer_step_times_is_run_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run_record("freezing", 0.5)))  # 10 steps
+    assert learning._is_finished(path, 1.0)
+    assert not learning._is_finished(path, 0.5)
+    assert not learning._is_finished(tmp_path / "none.json", 1.0)
