@@ -79,6 +79,18 @@ def checked_share(name: str, value: float, allowed: str, is_allowed: Callable[[f
     return number
 
 
+def checked_mask(mask: Iterable[bool]) -> tuple[bool, ...]:
+    """A mask as a tuple of bools. Raises ConfigError for entries that are neither true nor false, as arrays are."""
+    return tuple(_drops(place, drop) for place, drop in enumerate(listed("mask", mask)))
+
+
+def _drops(place: int, drop: object) -> bool:
+    try:
+        return bool(drop)
+    except (TypeError, ValueError, RuntimeError) as error:  # an array or a tensor of several numbers
+        raise ConfigError(f"mask[{place}] is {short(drop)}; a mask holds one bool per branch.") from error
+
+
 def check_lengths(name: str, values: Sequence[object], flops: Sequence[float]) -> None:
     """Raises ConfigError unless `values` has one entry per branch, as `flops` has."""
     count = len(listed(name, values))

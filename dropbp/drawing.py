@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 from dropbp.books import Mask
-from dropbp.checks import listed, short
+from dropbp.checks import checked_mask
 from dropbp.config import Config
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape
@@ -81,7 +80,7 @@ class Drawing:
 
     def checked(self, mask: Sequence[bool]) -> Mask:
         """The mask as a tuple of bools. Raises ConfigError if it has not one entry per branch."""
-        checked = tuple(_drops(place, drop) for place, drop in enumerate(listed("mask", mask)))
+        checked = checked_mask(mask)
         if len(checked) != len(self.rates):
             raise ConfigError(
                 f"The mask has {len(checked)} entries, the model {len(self.rates)} branches. Give one bool per entry "
@@ -128,13 +127,6 @@ class Drawing:
                 config.masks, self.rates, self._flops, config.seed, **config.coupling_options
             )
         return self._samplers[self._shape]
-
-
-def _drops(place: int, drop: Any) -> bool:
-    try:
-        return bool(drop)
-    except (TypeError, ValueError, RuntimeError) as error:  # an array or a tensor of several numbers
-        raise ConfigError(f"mask[{place}] is {short(drop)}; a mask holds one bool per branch.") from error
 
 
 def bits(mask: Mask) -> int:

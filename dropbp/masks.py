@@ -21,7 +21,7 @@ from itertools import accumulate
 from random import Random
 from typing import Any, TypeVar
 
-from dropbp.checks import Rates, check_lengths, checked_flops, checked_rates
+from dropbp.checks import Rates, check_lengths, checked_flops, checked_mask, checked_rates
 from dropbp.errors import ConfigError
 
 Mask = tuple[bool, ...]
@@ -155,10 +155,10 @@ class Sampler:
 
 
 def realised_rate(mask: Sequence[bool], flops: Iterable[float]) -> float:
-    """Share of the FLOPs whose backward `mask` drops. Raises ConfigError for wrong FLOPs or unequal lengths."""
-    work = checked_flops(flops)
-    check_lengths("mask", mask, work)
-    return math.fsum(f for f, dropped in zip(work, mask, strict=True) if dropped) / math.fsum(work)
+    """Share of the FLOPs whose backward `mask` drops. Raises ConfigError for wrong entries or unequal lengths."""
+    work, drops = checked_flops(flops), checked_mask(mask)
+    check_lengths("mask", drops, work)
+    return math.fsum(f for f, dropped in zip(work, drops, strict=True) if dropped) / math.fsum(work)
 
 
 def _build(name: str, options: Mapping[str, Any]) -> Callable[..., Draws]:
