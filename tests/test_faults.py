@@ -76,6 +76,13 @@ def test_a_checkpoint_whose_last_file_is_missing_is_left_out(checkpoints: Path) 
     assert "which is written last, is missing" in last_whole_checkpoint(checkpoints)[1]["checkpoint-10"]
 
 
+def test_a_checkpoint_without_weights_is_left_out(checkpoints: Path) -> None:
+    (checkpoints / "checkpoint-10" / "model.safetensors").unlink()
+    last, faults = last_whole_checkpoint(checkpoints)
+    assert last == checkpoints / "checkpoint-2"
+    assert faults == {"checkpoint-10": "the weights are missing"}
+
+
 def test_no_file_is_unpickled_to_see_whether_it_is_whole(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
         archive.writestr("evil/data.pkl", b"cos\nsystem\n(S'exit 1'\ntR.")

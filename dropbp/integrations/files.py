@@ -84,7 +84,14 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _fault_in(checkpoint: Path) -> str | None:
     if not (checkpoint / LAST_WRITTEN).is_file():
         return f"{LAST_WRITTEN}, which is written last, is missing"
+    if not any(_holds_weights(path) for path in checkpoint.iterdir()):
+        return "the weights are missing"
     return next(filter(None, map(fault_of, sorted(checkpoint.iterdir()))), None)
+
+
+def _holds_weights(path: Path) -> bool:
+    """Sharded engines put them into a folder."""
+    return path.is_dir() or (path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin")
 
 
 def _json_fault(path: Path) -> None:
