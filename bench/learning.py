@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dropbp
 from dropbp.device import get_device
 from dropbp.errors import ConfigError
+from dropbp.integrations.files import write_text
 
 from . import rivals, tasks
 
@@ -370,10 +371,7 @@ def _now() -> str:
 
 def write(record: Record, path: Path) -> None:
     """Write a record, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def read(folder: Path) -> list[Record]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropbp.errors import ConfigError
+from dropbp.integrations.figures import new_figure, save_figure
 
 from . import learning, tasks
 
@@ -212,19 +213,14 @@ def paired(losses: dict[int, float], others: dict[int, float]) -> str:
 
 def plot(made: Sequence[Entry], path: Path) -> None:
     """Validation loss against time, a panel per task: plain training, freezing, the published masks, and ours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(entry.task for entry in made))
     rows = math.ceil(len(names) / 2)
-    figure = Figure(figsize=(10, 3.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 3.8 * rows)
     for place, name in enumerate(names):
         axes = figure.add_subplot(rows, 2, place + 1)
         _panel(axes, [entry for entry in made if entry.task == name and entry.method in COLOURS])
         axes.set_title(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _panel(axes: Axes, made: Sequence[Entry]) -> None:

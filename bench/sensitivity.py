@@ -25,6 +25,7 @@ from torch import Tensor
 import dropbp
 from dropbp.device import get_device
 from dropbp.integrations.corpus import english_prose, source_code
+from dropbp.integrations.embedded import train_briefly
 from dropbp.integrations.files import write_text
 
 from . import records
@@ -272,15 +273,7 @@ def _loss(model: Any, ids_BS: Tensor) -> Tensor:
 
 
 def _trained(model: Any, text: _Text, setting: Setting, steps: int) -> Any:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, setting.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting.learning_rate, total_steps=steps)
-    for _ in range(steps):
-        _loss(model, text.batch()).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    train_briefly(model, text.batch, steps, setting.learning_rate)
     return model
 
 

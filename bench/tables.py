@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dropbp.errors import ConfigError, MissingDependencyError
-from dropbp.integrations.files import new_file, write_text
+from dropbp.errors import ConfigError
+from dropbp.integrations.figures import new_figure, save_figure
+from dropbp.integrations.files import write_text
 
 from . import paper, records
 from .derive import Figures, clocks_of, figures, grown, length_ratios
@@ -288,10 +289,10 @@ def plot_all(runs: dict[str, list[records.Record]], folder: Path) -> list[str]:
     names = []
     for model, group in _by_model(runs[KIND]).items():
         names.append(f"throughput-{model}.png")
-        _save(_plot_throughput(group), folder / names[-1])
+        save_figure(_plot_throughput(group), folder / names[-1])
     for model, group in _by_model(runs[SEQLEN_KIND]).items():
         names.append(f"seqlen-{model}.png")
-        _save(_plot_seqlen(group), folder / names[-1])
+        save_figure(_plot_seqlen(group), folder / names[-1])
     return names
 
 
@@ -303,18 +304,7 @@ def _by_model(runs: Iterable[records.Record]) -> dict[str, list[records.Record]]
 
 
 def _figure(columns: int, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "plots need matplotlib, which is not installed; install it with: pip install 'dropbp[bench]'"
-        ) from error
-    return Figure(figsize=(max(5.0, 2.6 * columns), height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    with new_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    return new_figure(max(5.0, 2.6 * columns), height)
 
 
 def _plot_throughput(runs: Sequence[records.Record]) -> Any:

@@ -27,14 +27,10 @@ from tests.engine_models import (
 
 BACKEND = "aot_eager"
 EARLY = 3  # steps within which every graph is there
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 
 def compiled_whole(model):

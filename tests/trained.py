@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dropbp.integrations.corpus import source_code
+from dropbp.integrations.embedded import train_briefly
 
 ROWS, LENGTH, VOCABULARY = 8, 32, 256
 
@@ -57,15 +58,7 @@ def with_lora(model: Any, rank: int = 4, seed: int = 0) -> Any:
 
 
 def train(model: Any, text: Text, steps: int, learning_rate: float = 3e-3) -> Any:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
-    for _ in range(steps):
-        loss_of(model, text.batch()).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    train_briefly(model, text.batch, steps, learning_rate)
     return model
 
 

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dropbp.errors import ConfigError, MissingDependencyError
-from dropbp.integrations.files import new_file, write_text
+from dropbp.errors import ConfigError
+from dropbp.integrations.figures import new_figure, save_figure
+from dropbp.integrations.files import write_text
 from dropbp.integrations.quiet import quiet
 
 if TYPE_CHECKING:
@@ -145,20 +146,11 @@ def plot(found: Found, path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "plots need matplotlib, which is not installed; install it with: pip install 'dropbp[bench]'"
-        ) from error
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, and without pyplot's global state
+    figure = new_figure(11, 4)
     lengths, ways = figure.subplots(1, 2)
     _draw_lengths(lengths, found["llama"]["paths"])
     _draw_ways(ways, found["llama"]["estimators"])
-    with new_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    save_figure(figure, path, dpi=110)
 
 
 def _draw_lengths(axes: Axes, paths: list[Found]) -> None:
@@ -192,27 +184,18 @@ def _draw_ways(axes: Axes, estimators: list[Found]) -> None:
 
 def _trained_llama(setting: Setting, note: Note) -> tuple[nn.Module, Callable[[], Tensor], float]:
     """The model, one batch of English as a closure, and the last training loss."""
-    import torch
-
     from dropbp.integrations.corpus import english_prose, source_code
-    from dropbp.integrations.embedded import Base, new_model
+    from dropbp.integrations.embedded import Base, new_model, train_briefly
 
     model: Any = new_model(Base(setting.layers, setting.width, 4, setting.length, seed=setting.seed)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), setting.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting.learning_rate, total_steps=setting.steps)
     code, english = _windows(source_code(400_000), setting), _windows(english_prose(400_000), setting)
-    loss = torch.zeros(())
-    for step in range(setting.steps):
-        note(f"training the model, step {step + 1} of {setting.steps}")
-        batch = code()
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+
+    def progress(step: int) -> None:
+        note(f"training the model, step {step} of {setting.steps}")
+
+    loss = train_briefly(model, code, setting.steps, setting.learning_rate, progress)
     looked_at = english()
-    return model, lambda: model(input_ids=looked_at, labels=looked_at).loss, float(loss.detach())
+    return model, lambda: model(input_ids=looked_at, labels=looked_at).loss, loss
 
 
 def _windows(text: str, setting: Setting) -> Callable[[], Tensor]:

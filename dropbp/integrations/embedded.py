@@ -14,9 +14,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _FORMAT = 1  # raised whenever a cached base of an older version must not be used
@@ -97,6 +98,40 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|end|>",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def train_briefly(
+    model: Any,
+    batch: Callable[[], Tensor],
+    steps: int,
+    learning_rate: float,
+    progress: Callable[[int], None] = lambda step: None,
+) -> float:
+    """Train what is trainable by AdamW under one cycle of the learning rate; the loss of the last step.
+
+    Args:
+        model: a causal language model in training mode.
+        batch: gives token ids, shape (batch, sequence), a new batch at each call.
+        steps: optimizer steps.
+        learning_rate: the largest of the cycle.
+        progress: called with the number of each step, from 1, before it.
+    """
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    loss = torch.zeros(())
+    for step in range(steps):
+        progress(step + 1)
+        ids_BS = batch()
+        loss = model(input_ids=ids_BS, labels=ids_BS).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return float(loss.detach())
 
 
 def _config(base: Base) -> LlamaConfig:

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dropbp.errors import ConfigError, MissingDependencyError
-from dropbp.integrations.files import new_file, write_text
+from dropbp.errors import ConfigError
+from dropbp.integrations.figures import new_figure, save_figure
+from dropbp.integrations.files import write_text
 from dropbp.integrations.quiet import quiet
 
 if TYPE_CHECKING:
@@ -94,23 +95,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "plots need matplotlib, which is not installed; install it with: pip install 'dropbp[bench]'"
-        ) from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, and without pyplot's global state
+    figure = new_figure(10, 4)
     costs, sizes = figure.subplots(1, 2)
     _draw(costs, found, {"step_s": "step time", "peak_bytes": "peak memory", "flops": "FLOPs"})
     costs.set_ylabel(f"relative to drop rate {found['rates'][0]['drop_rate']:g}")
     costs.set_ylim(bottom=0)
     _draw(sizes, found, {"largest_batch": "largest batch", "largest_sequence": "longest sequence"})
     sizes.set_ylabel(f"relative, in {found['memory_limit_bytes'] / GIB:.3g} GiB")
-    with new_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path)
 
 
 def _draw(axes: Axes, found: dict[str, Any], lines: dict[str, str]) -> None:

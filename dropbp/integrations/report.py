@@ -16,7 +16,8 @@ from statistics import fmean, quantiles
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dropbp.device import get_device
-from dropbp.integrations.files import new_file, write_text
+from dropbp.integrations.figures import new_figure, save_figure
+from dropbp.integrations.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,11 +78,7 @@ def verdict(result: Result) -> list[str]:
 
 def plot(result: Result, path: Path) -> None:
     """Validation loss against time and against FLOPs, and the distribution of step times, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display, and without pyplot's global state
+    figure = new_figure(13, 4)
     time_axes, flops_axes, steps_axes = figure.subplots(1, 3)
     for run in result["runs"]:
         points = _points(run)
@@ -91,8 +88,7 @@ def plot(result: Result, path: Path) -> None:
     _label(time_axes, "training time (s)", "validation loss")
     _label(flops_axes, "training FLOPs", "validation loss")
     _draw_step_times(steps_axes, result["runs"])
-    with new_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path)
 
 
 def typical_steps_s(run: Run) -> list[float]:

@@ -75,8 +75,8 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 # -- a loop of one's own
 
 
-def own_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) -> Run:
-    """Engines set up by hand, by their own functions."""
+def _enabled(tuning: str, engine: str, drop_rate: float | None) -> tuple[Any, Any, dropbp.Handle | None]:
+    """The model, its values before training, and the handle, with what is set up on the model itself."""
     model = build(tuning)
     before = trained_values(model)
     if engine == "checkpointing":
@@ -84,7 +84,13 @@ def own_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) ->
     handle = None if drop_rate is None else dropbp.enable(model, drop_rate)
     if engine == "compile" and handle is not None:
         dropbp.compile_blocks(handle, backend=COMPILER)
-    elif engine == "compile":
+    return model, before, handle
+
+
+def own_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) -> Run:
+    """Engines set up by hand, by their own functions."""
+    model, before, handle = _enabled(tuning, engine, drop_rate)
+    if engine == "compile" and handle is None:
         model = torch.compile(model, backend=COMPILER)
     call, backward, step = ENGINES.get(engine, _plain)(model)
     losses, masks = [], []
@@ -236,13 +242,7 @@ def _dpo(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
 def accelerate_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) -> Run:
     """The loop of accelerate's documentation, with DropBP enabled before `prepare`."""
     accelerator = _accelerator(engine)
-    model = build(tuning)
-    before = trained_values(model)
-    if engine == "checkpointing":
-        checkpoint_blocks(model)
-    handle = None if drop_rate is None else dropbp.enable(model, drop_rate)
-    if engine == "compile" and handle is not None:
-        dropbp.compile_blocks(handle, backend=COMPILER)
+    model, before, handle = _enabled(tuning, engine, drop_rate)
     prepared, optimizer = accelerator.prepare(model, _optimizer(model))
     losses, masks = [], []
     for ids in batches():
