@@ -37,7 +37,7 @@ class BlockState(Attachment):
 
     def __init__(self, module: nn.Module, need: int, runtime: Runtime) -> None:
         self.module, self.need, self.runtime = module, need, runtime
-        self.local = runtime.local
+        self.running = runtime.running.get
         self.only_adds: bool | None = None
 
     def recomputes_in_vain(self) -> bool:
@@ -100,14 +100,14 @@ def block_forward(original: Forward) -> Forward:
             if block.runtime.split:
                 torch._dynamo.graph_break()
             return original(self, *args, **kwargs)
-        plan = block.local.plan
+        plan = block.running()
         if plan is None:
             if block.recomputes_in_vain():
                 return block.recompute(functools.partial(original, self, *args, **kwargs), args)
             plan = block.plan_of_outer_checkpoint()
-        if plan is None or not torch.is_grad_enabled():
-            return original(self, *args, **kwargs)
-        if plan.checkpointed & block.need:
+        if plan is not None and plan.stream_ends and plan.kept & block.need and not torch.is_grad_enabled():
+            block.runtime.note_unrecorded_block(self)
+        if plan is not None and plan.checkpointed & block.need and torch.is_grad_enabled():
             function = _SameCaches(functools.partial(original, self), args, kwargs)
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         return original(self, *args, **kwargs)
@@ -215,6 +215,10 @@ class CheckpointBypass:
         """Whether the model checkpoints its blocks itself."""
         return any(host.get("gradient_checkpointing") for host in self.hosts)
 
+    def reenters(self) -> bool:
+        """Whether it does so with a checkpoint function that may be reentrant: one that is not told not to be."""
+        return any(host.get("gradient_checkpointing") and _may_reenter(host.get(_FUNCTION)) for host in self.hosts)
+
     def remove(self) -> None:
         """Put the checkpoint functions back."""
         for host in self.hosts:
@@ -262,6 +266,11 @@ class _Bypassing:
 
     def __reduce__(self) -> Any:
         return functools.partial(self.inner).__reduce__()
+
+
+def _may_reenter(function: Function | None) -> bool:
+    inner = function.inner if isinstance(function, _Bypassing) else function
+    return not isinstance(inner, functools.partial) or inner.keywords.get("use_reentrant") is not False
 
 
 def _not_reentrant(function: Function) -> Function:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +40,8 @@ class Books:
     def note(self, mask: Mask, flops: Sequence[int]) -> None:
         """Enter one training forward."""
         self.forwards += 1
-        for i, drop in enumerate(mask):
-            if drop:
-                self.counts[i] += 1
-                self.flops_dropped += flops[i]
+        self.counts = list(map(operator.add, self.counts, mask))
+        self.flops_dropped += sum(itertools.compress(flops, mask))
         self.flops_seen += sum(flops)
 
     def of_branch(self, i: int, branch: Branch) -> dict[str, Any]:

@@ -220,7 +220,8 @@ def _pivot(
     for other in order[1:]:
         room, offered = flops[left] - mass, masses[other]
         other_room = flops[other] - offered
-        gain, loss = min(room, offered), min(mass, other_room)
+        gain = room if room <= offered else offered  # min() would take as long as all the rest
+        loss = mass if mass <= other_room else other_room
         if coin() * (gain + loss) < loss:
             mask[left] = room <= offered
             if room <= offered:

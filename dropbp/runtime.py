@@ -1,7 +1,7 @@
 """What happens during a training step: which branches are dropped right now, whoever asks, and the root's forward.
 
 Every training forward of the root gets one set of dropped branches (a bit mask, bit `i` for branch `i`), held in a
-thread-local variable while that forward runs. A module asked to run outside any forward of the root is being recomputed
+context variable while that forward runs. A module asked to run outside any forward of the root is being recomputed
 under gradient checkpointing: the autograd engine then says which node it is working on, and the node's number says in
 which forward it was made, so that each recomputation sees the mask of its own forward, however many forwards came
 since. Compiled code cannot ask such questions; it reads a plain flag on each module, set before the forward.
@@ -17,6 +17,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Reversible, Sequence
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -46,12 +47,14 @@ class Plan:
         factors: of the kept branches' gradients; empty where they are not scaled.
         checkpointed: branches whose blocks are recomputed in the backward instead of kept.
         stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
+        stream_ends: whether the stream then asks for no gradient below the lowest kept branch; see `dropbp.cut`.
     """
 
     dropped: int = 0
     factors: Sequence[float] = ()
     checkpointed: int = 0
     stem_rests: bool = False
+    stream_ends: bool = False
 
     @functools.cached_property
     def kept(self) -> int:
@@ -81,33 +84,34 @@ class Flagged(Protocol):
     flag: bool
 
 
-class _Local(threading.local):
-    """Per thread: the plan of the forward that is running (None outside), and calls so far of shared modules."""
-
-    plan: Plan | None = None
-
-    def __init__(self) -> None:
-        self.calls: dict[str, int] = {}
-
-
 class Runtime:
-    """The state shared by all intercepted modules of one model."""
+    """The state shared by all intercepted modules of one model.
+
+    Of the thread that asks, `running` holds the plan of the forward it runs (None outside), and `calls` how often
+    shared modules ran in that forward. Context variables are faster than thread-local ones, and modules ask often.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.local = _Local()
+        self.running: ContextVar[Plan | None] = ContextVar("running", default=None)
+        self.calls: ContextVar[dict[str, int]] = ContextVar("calls")
         self.records: dict[int, collections.deque[ForwardRecord]] = {}
         self.tasks: dict[int, tuple[int, Plan]] = {}
-        self.sites: list[Flagged] = []
+        self._sites_by_need: dict[int, list[Flagged]] = {}
         self.split = False
         self.watchers: list[Callable[[Any, int], None]] = []
         self._shown = 0
         self._anchor: torch.Tensor | None = None
         self._warned = False
+        self.unrecorded_block = False
+
+    def add_site(self, site: Flagged) -> None:
+        """From now on the site's flag is kept up to date."""
+        self._sites_by_need.setdefault(site.need, []).append(site)
 
     def plan_now(self) -> Plan:
         """The plan at this point: of the running forward, or of the forward being recomputed."""
-        plan = self.local.plan
+        plan = self.running.get()
         return self.plan_recomputed() if plan is None else plan
 
     def plan_recomputed(self) -> Plan:
@@ -158,15 +162,26 @@ class Runtime:
                 type(self.model).__name__,
             )
 
+    def note_unrecorded_block(self, block: nn.Module) -> None:
+        """A kept block runs unrecorded and its stream has ended: a reentrant checkpoint that was switched on late."""
+        if not self.unrecorded_block:
+            self.unrecorded_block = True
+            logger.warning(
+                "%s ran without recording in a training step that keeps its branches, so it gets no gradient in this "
+                "step. If gradient checkpointing was switched on just now: the steps to come take it into account.",
+                type(block).__name__,
+            )
+
     def count_call(self, key: str) -> int:
         """How often a module shared by several branches ran before in this forward."""
-        if self.local.plan is None:
+        if self.running.get() is None:
             raise StateError(
                 f"Module {key} is shared by several branches, and gradient checkpointing recomputes it: which of its "
                 "calls this is cannot be told. Turn gradient checkpointing off for this model."
             )
-        call = self.local.calls.get(key, 0)
-        self.local.calls[key] = call + 1
+        calls = self.calls.get()
+        call = calls.get(key, 0)
+        calls[key] = call + 1
         return call
 
     def run(self, forward: Callable[[], Any], plan: Plan) -> Any:
@@ -205,14 +220,14 @@ class Runtime:
             self.records.pop(ident, None)
 
     def _run_with(self, forward: Callable[[], Any], plan: Plan) -> Any:
-        local = self.local
-        before, calls = local.plan, local.calls
-        local.plan, local.calls = plan, {}
+        before = self.running.get()
+        running, calls = self.running.set(plan), self.calls.set({})
         self.show_flags(plan.dropped)
         try:
             return forward()
         finally:
-            local.plan, local.calls = before, calls
+            self.running.reset(running)
+            self.calls.reset(calls)
             if before is not None:
                 self.show_flags(before.dropped)
 
@@ -220,9 +235,13 @@ class Runtime:
         """Set the flags that compiled code reads."""
         if dropped == self._shown or "torch._dynamo" not in sys.modules:
             return
-        self._shown = dropped
-        for site in self.sites:
-            site.flag = site.need & dropped == site.need
+        before, self._shown = ~self._shown, dropped
+        kept = ~dropped
+        for need, sites in self._sites_by_need.items():
+            flag = not need & kept
+            if flag is not (not need & before):
+                for site in sites:
+                    site.flag = flag
 
     def _show_flags_in_backward(self, outputs: Any, dropped: int) -> None:
         """Compiled code under gradient checkpointing is recomputed in backward: its flags must be of this forward."""
@@ -241,7 +260,7 @@ class Runtime:
 
     def reconnected(self, output: Any) -> Any:
         """A dropped module's output; a reentrant checkpoint insists that what it recomputes leads somewhere."""
-        if self.local.plan is not None or not torch.is_grad_enabled() or not hasattr(current_node(), "run_function"):
+        if self.running.get() is not None or not torch.is_grad_enabled() or not hasattr(current_node(), "run_function"):
             return output
         return map_tensors(output, functools.partial(self.connect, alone=True))
 
@@ -288,7 +307,7 @@ class RootState(Attachment):
         self, forward: Callable[[], Any], module: nn.Module, args: Any, kwargs: dict[str, Any], compiled: bool
     ) -> Any:
         training = module.training and torch.is_grad_enabled()
-        if training and self.runtime.local.plan is not None:
+        if training and self.runtime.running.get() is not None:
             return forward()
         self.runtime.split = compiled and training
         return self.runtime.run(forward, self._plan(args, kwargs)) if training else self.runtime.run_whole(forward)

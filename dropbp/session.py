@@ -27,6 +27,7 @@ from dropbp.books import STATE_VERSION, Books, Mask, checked_state, read_state, 
 from dropbp.branches import Branch
 from dropbp.checks import check_lengths, checked_rates, checked_share, listed, short
 from dropbp.config import Config, make_config
+from dropbp.cut import Cut
 from dropbp.device import Device, get_device
 from dropbp.discovery import Findings, checked_module, find, unwrapped
 from dropbp.distributed import NEEDED, Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
@@ -143,6 +144,7 @@ class Handle:
         self._scales = self._factors()
         self._runtime = Runtime(model)
         self._bypass = CheckpointBypass(model, self._structure, self._runtime)
+        self._cut = Cut(model, self._runtime, self._bypass, self._stream_may_end())
         self._blocks = [model.get_submodule(name) for name in self._structure.blocks]
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self._need_of_parameter)
         self._runtime.watchers.append(self._gathering.watch)
@@ -525,7 +527,10 @@ class Handle:
         dropped = bits(mask)
         if dropped and self._fills():
             self._fill(dropped)
-        return Plan(dropped, self._scales if warm else (), self._checkpointed(dropped), self._rests_now())
+        rests = self._rests_now()
+        return Plan(
+            dropped, self._scales if warm else (), self._checkpointed(dropped), rests, rests and self._cut.ends()
+        )
 
     def _checkpointed(self, dropped: int) -> int:
         """Blocks nearest the input whose kept branches are more than a step may keep, as a bit mask of branches."""
@@ -546,6 +551,11 @@ class Handle:
 
     def _stem_rests(self) -> bool:
         return self.config.stem == "rest" or (self.config.stem == "auto" and self.config.masks == "nested")
+
+    def _stream_may_end(self) -> bool:
+        """A mask for attention made from the stream would not ask for a gradient, and another kernel would be taken."""
+        learned_masks = any(site.learned_mask for site in self._structure.sites)
+        return self._stem_rests() and not self.device.is_lazy() and not learned_masks
 
     def _refresh_engines(self, mask: Mask) -> None:
         self._replicas.check(mask)

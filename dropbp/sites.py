@@ -18,7 +18,7 @@ from dropbp.branches import Exit, LooseParameter, Site, Structure
 from dropbp.compiling import never_compile, pause, resume
 from dropbp.cover import ALIVE
 from dropbp.intercept import Attachment, Forward, Interception
-from dropbp.runtime import RootState, Runtime, is_compiling, named_forward, root_forward
+from dropbp.runtime import Plan, RootState, Runtime, is_compiling, named_forward, root_forward
 from dropbp.skip import ScaleGradient, StepBoundary, is_differentiable, map_tensors
 
 T = TypeVar("T")
@@ -32,24 +32,25 @@ set_autocast_cache_enabled = torch.set_autocast_cache_enabled
 class SiteState(Attachment):
     """A module that runs without recording when all branches it needs dropped are dropped."""
 
-    __slots__ = ("flag", "local", "module", "need", "needs", "per_call", "runtime", "site")
+    __slots__ = ("flag", "module", "need", "needs", "per_call", "running", "runtime", "site")
 
     def __init__(self, site: Site, module: nn.Module, runtime: Runtime) -> None:
         self.site, self.module, self.runtime = site, module, runtime
         self.needs = site.needs
         self.per_call = site.per_call
         self.need = functools.reduce(lambda a, b: a | b, site.needs)
-        self.local = runtime.local
+        self.running = runtime.running.get
         self.flag = False
 
     def is_dropped(self) -> bool:
-        plan = self.local.plan or self.runtime.plan_recomputed()
+        plan = self.running() or self.runtime.plan_recomputed()
         need = self._need_of_this_call() if self.per_call and plan.dropped else self.need
         return not need & plan.kept
 
-    def rests(self) -> bool:
-        """For a stem: whether it is dropped, and not by a mask that names branches only."""
-        return (self.local.plan or self.runtime.plan_recomputed()).stem_rests and self.is_dropped()
+    def resting_plan(self) -> Plan | None:
+        """For a stem: the plan, if it drops the stem, and not by a mask that names branches only."""
+        plan = self.running() or self.runtime.plan_recomputed()
+        return plan if plan.stem_rests and self.is_dropped() else None
 
     def _need_of_this_call(self) -> int:
         call = self.runtime.count_call(self.site.module)
@@ -67,7 +68,7 @@ def site_forward(original: Forward) -> Forward:
         if is_compiling():
             with torch.set_grad_enabled(torch.is_grad_enabled() and not site.flag):
                 return original(self, *args, **kwargs)
-        plan = site.local.plan
+        plan = site.running()
         if plan is None:
             if not site.is_dropped():
                 return original(self, *args, **kwargs)
@@ -89,15 +90,18 @@ def site_forward(original: Forward) -> Forward:
 def stem_forward(original: Forward) -> Forward:
     """Around what feeds the stream: without recording when the stream's first branch is dropped.
 
-    The stream still asks for a gradient, or a reentrant checkpoint would take the blocks above for frozen.
+    Unless the stream may end there, it still asks for a gradient: see `dropbp.cut`.
     """
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         site: SiteState | None = self._dropbp_site
-        if site is None or site.original is not original or not _uncompiled(site.rests):
+        plan = None if site is None or site.original is not original else _uncompiled(site.resting_plan)
+        if site is None or plan is None:
             return original(self, *args, **kwargs)
         output = _unrecorded(original, self, args, kwargs)
+        if plan.stream_ends:
+            return output
         return map_tensors(output, functools.partial(site.runtime.connect, alone=True))
 
     never_compile(forward)
@@ -300,7 +304,7 @@ def _install_sites(model: nn.Module, sites: Iterable[Site], runtime: Runtime) ->
     for site in sites:
         module = model.get_submodule(site.module)
         state = SiteState(site, module, runtime)
-        runtime.sites.append(state)
+        runtime.add_site(state)
         if site.learned_mask:
             mask = MaskState(
                 [_owner(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)

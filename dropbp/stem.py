@@ -31,13 +31,26 @@ def stem_calls(graph: Graph, found: Sequence[Join]) -> dict[str, int]:
 def _starts(graph: Graph, found: Sequence[Join], joined: set[int]) -> dict[int, int]:
     """For each stream its first branch and the point where it starts."""
     starts: dict[int, int] = {}
+    seen: set[int] = set()
     for branch, join in enumerate(found):
-        if join.base in starts.values() or _is_downstream(graph, join.base, joined):
+        if join.base in seen or _is_downstream(graph, join.base, joined):
             continue
         between = graph.ancestors(join.node, join.base)
         if all(user in between for user in graph.consumers[join.base]):
-            starts[branch] = join.base
+            seen.add(join.base)
+            starts[branch] = _last_of_chain(graph, join.base, between)
     return starts
+
+
+def _last_of_chain(graph: Graph, base: int, between: set[int]) -> int:
+    """The stem may go on with a scaling, a shift or a view of what it made: it ends where the stream is first used."""
+    while True:
+        users = graph.consumers[base]
+        if len(users) != 1 or graph.base_of(users[0]) != graph.base_of(base):
+            return base
+        if not all(user in between for user in graph.consumers[users[0]]):
+            return base
+        base = users[0]
 
 
 def _is_downstream(graph: Graph, base: int, joined: set[int]) -> bool:

@@ -58,7 +58,7 @@ def test_a_step_after_an_exception_is_right(error, place, kind):
         plain_loss(model)
     raises.error = None
     assert torch.is_grad_enabled() and torch.is_autocast_cache_enabled()
-    assert handle._runtime.local.plan is None
+    assert handle._runtime.running.get() is None
     assert all(parameter.requires_grad for parameter in model.parameters())
     _check(model, plain, handle)
 
@@ -92,7 +92,7 @@ def test_two_threads_train_two_models(kind):
 
     def train(seed):
         model, plain = pairs[seed]
-        handle = dropbp.enable(model, example_inputs=plain_batch(), seed=seed)
+        handle = dropbp.enable(model, example_inputs=plain_batch(), seed=seed, stem="train")
         for _ in range(20):
             loss = plain_loss(model)
             got = take_gradients(model, loss)

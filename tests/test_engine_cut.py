@@ -1,0 +1,170 @@
+"""The stream ends at the lowest kept branch where nothing needs its gradient below, and only there."""
+
+import logging
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dropbp
+from tests.engine_models import (
+    assert_same_gradients,
+    gradients,
+    llama_loss,
+    plain_batch,
+    plain_loss,
+    plain_net,
+    take_gradients,
+    tiny_llama,
+    tokens,
+)
+
+BLOCKS = 4
+MODELS = {"plain": (lambda: plain_net(blocks=BLOCKS), plain_loss), "llama": (lambda: tiny_llama(BLOCKS), llama_loss)}
+
+
+def bottom_dropped(count, of=2 * BLOCKS):
+    return (True,) * count + (False,) * (of - count)
+
+
+def enabled(model, **options):
+    inputs = None if hasattr(model, "config") else plain_batch()
+    return dropbp.enable(model, 0.5, stem="rest", example_inputs=inputs, **{"max_activations": 1.0, **options})
+
+
+def looked_at(model, loss, **options):
+    """Enabled, and past the first forward, in which the stream keeps its gradient."""
+    handle = enabled(model, **options)
+    take_gradients(model, loss(model))
+    return handle
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", range(1, 2 * BLOCKS + 1))
+def test_what_is_kept_has_the_gradient_of_a_plain_step(name, count):
+    make, loss = MODELS[name]
+    plain, model = make(), make()
+    expected = take_gradients(plain, loss(plain))
+    handle = looked_at(model, loss)
+    asleep = {n for b in handle.branches[:count] for m in b.modules for n in names_under(model, m)}
+    asleep |= {n for stem in handle._structure.stems for n in names_under(model, stem)}
+    with handle.fixed(bottom_dropped(count)):
+        found = take_gradients(model, loss(model))
+    assert_same_gradients(found, {n: None if n in asleep else gradient for n, gradient in expected.items()})
+
+
+def names_under(model, module):
+    return [f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()]
+
+
+def flops_of(step):
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("count", range(1, 2 * BLOCKS))
+def test_a_step_costs_what_freezing_costs(count):
+    model, frozen = plain_net(blocks=BLOCKS), plain_net(blocks=BLOCKS)
+    handle = looked_at(model, plain_loss)
+    for branch in handle.branches[:count]:
+        for module in branch.modules:
+            frozen.get_submodule(module).requires_grad_(False)
+    frozen.stem.requires_grad_(False)
+    with handle.fixed(bottom_dropped(count)):
+        cost = flops_of(lambda: plain_loss(model).backward())
+    assert cost == flops_of(lambda: plain_loss(frozen).backward())
+
+
+def stream_asks_for_gradients(model, handle):
+    """Whether the stream does so where it enters the blocks, in a step that drops what lies below."""
+    asked = []
+    hook = model.blocks[0].register_forward_pre_hook(lambda module, args: asked.append(args[0].requires_grad))
+    with handle.fixed(bottom_dropped(5)):
+        plain_loss(model).backward()
+    hook.remove()
+    return asked == [True]
+
+
+def test_the_first_forward_keeps_the_gradient():
+    model = plain_net(blocks=BLOCKS)
+    handle = enabled(model)
+    assert stream_asks_for_gradients(model, handle)
+    assert not stream_asks_for_gradients(model, handle)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_checkpointed_blocks_get_their_gradients(kind):
+    plain, model = plain_net(blocks=BLOCKS), plain_net(blocks=BLOCKS, kind=kind)
+    expected = take_gradients(plain, plain_loss(plain))
+    handle = looked_at(model, plain_loss)
+    with handle.fixed(bottom_dropped(4)):
+        found = take_gradients(model, plain_loss(model))
+    kept = [name for name in expected if name.startswith(("blocks.2", "blocks.3", "norm", "head"))]
+    assert_same_gradients({n: found[n] for n in kept}, {n: expected[n] for n in kept})
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_switched_on_between_steps(reentrant):
+    plain, model = tiny_llama(BLOCKS), tiny_llama(BLOCKS)
+    expected = take_gradients(plain, llama_loss(plain))
+    handle = looked_at(model, llama_loss)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with handle.fixed(bottom_dropped(4)):
+        found = take_gradients(model, llama_loss(model))
+    kept = [name for name in expected if name.startswith(("model.layers.2", "model.layers.3"))]
+    assert kept
+    assert_same_gradients({n: found[n] for n in kept}, {n: expected[n] for n in kept})
+
+
+def test_a_users_reentrant_checkpoint_switched_on_late_is_told_and_costs_one_step(caplog):
+    model = plain_net(blocks=BLOCKS)
+    handle = looked_at(model, plain_loss)
+    model.kind = "reentrant"
+    with handle.fixed(bottom_dropped(4)):
+        with caplog.at_level(logging.WARNING, "dropbp"):
+            take_gradients(model, plain_loss(model))
+        assert [r.message for r in caplog.records if "ran without recording" in r.message]
+        later = take_gradients(model, plain_loss(model))
+    assert later["blocks.2.mlp.0.weight"] is not None
+
+
+def test_random_steps_equal_those_with_the_whole_stream():
+    """Losses and parameters over steps of drawn masks, to the bit, against a model whose stream never ends."""
+    ended, whole = plain_net(blocks=BLOCKS), plain_net(blocks=BLOCKS)
+    handles = [enabled(model, seed=3) for model in (ended, whole)]
+    handles[1]._runtime.unrecorded_block = True
+    ends = set()
+    for model in (ended, whole):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for step in range(20):
+            loss = plain_loss(model, plain_batch(step))
+            loss.backward()
+            ends.add((model is ended, handles[0 if model is ended else 1]._cut.ends()))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ends == {(True, True), (False, False)}
+    assert handles[0].mask == handles[1].mask
+    for one, other in zip(ended.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_compiled_model_keeps_its_number_of_graphs():
+    torch._dynamo.reset()
+    model = tiny_llama(BLOCKS)
+    handle = enabled(model)
+    dropbp.compile_blocks(handle, backend="eager")
+    for count in (0, 3, 4, 8):
+        with handle.fixed(bottom_dropped(count)):
+            llama_loss(model, tokens()).backward()
+    assert not handle._cut.ends()
+    torch._dynamo.reset()
+
+
+def test_a_stream_that_asks_for_gradients_itself_is_left_alone():
+    model = tiny_llama(BLOCKS)
+    model.enable_input_require_grads()
+    handle = looked_at(model, llama_loss)
+    with handle.fixed(bottom_dropped(8)):
+        llama_loss(model).backward()
+    assert gradients(model)["lm_head.weight"] is not None
