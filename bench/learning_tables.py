@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dropbp.errors import ConfigError
 from dropbp.integrations.figures import new_figure, save_figure
+from dropbp.integrations.files import write_text
 
 from . import learning, tasks
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- tables: made by python -m bench.learning --tables -->", "<!-- end of tables -->"
+FRESH_BEGIN, FRESH_END = (
+    "<!-- fresh tables: made by python -m bench.learning --tables -->",
+    "<!-- end of fresh tables -->",
+)
 MEMORY_BUDGET = 0.6  # half of the activations, and what of the head and the norms cannot be dropped
 COLUMNS = (
     "method",
@@ -136,18 +141,32 @@ def _place(name: str, order: Iterable[str]) -> int:
 # -- tables
 
 
-def write(records: Sequence[Record], docs: Path) -> None:
-    """Put the tables between the markers of `docs/learning.md`, and the plot beside it."""
+def write(records: Sequence[Record], docs: Path, fresh: Sequence[Record] = ()) -> None:
+    """Put the tables between the markers of `docs/learning.md`, and the plot beside it.
+
+    Args:
+        records: of the runs, and of all step times.
+        docs: the folder of the page.
+        fresh: of the runs of the preset `fresh`, which get tables of their own.
+    """
     made = entries(records)
-    if not made:
+    made_fresh = entries([*fresh, *(record for record in records if record["kind"] != "run")])
+    if not made and not made_fresh:
         raise ConfigError("There is no finished run to make tables of; run python -m bench.learning --preset quick.")
     page = docs / "learning.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else f"# Learning\n\n{BEGIN}\n{END}\n"
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{head}{BEGIN}\n\n{tables(made)}\n{END}{tail}", encoding="utf-8")
-    plot(made, docs / "img" / "learning.png")
+    text = page.read_text(encoding="utf-8") if page.is_file() else "# Learning\n"
+    for begin, end, part in ((BEGIN, END, made), (FRESH_BEGIN, FRESH_END, made_fresh)):
+        text = _replaced(text, begin, end, tables(part)) if part else text
+    write_text(page, text)
+    if made:
+        plot(made, docs / "img" / "learning.png")
+
+
+def _replaced(text: str, begin: str, end: str, part: str) -> str:
+    """The text with what stands between the markers replaced; they are added where they are missing."""
+    head, _, rest = text.partition(begin) if begin in text else (f"{text}\n", "", "")
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n\n{part}\n{end}{tail or chr(10)}"
 
 
 def tables(made: Sequence[Entry]) -> str:
