@@ -10,28 +10,21 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 from dropbp.errors import DropBPError
 
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the bench, and the devices on which `all` runs it, with the options it gets there."""
-
-    help: str
-    devices: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-
+from . import everything
+from .everything import Part
 
 PARTS = {
-    "throughput": Part("time and memory of a step, share of the possible saving", ("cpu", "cuda", "hpu")),
-    "seqlen": Part("the longest sequence that trains", ("cpu", "cuda", "hpu")),
-    "sensitivity": Part("cost and agreement of sensitivities, rates that follow", ("cpu",)),
-    "recipes": Part("compiled graphs and launches on the simulated HPU", ("cpu",)),
-    "learning": Part("loss at equal time, FLOPs and memory, against every rival", ("cpu",), ("--resume",)),
-    "overhead": Part("what the bookkeeping costs in each step", ("cpu",)),
+    "throughput": Part("time and memory of a step, share of the possible saving", ("cpu", "cuda", "hpu"), smoke=True),
+    "seqlen": Part("the longest sequence that trains", ("cpu", "cuda", "hpu"), ("cpu",), smoke=True),
+    "sensitivity": Part("cost and agreement of sensitivities, rates that follow", ("cpu",), smoke=True),
+    "recipes": Part("compiled graphs and launches on the simulated HPU", ("cpu",), ("cpu",)),
+    "learning": Part("loss at equal time, FLOPs and memory, against every rival", ("cpu",)),
+    "overhead": Part("what the bookkeeping costs in each step", ("cpu",), smoke=True),
+    "callback_overhead": Part("what the callback costs a trainer", ("cpu",), smoke=True),
     "accuracy": Part("fine-tune and evaluate with the paper's tasks and settings"),
     "paper": Part("the published figures beside ours"),
     "tables": Part("tables and plots from the result files alone"),
@@ -48,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if module is not None and not hasattr(module, "run"):
         return int(module.main(arguments[1:]) or 0)
     args = _parser(chosen, module).parse_args(arguments)
-    if args.part == "all":
-        return run_all(args)
+    if chosen is None:
+        return everything.run(args, PARTS, main)
     return int(module.run(args) or 0) if module is not None else 0
 
 
@@ -60,42 +53,10 @@ def _parser(chosen: str | None, module: ModuleType | None) -> argparse.ArgumentP
         subparser = parts.add_parser(name, help=part.help, description=part.help)
         if name == chosen and module is not None:
             module.add_arguments(subparser)
-    everything = parts.add_parser("all", help="all parts that suit the device, then tables")
-    everything.add_argument("--device", default="cpu", help="cpu, cuda, hpu (%(default)s)")
-    everything.add_argument("--output", help="result files of throughput and seqlen (bench/results)")
-    everything.add_argument("--smoke", action="store_true", help="tiny sizes, throughput and seqlen only")
+    if chosen is None:
+        help_of_all = "all parts that suit the device, then tables"
+        everything.add_arguments(parts.add_parser("all", help=help_of_all, description=help_of_all), PARTS)
     return parser
-
-
-def run_all(args: argparse.Namespace) -> int:
-    """Every part that suits the device; one that fails does not keep the others from running."""
-    kind = str(args.device).partition(":")[0]
-    failed = [name for name in PARTS if kind in PARTS[name].devices and not _run_part(name, args)]
-    if not args.smoke:
-        _run_tables(args)
-    if failed:
-        print(f"dropbp bench: these parts did not run to their end: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _run_part(name: str, args: argparse.Namespace) -> bool:
-    own = name in ("throughput", "seqlen")
-    if args.smoke and not own:
-        return True
-    options = list(PARTS[name].options)
-    if own:
-        options += ["--device", args.device, *(["--smoke"] if args.smoke else [])]
-        options += ["--output", args.output] if args.output else []
-    print(f"-- {name}", file=sys.stderr, flush=True)
-    try:
-        return main([name, *options]) == 0
-    except DropBPError as error:
-        print(f"dropbp bench {name}: {error}", file=sys.stderr)
-        return False
-
-
-def _run_tables(args: argparse.Namespace) -> None:
-    main(["tables", *(["--output", args.output] if args.output else [])])
 
 
 def _load(name: str) -> ModuleType:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from dropbp.errors import ConfigError
 
 from .records import RESULTS
 
+RUN_MINUTES = 10.0
+
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to run, and where results go."""
@@ -22,6 +26,33 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="also runs that are finished already")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything works")
     parser.add_argument("--threads", type=int, help="threads of PyTorch on CPU (as the environment says)")
+
+
+def add_time_limit(parser: argparse.ArgumentParser) -> None:
+    """How long a run may take."""
+    parser.add_argument(
+        "--minutes", type=float,
+        help=f"a run, which is one result file, stops by then with what it has ({RUN_MINUTES:g} on an accelerator)",
+    )  # fmt: skip
+
+
+def limit_of(args: argparse.Namespace) -> TimeLimit:
+    """The time that a run beginning now has; without end on CPU, where shapes are counted and models small."""
+    minutes = args.minutes if args.minutes is not None else math.inf if device_name(args) == "cpu" else RUN_MINUTES
+    if minutes <= 0:
+        raise ConfigError(f"--minutes {args.minutes:g} must be above 0.")
+    return TimeLimit(60 * minutes)
+
+
+class TimeLimit:
+    """Seconds that something may take from now on."""
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self._ends_s = time.monotonic() + seconds
+
+    def left_s(self) -> float:
+        """Seconds left, below 0 once it has passed."""
+        return self._ends_s - time.monotonic()
 
 
 def settle(args: argparse.Namespace) -> None:

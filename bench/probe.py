@@ -11,7 +11,9 @@ several micro-batches are summed: what DropBP spares there is activations alone.
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 import dropbp
-from dropbp.device import get_device
+from dropbp.device import Device, get_device
 from dropbp.memory import track_tensor_bytes
 
 from .bisection import largest
@@ -32,73 +34,118 @@ from .setup import Lane, Variant, build_batch, build_model, build_optimizer, los
 MOST_BATCH = 4096
 TRIED_STEPS = 3
 GUESSES = 4
+ALLOCATOR_SHARE = 0.96  # of a device's memory, before it is too fragmented to serve a step
 Found = dict[str, Any]
+Mask = tuple[bool, ...] | None  # None: drawn by the model
+
+
+class Workplace:
+    """A model and its optimizer, for one variant after another: weights, gradients and states are the same for all."""
+
+    def __init__(self, model: str, training: Training, device: str = "meta") -> None:
+        self.model_name, self.device = model, get_device(device)
+        self.model = build_model(model, training, device)
+        self.optimizer = build_optimizer(self.model, training.tuning)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._update_bytes: dict[tuple[bool, ...], int] = {}
+        self.give_gradients(True)
+        self.optimizer.step()  # makes its states
+
+    def give_gradients(self, given: bool) -> None:
+        """Gradients of zeros for all that is trained, or none."""
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter) if given else None
+
+    def update_bytes(self) -> int:
+        """What a step of the optimizer needs for itself at its peak, with the gradients there are. On the meta device.
+
+        It depends on which parameters have one and on nothing else, so it is counted once for each such set.
+        """
+        given = tuple(parameter.grad is not None for parameter in self.trained)
+        if given not in self._update_bytes:
+            with track_tensor_bytes(self.model, self.optimizer) as tracked:
+                before_bytes = tracked.live_bytes
+                self.optimizer.step()
+            self._update_bytes[given] = tracked.peak_bytes - before_bytes
+        return self._update_bytes[given]
 
 
 class Probe:
-    """One variant of a training; its memory can be asked for at any size of the input."""
+    """One variant of a training; its memory can be asked for at any size of the input.
+
+    `peak_bytes` and `fits` change the gradients of the workplace: its probes take turns.
+    """
 
     def __init__(
-        self,
-        model: str,
-        training: Training,
-        variant: Variant,
-        device: str = "meta",
-        accumulated: bool = True,
-        masks: int = TRIED_STEPS,
+        self, place: Workplace, variant: Variant, *, accumulated: bool = True, masks: int = TRIED_STEPS
     ) -> None:
-        self.model_name, self.accumulated, self.masks, self.device = model, accumulated, masks, get_device(device)
-        self.lane = Lane(variant, build_model(model, training, device), self.device)
-        self.optimizer = build_optimizer(self.lane.model, training.tuning)
+        self.place, self.accumulated, self.masks = place, accumulated, masks
+        self.lane = Lane(variant, place.model, place.device)
         self._start = self.lane.handle.state_dict() if isinstance(self.lane.handle, dropbp.Handle) else None
-        self._give_gradients(True)
-        self.optimizer.step()  # makes its states
+        self._greediest_first: list[Mask] | None = None
 
-    def peak_bytes(self, batch_size: int, sequence_length: int) -> int:
-        """The most tensor bytes of the steps with the greediest masks, counted. On the meta device."""
-        ids_BS = build_batch(self.model_name, batch_size, sequence_length, self.device.name)
-        self._rewind()
-        peaks = []
-        for mask in self.lane.greedy_masks(self.masks):
-            self._give_gradients(self.accumulated)
-            with self.lane.masked(mask), track_tensor_bytes(self.lane.model, self.optimizer, ids_BS) as tracked:
-                self._step(ids_BS)
-            peaks.append(tracked.peak_bytes)
-        return max(peaks)
+    def peak_bytes(self, batch_size: int, sequence_length: int, enough_bytes: float = math.inf) -> int:
+        """The most tensor bytes of the steps with the greediest masks, counted. On the meta device.
+
+        Masks are left out once one needs more than `enough_bytes`; the answer is then above that, and may be too small.
+        """
+        peak = 0
+        for mask in self._masks(batch_size, sequence_length):
+            peak = max(peak, self._peak_with(mask, batch_size, sequence_length))
+            if peak > enough_bytes:
+                break
+        return peak
+
+    def rough_peak_bytes(self, batch_size: int, sequence_length: int) -> int:
+        """The same with one mask, the greediest at the first size that was asked about."""
+        return self._peak_with(self._masks(batch_size, sequence_length)[0], batch_size, sequence_length)
+
+    def _masks(self, batch_size: int, sequence_length: int) -> list[Mask]:
+        """Those of all sizes, the greediest at the first size in front."""
+        if self._greediest_first is None:
+            self._rewind()
+            peaks = []
+            for mask in self.lane.greedy_masks(self.masks):
+                peak = self._peak_with(mask, batch_size, sequence_length)
+                drawn = self.lane.handle.mask if mask is None and self.lane.handle is not None else mask
+                peaks.append((peak, drawn))
+            self._greediest_first = [mask for _, mask in sorted(peaks, key=lambda pair: -pair[0])]
+        return self._greediest_first
+
+    def _peak_with(self, mask: Mask, batch_size: int, sequence_length: int) -> int:
+        place, ids_BS = self.place, self._batch(batch_size, sequence_length)
+        place.give_gradients(self.accumulated)
+        with self.lane.masked(mask), track_tensor_bytes(self.lane.model, place.optimizer, ids_BS) as tracked:
+            loss_of(self.lane.model, ids_BS).backward()
+        return max(tracked.peak_bytes, tracked.live_bytes + place.update_bytes())
 
     def fits(self, batch_size: int, sequence_length: int) -> bool:
         """Whether steps with the greediest masks run through. On an accelerator."""
-        ids_BS = build_batch(self.model_name, batch_size, sequence_length, self.device.name)
+        place, ids_BS = self.place, self._batch(batch_size, sequence_length)
         self._rewind()
         try:
             for mask in self.lane.greedy_masks(self.masks):
-                self._give_gradients(self.accumulated)
+                place.give_gradients(self.accumulated)
                 with self.lane.masked(mask):
-                    self._step(ids_BS)
-            self.device.synchronize()
+                    loss_of(self.lane.model, ids_BS).backward()
+                    place.optimizer.step()
+            place.device.synchronize()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return False
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.name == "cuda":
-                torch.cuda.empty_cache()
+            place.optimizer.zero_grad(set_to_none=True)
+            _release_memory()
         return True
 
-    def _step(self, ids_BS: torch.Tensor) -> None:
-        loss_of(self.lane.model, ids_BS).backward()
-        self.optimizer.step()
+    def _batch(self, batch_size: int, sequence_length: int) -> torch.Tensor:
+        return build_batch(self.place.model_name, batch_size, sequence_length, self.place.device.name)
 
     def _rewind(self) -> None:
         """The same masks for every size."""
         if isinstance(self.lane.handle, dropbp.Handle) and self._start is not None:
             self.lane.handle.load_state_dict(self._start)
-
-    def _give_gradients(self, given: bool) -> None:
-        for parameter in self.lane.model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter) if given else None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -108,81 +155,105 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def largest_counted(
-    peak_bytes: Callable[[int], int], budget_bytes: int, step: int, most: int
+    probe: Probe, sized: Callable[[int], tuple[int, int]], budget_bytes: int, step: int, most: int
 ) -> tuple[int, list[dict[str, int]]]:
-    """The largest size whose peak is within the budget, and everything that was asked: size and peak.
+    """The largest size whose peak is within the budget, and what was counted around it: size and peak.
 
-    Memory is nearly linear in the size, so two sizes tell about where the border is; bisection finds it.
+    `sized` makes a micro-batch and a length of a size. Memory is nearly linear in it, so a few sizes with one mask tell
+    about where the border is; bisection with all masks finds it.
     """
     asked: dict[int, int] = {}
 
-    def peak(size: int) -> int:
-        if size not in asked:
-            asked[size] = peak_bytes(size)
-        return asked[size]
+    def fits(size: int) -> bool:
+        asked[size] = probe.peak_bytes(*sized(size), enough_bytes=budget_bytes)
+        return asked[size] <= budget_bytes
 
-    guess = _guess(peak, budget_bytes, step, most)
-    size = largest(lambda size: peak(size) <= budget_bytes, step=step, most=most, guess=guess)
+    guess = guess_border(lambda size: probe.rough_peak_bytes(*sized(size)), budget_bytes, step, most)
+    size = largest(fits, step=step, most=most, guess=guess)
     return size, [{"size": size, "peak_bytes": asked[size]} for size in sorted(asked)]
 
 
-def _guess(peak: Callable[[int], int], budget_bytes: int, step: int, most: int) -> int:
-    """By secants, until the guess moves no more than a step."""
+def guess_border(peak: Callable[[int], int], budget_bytes: int, step: int, most: int) -> int:
+    """About the largest size whose peak is within the budget: by secants, until they move no more than a step."""
     small, large = step, min(4 * step, most)
+    known = {size: peak(size) for size in (small, large)}
     for _ in range(GUESSES):
-        slope = (peak(large) - peak(small)) / (large - small) if large != small else 0
+        slope = (known[large] - known[small]) / (large - small) if large != small else 0
         if slope <= 0:
             return step
-        guess = int(small + (budget_bytes - peak(small)) / slope) // step * step
+        guess = int(small + (budget_bytes - known[small]) / slope) // step * step
         guess = min(max(guess, step), most)
         if abs(guess - large) <= step:
             return guess
         small, large = large, guess
+        known.setdefault(guess, peak(guess))
     return large
 
 
-def largest_batch(
-    preset: ThroughputPreset, training: Training, variant: Variant, device: str, budget_bytes: int
+def largest_batch(preset: ThroughputPreset, place: Workplace, variant: Variant, budget_bytes: int) -> Found:
+    """The largest micro-batch of a preset's length whose step is within the budget, counted on shapes."""
+    probe = Probe(place, variant, accumulated=False)
+    size, asked = largest_counted(probe, lambda size: (size, preset.sequence_length), budget_bytes, 1, MOST_BATCH)
+    return {"batch_size": size, "asked": asked}
+
+
+def largest_batch_tried(
+    preset: ThroughputPreset, training: Training, variant: Variant, device: str, seconds: float
 ) -> Found:
-    """The largest micro-batch of a preset's length: counted against a budget on CPU, tried elsewhere."""
-    if device == "cpu":
-        probe = Probe(preset.model, training, variant, accumulated=False)
-        size, asked = largest_counted(
-            lambda size: probe.peak_bytes(size, preset.sequence_length), budget_bytes, 1, MOST_BATCH
-        )
-        return {"batch_size": size, "asked": asked}
+    """The largest micro-batch of a preset's length that trains on an accelerator, of those tried in so long."""
     task = {"vary": "batch_size", "fixed": preset.sequence_length, "step": 1, "most": MOST_BATCH, "accumulated": False}
-    size, asked = tried_in_a_process(preset.model, training, variant, device, task)
+    size, asked = tried_in_a_process(preset.model, training, variant, device, task, seconds)
     return {"batch_size": size, "asked": asked}
 
 
 def tried_in_a_process(
-    model: str, training: Training, variant: Variant, device: str, task: dict[str, Any]
+    model: str, training: Training, variant: Variant, device: str, task: dict[str, Any], seconds: float = math.inf
 ) -> tuple[int, list[dict[str, Any]]]:
     """The largest size that trains, tried in a process of its own, and all that were tried.
 
-    If the process dies the answer is the largest size of which it had said that it fits, and the last entry says how
-    it died.
+    If the process dies, or is ended when its seconds are over, the answer is the largest size of which it had said that
+    it fits, and the last entry says how it ended.
     """
+    _release_memory()
     request = {"model": model, "training": asdict(training), "variant": asdict(variant), "device": device, **task}
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "dropbp.bench.probe"],
-        input=json.dumps(request), env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
+    ) as process:  # fmt: skip
+        output, errors, ended = _conversation(process, json.dumps(request), seconds)
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
     asked = [line for line in lines if "fits" in line]
     fitting = max((line["size"] for line in asked if line["fits"]), default=0)
-    if done.returncode:
-        asked.append({"died": done.returncode, "message": done.stderr.strip().splitlines()[-1:]})
+    if ended:
+        asked.append({"ended_after_s": seconds})
+    elif process.returncode:
+        asked.append({"died": process.returncode, "message": errors.strip().splitlines()[-1:]})
     return fitting, asked
+
+
+def _release_memory() -> None:
+    """Give back what earlier runs of this process left in its allocator, so that the other process has all of it."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _conversation(process: subprocess.Popen[str], request: str, seconds: float) -> tuple[str, str, bool]:
+    """(standard output, standard error, whether the process was ended because its time was over)."""
+    try:
+        return *process.communicate(request, timeout=max(seconds, 0) if math.isfinite(seconds) else None), False
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return *process.communicate(), True
 
 
 def main() -> None:
     """The process: a request on standard input, one JSON line for each size that was tried."""
     request = json.load(sys.stdin)
     training, variant = Training(**request["training"]), Variant(**request["variant"])
-    probe = Probe(request["model"], training, variant, request["device"], request["accumulated"])
+    place = Workplace(request["model"], training, request["device"])
+    probe = Probe(place, variant, accumulated=request["accumulated"])
 
     def fits(size: int) -> bool:
         batch_size, length = (size, request["fixed"]) if request["vary"] == "batch_size" else (request["fixed"], size)
@@ -191,7 +262,28 @@ def main() -> None:
         sys.stdout.flush()
         return answer
 
-    largest(fits, step=request["step"], most=request["most"])
+    step, most = request["step"], request["most"]
+    largest(fits, step=step, most=most, guess=guess_tried(place.device, fits, step, most))
+
+
+def guess_tried(device: Device, fits: Callable[[int], bool], step: int, most: int) -> int | None:
+    """About the largest size that trains, from what two small ones take of the device; None if they tell nothing.
+
+    On CPU memory is what the whole process holds, which says little about a step.
+    """
+    if device.name == "cpu":
+        return None
+    peaks: list[int] = []
+    for size in (step, min(4 * step, most)):
+        device.reset_peak_memory()
+        if not fits(size):
+            return None
+        peaks.append(device.max_memory_allocated_bytes())
+    slope = (peaks[1] - peaks[0]) / (3 * step)
+    if slope <= 0:
+        return None
+    usable_bytes = ALLOCATOR_SHARE * device.memory_limit_bytes()
+    return min(max(int(step + (usable_bytes - peaks[0]) / slope) // step * step, step), most)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from dropbp.device import get_device
 from dropbp.errors import ConfigError
 
 from . import records
-from .options import add_run_arguments, device_name, progress, settle
+from .options import add_run_arguments, add_time_limit, device_name, limit_of, progress, settle
 from .presets import DEFAULT_SEQLEN, SEQLEN, SeqlenPreset, Training, chosen
-from .probe import Probe, largest_counted, tried_in_a_process
+from .probe import Probe, Workplace, largest_counted, tried_in_a_process
 from .setup import COUPLINGS, PLAIN, Variant
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--preset", action="append", choices=tuple(SEQLEN), help="what to run; may be repeated")
     parser.add_argument("--budget-gib", type=float, help="memory there is, in GiB; counted presets only")
+    add_time_limit(parser)
     add_run_arguments(parser)
 
 
@@ -69,8 +70,14 @@ def _measure(name: str, preset: SeqlenPreset, training: Training, args: argparse
     with store.run(run_name, configuration, device) as record, progress(len(variants), run_name) as bar:
         record["budget_is"] = "tensor bytes, counted" if preset.counted else "memory of the device, tried"
         record["lengths"] = {}
-        for variant in variants:
-            record["lengths"][variant.name] = longest(preset, training, variant, device.name, budget_bytes)
+        place, limit = Workplace(preset.model, training) if preset.counted else None, limit_of(args)
+        for index, variant in enumerate(variants):
+            share_s = limit.left_s() / (len(variants) - index)
+            record["lengths"][variant.name] = (
+                longest_tried(preset, training, variant, device.name, share_s)
+                if place is None or budget_bytes is None
+                else longest_counted(preset, place, variant, budget_bytes)
+            )
             bar.update()
 
 
@@ -83,16 +90,17 @@ def _budget_bytes(preset: SeqlenPreset, args: argparse.Namespace) -> int | None:
     return int(budget_gib * GIB)
 
 
-def longest(
-    preset: SeqlenPreset, training: Training, variant: Variant, device: str, budget_bytes: int | None
-) -> dict[str, Any]:
-    """The longest sequence, what was asked on the way, and the bytes that weights, gradients and optimizer hold."""
-    if budget_bytes is None:
-        task = {"vary": "sequence_length", "fixed": 1, "step": preset.step, "most": preset.max_length}
-        length, tried = tried_in_a_process(preset.model, training, variant, device, {**task, "accumulated": True})
-        return {"length": length, "asked": tried}
-    probe = Probe(preset.model, training, variant, device, masks=preset.masks)
-    length, counted = largest_counted(
-        lambda size: probe.peak_bytes(1, size), budget_bytes, preset.step, preset.max_length
-    )
+def longest_counted(preset: SeqlenPreset, place: Workplace, variant: Variant, budget_bytes: int) -> dict[str, Any]:
+    """The longest sequence whose step is within the budget, and the peak of every length that was counted."""
+    probe = Probe(place, variant, masks=preset.masks)
+    length, counted = largest_counted(probe, lambda size: (1, size), budget_bytes, preset.step, preset.max_length)
     return {"length": length, "asked": counted}
+
+
+def longest_tried(
+    preset: SeqlenPreset, training: Training, variant: Variant, device: str, seconds: float
+) -> dict[str, Any]:
+    """The longest sequence that trains on an accelerator, of those that could be tried in so long, and all of them."""
+    task = {"vary": "sequence_length", "fixed": 1, "step": preset.step, "most": preset.max_length}
+    length, tried = tried_in_a_process(preset.model, training, variant, device, {**task, "accumulated": True}, seconds)
+    return {"length": length, "asked": tried}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
@@ -24,9 +24,9 @@ from dropbp.errors import ConfigError, MissingDependencyError
 from dropbp.memory import track_tensor_bytes
 
 from . import records
-from .options import add_run_arguments, device_name, progress, settle
+from .options import TimeLimit, add_run_arguments, add_time_limit, device_name, limit_of, progress, settle
 from .presets import DEFAULT_THROUGHPUT, THROUGHPUT, ThroughputPreset, Training, chosen
-from .probe import Probe, largest_batch
+from .probe import Probe, Workplace, largest_batch, largest_batch_tried
 from .setup import (
     COUPLINGS,
     PLAIN,
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 KIND, GROWTH_KIND = "throughput", "growth"
 SPLIT, UNRECORDED = "split", "unrecorded"
+ROUNDS_LEFT = 3  # the next one, and two steps of each variant for memory
 Timing = dict[str, Any]
 
 
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="TRAINING", help="only this training of the preset, such as full-bf16")
     parser.add_argument("--rounds", type=int, help="timed steps of each variant")
     parser.add_argument("--no-growth", action="store_true", help="leave out the largest micro-batches")
+    add_time_limit(parser)
     add_run_arguments(parser)
 
 
@@ -64,27 +66,28 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--rounds {args.rounds} must be at least 1.")
     kind = device_name(args)
     names = args.preset or (("smoke",) if args.smoke else DEFAULT_THROUGHPUT.get(kind, ("smoke",)))
-    for name in names:
-        preset = chosen("preset", THROUGHPUT, name)
+    presets = {name: chosen("preset", THROUGHPUT, name) for name in names}
+    _check_only(args.only, presets.values())
+    for name, preset in presets.items():
         run_preset(name, replace(preset, rounds=args.rounds or preset.rounds), args)
     return 0
+
+
+def _check_only(only: str | None, presets: Iterable[ThroughputPreset]) -> None:
+    known = dict.fromkeys(training.name for preset in presets for training in (*preset.trainings, *preset.growth))
+    if only is not None and only not in known:
+        raise ConfigError(f"--only {only!r} is not in the preset; it has {', '.join(known)}.")
 
 
 def run_preset(name: str, preset: ThroughputPreset, args: argparse.Namespace) -> None:
     """All runs of a preset. One that fails is recorded, and the next is run."""
     device = get_device(device_name(args))
-    for training in _selected(preset.trainings, args.only):
-        _guarded(lambda t=training: _measure(name, preset, t, device, args))  # type: ignore[misc]
+    for training in preset.trainings:
+        if args.only in (None, training.name):
+            _guarded(lambda t=training: _measure(name, preset, t, device, args))  # type: ignore[misc]
     for training in () if args.no_growth else preset.growth:
         if args.only in (None, training.name):
             _guarded(lambda t=training: _grow(name, preset, t, device, args))  # type: ignore[misc]
-
-
-def _selected(trainings: Sequence[Training], only: str | None) -> list[Training]:
-    known = {training.name: training for training in trainings}
-    if only is not None and only not in known:
-        raise ConfigError(f"--only {only!r} is not in the preset; it has {', '.join(known)}.")
-    return [known[only]] if only is not None else list(trainings)
 
 
 def _guarded(measure: Callable[[], None]) -> None:
@@ -108,12 +111,13 @@ def _measure(name: str, preset: ThroughputPreset, training: Training, device: De
     store, run_name = records.Store(args.output, KIND), f"{name}--{device.name}--{training.name}"
     if not args.again and store.finished(run_name, configuration) is not None:
         return
+    limit = limit_of(args)
     with store.run(run_name, configuration, device) as record, _compiler(training):
         bench = Bench(preset, training, variants, device)
         record["parameters"] = sum(p.numel() for p in bench.model.parameters())
         record["variants"] = {lane.variant.name: asdict(lane.variant) for lane in bench.lanes}
         record["steps"], record["warmup_steps"] = bench.steps, bench.warmup_steps
-        bench.run_rounds(preset.warmup_rounds, preset.rounds, f"{name} {training.name}")
+        bench.run_rounds(preset.warmup_rounds, preset.rounds, f"{name} {training.name}", limit)
         record["memory"] = {lane.variant.name: bench.peak(lane) for lane in bench.lanes}
         record["compiled_graphs"] = device.compile_count()
 
@@ -156,17 +160,24 @@ class Bench:
         self.steps: dict[str, list[Timing]] = {}
         self.warmup_steps: dict[str, list[Timing]] = {}
 
-    def run_rounds(self, warmup_rounds: int, rounds: int, title: str) -> None:
-        """Every round all variants, each time in another order, and what the limit needs."""
+    def run_rounds(self, warmup_rounds: int, rounds: int, title: str, limit: TimeLimit) -> None:
+        """Every round all variants, each time in another order, and what the limit of a step needs.
+
+        Rounds end early, after one that counts, where another one and the steps for memory would pass the time limit.
+        """
         turns = self._turns()
         names = list(turns)
         with progress((warmup_rounds + rounds) * len(turns), title) as bar:
             for index in range(warmup_rounds + rounds):
+                before_s = limit.left_s()
                 kept = self.warmup_steps if index < warmup_rounds else self.steps
                 for name in [*names[index % len(names) :], *names[: index % len(names)]] if index else names:
                     timing = turns[name]()
                     kept.setdefault(name, []).append({"round": index, **timing})
                     bar.update()
+                round_s = before_s - limit.left_s()
+                if index >= warmup_rounds and limit.left_s() < ROUNDS_LEFT * round_s:
+                    break
 
     def _turns(self) -> dict[str, Callable[[], Timing]]:
         turns: dict[str, Callable[[], Timing]] = {}
@@ -300,21 +311,24 @@ def _grow(name: str, preset: ThroughputPreset, training: Training, device: Devic
     if not args.again and store.finished(run_name, configuration) is not None:
         return
     with store.run(run_name, configuration, device) as record:
-        budget_bytes = _growth_budget_bytes(preset, training, device)
+        place = Workplace(preset.model, training) if device.name == "cpu" else None
+        budget_bytes = device.memory_limit_bytes() if place is None else _growth_budget_bytes(preset, place)
         record["budget_bytes"], record["budget_is"] = budget_bytes, _budget_is(device)
         record["variants"] = {variant.name: asdict(variant) for variant in variants}
-        record["batch_sizes"] = {}
+        record["batch_sizes"], limit = {}, limit_of(args)
+        share_s = limit.left_s() / (2 * len(variants))  # half for sizes, half for steps
         for variant in variants:
-            found = largest_batch(preset, training, variant, device.name, budget_bytes)
-            record["batch_sizes"][variant.name] = found
+            record["batch_sizes"][variant.name] = (
+                largest_batch_tried(preset, training, variant, device.name, share_s)
+                if place is None
+                else largest_batch(preset, place, variant, budget_bytes)
+            )
         record["steps"] = {}
-        _time_grown(record, preset, training, variants, device)
+        _time_grown(record, preset, training, variants, device, limit)
 
 
-def _growth_budget_bytes(preset: ThroughputPreset, training: Training, device: Device) -> int:
-    if device.name != "cpu":
-        return device.memory_limit_bytes()
-    plain = Probe(preset.model, training, PLAIN, accumulated=False)
+def _growth_budget_bytes(preset: ThroughputPreset, place: Workplace) -> int:
+    plain = Probe(place, PLAIN, accumulated=False)
     return plain.peak_bytes(round(preset.batch_size * preset.growth_budget_micro_batches), preset.sequence_length)
 
 
@@ -328,6 +342,7 @@ def _time_grown(
     training: Training,
     variants: Sequence[Variant],
     device: Device,
+    limit: TimeLimit,
 ) -> None:
     sizes = {name: found["batch_size"] for name, found in record["batch_sizes"].items()}
     bench = Bench(preset, training, [v for v in variants if sizes[v.name]], device)
@@ -339,12 +354,15 @@ def _time_grown(
     rounds = preset.growth_rounds + 1  # the first warms up
     with progress(rounds * len(bench.lanes), f"{preset.model} {training.name} largest micro-batches") as bar:
         for index in range(rounds):
+            before_s = limit.left_s()
             for lane in bench.lanes:
                 name = lane.variant.name
                 with _out_of_memory_recorded(record, name):
                     timing = {"round": index, **bench.step(lane, ids_BS=batches[name])}
                     record["steps"].setdefault(name, []).extend([timing] if index else [])
                 bar.update()
+            if index and limit.left_s() < before_s - limit.left_s():
+                break
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from dropbp.bench.bisection import largest
 from dropbp.bench.derive import figures, length_ratios, parts_of
 from dropbp.bench.limits import Parts, limit_s, median_spread, share_of_possible_saving
 from dropbp.bench.presets import MODELS, SeqlenPreset, ThroughputPreset, Training
-from dropbp.bench.probe import Probe, is_out_of_memory, largest_counted, tried_in_a_process
+from dropbp.bench.probe import Probe, Workplace, is_out_of_memory, tried_in_a_process
 from dropbp.bench.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
 
 import dropbp
@@ -80,14 +80,6 @@ def test_bisection_with_a_right_guess_asks_about_two_sizes() -> None:
 
     assert largest(fits, step=8, most=1 << 20, guess=1000) == 1000
     assert asked == [1000, 1008]
-
-
-def test_counted_border_of_a_nearly_linear_peak() -> None:
-    size, asked = largest_counted(lambda size: 1000 + 10 * size + size * size // 1000, 100_000, 16, 1 << 16)
-    assert 1000 + 10 * size + size * size // 1000 <= 100_000
-    larger = size + 16
-    assert 1000 + 10 * larger + larger * larger // 1000 > 100_000
-    assert len(asked) < 12
 
 
 # -- records
@@ -244,7 +236,7 @@ def test_reference_way_gives_the_gradients_of_dropbp_with_the_same_masks() -> No
 )
 def test_bytes_counted_on_shapes_are_those_of_a_real_step(training: Training) -> None:
     variant = Variant("exact", 0.5)
-    counted = Probe(TINY, training, variant, masks=1).peak_bytes(2, 96)
+    counted = Probe(Workplace(TINY, training), variant, masks=1).peak_bytes(2, 96)
     lane = Lane(variant, build_model(TINY, training, "cpu"), CPU)
     optimizer = build_optimizer(lane.model, training.tuning)
     for step in range(2):
@@ -593,26 +585,6 @@ def test_part_that_is_not_there_is_an_error_that_lists_the_parts(monkeypatch: py
     monkeypatch.setitem(command.PARTS, "absent", command.Part("nothing"))
     with pytest.raises(DropBPError, match="has no part 'absent'; the parts are throughput"):
         command.main(["absent"])
-
-
-def test_all_runs_every_part_of_the_device_though_one_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ran: list[str] = []
-
-    def load(name: str) -> Any:
-        def run(argv: Sequence[str]) -> int:
-            ran.append(name)
-            if name == "seqlen":
-                raise ConfigError("no")
-            return 0
-
-        return SimpleNamespace(main=run)
-
-    monkeypatch.setattr(command, "_load", load)
-    assert command.main(["all"]) == 1
-    assert ran == [name for name, part in command.PARTS.items() if "cpu" in part.devices] + ["tables"]
-    assert "did not run to their end: seqlen" in capsys.readouterr().err
 
 
 def test_library_is_as_before_after_a_run(measured: Path) -> None:

@@ -1,0 +1,199 @@
+"""`dropbp bench all`: every part that suits the device, then tables, and how long each took.
+
+Parts that time something run one after another and have the machine to themselves. Parts that only count (bytes on
+shapes, compiled graphs) run last and side by side, each in a process of its own with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dropbp.device import get_device
+from dropbp.errors import DropBPError
+
+from .options import device_name
+from .records import RESULTS
+
+POLL_S = 0.2
+Main = Callable[[Sequence[str]], int]
+EPILOG = """\
+Finished runs are kept and not run again, so a run that was stopped goes on where it was. A checkout has the published
+result files in bench/results: there `all` runs only what is missing. To reproduce them:
+  dropbp bench all --output DIR   into another folder, pages and plots into DIR/docs; goes on there if it was stopped
+  dropbp bench all --again        in place; git diff shows what differs
+  dropbp bench all --part seqlen  one part only
+Larger presets: dropbp bench throughput --preset NAME, dropbp bench learning --preset full, and so on (--help)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the bench, and when `all` runs it.
+
+    Attributes:
+        help: what it measures.
+        devices: kinds of devices on which it is a part of `all`.
+        counts_on: those of them on which it times nothing, so that other processes do not disturb it.
+        smoke: whether `all --smoke` runs it.
+    """
+
+    help: str
+    devices: tuple[str, ...] = ()
+    counts_on: tuple[str, ...] = ()
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended."""
+
+    name: str
+    succeeded: bool
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser, parts: Mapping[str, Part]) -> None:
+    """Declare the command's options."""
+    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+    names = [name for name, part in parts.items() if part.devices]
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, hpu; never replaced by another one (%(default)s)")
+    parser.add_argument("--part", action="append", dest="parts", choices=names, help="only this part; may be repeated")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="result files (bench/results)")
+    parser.add_argument("--again", action="store_true", help="also runs that are finished already")
+    parser.add_argument("--minutes", type=float, help="each run stops by then with what it has (10 on accelerators)")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, some parts, results thrown away")
+
+
+def run(args: argparse.Namespace, parts: Mapping[str, Part], main: Main) -> int:
+    """Every part that suits the device; one that fails does not keep the others from running.
+
+    Raises:
+        DeviceError: the device is not there.
+    """
+    get_device(args.device)
+    chosen = {name: part for name, part in parts.items() if _is_wanted(name, part, args)}
+    with _folder(args) as root:
+        _note_finished(args, root)
+        kind = device_name(args)
+        beside = [name for name, part in chosen.items() if kind in part.counts_on]
+        outcomes = [_run_one(name, args, root, main) for name in chosen if name not in beside]
+        outcomes += run_beside({name: options_of(name, args, root) for name in beside})
+        if not args.smoke:
+            outcomes.append(_guarded("tables", lambda: main(["tables", *_tables_options(args, root)])))
+    _report(outcomes)
+    return 0 if all(outcome.succeeded for outcome in outcomes) else 1
+
+
+def _is_wanted(name: str, part: Part, args: argparse.Namespace) -> bool:
+    suits = device_name(args) in part.devices and (part.smoke or not args.smoke)
+    return suits and (not args.parts or name in args.parts)
+
+
+@contextmanager
+def _folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Where results go; for tiny sizes a folder that is thrown away, unless one was named."""
+    if args.smoke and args.output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        yield args.output or RESULTS
+
+
+def _note_finished(args: argparse.Namespace, root: Path) -> None:
+    count = sum(1 for path in root.rglob("*.json") if path.parent.name != "unfinished") if root.is_dir() else 0
+    if count and not args.again:
+        _say(f"{root} holds {count} result files; finished runs are kept. To measure anew: --again, or --output DIR.")
+
+
+# -- one part
+
+
+def options_of(name: str, args: argparse.Namespace, root: Path) -> list[str]:
+    """What a part is given."""
+    if name == "learning":
+        return _learning_options(args, root)
+    options = ["--output", str(root)]
+    options += ["--again"] if args.again else []
+    options += ["--smoke"] if args.smoke else []
+    if name in ("throughput", "seqlen"):
+        options += ["--device", args.device]
+        options += ["--minutes", str(args.minutes)] if args.minutes is not None else []
+    if name == "recipes" and args.output is not None:
+        options += ["--docs", str(root / "docs" / "recipes.md")]
+    return options
+
+
+def _learning_options(args: argparse.Namespace, root: Path) -> list[str]:
+    """The short preset must not replace published runs, which are longer: anew it gets a folder of its own."""
+    if args.again and args.output is None:
+        folder = root / "learning-quick"
+        return ["--output", str(folder), "--docs", str(folder / "docs")]
+    options = ["--output", str(root / "learning"), *([] if args.again else ["--resume"])]
+    return options if args.output is None else [*options, "--docs", str(root / "docs")]
+
+
+def _tables_options(args: argparse.Namespace, root: Path) -> list[str]:
+    return [] if args.output is None else ["--output", str(root), "--docs", str(root / "docs")]
+
+
+def _run_one(name: str, args: argparse.Namespace, root: Path, main: Main) -> Outcome:
+    _say(f"-- {name}")
+    return _guarded(name, lambda: main([name, *options_of(name, args, root)]))
+
+
+def _guarded(name: str, work: Callable[[], int]) -> Outcome:
+    began_s = time.perf_counter()
+    try:
+        succeeded = work() == 0
+    except DropBPError as error:
+        _say(f"dropbp bench {name}: {error}")
+        succeeded = False
+    return Outcome(name, succeeded, time.perf_counter() - began_s)
+
+
+def run_beside(commands: Mapping[str, Sequence[str]]) -> list[Outcome]:
+    """Parts with their options, each in a process of its own; all are ended if this one is interrupted."""
+    if commands:
+        _say(f"-- {', '.join(commands)}")
+    began_s, environment = time.perf_counter(), {**os.environ, "OMP_NUM_THREADS": "1"}
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    outcomes = []
+    try:
+        for name, options in commands.items():
+            command = [sys.executable, "-m", "dropbp.bench", name, *options]
+            running[name] = subprocess.Popen(command, env=environment)
+        while running:
+            time.sleep(POLL_S)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                succeeded = running.pop(name).returncode == 0
+                outcomes.append(Outcome(name, succeeded, time.perf_counter() - began_s))
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    return outcomes
+
+
+# -- what is said
+
+
+def _report(outcomes: Sequence[Outcome]) -> None:
+    for outcome in outcomes:
+        minutes, seconds = divmod(round(outcome.seconds), 60)
+        _say(f"{outcome.name:<18} {minutes:3d} min {seconds:2d} s{'' if outcome.succeeded else '  failed'}")
+    failed = [outcome.name for outcome in outcomes if not outcome.succeeded]
+    if failed:
+        _say(f"dropbp bench: these parts did not run to their end: {', '.join(failed)}")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

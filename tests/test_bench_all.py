@@ -1,0 +1,155 @@
+"""`dropbp bench all`: which parts it runs, with which options, where results go, and what it says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from dropbp.bench import __main__ as command
+from dropbp.bench import everything, records
+from dropbp.bench.everything import Outcome
+
+from dropbp.errors import ConfigError, DeviceError
+
+Calls = dict[str, list[str]]
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What each part was given, in the order of their runs; none does anything, and overhead fails."""
+    calls: Calls = {}
+
+    def load(name: str) -> Any:
+        def run(argv: Sequence[str]) -> int:
+            calls[name] = list(argv)
+            if name == "overhead":
+                raise ConfigError("no")
+            return 0
+
+        return SimpleNamespace(main=run)
+
+    def beside(commands: Mapping[str, Sequence[str]]) -> list[Outcome]:
+        calls.update({name: list(options) for name, options in commands.items()})
+        return [Outcome(name, True, 1.0) for name in commands]
+
+    monkeypatch.setattr(command, "_load", load)
+    monkeypatch.setattr(everything, "run_beside", beside)
+    return calls
+
+
+def test_all_runs_every_part_of_the_device_though_one_fails(called: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["all"]) == 1
+    timed = ["throughput", "sensitivity", "learning", "overhead", "callback_overhead"]
+    assert list(called) == [*timed, "seqlen", "recipes", "tables"]
+    assert "did not run to their end: overhead" in capsys.readouterr().err
+
+
+def test_all_says_how_long_each_part_took(called: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["all", "--part", "seqlen"])
+    assert list(called) == ["seqlen", "tables"]
+    assert "seqlen               0 min  1 s\ntables" in capsys.readouterr().err
+
+
+def test_results_in_another_folder_have_their_pages_there(called: Calls, tmp_path: Path) -> None:
+    command.main(["all", "--output", str(tmp_path)])
+    folder, docs = str(tmp_path), str(tmp_path / "docs")
+    assert called["throughput"] == ["--output", folder, "--device", "cpu"]
+    assert called["recipes"] == ["--output", folder, "--docs", f"{docs}/recipes.md"]
+    assert called["learning"] == ["--output", f"{folder}/learning", "--resume", "--docs", docs]
+    assert called["tables"] == ["--output", folder, "--docs", docs]
+
+
+def test_finished_runs_are_kept_unless_asked_for_again(called: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["all"])
+    assert "finished runs are kept. To measure anew: --again, or --output DIR" in capsys.readouterr().err
+    assert "--again" not in called["throughput"] and "--resume" in called["learning"]
+    command.main(["all", "--again"])
+    assert "finished runs are kept" not in capsys.readouterr().err
+    assert all("--again" in called[name] for name in ("throughput", "seqlen", "sensitivity", "recipes", "overhead"))
+
+
+def test_short_learning_runs_never_replace_the_published_ones(called: Calls, tmp_path: Path) -> None:
+    command.main(["all", "--again"])
+    quick = records.RESULTS / "learning-quick"
+    assert called["learning"] == ["--output", str(quick), "--docs", str(quick / "docs")]
+    command.main(["all", "--again", "--output", str(tmp_path)])
+    assert called["learning"] == ["--output", str(tmp_path / "learning"), "--docs", str(tmp_path / "docs")]
+
+
+def test_accelerator_that_is_not_there_is_one_clear_error(called: Calls) -> None:
+    with pytest.raises(DeviceError, match="device 'cuda' was asked for and is not available here"):
+        command.main(["all", "--device", "cuda", "--smoke"])
+    assert not called
+
+
+def test_accelerator_runs_its_parts_with_their_time_limit(called: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everything, "get_device", lambda name: None)
+    command.main(["all", "--device", "cuda", "--minutes", "5"])
+    assert list(called) == ["throughput", "seqlen", "tables"]
+    assert called["seqlen"][-4:] == ["--device", "cuda", "--minutes", "5.0"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_with_tiny_sizes_runs_through(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The code of `--device cuda --smoke`, on CPU."""
+    options = ["all", "--device", "cpu", "--smoke", "--output", str(tmp_path)]
+    assert command.main([*options, "--part", "throughput", "--part", "seqlen"]) == 0
+    assert "throughput           0 min" in capfd.readouterr().err
+    for kind, trainings in (("throughput", 2), ("growth", 1), ("seqlen", 1)):
+        found = records.read_all(tmp_path, kind)
+        assert [record["status"] for record in found] == ["finished"] * trainings
+
+
+def test_tiny_sizes_leave_nothing_in_the_published_results(called: Calls) -> None:
+    command.main(["all", "--smoke"])
+    assert "learning" not in called and "tables" not in called
+    assert not Path(called["throughput"][1]).exists() and Path(called["throughput"][1]) != records.RESULTS
+
+
+def test_parts_side_by_side_report_their_own_end(tmp_path: Path) -> None:
+    broken = tmp_path / "recipes.json"
+    broken.write_text("{")
+    commands = {"recipes": ["--output", str(tmp_path)], "paper": ["--output", str(tmp_path)]}
+    outcomes = {outcome.name: outcome.succeeded for outcome in everything.run_beside(commands)}
+    assert outcomes == {"recipes": False, "paper": True}
+
+
+def test_interruption_ends_the_parts_side_by_side(tmp_path: Path) -> None:
+    """No part goes on measuring, or writing, after the command that started it has ended."""
+    marker = tmp_path / "seqlen"
+    code = (
+        "from dropbp.bench import everything\n"
+        f"everything.run_beside({{'seqlen': ['--preset', 'llama2-7b-80gib', '--output', {str(tmp_path)!r}]}})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stderr.readline() == "-- seqlen\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) != 0
+    assert not list(marker.glob("*.json"))
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listed
+
+
+def test_help_says_how_to_reproduce(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["all", "--help"])
+    text = capsys.readouterr().out
+    assert "--again" in text and "--output DIR" in text and "To reproduce them" in text
+
+
+def test_recorded_options_are_plain_data(tmp_path: Path) -> None:
+    """They go to other processes, as words."""
+    args = argparse.Namespace(device="cuda", again=True, smoke=True, minutes=2.5, output=tmp_path, parts=None)
+    for name in command.PARTS:
+        options = everything.options_of(name, args, tmp_path)
+        assert json.loads(json.dumps(options)) == options
