@@ -327,7 +327,8 @@ def root_forward(original: Forward) -> Forward:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state: RootState | None = self._dropbp_root
+        # None also after removal, for those who took the method from the model while it was enabled, as peft does.
+        state: RootState | None = getattr(self, "_dropbp_root", None)
         if state is None or state.original is not original:
             return original(self, *args, **kwargs)
         return state.run(original, self, args, kwargs)

@@ -38,6 +38,7 @@ from dropbp.grouping import ParameterGroup, split_groups, zero_fill_gradients
 from dropbp.installation import put_in_place, rehearsal
 from dropbp.masks import couplings
 from dropbp.online import Online, own_squares
+from dropbp.replaced import Watch, last_modules
 from dropbp.runtime import Plan, RootState, Runtime
 from dropbp.sensitivity import Calibration, Closure, measure
 
@@ -158,6 +159,7 @@ class Handle:
             boundary=self._boundary(),
             step_boundary=device.step_boundary,
         )
+        self._watch = Watch(model, last_modules(self._structure))
         if config.rehearse:
             self._drawing.rehearsal = rehearsal(model, self._structure, self._stem_rests(), self._checkpointed)
 
@@ -514,6 +516,7 @@ class Handle:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         """Called before every training forward of the root: what it drops, and how kept gradients are scaled."""
+        self._watch.check()
         if self._measuring is not None:
             return Plan(bits(self._measuring))
         with self._lock:

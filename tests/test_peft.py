@@ -57,8 +57,9 @@ PROMPTS = {
     "P-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **TASK),
     "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **TASK),
 }
-# An adaption prompt is put around a branch's module, not inside it: put there later, the handle does not know it.
+# An adaption prompt is put around a branch's module, not inside it: put there later it is refused.
 INSIDE = [kind for kind in INJECTED if kind != "adaption prompt"]
+INJECTED_CASES = [(kind, "after") for kind in INJECTED] + [(kind, "before") for kind in INSIDE]
 PROMPT_CASES = [(kind, when) for kind in PROMPTS for when in ("before", "after")]
 MERGING = ["LoRA", "DoRA", "IA3", "VeRA", "LoHa", "LoKr", "HRA", "FourierFT"]
 
@@ -135,8 +136,7 @@ def test_learned_prompts_see_the_kept_branches_only(kind, when):
         assert_same_gradients(got, expected)
 
 
-@pytest.mark.parametrize("kind", INJECTED)
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "when"), INJECTED_CASES)
 def test_a_step_trains_adapters_and_nothing_else(kind, when):
     model = base()
     handle = dropbp.enable(model, drop_rate=0.5) if when == "before" else None
@@ -154,8 +154,7 @@ def test_a_step_trains_adapters_and_nothing_else(kind, when):
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", INJECTED)
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "when"), INJECTED_CASES)
 def test_everything_around_training_is_as_if_dropbp_were_not_there(kind, when, tmp_path):
     plain, model = adapted(kind), base()
     if when == "before":
