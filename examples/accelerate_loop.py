@@ -1,8 +1,11 @@
 """A loop on accelerate, on one process or several, with DropBP. Runs on CPUs in seconds, without downloads.
 
     python examples/accelerate_loop.py
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    accelerate launch --cpu --num_processes 1 examples/accelerate_loop.py
+    accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py
 
+The last line starts two processes on CPUs too: `--cpu` starts one, whatever their number, unless MPI is there. The
+script itself tells accelerate to stay on the CPU; without `cpu=True` it takes the GPUs that there are.
 DropBP is enabled before `prepare`. DistributedDataParallel must be told that parameters can be without a gradient.
 """
 
@@ -56,7 +59,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         losses.append(accelerator.gather(loss.detach()).mean().item())
     report = handle.report()
     handle.remove()
-    accelerator.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, drop rate {report['realised_drop_rate']:.3f}")
+    accelerator.print(
+        f"{accelerator.num_processes} processes, loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
+        f"drop rate {report['realised_drop_rate']:.3f}"
+    )
+    # In this order: a replica that outlives the process group, or a group the process, can hang or abort on gloo.
+    wrapped, optimizer, loader = accelerator.free_memory(wrapped, optimizer, loader)
+    accelerator.end_training()
     return {**report, "losses": losses}
 
 

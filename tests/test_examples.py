@@ -47,12 +47,17 @@ def test_the_accelerate_loop_learns_and_drops() -> None:
 
 
 @pytest.mark.slow
-def test_the_accelerate_loop_runs_on_two_processes() -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    options = ["--mixed_precision=no", "--dynamo_backend=no", str(EXAMPLES / "accelerate_loop.py"), "--steps", "8"]
-    done = subprocess.run([*launch, *options], capture_output=True, text=True, check=False, timeout=240)
+@pytest.mark.parametrize("example", ["accelerate_loop", "own_trainer"])
+@pytest.mark.parametrize("launch", ["--cpu --num_processes=1", "--multi_gpu --num_processes=2"])
+def test_accelerate_launches_an_example(example: str, launch: str) -> None:
+    options = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), *options]
+    script = [str(EXAMPLES / f"{example}.py"), "--steps", "10"]
+    done = subprocess.run([*command, *script], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "drop rate 0." in done.stdout
+    said = [line for line in done.stdout.splitlines() if "drop rate" in line]
+    count = int(launch[-1])
+    assert said[0].startswith(f"{count} processes") if example == "accelerate_loop" else len(said) == count
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -36,7 +36,9 @@ OUTSIDE = """
 | optimum-habana's GaudiTrainer | on a simulated HPU, in its own environment: `make test-gaudi`; [devices](devices.md) |
 | torchao's int8 weights under LoRA | tests/test_peft.py: gradients, saved adapters; where torchao is installed |
 | Lightning, Axolotl, LLaMA-Factory | see [integrations](integrations.md) |
-| Liger kernels, bitsandbytes and FSDP on CUDA | need a GPU; not tested |
+| Liger kernels | rotary embedding and fused loss in Triton's interpreter, where installed, and \
+stand-ins of the rest: tests/compatibility/test_liger.py; not on a GPU |
+| bitsandbytes and FSDP on CUDA | need a GPU; not tested |
 """
 
 

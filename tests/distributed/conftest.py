@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import launch
+from tests.distributed.launch import LAUNCHERS, launch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,16 +21,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
-    """Results of an engine's cases, one dict for each rank."""
+    """Results of an engine's cases, one dict for each rank; `by` is one of the launchers."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def results(module: str) -> list[dict[str, Any]]:
-        stored = shared / f"{module}.json"
-        with (shared / f"{module}.lock").open("w") as lock:
+    def results(module: str, by: str = "torchrun", cases: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        stored = shared / f"{module} by {by}.json"
+        with stored.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not stored.exists():
-                stored.write_text(json.dumps(launch(module)), encoding="utf-8")
+                stored.write_text(json.dumps(launch(module, cases, **LAUNCHERS[by])), encoding="utf-8")
         return json.loads(stored.read_text(encoding="utf-8"))
 
     return results

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +22,54 @@ def launch(
     cases: tuple[str, ...] = (),
     options: tuple[str, ...] = (),
     limit_s: float = LIMIT_S,
+    launcher: Sequence[str] = ("torch.distributed.run", f"--nproc-per-node={PROCESSES}"),
+    processes: int = PROCESSES,
 ) -> list[dict[str, Any]]:
     """Results of the cases of a module, one dict for each rank. A hang is an error.
 
     Args:
         module: of `tests.distributed`, or with its full name; it has `CASES`, `start` and `stop`.
         cases: names of some of its cases; none means all.
-        options: of torchrun.
+        options: of the launcher.
         limit_s: seconds after which the processes are taken to wait for each other.
+        launcher: module that starts the processes, and its own options; see `LAUNCHERS`.
+        processes: how many it starts.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [*_torchrun(), *options, "-m", "tests.distributed.worker", str(folder), module, *cases]
+        command = [*_started_by(launcher), *options, "-m", "tests.distributed.worker", str(folder), module, *cases]
         with (folder / "log").open("w+", encoding="utf-8") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             _wait(process, log, limit_s)
-        return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
+        return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
 
 
-def _torchrun() -> list[str]:
-    name = "torch.distributed.run"
-    return [sys.executable, "-m", name, f"--nproc-per-node={PROCESSES}", f"--master-port={_free_port()}"]
+def accelerated_by(*options: str, processes: int = PROCESSES) -> dict[str, Any]:
+    """What `launch` needs to start the processes by `accelerate launch`.
+
+    On a CPU, `--cpu` starts one process, whatever their number; `--multi_gpu` starts as many as are asked for.
+    """
+    plain = (f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+    return {"launcher": ("accelerate.commands.launch", *options, *plain), "processes": processes}
+
+
+# How processes can be started, by the name that tests ask for.
+LAUNCHERS: dict[str, dict[str, Any]] = {
+    "torchrun": {},
+    "accelerate, one process": accelerated_by("--cpu", processes=1),
+    "accelerate": accelerated_by("--multi_gpu"),
+    "accelerate, ZeRO-3": accelerated_by(
+        "--use_deepspeed", "--zero_stage=3", "--zero3_init_flag=false", "--gradient_clipping=1e6"
+    ),
+}
+
+
+def _started_by(launcher: Sequence[str]) -> list[str]:
+    name, *options = launcher
+    port = "--main_process_port" if name.startswith("accelerate") else "--master-port"
+    return [sys.executable, "-m", name, *options, f"{port}={_free_port()}"]
 
 
 def _free_port() -> int:

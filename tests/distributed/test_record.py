@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.distributed.compare import TOLERANCE
-from tests.distributed.record import PAGE, RESULTS, RUNS, with_tables
+from tests.distributed.record import ACCELERATED, PAGE, RESULTS, RUNS, with_tables
 
 
 def test_the_page_is_made_from_the_recorded_figures():
@@ -17,6 +17,8 @@ def test_every_engine_stays_at_the_losses_of_one_process():
     record = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert set(record["largest_loss_difference"]) == set(record["bytes_per_step"]) == set(RUNS)
     assert max(record["largest_loss_difference"].values()) < TOLERANCE
+    assert set(record["accelerate_launch_loss_difference"]) == set(ACCELERATED)
+    assert max(record["accelerate_launch_loss_difference"].values()) < TOLERANCE
     assert record["steps"] == 50
 
 
