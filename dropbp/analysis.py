@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dropbp.checks import check_callables, checked_drop_rates, short
 from dropbp.discovery import find
 from dropbp.errors import ConfigError
 from dropbp.paths import PathLength, path_lengths
 from dropbp.session import enable
-from dropbp.workload import in_training
+from dropbp.workload import in_training, is_count
 
 Closure = Callable[[], Tensor]
 DROP_RATES = (0.5, 0.875)
@@ -106,10 +107,15 @@ def analyze(
         DiscoveryError: no residual branch was found.
         StateError: the model is enabled already.
     """
-    if samples < 1 or draws < 2:
-        raise ConfigError(f"samples is {samples} and draws {draws}; allowed: samples >= 1 and draws >= 2.")
+    if not is_count(samples) or not is_count(draws) or draws < 2:
+        given = f"samples is {short(samples)} and draws {short(draws)}"
+        raise ConfigError(f"{given}; allowed: samples >= 1 and draws >= 2.")
+    rates, pairs = checked_drop_rates(drop_rates), _pairs(ways)
+    if not callable(closure):
+        raise ConfigError(f"closure is {short(closure)}; it must run one forward and return the loss.")
+    check_callables(progress=progress)
     note = progress or (lambda line: None)
-    with enable(model, 0.0, example_inputs=example_inputs):
+    with enable(model, 0.0, seed=seed, example_inputs=example_inputs):
         pass  # what `enable` refuses is refused here
     with in_training(model):
         note("paths by length")
@@ -117,8 +123,8 @@ def analyze(
         paths = path_lengths(model, structure, closure, samples, seed)
         true = _gradients(model, closure)
         estimators = []
-        for rate in drop_rates:
-            for masks, scaling in ways:
+        for rate in rates:
+            for masks, scaling in pairs:
                 note(f"{masks} masks, scaling {scaling}, drop rate {rate:g}")
                 options = {"masks": masks, "scaling": scaling, "seed": seed, "example_inputs": example_inputs}
                 with enable(model, rate, max_activations=None, **options) as handle:
@@ -127,6 +133,15 @@ def analyze(
                     gradients = _masked(model, closure, handle, drawn, draws)
                     estimators.append(_estimator((masks, scaling, rate), true, gradients, weights, drawn is not None))
     return Analysis(paths, tuple(estimators))
+
+
+def _pairs(ways: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    try:
+        return [(masks, scaling) for masks, scaling in ways]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"ways is {short(ways)}; it must be a list of pairs of a coupling and a scaling: [('exact', 'unbiased')]."
+        ) from error
 
 
 def _masked(model: nn.Module, closure: Closure, handle: Any, drawn: Any, draws: int) -> Iterator[dict[str, Tensor]]:

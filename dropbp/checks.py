@@ -79,6 +79,25 @@ def checked_share(name: str, value: float, allowed: str, is_allowed: Callable[[f
     return number
 
 
+def checked_drop_rates(drop_rates: Iterable[float]) -> Rates:
+    """Drop rates to compare, as floats. Raises ConfigError unless there is one, and each lies in [0, 1)."""
+    allowed = "a list of numbers with 0 <= drop_rate < 1; 0 is plain training"
+    try:
+        values = list(drop_rates)
+    except TypeError as error:
+        raise ConfigError(f"drop_rates is {short(drop_rates)}; allowed is {allowed}.") from error
+    if not values:
+        raise ConfigError("drop_rates is empty; give at least one, such as 0 for plain training.")
+    return tuple(checked_share("drop_rates", value, allowed, lambda rate: 0 <= rate < 1) for value in values)
+
+
+def check_callables(**functions: object) -> None:
+    """Raises ConfigError for what is neither None nor can be called."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ConfigError(f"{name} is {short(function)}; it must be a function.")
+
+
 def checked_mask(mask: Iterable[bool]) -> tuple[bool, ...]:
     """A mask as a tuple of bools. Raises ConfigError for entries that are neither true nor false, as arrays are."""
     return tuple(_drops(place, drop) for place, drop in enumerate(listed("mask", mask)))

@@ -84,6 +84,7 @@ class Footprint:
         self, run: Callable[[Shape], None], probe: Probe, workload: Workload, held_gradients: bool = False
     ) -> None:
         self.probe = probe
+        run(Shape(probe.rows[0], probe.lengths[0]))  # the first step after `enable` is none like the others: see `cut`
 
         def lines(sizes: Sequence[int]) -> Lines:
             return _comparable(

@@ -25,6 +25,7 @@ from dropbp.branches import Structure
 from dropbp.cover import needs
 from dropbp.onepass import Entrance, Source, edges_of_branches, entrance_edges
 from dropbp.residual import Graph
+from dropbp.sensitivity import checked_loss
 from dropbp.trace import Recorder
 
 Closure = Callable[[], Tensor]
@@ -78,7 +79,7 @@ class Paths:
         self.model, self.count = model, len(structure.branches)
         recorder = Recorder(model, count_flops=False)
         with recorder:
-            self.loss = closure()
+            self.loss = checked_loss(closure())
             graph = Graph(recorder.trace(self.loss), model)
             need = needs(graph, edges_of_branches(graph, structure))
             edges = entrance_edges(graph, recorder.functions, need, self.count)

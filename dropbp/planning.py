@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dropbp import inputs as example
+from dropbp.checks import check_callables, checked_drop_rates, short
 from dropbp.device import Device, get_device
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape
@@ -137,7 +138,7 @@ def plan(
     Args:
         model: as it will be trained (adapters, frozen parameters, gradient checkpointing), on its device.
         batch_size: rows of a micro-batch; 1, or the rows of `example_inputs`.
-        sequence_length: tokens of a row, for models of text; 512.
+        sequence_length: tokens of a row, for models of text; 512, or as many as the model has positions.
         drop_rates: 0 stands for plain training.
         masks: as in `dropbp.enable`.
         device: as in `dropbp.enable`.
@@ -158,9 +159,11 @@ def plan(
         StateError: the model is enabled already, or nothing in it is trained.
     """
     given = None if example_inputs is None else example.as_inputs(example_inputs)
-    shape = shape_asked_for(given, given is None and example.takes_text(model), batch_size, sequence_length)
-    adapter = get_device(device, model)
-    _check(model, drop_rates, accumulation, memory_limit)
+    text = given is None and example.takes_text(model)
+    shape = shape_asked_for(given, text, batch_size, sequence_length, _positions(model))
+    adapter, asked_rates = get_device(device, model), checked_drop_rates(drop_rates)
+    check_callables(loss=loss, clock=clock, progress=progress)
+    _check(model, accumulation, memory_limit)
     limit = adapter.memory_limit_bytes() if memory_limit is None else memory_limit
     planner = _Planner(
         Workload(model, given, loss, precision_of(precision)), shape, adapter, optimizer, limit, accumulation,
@@ -168,7 +171,7 @@ def plan(
         progress or (lambda line: None),
     )  # fmt: skip
     with in_training(model):
-        rates, timed_at = planner.run(drop_rates, clock if measure else None)
+        rates, timed_at = planner.run(asked_rates, clock if measure else None)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     return TrainingPlan(
         rates, shape.batch_size, shape.sequence_length or None, accumulation, masks, precision, limit,
@@ -278,7 +281,7 @@ class _Planner:
     def _largest_sequence(self, greedy: Sequence[Memory]) -> int | None:
         if len(self.probe.lengths) == 1:  # too short to tell how memory grows
             return None
-        most = getattr(getattr(self.workload.model, "config", None), "max_position_embeddings", None) or MOST_TOKENS
+        most = _positions(self.workload.model) or MOST_TOKENS
         rows = self.shape.batch_size
         return largest_within(lambda length: _peak(greedy, Shape(rows, length)), self.limit_bytes, most)
 
@@ -349,15 +352,22 @@ def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _check(model: nn.Module, drop_rates: Sequence[float], accumulation: int, memory_limit: int | None) -> None:
+def _positions(model: nn.Module) -> int | None:
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return most if is_count(most) else None
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _check(model: nn.Module, accumulation: int, memory_limit: int | None) -> None:
     if any(tensor.device.type == "meta" for tensor in model.parameters()):
         raise ConfigError(
             f"{type(model).__name__} has parameters without data (meta device), and planning runs some small steps. "
             "Give it weights on the device to plan for; random ones will do."
         )
-    if not drop_rates:
-        raise ConfigError("drop_rates is empty; give at least one, such as 0 for plain training.")
     if not is_count(accumulation):
         raise ConfigError(f"accumulation is {accumulation!r}; it must be a whole number of micro-batches, at least 1.")
-    if memory_limit is not None and not memory_limit > 0:
-        raise ConfigError(f"memory_limit is {memory_limit!r}; it must be a number of bytes above 0, or None.")
+    if memory_limit is not None and not _is_size(memory_limit):
+        raise ConfigError(f"memory_limit is {short(memory_limit)}; it must be a number of bytes above 0, or None.")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dropbp import inputs as example
+from dropbp.checks import short
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape, shape_of
 from dropbp.sensitivity import undisturbed
@@ -57,10 +58,24 @@ class Workload:
         return example.Inputs(built.args, kwargs)
 
     def forward(self, batch: example.Inputs) -> torch.Tensor:
-        """One forward; the loss."""
+        """One forward; the loss.
+
+        Raises:
+            ConfigError: tokens that were made for the model, and that have no place in its tables.
+        """
         with self._precision():
-            output = self.model(*batch.args, **batch.kwargs)
-            return self._loss_of(output)
+            return self._loss_of(self._output(batch))
+
+    def _output(self, batch: example.Inputs) -> Any:
+        try:
+            return self.model(*batch.args, **batch.kwargs)
+        except IndexError as error:
+            if self.given is not None:
+                raise
+            raise ConfigError(
+                f"{type(self.model).__name__} does not take a batch of this length ({error}). Give a sequence_length "
+                "that it has positions for, or example_inputs."
+            ) from error
 
     def step(self, batch: example.Inputs) -> None:
         """Forward and backward."""
@@ -80,21 +95,23 @@ class Workload:
         return next(tensors_in(output)).float().square().mean()
 
 
-def precision_of(name: str | None) -> torch.dtype | None:
+def precision_of(name: Any) -> torch.dtype | None:
     """The type that autocast takes for a precision: `bf16`, `fp16`, or None for none.
 
     Raises:
         ConfigError: another one.
     """
-    if name is not None and name not in AUTOCAST:
+    if name is not None and (not isinstance(name, str) or name not in AUTOCAST):
         raise ConfigError(
-            f"precision is {name!r}; allowed: {', '.join(AUTOCAST)} for mixed precision, None for the model's own type."
+            f"precision is {short(name)}; allowed: {', '.join(AUTOCAST)} for mixed precision, None for the model's own."
         )
     return None if name is None else AUTOCAST[name]
 
 
-def shape_asked_for(given: example.Inputs | None, text: bool, rows: int | None, length: int | None) -> Shape:
-    """The shape of the steps that are planned.
+def shape_asked_for(
+    given: example.Inputs | None, text: bool, rows: int | None, length: int | None, positions: int | None = None
+) -> Shape:
+    """The shape of the steps that are planned; text has 512 tokens in a row, or as many as there are positions.
 
     Raises:
         ConfigError: not numbers of at least 1, or a length for inputs that have none that could be changed.
@@ -103,7 +120,7 @@ def shape_asked_for(given: example.Inputs | None, text: bool, rows: int | None, 
         if value is not None and not is_count(value):
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     if text:
-        return Shape(rows or 1, length or 512)
+        return Shape(rows or 1, length or min(512, positions or 512))
     if length is not None:
         raise ConfigError(
             f"sequence_length is {length}, and the length of these inputs cannot be changed. Leave it out, and give "

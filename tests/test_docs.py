@@ -135,11 +135,32 @@ def test_every_make_target_that_a_page_names_exists() -> None:
         assert named <= targets, f"{page.name}: make {', '.join(named - targets)}"
 
 
-def test_every_page_is_in_the_site() -> None:
-    """But those that the site's home page stands for."""
+def test_the_site_has_every_page_and_no_other() -> None:
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    listed = set(re.findall(r"([\w/]+\.md)$", site, re.MULTILINE))
-    assert all((ROOT / "docs" / page).is_file() for page in listed)
+    listed = re.findall(r"([\w/]+\.md)$", site, re.MULTILINE)
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = {match: _members(options) for match, options in _directives()}
+    missing = []
+    for name, home in dropbp._HOMES.items():
+        whole = shown.get(home, set())
+        if f"{home}.{name}" not in shown and (whole is not None and name not in whole):
+            missing.append(f"{home}.{name}")
+    assert not missing
+
+
+def _directives() -> list[tuple[str, str]]:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+    return re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.MULTILINE)
+
+
+def _members(options: str) -> set[str] | None:
+    """Of a module, or None for all of them."""
+    listed = re.search(r"members: \[(.*)\]", options)
+    return set(listed[1].split(", ")) if listed else None
 
 
 def _modules_with_examples() -> list[str]:

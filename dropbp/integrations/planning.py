@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("model", metavar="MODEL", help="a Hub id, a model's folder, or a config.json")
     parser.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (%(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a row (%(default)s)")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a row (512, or all the model has)")
     parser.add_argument("--gradient-accumulation", type=int, default=1, help="micro-batches in a step (%(default)s)")
     parser.add_argument(
         "--drop-rate", type=float, action="append", metavar="P", help="may be repeated (0, 0.5, 0.75, 0.875)"
@@ -139,8 +139,9 @@ def _model(args: argparse.Namespace) -> nn.Module:
 
 def _check(args: argparse.Namespace) -> None:
     for name in ("batch_size", "sequence_length", "gradient_accumulation"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more.")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
     if args.memory_limit is not None and not args.memory_limit > 0:
         raise ConfigError(f"--memory-limit {args.memory_limit} must be above 0: GiB.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -87,8 +87,13 @@ def train(
     recorder = StepRecorder(job.name)
     with closing(recorder), closing(callback) if callback else nullcontext():
         trainer = _trainer(job, settings, [callback, recorder] if callback else [recorder], resume_from is None)
-        trainer.train(resume_from_checkpoint=resume_from)
+        with suppress(_NoStepLeftError):
+            trainer.train(resume_from_checkpoint=resume_from)
     return _record(trainer, job, settings, recorder, callback)
+
+
+class _NoStepLeftError(Exception):
+    """The checkpoint is that of the last step, and transformers would take one more if it lies within an epoch."""
 
 
 class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -130,6 +135,12 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._device = get_device(args.device)
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise _NoStepLeftError
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

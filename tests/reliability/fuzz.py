@@ -223,19 +223,62 @@ def _callback(random: Random) -> None:
     DropBPCallback(**_arguments(random, good)).state()
 
 
+def _plan(random: Random) -> None:
+    good = {
+        "batch_size": 2,
+        "sequence_length": None,
+        "drop_rates": (0.0, 0.5),
+        "masks": "nested",
+        "device": None,
+        "precision": None,
+        "accumulation": 1,
+        "memory_limit": 2**30,
+        "example_inputs": plain_batch(),
+    }
+    given = {"loss": _not_callable(random)} if random.random() < 0.1 else _arguments(random, good)
+    print(dropbp.plan(plain_net(blocks=1), measure=False, **{**good, **given}))
+
+
+def _analyze(random: Random) -> None:
+    model = plain_net(blocks=1)
+    good = {
+        "drop_rates": (0.5,),
+        "ways": (("exact", "none"),),
+        "samples": 1,
+        "draws": 2,
+        "seed": 0,
+        "example_inputs": plain_batch(),
+    }
+    value = _not_callable(random)
+    closure = random.choice((lambda: plain_loss(model), lambda: plain_loss(model), lambda: value, value))
+    dropbp.analyze(model, closure, **_arguments(random, good)).as_dict()
+
+
 TARGETS: dict[str, Callable[[Random], None]] = {
     "enable": _enable,
     "enable (model and inputs)": _enable_other,
     "discover": _discover,
     "allocate": _allocate,
+    "analyze": _analyze,
     "depth_rates": _depth_rates,
     "Sampler": _sampler,
     "realised_rate": _realised_rate,
     "checks": _checks,
     "get_device": _get_device,
     "handle": _handle,
+    "plan": _plan,
     "state": _state,
     "compile_blocks": _compile_blocks,
     "DropBPCallback": _callback,
 }
-TRAINS = {"enable", "enable (model and inputs)", "discover", "handle", "state", "compile_blocks", "get_device"}
+TRAINS = {
+    "analyze",
+    "compile_blocks",
+    "discover",
+    "enable",
+    "enable (model and inputs)",
+    "get_device",
+    "handle",
+    "plan",
+    "state",
+}

@@ -46,6 +46,7 @@ def killed(count: int, folder: Path) -> dict[str, Any]:
     """
     options = inputs(folder)
     whole = _finish(options, folder).rename(folder / "whole")
+    _assert_no_step_too_many(whole, options, folder)
     kills = writing = 0
     while kills < count:
         shutil.rmtree(folder / "run", ignore_errors=True)
@@ -81,6 +82,16 @@ def _finish(options: list[str], folder: Path) -> Path:
     with command(_going_on(options, folder / "run"), folder) as child:
         assert child.wait() == 0, child.said
     return folder / "run"
+
+
+def _assert_no_step_too_many(whole: Path, options: list[str], folder: Path) -> None:
+    """Killed after the last step and before its result was written."""
+    cut = Path(shutil.copytree(whole, folder / "run"))
+    for path in cut.iterdir():
+        if path.is_file():
+            path.unlink()
+    _finish(options, folder)
+    _assert_equal(whole, cut)
 
 
 def _going_on(options: list[str], output: Path) -> list[str]:
