@@ -105,7 +105,7 @@ PRESETS = {
     ),
     "full": Preset(
         tasks=("python", "c-accumulated", "prose-lora"),
-        methods=("freezing", "published", "nested shelf", "default"),
+        methods=("freezing", "published", "nested shelf", "default", "independent", "exact", "cyclic", "pool"),
         drop_rates=(0.5, 0.75, 0.875),
         seeds=(0, 1, 2),
         plain_steps=64,
@@ -115,7 +115,6 @@ PRESETS = {
             ("nested geometric", 0.875),
             ("nested shelf slow-deep", 0.5),
             ("nested shelf slow-deep", 0.875),
-            ("exact", 0.5),
             ("lora", 0.0),
             ("lisa", 0.5),
             ("layerdrop", 0.5),

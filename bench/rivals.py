@@ -355,6 +355,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "exact": _uniform("exact"),
     "independent": _uniform("independent"),
     "cyclic": _uniform("cyclic"),
+    "pool": _uniform("pool"),
 }
 
 
