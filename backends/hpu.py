@@ -23,7 +23,7 @@ from dropbp.errors import DeviceError
 # Lazy: with marks around each layer, and the optimizer and clipping cut by branch (`dropbp.grouping`), no graph depends
 # on the whole mask and no skipped parameter moves. Eager: nothing is recorded, so nothing needs a mark.
 DEFAULTS = {
-    "lazy": DeviceDefaults(boundary="layer", compile_scope="none", group_parameters=True, grouped_clipping=True),
+    "lazy": DeviceDefaults(boundary="layer", group_parameters=True),
     "eager": DeviceDefaults(),
 }
 

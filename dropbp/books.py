@@ -87,6 +87,7 @@ class Saved:
     draws: int
     mask: Mask | None
     current: Mask | None
+    taken_ahead: tuple[Mask, ...]
     sensitivities: tuple[float, ...] | None
     own: tuple[float, ...] | None
 
@@ -115,15 +116,18 @@ def read_state(state: Mapping[str, Any], branches: int) -> Saved:
     _check_length("counts", counts, branches)
     sums = [_sum(state[k]) for k in ("flops_dropped", "flops_seen")]
     mask, current = (_mask(state[k], branches) for k in ("mask", "current"))
+    taken_ahead = tuple(_known_mask(mask, branches) for mask in state.get("taken_ahead", ()))
     sensitivities, own = (_numbers(k, state.get(k), branches) for k in ("sensitivities", "own"))
     books = Books(counts, _count(state["forwards"]), *sums)
     rates = tuple(float(r) for r in state["rates"])
-    return Saved(books, rates, _count(state["draws"]), mask, current, sensitivities, own)
+    return Saved(books, rates, _count(state["draws"]), mask, current, taken_ahead, sensitivities, own)
 
 
 def _mask(mask: Any, branches: int) -> Mask | None:
-    if mask is None:
-        return None
+    return None if mask is None else _known_mask(mask, branches)
+
+
+def _known_mask(mask: Any, branches: int) -> Mask:
     if not all(isinstance(drop, bool) for drop in mask):
         raise ValueError(f"a mask is {short(mask)}, not a list of bools")
     _check_length("mask", mask, branches)

@@ -31,7 +31,6 @@ BUILT_IN_DEVICES = ("cpu", "cuda", "hpu", "meta")
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Boundary: TypeAlias = Literal["none", "layer", "sublayer"]
 Fill: TypeAlias = Literal["none", "zero"]
-CompileScope: TypeAlias = Literal["none", "region", "model"]
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,12 @@ class DeviceDefaults:
         boundary: where the graph of a lazy device is cut, in forward and in backward.
         fill: what a skipped parameter's gradient is: `none` leaves it None, so the optimizer does not move it; `zero`
             fills it with zeros, so that decay and momentum do.
-        coupling: the coupling from which masks are drawn.
-        compile_scope: the largest part of the model that `torch.compile` can take under *random* masks.
-        bounded_couplings: couplings with few different masks, for whole-model compilation and captured graphs.
-        group_parameters: whether the optimizer should get one parameter group for each branch.
-        grouped_clipping: whether gradients should be clipped group by group.
+        group_parameters: whether optimizer and clipping should take the parameters branch by branch.
     """
 
     boundary: Boundary = "none"
     fill: Fill = "none"
-    coupling: str = "exact"
-    compile_scope: CompileScope = "region"
-    bounded_couplings: tuple[str, ...] = ("nested", "pool")
     group_parameters: bool = False
-    grouped_clipping: bool = False
 
 
 @runtime_checkable

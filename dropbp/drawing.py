@@ -7,6 +7,7 @@ warm-up, the present mask as long as `resample` keeps it, the rehearsal of a laz
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 from dropbp.books import Mask
@@ -34,6 +35,7 @@ class Drawing:
         self.draws = 0
         self.current: Mask | None = None
         self.rehearsal: Rehearsal | None = None
+        self.taken_ahead: Counter[Mask] = Counter()
         self._fixed = _FixedMasks()
         self._samplers: dict[Shape, Sampler] = {}
         self.see(shape, flops, rates)
@@ -99,16 +101,25 @@ class Drawing:
         return every == "step"
 
     def _drawn(self) -> Mask:
-        mask = self.sampler().draw(self.draws)
-        self.draws += 1
-        return mask
+        """The next of the sequence; what a rehearsal took out of it is passed over when its turn comes."""
+        while True:
+            mask = self.sampler().draw(self.draws)
+            self.draws += 1
+            if not self.taken_ahead[mask]:
+                return mask
+            self.taken_ahead[mask] -= 1
 
     def _rehearsed(self, with_gradient: int) -> Mask | None:
         """A mask for a graph that is not compiled yet: see `dropbp.rehearsal`."""
         if self.rehearsal is None or self.rehearsal.done:
             return None
         dropped = self.rehearsal.next(with_gradient, self._upcoming)
-        return None if dropped is None else tuple(bool(dropped >> i & 1) for i in range(len(self.rates)))
+        if dropped is None:
+            return None
+        mask = tuple(bool(dropped >> i & 1) for i in range(len(self.rates)))
+        if self.config.recedes:  # the sequence has an end, by which the budget is met
+            self.taken_ahead[mask] += 1
+        return mask
 
     def _upcoming(self) -> list[int]:
         sampler = self.sampler()

@@ -12,6 +12,7 @@ import math
 import operator
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -404,6 +405,7 @@ class Handle:
             "draws": self._drawing.draws,
             "mask": None if self._mask is None else list(self._mask),
             "current": None if current is None else list(current),
+            "taken_ahead": [list(mask) for mask in self._drawing.taken_ahead.elements()],
             "counts": list(books.counts),
             "flops_dropped": books.flops_dropped,
             "flops_seen": books.flops_seen,
@@ -429,6 +431,7 @@ class Handle:
             self._drawing.rehearsal = None  # the run that is continued had its own
         self._books, self._mask, self._online = saved.books, saved.mask, online
         self._drawing.draws, self._drawing.current = saved.draws, saved.current
+        self._drawing.taken_ahead = Counter(saved.taken_ahead)
         self._sensitivities, self._own = saved.sensitivities, saved.own
 
     def _load_rates(self, state: Mapping[str, Any], rates: tuple[float, ...]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
+import dropbp
 from dropbp.rehearsal import MAX_FORWARDS, Layer, Rehearsal
+from tests.engine_models import llama_loss, tiny_llama
 
 BRANCHES = 8
 EVERYTHING = (1 << BRANCHES) - 1
@@ -69,3 +72,30 @@ def test_blocks_of_one_kind_share_and_others_do_not():
 def test_one_mask_for_ever_needs_the_second_step_and_no_more():
     """The first training of a branch makes its moments; from the second on nothing is new."""
     assert rehearse(rehearsal(), [0b1010_1010] * 400) == [0b1010_1010] * 2
+
+
+def masks_of_a_run(stop: int | None = None, **options: object) -> tuple[list[tuple[bool, ...]], float]:
+    """The masks of a run of known length, and its realised drop rate; broken off and resumed after `stop` forwards."""
+    steps = 24
+    model = tiny_llama(4)
+    handle = dropbp.enable(model, 0.5, steps=steps, **options)
+    found = []
+    for step in range(steps):
+        if step == stop:
+            state = handle.state_dict()
+            handle.remove()
+            handle = dropbp.enable(model, 0.5, steps=steps, **options)
+            handle.load_state_dict(state)
+        llama_loss(model).backward()
+        model.zero_grad()
+        found.append(handle.mask)
+    return found, handle.report()["realised_drop_rate"]
+
+
+@pytest.mark.parametrize("stop", [None, 3, 20])
+def test_a_run_of_known_length_takes_the_same_masks_in_another_order(stop: int | None):
+    expected, rate = masks_of_a_run()
+    found, rate_rehearsed = masks_of_a_run(stop, rehearse=True)
+    assert found != expected
+    assert Counter(found) == Counter(expected)
+    assert rate_rehearsed == pytest.approx(rate) == pytest.approx(0.5, abs=0.02)

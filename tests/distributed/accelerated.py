@@ -6,6 +6,7 @@ The same cases run in one process, started by the same launcher: that is what tw
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import tempfile
 from typing import Any
@@ -36,6 +37,7 @@ def start() -> int:
 
 
 def stop() -> None:
+    gc.collect()  # replicas that wait for the collector must not outlive the process group: gloo can abort at the exit
     PartialState().destroy_process_group()
 
 
