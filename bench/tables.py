@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -125,10 +127,30 @@ def targets_table(runs: Iterable[records.Record]) -> str:
         "| run | clock | p | step / plain | limit / plain | share of the possible saving | the reference's way |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for run in runs:
+    known = list(runs)
+    for run in known:
         for clock in clocks_of(run):
             lines += _target_rows(run, clock)
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(_mean_of_rows(known, clock) for clock in CLOCK_NAMES)]).rstrip()
+
+
+def _mean_of_rows(runs: Sequence[records.Record], clock: str) -> str:
+    """What all rows that have a target say together; the scatter of single ones is that of the machine."""
+    found = [f for run in runs if clock in clocks_of(run) and _has_target(run) for f in figures(run, clock)]
+    shares = [f.share for f in found if f.how == "exact" and f.share is not None]
+    if len(shares) < 2:
+        return ""
+    error = statistics.stdev(shares) / math.sqrt(len(shares))
+    reference = statistics.fmean(f.share for f in found if f.how == "detach" and f.share is not None)
+    return (
+        f"- {CLOCK_NAMES[clock][:1].upper()}{CLOCK_NAMES[clock][1:]}: mean of the {len(shares)} rows without checkpointing "
+        f"{100 * statistics.fmean(shares):.1f} ± {100 * error:.1f} %; the reference's way {_percent(reference)}."
+    )
+
+
+def _has_target(run: records.Record) -> bool:
+    configuration = run["configuration"]
+    return not configuration["checkpointing"] and not configuration["compiled"]
 
 
 def _target_rows(run: records.Record, clock: str) -> list[str]:
@@ -150,8 +172,7 @@ def _ratio_cell(run: records.Record, f: Figures) -> str:
 
 
 def _share_cell(run: records.Record, f: Figures) -> str:
-    configuration = run["configuration"]
-    if configuration["checkpointing"] or configuration["compiled"] or f.share is None:
+    if not _has_target(run) or f.share is None:
         return _percent(f.share)
     return f"{_percent(f.share)} {_verdict(f.share >= TARGET_SHARE)}"
 
