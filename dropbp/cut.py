@@ -31,14 +31,18 @@ class Cut:
     def __init__(self, model: nn.Module, runtime: Runtime, bypass: CheckpointBypass, possible: bool) -> None:
         self._model, self._runtime, self._bypass = model, runtime, bypass
         self._possible, self._looked = possible, False
+        self._graphs = dynamo_graph_count()
         if possible:
             runtime.watchers.append(self._look)
 
     def ends(self) -> bool:
-        """Whether the stream of the next training forward ends at its lowest kept branch."""
+        """Whether the stream of the next training forward ends at its lowest kept branch.
+
+        Not where anything was compiled since the model was enabled: it may be a part of it.
+        """
         if not (self._possible and self._looked) or self._runtime.unrecorded_block:
             return False
-        return not dynamo_graph_count() and not self._bypass.reenters()
+        return dynamo_graph_count() == self._graphs and not self._bypass.reenters()
 
     def _look(self, outputs: Any, dropped: int) -> None:
         """Called after each recorded forward."""
