@@ -143,7 +143,7 @@ def _mean_of_rows(runs: Sequence[records.Record], clock: str) -> str:
     error = statistics.stdev(shares) / math.sqrt(len(shares))
     reference = statistics.fmean(f.share for f in found if f.how == "detach" and f.share is not None)
     return (
-        f"- {CLOCK_NAMES[clock][:1].upper()}{CLOCK_NAMES[clock][1:]}: mean of the {len(shares)} rows without checkpointing "
+        f"- Mean of the {len(shares)} rows without checkpointing, {CLOCK_NAMES[clock]}: "
         f"{100 * statistics.fmean(shares):.1f} ± {100 * error:.1f} %; the reference's way {_percent(reference)}."
     )
 
