@@ -186,7 +186,8 @@ def guess_border(peak: Callable[[int], int], budget_bytes: int, step: int, most:
         if abs(guess - large) <= step:
             return guess
         small, large = large, guess
-        known.setdefault(guess, peak(guess))
+        if guess not in known:
+            known[guess] = peak(guess)
     return large
 
 

@@ -58,6 +58,11 @@ class Probe:
     rows: tuple[int, int] = (2, 3)
 
     @property
+    def smallest(self) -> Shape:
+        """Where only the step as such matters."""
+        return Shape(self.rows[0], self.lengths[0])
+
+    @property
     def largest(self) -> Shape:
         """All of the others fit where this one does."""
         return Shape(self.rows[-1], self.lengths[-1])
@@ -84,7 +89,6 @@ class Footprint:
         self, run: Callable[[Shape], None], probe: Probe, workload: Workload, held_gradients: bool = False
     ) -> None:
         self.probe = probe
-        run(Shape(probe.rows[0], probe.lengths[0]))  # the first step after `enable` is none like the others: see `cut`
 
         def lines(sizes: Sequence[int]) -> Lines:
             return _comparable(

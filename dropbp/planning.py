@@ -7,9 +7,10 @@ time: shown are the peak over the masks and the mean time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -211,8 +212,14 @@ class _Planner:
         rates = tuple(self._rate(rate, flops, seconds, optimizer_s) for rate in drop_rates)
         return rates, timed_at
 
-    def _enabled(self, drop_rate: float, **options: Any) -> Handle:
-        return enable(self.workload.model, drop_rate, **{**self.enabling, **options})
+    @contextlib.contextmanager
+    def _enabled(self, drop_rate: float, **options: Any) -> Iterator[Handle]:
+        """Past its first step, which is like no other: see `dropbp.cut`."""
+        model = self.workload.model
+        with enable(model, drop_rate, **{**self.enabling, **options}) as handle:
+            self.workload.step(self.workload.batch(self.probe.smallest))
+            model.zero_grad(set_to_none=True)
+            yield handle
 
     def _rate(
         self,
