@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dropbp.branches import Structure
 from dropbp.intercept import Attachment, Forward, Interception
-from dropbp.runtime import Plan, Runtime, current_node, is_compiling, named_forward
+from dropbp.runtime import Plan, Runtime, current_node, is_compiling, named_forward, ones
 from dropbp.sites import run_frozen
 
 Function = Callable[..., Any]
@@ -52,6 +52,15 @@ class BlockState(Attachment):
         """The plan, if a user's checkpoint recomputes the block: what is saved must be the same as in the forward."""
         node = current_node()
         return None if node is None or hasattr(node, "run_function") else self.runtime.plan_recomputed()
+
+    def run_watched(self, plan: Plan, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block as its plan says: perhaps recomputed in the backward, and looked at whether it records."""
+        if torch.is_grad_enabled():
+            if plan.checkpointed & self.need:
+                return checkpoint(_SameCaches(forward, args, kwargs), *args, use_reentrant=False, **kwargs)
+        elif plan.stream_ends:
+            self.runtime.note_unrecorded_block(self.module)
+        return forward(*args, **kwargs)
 
     def recompute(self, forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """The stream instead of the block's output; the first time the block runs, to see whether that is the same."""
@@ -105,12 +114,9 @@ def block_forward(original: Forward) -> Forward:
             if block.recomputes_in_vain():
                 return block.recompute(functools.partial(original, self, *args, **kwargs), args)
             plan = block.plan_of_outer_checkpoint()
-        if plan is not None and plan.stream_ends and plan.kept & block.need and not torch.is_grad_enabled():
-            block.runtime.note_unrecorded_block(self)
-        if plan is not None and plan.checkpointed & block.need and torch.is_grad_enabled():
-            function = _SameCaches(functools.partial(original, self), args, kwargs)
-            return checkpoint(function, *args, use_reentrant=False, **kwargs)
-        return original(self, *args, **kwargs)
+        if plan is None or not plan.watched & block.need:
+            return original(self, *args, **kwargs)
+        return block.run_watched(plan, functools.partial(original, self), args, kwargs)
 
     return named_forward(forward)
 
@@ -185,11 +191,7 @@ def beyond_limit(blocks: Iterable[int], flops: Sequence[int], limit: float, drop
 
 
 def _flops_of(branches: int, flops: Sequence[int]) -> int:
-    total = 0
-    while branches:
-        lowest = branches & -branches
-        total, branches = total + flops[lowest.bit_length() - 1], branches ^ lowest
-    return total
+    return sum(flops[i] for i in ones(branches))
 
 
 class CheckpointBypass:

@@ -27,6 +27,7 @@ from dropbp.errors import ConfigError
 Mask = tuple[bool, ...]
 T = TypeVar("T")
 
+AHEAD = 8  # draws made at once
 _TWO_64 = 1 << 64
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill the unit circle most evenly
 
@@ -108,7 +109,7 @@ class Sampler:
         ConfigError: rates, FLOPs or seed out of bounds, unequal lengths, unknown coupling or option.
     """
 
-    __slots__ = ("_draws", "coupling", "flops", "options", "rates", "seed")
+    __slots__ = ("_ahead", "_draws", "coupling", "flops", "options", "rates", "seed")
 
     def __init__(
         self, coupling: str, rates: Iterable[float], flops: Iterable[float], seed: int = 0, **options: Any
@@ -117,12 +118,17 @@ class Sampler:
         self.flops, self.rates, self.seed = checked_flops(flops), checked_rates(rates), _checked_int("seed", seed)
         check_lengths("rates", self.rates, self.flops)
         self._draws = _build(coupling, options)(self.rates, self.flops, self.seed)
+        self._ahead: dict[int, Mask] = {}
 
     def draw(self, step: int) -> Mask:
         """The mask of draw number `step` (0, 1, ...): True = backward dropped. The same whenever it is asked for."""
         if _checked_int("step", step) < 0:
             raise ConfigError(f"step is {step!r}; allowed is 0 and above. Count draws from 0.")
-        return self._draws.draw(step)
+        mask = self._ahead.get(step)
+        if mask is None:  # several at once: one alone finds the processor's caches full of the training step
+            self._ahead = masks = {s: self._draws.draw(s) for s in range(step, step + AHEAD)}
+            mask = masks[step]
+        return mask
 
     @property
     def drop_rate(self) -> float:

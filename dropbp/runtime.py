@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Reversible, Sequence
+from collections.abc import Callable, Iterator, Reversible, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ REMEMBERED_FORWARDS = 4096
 REMEMBERED_THREADS = 64
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """What one forward does.
 
@@ -48,6 +48,8 @@ class Plan:
         checkpointed: branches whose blocks are recomputed in the backward instead of kept.
         stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
         stream_ends: whether the stream then asks for no gradient below the lowest kept branch; see `dropbp.cut`.
+        kept: the branches it does not drop.
+        watched: branches in whose blocks there is more to do than to call the branches.
     """
 
     dropped: int = 0
@@ -55,11 +57,12 @@ class Plan:
     checkpointed: int = 0
     stem_rests: bool = False
     stream_ends: bool = False
+    kept: int = dataclasses.field(init=False)
+    watched: int = dataclasses.field(init=False)
 
-    @functools.cached_property
-    def kept(self) -> int:
-        """The branches it does not drop."""
-        return ~self.dropped
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", ~self.dropped)
+        object.__setattr__(self, "watched", self.checkpointed | (self.kept if self.stream_ends else 0))
 
 
 WHOLE = Plan()
@@ -97,7 +100,7 @@ class Runtime:
         self.calls: ContextVar[dict[str, int]] = ContextVar("calls")
         self.records: dict[int, collections.deque[ForwardRecord]] = {}
         self.tasks: dict[int, tuple[int, Plan]] = {}
-        self._sites_by_need: dict[int, list[Flagged]] = {}
+        self._sites_by_branch: collections.defaultdict[int, list[Flagged]] = collections.defaultdict(list)
         self.split = False
         self.watchers: list[Callable[[Any, int], None]] = []
         self._shown = 0
@@ -107,7 +110,8 @@ class Runtime:
 
     def add_site(self, site: Flagged) -> None:
         """From now on the site's flag is kept up to date."""
-        self._sites_by_need.setdefault(site.need, []).append(site)
+        for branch in ones(max(site.need, 0)):  # one that is never dropped keeps its flag
+            self._sites_by_branch[branch].append(site)
 
     def plan_now(self) -> Plan:
         """The plan at this point: of the running forward, or of the forward being recomputed."""
@@ -235,13 +239,10 @@ class Runtime:
         """Set the flags that compiled code reads."""
         if dropped == self._shown or "torch._dynamo" not in sys.modules:
             return
-        before, self._shown = ~self._shown, dropped
-        kept = ~dropped
-        for need, sites in self._sites_by_need.items():
-            flag = not need & kept
-            if flag is not (not need & before):
-                for site in sites:
-                    site.flag = flag
+        kept, changed, self._shown = ~dropped, dropped ^ self._shown, dropped
+        for branch in ones(changed):
+            for site in self._sites_by_branch[branch]:
+                site.flag = not site.need & kept
 
     def _show_flags_in_backward(self, outputs: Any, dropped: int) -> None:
         """Compiled code under gradient checkpointing is recomputed in backward: its flags must be of this forward."""
@@ -277,6 +278,14 @@ class Runtime:
 def _latest(records: Reversible[ForwardRecord], sequence: int) -> ForwardRecord | None:
     """The last of the records that made a node: forwards nested in another come after it."""
     return next((record for record in reversed(records) if record.made(sequence)), None)
+
+
+def ones(bits: int) -> Iterator[int]:
+    """Which bits are set, from the lowest."""
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
 
 
 def current_node() -> Any:

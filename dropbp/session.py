@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dropbp.allocation import allocate, depth_rates
-from dropbp.blocks import CheckpointBypass, beyond_limit
+from dropbp.blocks import CheckpointBypass
 from dropbp.books import STATE_VERSION, Books, Mask, checked_state, read_state, table
 from dropbp.branches import Branch
 from dropbp.checks import check_lengths, checked_rates, checked_share, listed, short
@@ -39,6 +39,7 @@ from dropbp.grouping import ParameterGroup, split_groups, zero_fill_gradients
 from dropbp.installation import put_in_place, rehearsal
 from dropbp.masks import couplings
 from dropbp.online import Online, own_squares
+from dropbp.plans import Plans
 from dropbp.replaced import Watch, last_modules
 from dropbp.runtime import Plan, RootState, Runtime
 from dropbp.sensitivity import Calibration, Closure, measure
@@ -137,13 +138,14 @@ class Handle:
         self._own: tuple[float, ...] | None = None
         self._books = Books([0] * len(self._flops))
         self._online = Online.new(len(self._flops))
+        self._zero_fills = (device.defaults().fill if config.fill == "auto" else config.fill) == "zero"
         self._check_scaling()
         self._profile = self._profile_of(config)
         self._rates_by_shape: dict[Shape, tuple[float, ...]] = {}
         rates = self._initial_rates()
         self._check_something_trains(rates)
         self._drawing = Drawing(config, rates, self._shape, self._flops)
-        self._scales = self._factors()
+        self._plans = Plans(self._structure.blocks.values(), self._flops, self._factors())
         self._runtime = Runtime(model)
         self._bypass = CheckpointBypass(model, self._structure, self._runtime)
         self._cut = Cut(model, self._runtime, self._bypass, self._stream_may_end())
@@ -190,7 +192,7 @@ class Handle:
     @property
     def fills_gradients(self) -> bool:
         """Whether skipped parameters get gradients of zeros."""
-        return self._fills()
+        return self._zero_fills
 
     # -- what can be done
 
@@ -218,7 +220,7 @@ class Handle:
         self._check_something_trains(checked)
         self._profile = None
         self._drawing.set_rates(checked)
-        self._scales = self._factors()
+        self._plans.see(self._flops, self._factors())
 
     def calibrate(
         self, closure: Closure | Sequence[Closure], *, method: str = "one-pass", set_rates: bool = True
@@ -530,23 +532,19 @@ class Handle:
             books.note(mask, self._flops)
             self._bypass.refresh()
             self._refresh_engines(mask)
-        dropped = bits(mask)
-        if dropped and self._fills():
-            self._fill(dropped)
-        rests = self._rests_now()
-        return Plan(
-            dropped, self._scales if warm else (), self._checkpointed(dropped), rests, rests and self._cut.ends()
-        )
+            rests = self._rests_now()
+            plan = self._plans.of(mask, warm, self._activations_limit(), rests, rests and self._cut.ends())
+        if plan.dropped and self._zero_fills:
+            self._fill(plan.dropped)
+        return plan
 
     def _checkpointed(self, dropped: int) -> int:
-        """Blocks nearest the input whose kept branches are more than a step may keep, as a bit mask of branches."""
-        limit = self._activations_limit()
-        if limit is None or self._bypass.is_on():
-            return 0
-        return beyond_limit(self._structure.blocks.values(), self._flops, limit, dropped)
+        """Blocks whose kept branches are recomputed under a mask, as a bit mask of branches."""
+        return self._plans.checkpointed(dropped, self._activations_limit())
 
     def _activations_limit(self) -> float | None:
-        limit = self.config.max_activations
+        """Share of all activations that a step may keep; None where no block is to be recomputed for its sake."""
+        limit = None if self._bypass.is_on() else self.config.max_activations
         if not isinstance(limit, str):
             return limit
         return 1 - self.config.drop_rate if self.config.masks == "nested" else None
@@ -576,17 +574,13 @@ class Handle:
         if shape != self._shape:
             self._shape, self._flops = shape, self._findings.flops.at(shape)
             self._drawing.see(shape, self._flops, self._rates_by_profile() if self._profile else self.rates)
-            self._scales = self._factors()
+            self._plans.see(self._flops, self._factors())
 
     def _with_gradient(self) -> int:
         """The branches whose parameters have gradients now, from an earlier micro-batch of this step."""
         needs = self._structure.parameters.items()
         held = (need for name, need in needs if self.model.get_parameter(name).grad is not None)
         return functools.reduce(operator.or_, held, 0)
-
-    def _fills(self) -> bool:
-        fill = self.device.defaults().fill if self.config.fill == "auto" else self.config.fill
-        return fill == "zero"
 
     def _fill(self, dropped: int) -> None:
         """Zero gradients for parameters that this step skips, so that optimizers see the same set in every step.
