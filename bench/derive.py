@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from .throughput import SPLIT, UNRECORDED
 
 CLOCKS = {"wall": "_s", "cpu": "_cpu_s"}
 GIB = 1 << 30
+RESAMPLES = 200
+Steps = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,16 @@ def clocks_of(record: Record) -> tuple[str, ...]:
 def figures(record: Record, clock: str = "wall") -> list[Figures]:
     """Every variant of a throughput run, in the order they were listed, with medians over the rounds."""
     parts = parts_of(record, clock)
-    return [_figures(record, name, variant, parts, CLOCKS[clock]) for name, variant in record["variants"].items()]
+    return [_figures(record, name, variant, parts, clock) for name, variant in record["variants"].items()]
 
 
 def parts_of(record: Record, clock: str = "wall") -> Parts:
     """Parts of the plain step. The split of the backward is timed on the wall, in the variant that has it."""
-    ending, steps = CLOCKS[clock], record["steps"]
+    return _parts(record["steps"], clock)
+
+
+def _parts(steps: Mapping[str, Steps], clock: str) -> Parts:
+    ending = CLOCKS[clock]
     split = steps.get(SPLIT, steps["plain"])
     blocks_share = statistics.median(step["blocks_backward_s"] / step["backward_s"] for step in split)
     backward_s = _median(steps["plain"], f"backward{ending}")
@@ -65,12 +72,10 @@ def parts_of(record: Record, clock: str = "wall") -> Parts:
     )
 
 
-def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts, ending: str) -> Figures:
-    steps = record["steps"][name]
-    seconds = [step[f"forward{ending}"] + step[f"backward{ending}"] for step in steps]
-    first, _, third = median_spread(seconds)
-    step_s = _middle(seconds, variant["how"])
-    dropped = statistics.fmean(step.get("dropped_share", 0.0) for step in steps)
+def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts, clock: str) -> Figures:
+    steps, ending = record["steps"][name], CLOCKS[clock]
+    first, _, third = median_spread(_seconds(steps, clock))
+    step_s, dropped = _middle(_seconds(steps, clock), variant["how"]), _dropped(steps)
     limit = limit_s(parts, dropped)
     configuration = record["configuration"]
     samples_per_s = configuration["batch_size"] / step_s
@@ -94,6 +99,31 @@ def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts, e
     )
 
 
+def share_error(record: Record, name: str, clock: str) -> float | None:
+    """Standard error of a variant's share of the possible saving, from rounds drawn with replacement.
+
+    Rounds and not single steps: within a round all variants met the same machine. None of fewer than two rounds.
+    """
+    by_round = {key: {step["round"]: step for step in steps} for key, steps in record["steps"].items()}
+    rounds = sorted(set.intersection(*(set(steps) for steps in by_round.values())))
+    chance, shares = random.Random(0), []
+    for _ in range(RESAMPLES if len(rounds) > 1 else 0):
+        drawn = chance.choices(rounds, k=len(rounds))
+        steps = {key: [found[i] for i in drawn] for key, found in by_round.items()}
+        parts, step_s = _parts(steps, clock), _middle(_seconds(steps[name], clock), record["variants"][name]["how"])
+        shares.append(share_of_possible_saving(parts.step_s, step_s, limit_s(parts, _dropped(steps[name]))))
+    known = [share for share in shares if share is not None]
+    return statistics.stdev(known) if len(known) > 1 else None
+
+
+def _seconds(steps: Steps, clock: str) -> list[float]:
+    return [step[f"forward{CLOCKS[clock]}"] + step[f"backward{CLOCKS[clock]}"] for step in steps]
+
+
+def _dropped(steps: Steps) -> float:
+    return statistics.fmean(step.get("dropped_share", 0.0) for step in steps)
+
+
 def _peak_gib(record: Record, name: str) -> float | None:
     memory = record.get("memory", {}).get(name)
     return None if memory is None else memory["peak_bytes"] / GIB
@@ -110,11 +140,11 @@ def _activations_ratio(record: Record, name: str) -> float | None:
 
 def grown(record: Record, clock: str = "wall") -> list[dict[str, Any]]:
     """Each variant of a growth run: its micro-batch, tokens per second there, and the ratio to plain's."""
-    ending, length = CLOCKS[clock], record["configuration"]["sequence_length"]
+    length = record["configuration"]["sequence_length"]
     rows = []
     for name, variant in record["variants"].items():
         size, steps = record["batch_sizes"][name]["batch_size"], record["steps"].get(name, [])
-        seconds = [step[f"forward{ending}"] + step[f"backward{ending}"] for step in steps]
+        seconds = _seconds(steps, clock)
         speed = size * length / _middle(seconds, variant["how"]) if seconds else None
         rows.append({**variant, "batch_size": size, "tokens_per_s": speed})
     plain = rows[0]["tokens_per_s"]
@@ -135,5 +165,5 @@ def length_ratios(record: Record, how: str = "exact") -> dict[float, tuple[int, 
     return {rate: (length, length / plain if plain else None) for rate, length in lengths.items()}
 
 
-def _median(steps: Sequence[dict[str, Any]], key: str) -> float:
+def _median(steps: Steps, key: str) -> float:
     return float(statistics.median(step[key] for step in steps))

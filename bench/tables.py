@@ -15,7 +15,7 @@ from dropbp.integrations.figures import new_figure, save_figure
 from dropbp.integrations.files import write_text
 
 from . import paper, records
-from .derive import Figures, clocks_of, figures, grown, length_ratios
+from .derive import Figures, clocks_of, figures, grown, length_ratios, share_error
 from .setup import COUPLINGS
 from .throughput import GROWTH_KIND, KIND
 
@@ -54,7 +54,7 @@ HOW_TO_READ = """\
 - *limit*: the least that a step can take: the forward, its dropped share without recording, the kept share of the
   blocks' backward, and the rest of the backward, all measured in the same run, at the share of FLOPs its masks dropped.
 - *share of the possible saving*: (plain - step) / (plain - limit). It can pass 100 %: what a small step spares besides
-  FLOPs, such as fresh memory, is not in the limit.
+  FLOPs, such as fresh memory, is not in the limit. Behind ± is its standard error, from the scatter between rounds.
 - *exact*: each step drops a random set of branches, within one branch of the budget, as the paper does. *nested*, the
   default: each step trains the top of the model down to a random depth; steps differ, so figures are means, memory is
   that of the greediest step, and the deepest steps are checkpointed to keep it small.
@@ -158,7 +158,8 @@ def _target_rows(run: records.Record, clock: str) -> list[str]:
     reference = {f.drop_rate: f for f in each if f.how == "detach"}
     return [
         f"| {_title(run)} | {CLOCK_NAMES[clock]} | {f.drop_rate:g} | {_ratio_cell(run, f)} | {f.limit_ratio:.3f} | "
-        f"{_share_cell(run, f)} | {_percent(reference[f.drop_rate].share) if f.drop_rate in reference else '-'} |"
+        f"{_share_cell(run, f, clock)} | "
+        f"{_share_cell(run, reference[f.drop_rate], clock) if f.drop_rate in reference else '-'} |"
         for f in each
         if f.how == "exact"
     ]
@@ -171,10 +172,12 @@ def _ratio_cell(run: records.Record, f: Figures) -> str:
     return f"{f.ratio:.3f} {_verdict(f.ratio <= TARGET_CHECKPOINTED_RATIO)}"
 
 
-def _share_cell(run: records.Record, f: Figures) -> str:
-    if not _has_target(run) or f.share is None:
-        return _percent(f.share)
-    return f"{_percent(f.share)} {_verdict(f.share >= TARGET_SHARE)}"
+def _share_cell(run: records.Record, f: Figures, clock: str) -> str:
+    if f.share is None:
+        return "-"
+    error = share_error(run, f.name, clock)
+    cell = _percent(f.share) if error is None else f"{100 * f.share:.1f} ± {100 * error:.1f} %"
+    return f"{cell} {_verdict(f.share >= TARGET_SHARE)}" if _has_target(run) and f.how == "exact" else cell
 
 
 def _verdict(met: bool) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dropbp.books import Mask
 from dropbp.checks import checked_mask
@@ -60,16 +60,19 @@ class Drawing:
         """The next mask is a new one."""
         self.current = None
 
-    def next(self, forwards: int, with_gradient: int) -> Mask:
+    def next(self, forwards: int, with_gradient: Callable[[], int]) -> Mask:
         """The mask of the next training forward, True = backward dropped.
 
         Args:
             forwards: training forwards so far.
-            with_gradient: the branches whose parameters have gradients now, as bits; read by a rehearsal only.
+            with_gradient: tells which branches' parameters have gradients now, as bits; asked by a rehearsal only.
         """
-        mask = self._next(forwards, with_gradient)
-        if self.rehearsal is not None and not self.rehearsal.done:
-            self.rehearsal.note(bits(mask), with_gradient)
+        if self.rehearsal is None or self.rehearsal.done:
+            return self._next(forwards, 0)
+        held = with_gradient()
+        mask = self._next(forwards, held)
+        if not self.rehearsal.done:
+            self.rehearsal.note(bits(mask), held)
         return mask
 
     def _next(self, forwards: int, with_gradient: int) -> Mask:
@@ -90,10 +93,6 @@ class Drawing:
                 "of handle.branches, True to drop its backward."
             )
         return checked
-
-    def rehearses(self) -> bool:
-        """Whether a rehearsal is going on."""
-        return self.rehearsal is not None and not self.rehearsal.done
 
     def _keeps(self, forwards: int) -> bool:
         every = self.config.resample

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Reversible, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,11 +80,13 @@ class ForwardRecord:
         return self.start <= sequence < self.end
 
 
-class Flagged(Protocol):
-    """A module that runs without recording when all branches of `need` are dropped; compiled code reads `flag`."""
+class Flag:
+    """Whether all branches of `need` are dropped now: what compiled code reads."""
 
-    need: int
-    flag: bool
+    __slots__ = ("dropped", "need")
+
+    def __init__(self, need: int) -> None:
+        self.need, self.dropped = need, False
 
 
 class Runtime:
@@ -100,7 +102,8 @@ class Runtime:
         self.calls: ContextVar[dict[str, int]] = ContextVar("calls")
         self.records: dict[int, collections.deque[ForwardRecord]] = {}
         self.tasks: dict[int, tuple[int, Plan]] = {}
-        self._sites_by_branch: collections.defaultdict[int, list[Flagged]] = collections.defaultdict(list)
+        self._flags: dict[int, Flag] = {}
+        self._flags_by_branch: collections.defaultdict[int, list[Flag]] = collections.defaultdict(list)
         self.split = False
         self.watchers: list[Callable[[Any, int], None]] = []
         self._shown = 0
@@ -108,10 +111,13 @@ class Runtime:
         self._warned = False
         self.unrecorded_block = False
 
-    def add_site(self, site: Flagged) -> None:
-        """From now on the site's flag is kept up to date."""
-        for branch in ones(max(site.need, 0)):  # one that is never dropped keeps its flag
-            self._sites_by_branch[branch].append(site)
+    def flag(self, need: int) -> Flag:
+        """The flag of all modules that need these branches dropped; it is kept up to date."""
+        if need not in self._flags:
+            self._flags[need] = Flag(need)
+            for branch in ones(max(need, 0)):  # what is never dropped keeps its flag
+                self._flags_by_branch[branch].append(self._flags[need])
+        return self._flags[need]
 
     def plan_now(self) -> Plan:
         """The plan at this point: of the running forward, or of the forward being recomputed."""
@@ -241,8 +247,8 @@ class Runtime:
             return
         kept, changed, self._shown = ~dropped, dropped ^ self._shown, dropped
         for branch in ones(changed):
-            for site in self._sites_by_branch[branch]:
-                site.flag = not site.need & kept
+            for flag in self._flags_by_branch[branch]:
+                flag.dropped = not flag.need & kept
 
     def _show_flags_in_backward(self, outputs: Any, dropped: int) -> None:
         """Compiled code under gradient checkpointing is recomputed in backward: its flags must be of this forward."""

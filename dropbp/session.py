@@ -7,9 +7,7 @@ interceptions that act on them, and the books: what was dropped, how often, and 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import operator
 import sys
 import threading
 from collections import Counter
@@ -22,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dropbp.allocation import allocate, depth_rates
+from dropbp.allocation import allocate
 from dropbp.blocks import CheckpointBypass
 from dropbp.books import STATE_VERSION, Books, Mask, checked_state, read_state, table
 from dropbp.branches import Branch
@@ -31,20 +29,20 @@ from dropbp.config import Config, make_config
 from dropbp.cut import Cut
 from dropbp.device import Device, get_device
 from dropbp.discovery import Findings, checked_module, find, unwrapped
-from dropbp.distributed import NEEDED, Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
+from dropbp.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
 from dropbp.drawing import Drawing, bits
 from dropbp.errors import ConfigError, StateError
 from dropbp.flops import Shape, shape_of
-from dropbp.grouping import ParameterGroup, split_groups, zero_fill_gradients
+from dropbp.grouping import ParameterGroup
 from dropbp.installation import put_in_place, rehearsal
 from dropbp.masks import couplings
 from dropbp.online import Online, own_squares
+from dropbp.parameters import Parameters
 from dropbp.plans import Plans
+from dropbp.profiles import Profile
 from dropbp.replaced import Watch, last_modules
 from dropbp.runtime import Plan, RootState, Runtime
 from dropbp.sensitivity import Calibration, Closure, measure
-
-MAX_SHAPES = 32  # whose rates are remembered
 
 
 def enable(
@@ -139,9 +137,9 @@ class Handle:
         self._books = Books([0] * len(self._flops))
         self._online = Online.new(len(self._flops))
         self._zero_fills = (device.defaults().fill if config.fill == "auto" else config.fill) == "zero"
+        self._parameters = Parameters(model, self._structure, self._stem_rests())
         self._check_scaling()
-        self._profile = self._profile_of(config)
-        self._rates_by_shape: dict[Shape, tuple[float, ...]] = {}
+        self._profile = Profile.of(config)
         rates = self._initial_rates()
         self._check_something_trains(rates)
         self._drawing = Drawing(config, rates, self._shape, self._flops)
@@ -150,7 +148,7 @@ class Handle:
         self._bypass = CheckpointBypass(model, self._structure, self._runtime)
         self._cut = Cut(model, self._runtime, self._bypass, self._stream_may_end())
         self._blocks = [model.get_submodule(name) for name in self._structure.blocks]
-        self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self._need_of_parameter)
+        self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self._parameters.need_of)
         self._runtime.watchers.append(self._gathering.watch)
         self._interceptions = put_in_place(
             model,
@@ -326,7 +324,7 @@ class Handle:
                 f"reduce_kept takes the DistributedDataParallel around the model of this handle; {short(replica)} is "
                 "none, or holds another model."
             )
-        reduction = KeptReduction(self._needs_by_parameter(), replica.process_group)
+        reduction = KeptReduction(self._parameters.needs(), replica.process_group)
         self._runtime.watchers.append(reduction.watch)
         replica.register_comm_hook(None, lambda _, bucket: reduction(bucket))
 
@@ -339,16 +337,7 @@ class Handle:
             groups: the groups as they would be without DropBP, whose options are kept; None makes one of all
                 parameters that are trained.
         """
-        if groups is None:
-            groups = [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
-        keys: dict[int, tuple[int, int]] = {id(p): (0, need) for p, need in self._needs_by_parameter().items()}
-        for name, need in self._structure.stems.items():
-            for parameter in self.model.get_submodule(name).parameters():
-                keys.setdefault(id(parameter), (1, need))
-        return split_groups(groups, lambda parameter: keys.get(id(parameter), (-1, 0)))
-
-    def _needs_by_parameter(self) -> dict[nn.Parameter, int]:
-        return {self.model.get_parameter(name): need for name, need in self._structure.parameters.items()}
+        return self._parameters.grouped(groups)
 
     def remove(self) -> None:
         """Take DropBP off the model, exactly. A second call does nothing."""
@@ -401,7 +390,7 @@ class Handle:
             **self._identity(),
             "drop_rate": self.config.drop_rate,
             "rates": list(self.rates),
-            "profile": self._profile,
+            "profile": self._profile and self._profile.name,
             "shape": [self._shape.batch_size, self._shape.sequence_length],
             "forwards": books.forwards,
             "draws": self._drawing.draws,
@@ -439,10 +428,10 @@ class Handle:
     def _load_rates(self, state: Mapping[str, Any], rates: tuple[float, ...]) -> None:
         """Rates that follow from a profile go on doing so, if this handle has the same; others are set."""
         shape = None if state.get("shape") is None else Shape(*state["shape"])
-        follows = state.get("profile") is not None and state["profile"] == self._profile_of(self.config)
         if shape is not None:
             self._see(shape)
-        if follows and self._profile and rates == self._rates_by_profile():
+        own = self._profile
+        if own is not None and state.get("profile") == own.name and rates == own.rates(self._shape, self._flops):
             return
         self.set_rates(rates)
 
@@ -462,44 +451,18 @@ class Handle:
         if not self.enabled:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
 
-    def _profile_of(self, config: Config) -> str | None:
-        """What rates follow from FLOPs alone: a profile over depth, or all the same; None where they were given."""
-        if not isinstance(config.rates, str):
-            return None
-        nested = "band" if config.recedes else "shelf"
-        return (nested if config.masks == "nested" else "uniform") if config.rates == "auto" else config.rates
-
     def _initial_rates(self) -> tuple[float, ...]:
-        rates = self.config.rates
-        if isinstance(rates, str):
-            return self._rates_by_profile()
-        checked = checked_rates(rates)
+        if self._profile is not None:
+            return self._profile.rates(self._shape, self._flops)
+        checked = checked_rates(cast(Sequence[float], self.config.rates))
         check_lengths("rates", checked, self._flops)
         return checked
-
-    def _rates_by_profile(self) -> tuple[float, ...]:
-        """Of the present shape: attention weighs more in long sequences."""
-        if self._profile in (None, "uniform"):
-            return (float(self.config.drop_rate),) * len(self._flops)
-        if self._shape not in self._rates_by_shape:
-            if len(self._rates_by_shape) >= MAX_SHAPES:
-                self._rates_by_shape.clear()
-            cap = 1.0 if self.config.max_rate is None else self.config.max_rate
-            rates = depth_rates(self._flops, self.config.drop_rate, str(self._profile), cap)
-            self._rates_by_shape[self._shape] = rates
-        return self._rates_by_shape[self._shape]
 
     def _check_something_trains(self, rates: Sequence[float]) -> None:
         """Where every step drops every branch, something outside of them must train."""
         always = bits(tuple(rate >= 1 for rate in rates))
-        if not always:
+        if not always or self._parameters.some_train(always):
             return
-        needs = self._structure.stems.items() if self._stem_rests() else ()
-        asleep = tuple(f"{name}." for name, need in needs if not need & ~always)
-        for name, parameter in self.model.named_parameters():
-            need = self._structure.parameters.get(name)
-            if parameter.requires_grad and (need is None or need & ~always) and not name.startswith(asleep):
-                return
         raise ConfigError(
             "With these rates every step drops all that is trained, so nothing would train. Give the branches that "
             "hold trained parameters rates below 1."
@@ -528,14 +491,15 @@ class Handle:
             self._see(shape_of(args, kwargs))
             books, drawing = self._books, self._drawing
             warm = books.forwards >= self.config.warmup
-            mask = self._mask = drawing.next(books.forwards, self._with_gradient() if drawing.rehearses() else 0)
+            mask = self._mask = drawing.next(books.forwards, self._parameters.with_gradient)
             books.note(mask, self._flops)
             self._bypass.refresh()
             self._refresh_engines(mask)
             rests = self._rests_now()
             plan = self._plans.of(mask, warm, self._activations_limit(), rests, rests and self._cut.ends())
         if plan.dropped and self._zero_fills:
-            self._fill(plan.dropped)
+            boundary = self.device.step_boundary if self._boundary() != "none" else None
+            self._parameters.fill(plan.dropped, rests, boundary)
         return plan
 
     def _checkpointed(self, dropped: int) -> int:
@@ -567,41 +531,12 @@ class Handle:
         if any(mask) and "deepspeed" in sys.modules:
             clear_partitioned(self.model.parameters())
 
-    def _need_of_parameter(self, name: str) -> int:
-        return self._structure.parameters.get(name, NEEDED)
-
     def _see(self, shape: Shape) -> None:
         if shape != self._shape:
             self._shape, self._flops = shape, self._findings.flops.at(shape)
-            self._drawing.see(shape, self._flops, self._rates_by_profile() if self._profile else self.rates)
+            rates = self._profile.rates(shape, self._flops) if self._profile else self.rates
+            self._drawing.see(shape, self._flops, rates)
             self._plans.see(self._flops, self._factors())
-
-    def _with_gradient(self) -> int:
-        """The branches whose parameters have gradients now, from an earlier micro-batch of this step."""
-        needs = self._structure.parameters.items()
-        held = (need for name, need in needs if self.model.get_parameter(name).grad is not None)
-        return functools.reduce(operator.or_, held, 0)
-
-    def _fill(self, dropped: int) -> None:
-        """Zero gradients for parameters that this step skips, so that optimizers see the same set in every step.
-
-        A boundary after each branch's: all at once they would be another recording for each mask.
-        """
-        for need, parameters in self._fillable().items():
-            if need & dropped == need and zero_fill_gradients(parameters) and self._boundary() != "none":
-                self.device.step_boundary()
 
     def _boundary(self) -> str:
         return self.device.defaults().boundary if self.config.boundary == "auto" else self.config.boundary
-
-    def _fillable(self) -> dict[int, list[nn.Parameter]]:
-        """Parameters by the branches that must all be dropped for them to be skipped; what rests with a stem too."""
-        needs: dict[nn.Parameter, int] = dict(self._needs_by_parameter())
-        if self._stem_rests() and self._rests_now():
-            for name, need in self._structure.stems.items():
-                needs = dict.fromkeys(self.model.get_submodule(name).parameters(), need) | needs
-        found: dict[int, list[nn.Parameter]] = {}
-        for parameter, need in needs.items():
-            if not hasattr(parameter, "ds_id"):
-                found.setdefault(need, []).append(parameter)
-        return found

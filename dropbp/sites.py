@@ -40,7 +40,7 @@ class SiteState(Attachment):
         self.per_call = site.per_call
         self.need = functools.reduce(lambda a, b: a | b, site.needs)
         self.running = runtime.running.get
-        self.flag = False
+        self.flag = runtime.flag(self.need)
 
     def is_dropped(self) -> bool:
         plan = self.running() or self.runtime.plan_recomputed()
@@ -66,7 +66,7 @@ def site_forward(original: Forward) -> Forward:
         if site is None or site.original is not original:
             return original(self, *args, **kwargs)
         if is_compiling():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not site.flag):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not site.flag.dropped):
                 return original(self, *args, **kwargs)
         plan = site.running()
         if plan is None:
@@ -304,7 +304,6 @@ def _install_sites(model: nn.Module, sites: Iterable[Site], runtime: Runtime) ->
     for site in sites:
         module = model.get_submodule(site.module)
         state = SiteState(site, module, runtime)
-        runtime.add_site(state)
         if site.learned_mask:
             mask = MaskState(
                 [_owner(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)

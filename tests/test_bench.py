@@ -15,7 +15,7 @@ import torch
 from dropbp.bench import __main__ as command
 from dropbp.bench import accuracy, paper, presets, records, seqlen, tables, throughput
 from dropbp.bench.bisection import largest
-from dropbp.bench.derive import figures, length_ratios, parts_of
+from dropbp.bench.derive import figures, length_ratios, parts_of, share_error
 from dropbp.bench.limits import Parts, limit_s, median_spread, share_of_possible_saving
 from dropbp.bench.presets import MODELS, SeqlenPreset, ThroughputPreset, Training
 from dropbp.bench.probe import Probe, Workplace, is_out_of_memory, tried_in_a_process
@@ -372,6 +372,22 @@ def test_figures_follow_from_the_record_alone(measured: Path) -> None:
     assert half.share == pytest.approx(1 / (half.dropped_share * 1.6))
     assert half.tokens_per_s == 12 and half.samples_per_s == 0.5
     assert half.activations_ratio is not None and half.activations_ratio < 1
+
+
+def test_the_error_of_a_share_follows_from_the_scatter_between_rounds(measured: Path) -> None:
+    (record,) = records.read_all(measured, "throughput")
+    name, same = "exact-0.5", {"forward_s": 1.0, "backward_s": 1.0, "blocks_backward_s": 0.8, "dropped_share": 0.5}
+    for variant in record["steps"].values():
+        for step in variant:
+            step.update(same)
+    assert share_error(record, name, "wall") == 0
+    record["steps"][name][0]["backward_s"] = 0.9
+    once = share_error(record, name, "wall")
+    record["steps"][name][0]["backward_s"] = 0.8
+    twice = share_error(record, name, "wall")
+    assert once is not None and twice == pytest.approx(2 * once)
+    record["steps"] = {key: steps[:1] for key, steps in record["steps"].items()}
+    assert share_error(record, name, "wall") is None
 
 
 def test_memory_of_a_step_falls_with_the_drop_rate(measured: Path) -> None:
