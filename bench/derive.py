@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from .throughput import SPLIT, UNRECORDED
 
 CLOCKS = {"wall": "_s", "cpu": "_cpu_s"}
 GIB = 1 << 30
-RESAMPLES = 200
+RESAMPLES = 100
+LEAST_STEP = 1e-3  # two steps that keep the same say nothing about a slope
 Steps = Sequence[dict[str, Any]]
 
 
@@ -100,20 +101,49 @@ def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts, c
 
 
 def share_error(record: Record, name: str, clock: str) -> float | None:
-    """Standard error of a variant's share of the possible saving, from rounds drawn with replacement.
-
-    Rounds and not single steps: within a round all variants met the same machine. None of fewer than two rounds.
-    """
-    by_round = {key: {step["round"]: step for step in steps} for key, steps in record["steps"].items()}
-    rounds = sorted(set.intersection(*(set(steps) for steps in by_round.values())))
-    chance, shares = random.Random(0), []
-    for _ in range(RESAMPLES if len(rounds) > 1 else 0):
-        drawn = chance.choices(rounds, k=len(rounds))
-        steps = {key: [found[i] for i in drawn] for key, found in by_round.items()}
-        parts, step_s = _parts(steps, clock), _middle(_seconds(steps[name], clock), record["variants"][name]["how"])
+    """Standard error of a variant's share of the possible saving; None of fewer than two rounds."""
+    how, shares = record["variants"][name]["how"], []
+    for steps in _resampled(record):
+        parts, step_s = _parts(steps, clock), _middle(_seconds(steps[name], clock), how)
         shares.append(share_of_possible_saving(parts.step_s, step_s, limit_s(parts, _dropped(steps[name]))))
     known = [share for share in shares if share is not None]
     return statistics.stdev(known) if len(known) > 1 else None
+
+
+def backward_shares(record: Record, how: str, clock: str) -> dict[float, tuple[float, float | None]]:
+    """Drop rate -> the share of what could be saved of the backward and was, and its standard error.
+
+    The forward, which no mask changes and which scatters as much as the rest, is left out, and the steps of all rates
+    are put together: seconds of the backward over the share of FLOPs kept, as a straight line (Theil and Sen's).
+    """
+    names = {name: v["drop_rate"] for name, v in record["variants"].items() if v["how"] == how and v["drop_rate"]}
+    if len(names) < 2:
+        return {}
+    again = [_backward_shares(steps, names, clock) for steps in _resampled(record)]
+    found = _backward_shares(record["steps"], names, clock)
+    errors = {rate: statistics.stdev(one[rate] for one in again) if again else None for rate in found}
+    return {rate: (share, errors[rate]) for rate, share in found.items()}
+
+
+def _backward_shares(steps: Mapping[str, Steps], names: Mapping[str, float], clock: str) -> dict[float, float]:
+    key, parts = f"backward{CLOCKS[clock]}", _parts(steps, clock)
+    points = [(1 - step["dropped_share"], step[key]) for name in names for step in steps[name]]
+    slope = statistics.median(
+        (y - b) / (x - a) for i, (a, b) in enumerate(points) for x, y in points[i + 1 :] if abs(x - a) > LEAST_STEP
+    )
+    nothing_kept_s = statistics.median(y - slope * x for x, y in points)
+    plain_s = parts.blocks_backward_s + parts.rest_backward_s
+    return {p: (plain_s - nothing_kept_s - slope * (1 - p)) / (p * parts.blocks_backward_s) for p in names.values()}
+
+
+def _resampled(record: Record) -> Iterator[dict[str, Steps]]:
+    """Its rounds drawn with replacement, many times. Rounds and not single steps: all variants met the same machine."""
+    by_round = {key: {step["round"]: step for step in steps} for key, steps in record["steps"].items()}
+    rounds = sorted(set.intersection(*(set(steps) for steps in by_round.values())))
+    chance = random.Random(0)
+    for _ in range(RESAMPLES if len(rounds) > 1 else 0):
+        drawn = chance.choices(rounds, k=len(rounds))
+        yield {key: [found[i] for i in drawn] for key, found in by_round.items()}
 
 
 def _seconds(steps: Steps, clock: str) -> list[float]:

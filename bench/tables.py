@@ -15,7 +15,7 @@ from dropbp.integrations.figures import new_figure, save_figure
 from dropbp.integrations.files import write_text
 
 from . import paper, records
-from .derive import Figures, clocks_of, figures, grown, length_ratios, share_error
+from .derive import Figures, backward_shares, clocks_of, figures, grown, length_ratios, share_error
 from .setup import COUPLINGS
 from .throughput import GROWTH_KIND, KIND
 
@@ -55,10 +55,12 @@ HOW_TO_READ = """\
   blocks' backward, and the rest of the backward, all measured in the same run, at the share of FLOPs its masks dropped.
 - *share of the possible saving*: (plain - step) / (plain - limit). It can pass 100 %: what a small step spares besides
   FLOPs, such as fresh memory, is not in the limit. Behind ± is its standard error, from the scatter between rounds.
+- *backward alone*: the same without the forward, which no mask changes, from a straight line through the steps of all
+  rates: what a run of few rounds can tell more exactly.
 - *exact*: each step drops a random set of branches, within one branch of the budget, as the paper does. *nested*, the
   default: each step trains the top of the model down to a random depth; steps differ, so figures are means, memory is
   that of the greediest step, and the deepest steps are checkpointed to keep it small.
-- *detach* is the reference implementation's way: the branch is recorded, and its output detached.
+- *detach*, *reference*: the reference implementation's way: the branch is recorded, and its output detached.
 - *CPU time* is the process's own time on all processors. On a machine shared with others it is the steadier clock; on
   an idle one both agree.
 - *activations* is the peak of memory in a step beyond weights and optimizer states, gradients included.
@@ -124,8 +126,8 @@ def targets_table(runs: Iterable[records.Record]) -> str:
         f"Share of the possible saving, target {TARGET_SHARE:.0%}. Under gradient checkpointing: the step relative to",
         f"the checkpointed plain one, target {TARGET_CHECKPOINTED_RATIO} at p = {TARGET_RATE} in full fine-tuning.",
         "",
-        "| run | clock | p | step / plain | limit / plain | share of the possible saving | the reference's way |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| run | clock | p | step / plain | limit / plain | share of the possible saving | reference | backward alone |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     known = list(runs)
     for run in known:
@@ -154,12 +156,13 @@ def _has_target(run: records.Record) -> bool:
 
 
 def _target_rows(run: records.Record, clock: str) -> list[str]:
-    each = figures(run, clock)
+    each, backward = figures(run, clock), backward_shares(run, "exact", clock)
     reference = {f.drop_rate: f for f in each if f.how == "detach"}
     return [
         f"| {_title(run)} | {CLOCK_NAMES[clock]} | {f.drop_rate:g} | {_ratio_cell(run, f)} | {f.limit_ratio:.3f} | "
         f"{_share_cell(run, f, clock)} | "
-        f"{_share_cell(run, reference[f.drop_rate], clock) if f.drop_rate in reference else '-'} |"
+        f"{_share_cell(run, reference[f.drop_rate], clock) if f.drop_rate in reference else '-'} | "
+        f"{_plus_minus(*backward.get(f.drop_rate, (None, None)))} |"
         for f in each
         if f.how == "exact"
     ]
@@ -173,11 +176,14 @@ def _ratio_cell(run: records.Record, f: Figures) -> str:
 
 
 def _share_cell(run: records.Record, f: Figures, clock: str) -> str:
-    if f.share is None:
-        return "-"
-    error = share_error(run, f.name, clock)
-    cell = _percent(f.share) if error is None else f"{100 * f.share:.1f} ± {100 * error:.1f} %"
-    return f"{cell} {_verdict(f.share >= TARGET_SHARE)}" if _has_target(run) and f.how == "exact" else cell
+    cell = _plus_minus(f.share, share_error(run, f.name, clock))
+    if f.share is None or f.how != "exact" or not _has_target(run):
+        return cell
+    return f"{cell} {_verdict(f.share >= TARGET_SHARE)}"
+
+
+def _plus_minus(value: float | None, error: float | None) -> str:
+    return _percent(value) if value is None or error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
 
 
 def _verdict(met: bool) -> str:

@@ -15,7 +15,7 @@ import torch
 from dropbp.bench import __main__ as command
 from dropbp.bench import accuracy, paper, presets, records, seqlen, tables, throughput
 from dropbp.bench.bisection import largest
-from dropbp.bench.derive import figures, length_ratios, parts_of, share_error
+from dropbp.bench.derive import backward_shares, figures, length_ratios, parts_of, share_error
 from dropbp.bench.limits import Parts, limit_s, median_spread, share_of_possible_saving
 from dropbp.bench.presets import MODELS, SeqlenPreset, ThroughputPreset, Training
 from dropbp.bench.probe import Probe, Workplace, is_out_of_memory, tried_in_a_process
@@ -388,6 +388,22 @@ def test_the_error_of_a_share_follows_from_the_scatter_between_rounds(measured: 
     assert once is not None and twice == pytest.approx(2 * once)
     record["steps"] = {key: steps[:1] for key, steps in record["steps"].items()}
     assert share_error(record, name, "wall") is None
+
+
+def test_the_share_of_the_backward_is_read_off_a_line_through_all_steps(measured: Path) -> None:
+    (record,) = records.read_all(measured, "throughput")
+    for step in record["steps"]["plain"]:
+        step.update(backward_s=2.0, blocks_backward_s=1.6)
+    for name in ("exact-0.5", "exact-0.875"):
+        for step in record["steps"][name]:
+            step["backward_s"] = 0.4 + 1.6 * (1 - step["dropped_share"])
+    for rate, (share, error) in backward_shares(record, "exact", "wall").items():
+        assert (share, error) == (pytest.approx(1), pytest.approx(0, abs=1e-6)), rate
+    for name in ("exact-0.5", "exact-0.875"):
+        for step in record["steps"][name]:
+            step["backward_s"] += 0.08
+    shares = {rate: share for rate, (share, _) in backward_shares(record, "exact", "wall").items()}
+    assert shares == pytest.approx({0.5: 1 - 0.08 / 0.8, 0.875: 1 - 0.08 / 1.4})
 
 
 def test_memory_of_a_step_falls_with_the_drop_rate(measured: Path) -> None:
