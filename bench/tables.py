@@ -126,7 +126,7 @@ def targets_table(runs: Iterable[records.Record]) -> str:
         f"Share of the possible saving, target {TARGET_SHARE:.0%}. Under gradient checkpointing: the step relative to",
         f"the checkpointed plain one, target {TARGET_CHECKPOINTED_RATIO} at p = {TARGET_RATE} in full fine-tuning.",
         "",
-        "| run | clock | p | step / plain | limit / plain | share of the possible saving | reference | backward alone |",
+        "| run | clock | p | step / plain | limit / plain | share of possible saving | reference | backward alone |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     known = list(runs)

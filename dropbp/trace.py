@@ -93,7 +93,13 @@ def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
     """
     recorder = Recorder(model)
     with contextlib.ExitStack() as stack:
-        for guard in (sharded_again(model), _undisturbed(model), _every_parameter_recorded(model), recorder):
+        for guard in (
+            sharded_again(model),
+            forgotten(model),
+            _undisturbed(model),
+            _every_parameter_recorded(model),
+            recorder,
+        ):
             stack.enter_context(guard)
         outputs = _run(model, *differentiable(args, kwargs or {}))
     return recorder.trace(outputs)
@@ -411,6 +417,25 @@ def sharded_again(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if hasattr(module, "set_unshard_in_backward"):
                 cast(Any, module).reshard()
+
+
+@contextlib.contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed ZeRO-3 lets go of what a forward without a backward left gathered, and forgets the order of modules.
+
+    It would gather parameters ahead in that order; where the training calls other modules, as a loss does that takes
+    the head's weight by itself, its backward would meet what was left.
+    """
+    try:
+        yield
+    finally:
+        parameter = next((p for p in model.parameters() if hasattr(p, "_z3_optimizer")), None)
+        offload = None if parameter is None else getattr(parameter._z3_optimizer, "parameter_offload", None)
+        coordinator = None if offload is None else offload.get_param_coordinator()
+        if coordinator is not None:
+            offload.empty_partition_cache()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
 
 def _restore_buffers(buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import dropbp
 from tests.compatibility.models import TUNINGS, trained_values
-from tests.compatibility.stacks import STACKS, STEPS, Run
+from tests.compatibility.stacks import STACKS, STEPS, Run, world
 
 ALONE = ("one process", "checkpointing", "compile")
 SPREAD = ("DDP", "FSDP2", "ZeRO-3")
@@ -71,7 +71,9 @@ def _run(stack: str, tuning: str, engine: str, drop_rate: float | None) -> Run:
 
 
 def in_effect(run: Run, engine: str) -> bool:
-    """Whether the engine holds the parameters, where it changes them."""
+    """Whether all processes train together, and the engine holds the parameters, where it changes them."""
+    if run.processes != world():
+        return False
     mark = {"FSDP2": "device_mesh", "ZeRO-3": "ds_id"}.get(engine)
     return mark is None or any(hasattr(parameter, mark) for parameter in run.model.parameters())
 

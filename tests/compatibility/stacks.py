@@ -39,6 +39,12 @@ class Run:
     losses: list[float]
     masks: list[Any]
     report: dict[str, Any]
+    processes: int
+
+
+def world() -> int:
+    """Processes that were started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def zero_config() -> dict[str, Any]:
@@ -100,7 +106,7 @@ def own_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) ->
         step()
         losses.append(loss.item())
         masks.append(None if handle is None else handle.mask)
-    return Run(model, before, losses, masks, {} if handle is None else handle.report())
+    return Run(model, before, losses, masks, {} if handle is None else handle.report(), world())
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -177,6 +183,7 @@ def arguments(engine: str, folder: Path) -> dict[str, Any]:
     if engine == "FSDP2":
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [LAYER]}}
     if engine == "ZeRO-3":
+        options["accelerator_config"] = {"use_configured_state": True}  # the only way to a backend with DeepSpeed
         options["deepspeed"] = {**zero_config(), "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
     return options
 
@@ -191,7 +198,8 @@ def _trainer_run(make: Callable[..., Any], tuning: str, engine: str, folder: Pat
     before = trained_values(trainer.model)
     with callback or contextlib.nullcontext():
         trainer.train()
-    return Run(trainer.model, before, notes.losses, notes.masks, callback.report() if callback else {})
+    report, processes = callback.report() if callback else {}, trainer.accelerator.num_processes
+    return Run(trainer.model, before, notes.losses, notes.masks, report, processes)
 
 
 def _compiling(engine: str) -> dict[str, str] | None:
@@ -253,20 +261,22 @@ def accelerate_loop(tuning: str, engine: str, folder: Path, drop_rate: float | N
             optimizer.zero_grad()
         losses.append(loss.item())
         masks.append(None if handle is None else handle.mask)
-    return Run(accelerator.unwrap_model(prepared), before, losses, masks, {} if handle is None else handle.report())
+    report = {} if handle is None else handle.report()
+    return Run(accelerator.unwrap_model(prepared), before, losses, masks, report, accelerator.num_processes)
 
 
 def _accelerator(engine: str) -> Any:
     flag = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+    gloo = accelerate.InitProcessGroupKwargs(backend="gloo" if world() > 1 else None)
     if engine == "ZeRO-3":
         plugin = accelerate.DeepSpeedPlugin(hf_ds_config=zero_config())
-        return accelerate.Accelerator(deepspeed_plugin=plugin)
+        return accelerate.Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
     if engine == "FSDP2":
         plugin = accelerate.FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[LAYER]
         )
-        return accelerate.Accelerator(cpu=True, fsdp_plugin=plugin, kwargs_handlers=[flag])
-    return accelerate.Accelerator(cpu=True, kwargs_handlers=[flag])
+        return accelerate.Accelerator(cpu=True, fsdp_plugin=plugin, kwargs_handlers=[flag, gloo])
+    return accelerate.Accelerator(cpu=True, kwargs_handlers=[flag, gloo])
 
 
 STACKS: dict[str, Callable[[str, str, Path, float | None], Run]] = {

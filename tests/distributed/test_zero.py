@@ -30,6 +30,10 @@ def test_a_model_partitioned_from_birth_trains_as_in_one_process(ranks):
     assert "dropbp.enable(engine.module)" in result(ranks("zero")[0], "partitions")[2]
 
 
+def test_a_training_that_calls_other_modules_than_the_forward_that_finds_the_branches(ranks):
+    assert_as_alone(ranks("zero"), "head", zeros=True)
+
+
 @stages
 def test_accumulation_with_a_mask_for_each_micro_batch_is_as_in_one_process(ranks, stage):
     expected = accumulated_alone(BATCHES)

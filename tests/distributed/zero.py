@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import types
 from typing import Any
 
 import torch
@@ -27,11 +29,8 @@ from tests.distributed.training import (
 from tests.engine_models import llama_loss
 
 # By default parameters as small as these are kept whole on every rank, and others for as long as there is room.
-PARTITIONED = {
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": 0,
-}
+PARTITIONED = {"stage3_param_persistence_threshold": 0}
+NOT_AHEAD = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 
 
 def start() -> int:
@@ -46,21 +45,22 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
-def settings(stage: int, accumulation: int = 1) -> dict[str, Any]:
+def settings(stage: int, accumulation: int = 1, ahead: bool = False) -> dict[str, Any]:
+    sharing = PARTITIONED if ahead else {**PARTITIONED, **NOT_AHEAD}
     return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,  # DeepSpeed clips at 1 unless told not to
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000, **(PARTITIONED if stage == 3 else {})},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000, **(sharing if stage == 3 else {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
-def engine_of(model: nn.Module, stage: int, accumulation: int = 1) -> Any:
+def engine_of(model: nn.Module, stage: int, accumulation: int = 1, ahead: bool = False) -> Any:
     import deepspeed
 
-    config = settings(stage, accumulation)
+    config = settings(stage, accumulation, ahead)
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
     return engine
 
@@ -109,6 +109,49 @@ def trained_from_partitions() -> Any:
     engine = engine_of(model, 3)
     handle = dropbp.enable(engine.module, drop_rate=0.5)
     return *run(engine, handle, range(10)), refused
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy from the head's weight, which is whole in the forward only: fused losses are written so."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight)]
+            loss = nn.functional.cross_entropy(torch.mm(leaves[0], leaves[1].T), labels)
+            ctx.gradients = torch.autograd.grad(loss, leaves)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return *(gradient * each for each in ctx.gradients), None
+
+
+def trained_without_calling_the_head() -> Any:
+    """As trainers with a fused loss do: the forward that finds the branches calls a module that training does not."""
+    import deepspeed
+
+    model: Any = make_model()
+    whole = model.forward
+
+    def forward(self: Any, fused: bool = False, **inputs: Any) -> Any:
+        if not fused:
+            return whole(**inputs)
+        ids, weight = inputs["input_ids"], self.lm_head.weight
+        hidden = self.model(ids).last_hidden_state[:, :-1]
+        with contextlib.nullcontext() if weight.numel() else deepspeed.zero.GatheredParameters([weight]):
+            return HeadLoss.apply(hidden.flatten(0, 1), weight, ids[:, 1:].flatten())
+
+    model.forward = types.MethodType(forward, model)
+    engine = engine_of(model, 3, ahead=True)
+    handle, losses, masks = dropbp.enable(engine.module, drop_rate=0.5), [], []
+    for step in range(10):
+        loss = engine(input_ids=local_batch(step, **where()), fused=True)
+        engine.backward(loss)
+        engine.step()
+        losses.append(global_mean(loss, dist.get_world_size()))
+        masks.append(handle.mask)
+    return losses, masks
 
 
 def trained_with_lora(stage: int) -> Any:
@@ -166,6 +209,6 @@ CASES = {
         "traffic": traffic,
         "refusals": refusals,
     }.items()
-} | {"partitions": trained_from_partitions}
+} | {"partitions": trained_from_partitions, "head": trained_without_calling_the_head}
 
 __all__ = ["CASES", "start", "stop", "torch"]
