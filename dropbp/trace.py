@@ -429,13 +429,12 @@ def forgotten(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        parameter = next((p for p in model.parameters() if hasattr(p, "_z3_optimizer")), None)
-        offload = None if parameter is None else getattr(parameter._z3_optimizer, "parameter_offload", None)
-        coordinator = None if offload is None else offload.get_param_coordinator()
-        if coordinator is not None:
+        optimizers: Iterator[Any] = (getattr(parameter, "_z3_optimizer", None) for parameter in model.parameters())
+        offload: Any = next((o.parameter_offload for o in optimizers if hasattr(o, "parameter_offload")), None)
+        if offload is not None:
             offload.empty_partition_cache()
-            if not coordinator.is_invalid_trace():
-                coordinator._invalidate_trace()
+            if not offload.get_param_coordinator().is_invalid_trace():
+                offload.get_param_coordinator()._invalidate_trace()
 
 
 def _restore_buffers(buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
