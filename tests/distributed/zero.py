@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,10 +66,12 @@ def engine_of(model: nn.Module, stage: int, accumulation: int = 1, ahead: bool =
     return engine
 
 
-def run(engine: Any, handle: dropbp.Handle, steps: range) -> tuple[list[float], list[Any]]:
+def run(
+    engine: Any, handle: dropbp.Handle, steps: range, loss_of: Callable[[Any, torch.Tensor], torch.Tensor] = llama_loss
+) -> tuple[list[float], list[Any]]:
     losses, masks = [], []
     for step in steps:
-        loss = llama_loss(engine, local_batch(step, **where()))
+        loss = loss_of(engine, local_batch(step, **where()))
         engine.backward(loss)
         engine.step()
         losses.append(global_mean(loss, dist.get_world_size()))
@@ -144,14 +147,8 @@ def trained_without_calling_the_head() -> Any:
 
     model.forward = types.MethodType(forward, model)
     engine = engine_of(model, 3, ahead=True)
-    handle, losses, masks = dropbp.enable(engine.module, drop_rate=0.5), [], []
-    for step in range(10):
-        loss = engine(input_ids=local_batch(step, **where()), fused=True)
-        engine.backward(loss)
-        engine.step()
-        losses.append(global_mean(loss, dist.get_world_size()))
-        masks.append(handle.mask)
-    return losses, masks
+    handle = dropbp.enable(engine.module, drop_rate=0.5)
+    return run(engine, handle, range(10), lambda engine, ids: engine(input_ids=ids, fused=True))
 
 
 def trained_with_lora(stage: int) -> Any:
