@@ -21,7 +21,7 @@ from dropbp.device import get_device
 from dropbp.errors import DropBPError
 
 from .options import device_name
-from .records import RESULTS
+from .records import FILES, RESULTS
 
 POLL_S = 0.2
 Main = Callable[[Sequence[str]], int]
@@ -108,7 +108,7 @@ def _folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _note_finished(args: argparse.Namespace, root: Path) -> None:
-    count = sum(1 for path in root.rglob("*.json") if path.parent.name != "unfinished") if root.is_dir() else 0
+    count = sum(1 for path in root.rglob(FILES) if path.parent.name != "unfinished") if root.is_dir() else 0
     if count and not args.again:
         _say(f"{root} holds {count} result files; finished runs are kept. To measure anew: --again, or --output DIR.")
 

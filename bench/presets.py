@@ -8,7 +8,7 @@ ratios, the share of blocks in all FLOPs: 96 % in `llama-8x1024`, 98 % in Llama-
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from dropbp.errors import ConfigError
@@ -114,14 +114,19 @@ def _trainings(
     )
 
 
-_CPU_TRAININGS = (
-    *_trainings("full lora"), Training("full", "bf16", True), Training("full", "fp32"),
-)  # fmt: skip
-_MORE_CPU_TRAININGS = (
-    Training("lora", "fp32"),
-    Training("full", "fp32", True),
-    Training("full", "fp32", compiled=True),
+def _with_compiled(trainings: tuple[Training, ...]) -> tuple[Training, ...]:
+    return (*trainings, *(replace(training, compiled=True) for training in trainings))
+
+
+# In bf16 all of full, LoRA and QLoRA, with and without checkpointing, compiled and not: on CPU the most used of them at
+# the paper's sequence and micro-batch, the rest on shorter sequences.
+_CPU_TRAININGS = (*_trainings("full lora qlora"), Training("full", checkpointing=True))
+_CPU_GRID = tuple(
+    training
+    for training in _with_compiled(_trainings("full lora qlora", checkpointing="no yes"))
+    if training not in _CPU_TRAININGS
 )
+_CPU_FP32 = (*_trainings("full lora", "fp32"), Training("full", "fp32", checkpointing=True))
 _BOTH_LOSSES = "plain chunked"
 
 THROUGHPUT: Mapping[str, ThroughputPreset] = {
@@ -130,21 +135,20 @@ THROUGHPUT: Mapping[str, ThroughputPreset] = {
     ),
     "cpu-small": ThroughputPreset(
         "llama-8x512",
-        (*_CPU_TRAININGS, *_MORE_CPU_TRAININGS),
+        (*_CPU_TRAININGS, *_CPU_GRID, *_CPU_FP32),
         batch_size=2, sequence_length=256, rounds=7, warmup_rounds=1, growth=_trainings("full", "fp32"),
     ),
     "cpu": ThroughputPreset("llama-8x1024", _CPU_TRAININGS, rounds=7, warmup_rounds=1),
-    "cpu-more": ThroughputPreset("llama-8x1024", _MORE_CPU_TRAININGS, rounds=7, warmup_rounds=1),
+    "cpu-grid": ThroughputPreset("llama-8x1024", _CPU_GRID, sequence_length=256, rounds=5),
+    "cpu-more": ThroughputPreset("llama-8x1024", _CPU_FP32, rounds=7, warmup_rounds=1),
     "cpu-growth": ThroughputPreset(
         "llama-8x1024", (), batch_size=2, sequence_length=256, growth=_trainings("full"), growth_rounds=4
     ),
     "llama2-7b": ThroughputPreset(
-        "llama2-7b",
-        (*_trainings("full lora", "bf16", "no yes"), Training("full", compiled=True), Training("lora", compiled=True)),
-        growth=_trainings("full lora"),
+        "llama2-7b", _with_compiled(_trainings("full lora", "bf16", "no yes")), growth=_trainings("full lora")
     ),
     "llama2-13b": ThroughputPreset("llama2-13b", _trainings("lora", "bf16", "no yes")),
-    "llama2-70b-qlora": ThroughputPreset("llama2-70b", _trainings("qlora", "bf16", "no yes"), rounds=8),
+    "llama2-70b-qlora": ThroughputPreset("llama2-70b", _with_compiled(_trainings("qlora", "bf16", "no yes")), rounds=8),
     "llama3-8b": ThroughputPreset("llama3-8b", _trainings("lora", "bf16", "no yes"), growth=_trainings("lora")),
     # The published protocols: sequence 512, micro-batch 2, no checkpointing.
     "a100": ThroughputPreset("llama2-7b", _trainings("full lora"), growth=_trainings("full lora")),
@@ -172,7 +176,7 @@ SEQLEN: Mapping[str, SeqlenPreset] = {
 # What the whole bench runs when no preset is named, by kind of device. On CPU all of it, with the other parts of `all`,
 # is to take less than 40 minutes on two cores; `cpu-more` and `cpu-small` are for who has longer.
 DEFAULT_THROUGHPUT: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "cpu-growth"),
+    "cpu": ("cpu", "cpu-grid", "cpu-growth"),
     "cuda": ("llama2-7b", "llama2-13b", "llama3-8b", "llama2-70b-qlora"),
     "hpu": ("gaudi2",),
 }

@@ -24,6 +24,8 @@ from dropbp.integrations.files import write_text
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 UNFINISHED = "unfinished"
+FILES = "[!.]*.json"  # what is being written has a dot in front
+ROUNDS = "rounds"
 _PACKAGES = ("dropbp", "torch", "transformers", "peft", "bitsandbytes")
 Record = dict[str, Any]
 
@@ -39,11 +41,18 @@ class Store:
         return self.folder / f"{_file_name(name)}.json"
 
     def finished(self, name: str, configuration: Mapping[str, Any]) -> Record | None:
-        """The finished run of that name and configuration; None if there is none, or it was another one."""
+        """The finished run of that name and configuration; None if there is none, or it was another one.
+
+        One of more rounds than the configuration asks for will do.
+        """
         path = self.path(name)
         record = read(path) if path.is_file() else None
-        same = record is not None and record["configuration"] == _plain(configuration)
-        return record if same else None
+        if record is None:
+            return None
+        asked, done = _plain(configuration), dict(record["configuration"])
+        if ROUNDS in asked and ROUNDS in done:
+            done[ROUNDS] = min(asked[ROUNDS], done[ROUNDS])
+        return record if done == asked else None
 
     @contextmanager
     def run(self, name: str, configuration: Mapping[str, Any], device: Device) -> Iterator[Record]:
@@ -106,12 +115,12 @@ def read(path: Path) -> Record:
 
 def read_all(root: Path, kind: str) -> list[Record]:
     """All finished runs of a kind, in the order of their names."""
-    return [read(path) for path in sorted((root / kind).glob("*.json"))]
+    return [read(path) for path in sorted((root / kind).glob(FILES))]
 
 
 def read_unfinished(root: Path, kind: str) -> list[Record]:
     """All runs of a kind that failed or were cancelled, oldest first."""
-    return [read(path) for path in sorted((root / kind / UNFINISHED).glob("*.json"))]
+    return [read(path) for path in sorted((root / kind / UNFINISHED).glob(FILES))]
 
 
 def versions() -> dict[str, str | None]:

@@ -6,7 +6,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dropbp.integrations.files import write_text
 
 from . import paper, records
 from .derive import Figures, backward_shares, clocks_of, figures, grown, length_ratios, share_error
-from .setup import COUPLINGS
+from .setup import COUPLINGS, TUNINGS
 from .throughput import GROWTH_KIND, KIND
 
 SEQLEN_KIND = "seqlen"
@@ -29,14 +29,30 @@ OTHER_PAGES = {
     "recipes": "recipes.md",
 }
 TARGET_SHARE, TARGET_CHECKPOINTED_RATIO, TARGET_RATE = 0.97, 0.42, 0.875
+TARGET_TUNINGS = ("full", "lora")
+PANELS_IN_A_ROW = 3  # full, LoRA, QLoRA
 COLOURS = {"exact": "#1f6f8b", "nested": "#7fb069", "detach": "#c8553d"}
+TARGET_COLUMNS = (
+    "run",
+    "sequence",
+    "p",
+    "step / plain",
+    "limit / plain",
+    "share of the possible saving",
+    "the same, CPU time",
+    "reference",
+    "backward alone",
+)
 THROUGHPUT_COLUMNS = (
     "variant",
     "forward s",
     "backward s",
     "optimizer s",
+    "total s",
     "step s (quartiles)",
     "ratio",
+    "limit",
+    "share",
     "tokens/s",
     "samples/s",
     "peak GiB",
@@ -50,16 +66,19 @@ Made from the files in `bench/results/` by `dropbp bench tables`; run `make benc
 for the paper's settings. All variants of a run take turns in one process, a new mask each step.
 """
 HOW_TO_READ = """\
-- A *step* is forward and backward; the optimizer is timed apart. Figures are medians over the rounds.
-- *limit*: the least that a step can take: the forward, its dropped share without recording, the kept share of the
-  blocks' backward, and the rest of the backward, all measured in the same run, at the share of FLOPs its masks dropped.
-- *share of the possible saving*: (plain - step) / (plain - limit). It can pass 100 %: what a small step spares besides
+- A *step* is forward and backward; the optimizer is timed apart, *total* is with it. Figures are medians over rounds.
+- *ratio*: to the plain step, as is *limit*, the least that a step can take: the forward, its dropped share without
+  recording, the kept share of the blocks' backward, and the rest of the backward, all measured in the same run, at the
+  share of FLOPs its masks dropped.
+- *share* of the possible saving: (plain - step) / (plain - limit). It can pass 100 %: what a small step spares besides
   FLOPs, such as fresh memory, is not in the limit. Behind ± is its standard error, from the scatter between rounds.
 - *backward alone*: the same without the forward, which no mask changes, from a straight line through the steps of all
   rates: what a run of few rounds can tell more exactly.
 - *exact*: each step drops a random set of branches, within one branch of the budget, as the paper does. *nested*, the
   default: each step trains the top of the model down to a random depth; steps differ, so figures are means, memory is
   that of the greediest step, and the deepest steps are checkpointed to keep it small.
+- Under gradient checkpointing a block of which one branch is kept recomputes what that branch needs of the other, which
+  the limit does not count: with random masks the share is lower there, most at p = .5.
 - *detach*, *reference*: the reference implementation's way: the branch is recorded, and its output detached.
 - *CPU time* is the process's own time on all processors. On a machine shared with others it is the steadier clock; on
   an idle one both agree.
@@ -85,7 +104,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shown_runs(root: Path, kind: str) -> list[records.Record]:
-    return [run for run in records.read_all(root, kind) if not run["name"].startswith("smoke")]
+    runs = [run for run in records.read_all(root, kind) if not run["name"].startswith("smoke")]
+    return sorted(runs, key=lambda run: _place(run["configuration"])) if kind == KIND else runs
+
+
+def _place(configuration: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Models apart, then all of full, LoRA and QLoRA side by side."""
+    c = configuration
+    return c["model"], c["dtype"], c["compiled"], c["checkpointing"], TUNINGS.index(c["tuning"]), c["loss"]
 
 
 def page(root: Path, runs: dict[str, list[records.Record]], images: Sequence[str], docs: Path) -> str:
@@ -122,50 +148,57 @@ def _if_any(title: str, runs: Sequence[records.Record], section: Any) -> str:
 
 def targets_table(runs: Iterable[records.Record]) -> str:
     """Share of the possible saving by run and rate, and the ratio under checkpointing, each against its target."""
-    lines = [
-        f"Share of the possible saving, target {TARGET_SHARE:.0%}. Under gradient checkpointing: the step relative to",
-        f"the checkpointed plain one, target {TARGET_CHECKPOINTED_RATIO} at p = {TARGET_RATE} in full fine-tuning.",
-        "",
-        "| run | clock | p | step / plain | limit / plain | share of possible saving | reference | backward alone |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
     known = list(runs)
-    for run in known:
-        for clock in clocks_of(run):
-            lines += _target_rows(run, clock)
+    lines = [
+        f"Share of the possible saving: target {TARGET_SHARE:.0%}, in full fine-tuning and with LoRA. Under gradient",
+        f"checkpointing, the step relative to the checkpointed plain one: target {TARGET_CHECKPOINTED_RATIO}, in full",
+        f"fine-tuning at p = {TARGET_RATE}. Wall clock where nothing else is said.",
+        "",
+        f"| {' | '.join(TARGET_COLUMNS)} |",
+        f"|---|{'---:|' * (len(TARGET_COLUMNS) - 1)}",
+        *(row for run in known for row in _target_rows(run)),
+    ]
     return "\n".join([*lines, "", *(_mean_of_rows(known, clock) for clock in CLOCK_NAMES)]).rstrip()
 
 
 def _mean_of_rows(runs: Sequence[records.Record], clock: str) -> str:
     """What all rows that have a target say together; the scatter of single ones is that of the machine."""
     found = [f for run in runs if clock in clocks_of(run) and _has_target(run) for f in figures(run, clock)]
-    shares = [f.share for f in found if f.how == "exact" and f.share is not None]
+    shares = [f.share for f in found if f.how == paper.OURS and f.share is not None]
     if len(shares) < 2:
         return ""
     error = statistics.stdev(shares) / math.sqrt(len(shares))
-    reference = statistics.fmean(f.share for f in found if f.how == "detach" and f.share is not None)
-    return (
-        f"- Mean of the {len(shares)} rows without checkpointing, {CLOCK_NAMES[clock]}: "
-        f"{100 * statistics.fmean(shares):.1f} ± {100 * error:.1f} %; the reference's way {_percent(reference)}."
-    )
+    mean = f"- Mean of the {len(shares)} rows that have this target, {CLOCK_NAMES[clock]}: "
+    mean += f"{100 * statistics.fmean(shares):.1f} ± {100 * error:.1f} %"
+    reference = [f.share for f in found if f.how == "detach" and f.share is not None]
+    if reference:
+        mean += f"; the reference's way, in {len(reference)} of them, {_percent(statistics.fmean(reference))}"
+    return f"{mean}."
 
 
 def _has_target(run: records.Record) -> bool:
     configuration = run["configuration"]
-    return not configuration["checkpointing"] and not configuration["compiled"]
+    return configuration["tuning"] in TARGET_TUNINGS and not configuration["checkpointing"]
 
 
-def _target_rows(run: records.Record, clock: str) -> list[str]:
-    each, backward = figures(run, clock), backward_shares(run, "exact", clock)
-    reference = {f.drop_rate: f for f in each if f.how == "detach"}
-    return [
-        f"| {_title(run)} | {CLOCK_NAMES[clock]} | {f.drop_rate:g} | {_ratio_cell(run, f)} | {f.limit_ratio:.3f} | "
-        f"{_share_cell(run, f, clock)} | "
-        f"{_share_cell(run, reference[f.drop_rate], clock) if f.drop_rate in reference else '-'} | "
-        f"{_plus_minus(*backward.get(f.drop_rate, (None, None)))} |"
-        for f in each
-        if f.how == "exact"
-    ]
+def _target_rows(run: records.Record) -> list[str]:
+    """A row for each rate."""
+    by_clock = {clock: {f.name: f for f in figures(run, clock)} for clock in clocks_of(run)}
+    backward = backward_shares(run, paper.OURS, "wall")
+    rows = []
+    for f in [f for f in by_clock["wall"].values() if f.how == paper.OURS]:
+        cells = (
+            _title(run),
+            str(run["configuration"]["sequence_length"]),
+            f"{f.drop_rate:g}",
+            _ratio_cell(run, f),
+            f"{f.limit_ratio:.3f}",
+            *[_share_cell(run, by_clock.get(clock, {}).get(f.name), clock) for clock in CLOCK_NAMES],
+            _share_cell(run, by_clock["wall"].get(f"detach-{f.drop_rate:g}"), "wall"),
+            _plus_minus(*backward.get(f.drop_rate, (None, None))),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def _ratio_cell(run: records.Record, f: Figures) -> str:
@@ -175,9 +208,11 @@ def _ratio_cell(run: records.Record, f: Figures) -> str:
     return f"{f.ratio:.3f} {_verdict(f.ratio <= TARGET_CHECKPOINTED_RATIO)}"
 
 
-def _share_cell(run: records.Record, f: Figures, clock: str) -> str:
+def _share_cell(run: records.Record, f: Figures | None, clock: str) -> str:
+    if f is None:
+        return "-"
     cell = _plus_minus(f.share, share_error(run, f.name, clock))
-    if f.share is None or f.how != "exact" or not _has_target(run):
+    if f.share is None or f.how != paper.OURS or not _has_target(run):
         return cell
     return f"{cell} {_verdict(f.share >= TARGET_SHARE)}"
 
@@ -214,8 +249,11 @@ def _figures_row(f: Figures) -> str:
         f"{f.forward_s:.3f}",
         f"{f.backward_s:.3f}",
         f"{f.optimizer_s:.3f}",
+        f"{f.step_s + f.optimizer_s:.3f}",
         f"{f.step_s:.3f} ({f.step_spread_s[0]:.3f}-{f.step_spread_s[1]:.3f})",
         f"{f.ratio:.3f}",
+        f"{f.limit_ratio:.3f}",
+        _percent(f.share),
         f"{f.tokens_per_s:.0f}",
         f"{f.samples_per_s:.2f}",
         "-" if f.peak_gib is None else f"{f.peak_gib:.3f}",
@@ -240,6 +278,7 @@ def _conditions(run: records.Record) -> str:
         *([f"{configuration['threads']} thread(s)"] if configuration.get("threads") else []),
         f"torch {run['versions']['torch']}",
         f"{_rounds_done(run)} rounds",
+        *([_graphs(run)] if configuration["compiled"] else []),
         run["started"][:10],
     ]
     return "; ".join(words) + "."
@@ -248,6 +287,10 @@ def _conditions(run: records.Record) -> str:
 def _rounds_done(run: records.Record) -> int:
     """Fewer than were asked for where the time was over."""
     return max((len(steps) for steps in run["steps"].values()), default=0)
+
+
+def _graphs(run: records.Record) -> str:
+    return f"{run['compiled_graphs']} graphs compiled in the warm-up, {run['compiled_graphs_late']} after it"
 
 
 def growth_section(run: records.Record) -> str:
@@ -344,14 +387,19 @@ def _figure(columns: int, height: float) -> Any:
 
 def _plot_throughput(runs: Sequence[records.Record]) -> Any:
     """Step time relative to plain, bars by rate, the limit as a line on each."""
-    figure = _figure(len(runs), 3.4)
-    axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for ax, run in zip(axes, runs, strict=True):
+    columns = min(len(runs), PANELS_IN_A_ROW)
+    rows = math.ceil(len(runs) / columns)
+    figure = _figure(columns, 3.1 * rows + 0.3)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for ax, run in zip(panels.flat, runs, strict=False):
         _draw_bars(ax, [f for f in figures(run, clocks_of(run)[-1]) if f.how != "plain"])
         ax.set_title(_title(run).partition(", ")[2].replace(", ", "\n", 1), fontsize=9)
-    axes[0].set_ylabel(f"step time / plain ({CLOCK_NAMES[clocks_of(runs[0])[-1]]})")
-    axes[0].set_ylim(0, 1)
-    axes[0].legend(fontsize=8)
+    for ax in panels.flat[len(runs) :]:
+        ax.set_axis_off()
+    for first in panels[:, 0]:
+        first.set_ylabel(f"step time / plain ({CLOCK_NAMES[clocks_of(runs[0])[-1]]})", fontsize=8)
+    panels[0, 0].set_ylim(0, 1)
+    panels[0, 0].legend(fontsize=8)
     figure.suptitle(runs[0]["configuration"]["model"])
     return figure
 

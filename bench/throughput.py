@@ -117,9 +117,9 @@ def _measure(name: str, preset: ThroughputPreset, training: Training, device: De
         record["parameters"] = sum(p.numel() for p in bench.model.parameters())
         record["variants"] = {lane.variant.name: asdict(lane.variant) for lane in bench.lanes}
         record["steps"], record["warmup_steps"] = bench.steps, bench.warmup_steps
-        bench.run_rounds(preset.warmup_rounds, preset.rounds, f"{name} {training.name}", limit)
+        graphs = bench.run_rounds(preset.warmup_rounds, preset.rounds, f"{name} {training.name}", limit)
+        record["compiled_graphs"], record["compiled_graphs_late"] = graphs
         record["memory"] = {lane.variant.name: bench.peak(lane) for lane in bench.lanes}
-        record["compiled_graphs"] = device.compile_count()
 
 
 def variants_of(preset: ThroughputPreset, training: Training) -> list[Variant]:
@@ -160,15 +160,20 @@ class Bench:
         self.steps: dict[str, list[Timing]] = {}
         self.warmup_steps: dict[str, list[Timing]] = {}
 
-    def run_rounds(self, warmup_rounds: int, rounds: int, title: str, limit: TimeLimit) -> None:
+    def run_rounds(self, warmup_rounds: int, rounds: int, title: str, limit: TimeLimit) -> tuple[int, int]:
         """Every round all variants, each time in another order, and what the limit of a step needs.
 
         Rounds end early, after one that counts, where another one and the steps for memory would pass the time limit.
+
+        Returns:
+            How many graphs the warm-up compiled, and how many the rounds after it.
         """
         turns = self._turns()
-        names = list(turns)
+        names, counts = list(turns), [self.device.compile_count()]
         with progress((warmup_rounds + rounds) * len(turns), title) as bar:
             for index in range(warmup_rounds + rounds):
+                if index == warmup_rounds:
+                    counts.append(self.device.compile_count())
                 before_s = limit.left_s()
                 kept = self.warmup_steps if index < warmup_rounds else self.steps
                 for name in [*names[index % len(names) :], *names[: index % len(names)]] if index else names:
@@ -178,6 +183,8 @@ class Bench:
                 round_s = before_s - limit.left_s()
                 if index >= warmup_rounds and limit.left_s() < ROUNDS_LEFT * round_s:
                     break
+        first, warm, last = (*counts, self.device.compile_count())
+        return warm - first, last - warm
 
     def _turns(self) -> dict[str, Callable[[], Timing]]:
         turns: dict[str, Callable[[], Timing]] = {}

@@ -104,6 +104,24 @@ def test_finished_run_is_found_again_by_name_and_configuration(tmp_path: Path) -
     assert store.finished("another run", {"size": (1, 2)}) is None
 
 
+def test_a_file_that_another_process_is_writing_is_not_read(tmp_path: Path) -> None:
+    store = records.Store(tmp_path, "throughput")
+    run_once(store)
+    (store.folder / ".another-0123.json").write_text('{"schema": 1, "status"')
+    assert [record["name"] for record in records.read_all(tmp_path, "throughput")] == ["a run"]
+
+
+def test_a_run_of_more_rounds_than_asked_for_counts_as_finished(tmp_path: Path) -> None:
+    store = records.Store(tmp_path, "throughput")
+    with store.run("a run", {"size": 1, "rounds": 7}, CPU):
+        pass
+    assert store.finished("a run", {"size": 1, "rounds": 7}) == store.finished("a run", {"size": 1, "rounds": 5})
+    assert store.finished("a run", {"size": 1, "rounds": 7}) is not None
+    assert store.finished("a run", {"size": 1, "rounds": 8}) is None
+    assert store.finished("a run", {"size": 2, "rounds": 5}) is None
+    assert store.finished("a run", {"size": 1}) is None
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(RuntimeError("out of luck"), "failed"), (KeyboardInterrupt(), "cancelled")]
 )
@@ -342,6 +360,23 @@ def test_throughput_record_holds_every_step_of_every_variant(measured: Path) -> 
     masks = [step["mask"] for step in record["steps"]["exact-0.5"]]
     assert masks == [step["mask"] for step in record["steps"]["detach-0.5"]]
     assert len(set(masks)) == 2
+
+
+def test_a_compiled_run_says_how_many_graphs_were_compiled_and_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    training = Training("lora", "fp32", checkpointing=True, compiled=True)
+    preset = ThroughputPreset(TINY, (training,), (0.5, 0.875), 1, 24, 2, 3)
+    throughput.run_preset("small", preset, throughput_args(tmp_path))
+    (record,) = records.read_all(tmp_path, "throughput")
+    assert record["compiled_graphs"] > 0 and record["compiled_graphs_late"] == 0
+    assert set(record["variants"]) == {"plain", "exact-0.5", "exact-0.875", "nested-0.5", "nested-0.875"}
+    assert tables.run(argparse.Namespace(output=tmp_path, docs=tmp_path / "docs")) == 0
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert f"{record['compiled_graphs']} graphs compiled in the warm-up, 0 after it" in page
+    assert f"| {TINY}, lora, fp32, checkpointing, compiled | 24 | 0.5 |" in page
 
 
 def test_plain_backward_is_split_into_blocks_and_rest(measured: Path) -> None:
