@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import platform
-import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -35,10 +35,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from dropbp.device import get_device
-from dropbp.errors import ConfigError
 from dropbp.integrations.files import write_text
 
 from . import rivals, tasks
+from .learning_curves import (
+    MEMORY_BUDGET,
+    MEMORY_TO_SPARE,
+    SHORT_OF_MEMORY,
+    Record,
+    Variant,
+    equal_time_loss,
+    memory_share,
+    of_kind,
+    read,
+    short_of_memory,
+    step_ratio,
+    timed_anew,
+)
+from .learning_presets import (
+    FRESH,
+    PRESETS,
+    Preset,
+    Run,
+    chosen_tasks,
+    first_runs,
+    further_runs,
+    variants,
+    wider_runs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,87 +75,6 @@ CLIP_NORM = 1.0
 CURVE_POINTS = 6
 RIVAL_LORA_RANK = 8
 _PACKAGES = ("dropbp", "torch", "transformers", "peft")
-Record = dict[str, Any]
-Variant = tuple[str, float, bool]  # method, drop rate, gradient checkpointing
-MEMORY_TO_SPARE, SHORT_OF_MEMORY = "step times", "step times short of memory"
-CAPPED = "capped"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: what is trained, how, and for how long in terms of plain steps."""
-
-    task: str
-    method: str
-    drop_rate: float
-    learning_rate: float
-    seed: int
-    plain_steps: int
-
-    @property
-    def name(self) -> str:
-        """Name of its file, without the ending."""
-        method = self.method.replace(" ", "-").replace("+", "-and-").replace(":", "-")
-        return f"{self.task}--{method}--p{self.drop_rate:g}--lr{self.learning_rate:g}--seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A set of runs: plain training and each method at each drop rate, first with one seed at every learning rate,
-    then with the other seeds at the best; and those of `once`, (method, drop rate), with the first seed only. Its
-    files lie in `folder` below that of all results.
-    """
-
-    tasks: tuple[str, ...]
-    methods: tuple[str, ...]
-    drop_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    plain_steps: int
-    timing_rounds: int
-    once: tuple[tuple[str, float], ...] = ()
-    folder: str = ""
-
-
-FRESH = "fresh"
-PRESETS = {
-    "quick": Preset(("prose-lora",), ("published", "freezing", "default"), (0.5,), (0,), 16, 4),
-    "long": Preset(
-        tasks=("c-long",),
-        methods=("freezing", "published", "nested shelf", "default"),
-        drop_rates=(0.5, 0.875),
-        seeds=(0,),
-        plain_steps=320,
-        timing_rounds=32,
-    ),
-    "full": Preset(
-        tasks=("python", "c-accumulated", "prose-lora"),
-        methods=("freezing", "published", "nested shelf", "default", "independent", "exact", "cyclic", "pool"),
-        drop_rates=(0.5, 0.75, 0.875),
-        seeds=(0, 1, 2),
-        plain_steps=64,
-        timing_rounds=96,
-        once=(
-            ("nested geometric", 0.5),
-            ("nested geometric", 0.875),
-            ("nested shelf slow-deep", 0.5),
-            ("nested shelf slow-deep", 0.875),
-            ("lora", 0.0),
-            ("lisa", 0.5),
-            ("layerdrop", 0.5),
-            ("pld", 0.0),
-        ),
-    ),
-    # What the default was not chosen on: other seeds, and a text of which no run had been made.
-    FRESH: Preset(
-        tasks=("python", "c-accumulated", "prose-lora", "prose"),
-        methods=("freezing", "published", "default"),
-        drop_rates=(0.5, 0.75, 0.875),
-        seeds=(3, 4, 5),
-        plain_steps=64,
-        timing_rounds=96,
-        folder=FRESH,
-    ),
-}
 
 
 # -- one training step
@@ -168,7 +111,8 @@ class Trainer:
     def _micro_batch(self, window: Tensor, count: int) -> float:
         with self.method.micro_batch():
             loss = self.model(input_ids=window, labels=window).loss / count
-            loss.backward()
+            if loss.requires_grad:  # with adapters, leaving out all blocks leaves nothing to train
+                loss.backward()
         self.flops += self.costs.of(self.method.work())
         return float(loss.detach())
 
@@ -338,30 +282,6 @@ def _saved_mib(trainer: Trainer, window: Sequence[Tensor]) -> float:
     return mib
 
 
-def step_ratio(times: Iterable[Record], method: str, drop_rate: float, checkpointing: bool = False) -> float:
-    """Mean step time of a method over plain training's, from the first record of `step_times` that has it.
-
-    Raises:
-        ConfigError: it was not measured.
-    """
-    row, plain = row_and_plain(times, method, drop_rate, checkpointing)
-    return statistics.fmean(row["cpu_s"]) / statistics.fmean(plain["cpu_s"])
-
-
-def row_and_plain(
-    times: Iterable[Record], method: str, drop_rate: float, checkpointing: bool = False
-) -> tuple[Record, Record]:
-    """The row of a variant and that of plain training measured beside it. Raises ConfigError if there is none."""
-    for record in times:
-        rows = {(row["method"], row["drop_rate"], row["checkpointing"]): row for row in record["rows"]}
-        if (method, drop_rate, checkpointing) in rows:
-            return rows[method, drop_rate, checkpointing], rows["plain", 0.0, False]
-    raise ConfigError(
-        f"No step times of {method!r} at drop rate {drop_rate:g}{' with checkpointing' if checkpointing else ''} are "
-        "among those measured; run the preset again."
-    )
-
-
 def _header(kind: str, run: Run) -> Record:
     versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     device = {**get_device("cpu").describe(), "threads": torch.get_num_threads()}
@@ -386,88 +306,6 @@ def write(record: Record, path: Path) -> None:
     write_text(path, json.dumps(record, separators=(",", ":")) + "\n")
 
 
-def read(folder: Path) -> list[Record]:
-    """All records of a folder, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-
-
-def loss_at(record: Record, axis: str, value: float) -> float | None:
-    """Validation loss where the run had used `value` of "time" (in plain steps) or "flops"; None if it never did.
-
-    Linear between the two evaluations around it; before the first one that one's.
-    """
-    points = [(e[axis], e["loss"]) for e in record["evaluations"] if e["loss"] is not None]
-    for (x, a), (y, b) in zip([(0.0, points[0][1]), *points] if points else [], points, strict=False):
-        if value <= y * (1 + 1e-6):
-            return float(a + (b - a) * min(1.0, (value - x) / (y - x)))
-    # A run ends with the first whole step beyond its budget, or one step before it where steps do not fit.
-    return float(points[-1][1]) if points and value <= points[-1][0] * 1.02 else None
-
-
-def timed_anew(record: Record, ratio: float) -> Record:
-    """The record with the times of its evaluations by another step ratio."""
-    return record | {"evaluations": [e | {"time": e["step"] * ratio} for e in record["evaluations"]]}
-
-
-def equal_time_loss(record: Record) -> float:
-    """Validation loss after as much time as plain training took; infinite for a run that failed."""
-    loss = loss_at(record, "time", record["config"]["plain_steps"])
-    return math.inf if loss is None or math.isnan(loss) else loss
-
-
-# -- which runs
-
-
-def variants(preset: Preset, task: tasks.Task) -> list[tuple[str, float]]:
-    """Methods of the comparison with their drop rates, plain training first."""
-    return [("plain", 0.0), *((name, rate) for name in preset.methods for rate in preset.drop_rates)]
-
-
-def rivals_run_once(preset: Preset, task: tasks.Task) -> list[tuple[str, float]]:
-    """Those run with the first seed only; LoRA is no rival where it is the setting."""
-    return [(name, rate) for name, rate in preset.once if not (task.lora_rank and name == "lora")]
-
-
-def first_runs(preset: Preset, chosen: Callable[[Preset, tasks.Task], list[tuple[str, float]]]) -> list[Run]:
-    """Every variant chosen, on every task, at every learning rate, with the first seed."""
-    return [
-        Run(task.name, name, rate, learning_rate, preset.seeds[0], preset.plain_steps)
-        for task in map(tasks.task, preset.tasks)
-        for name, rate in chosen(preset, task)
-        for learning_rate in rates_for(task, name)
-    ]
-
-
-def rates_for(task: tasks.Task, method: str) -> tuple[float, ...]:
-    """Learning rates to try; LoRA beside full fine-tuning takes those of the LoRA task."""
-    return tasks.task("prose-lora").learning_rates if method == "lora" else task.learning_rates
-
-
-def further_runs(preset: Preset, records: Iterable[Record]) -> list[Run]:
-    """Every variant at its best learning rate, with the other seeds."""
-    best = best_rates(records)
-    return [
-        Run(task.name, name, rate, best[task.name, name, rate], seed, preset.plain_steps)
-        for seed in preset.seeds[1:]
-        for task in map(tasks.task, preset.tasks)
-        for name, rate in variants(preset, task)
-        if (task.name, name, rate) in best
-    ]
-
-
-def best_rates(records: Iterable[Record]) -> dict[tuple[str, str, float], float]:
-    """Learning rate with the least loss at equal time, per (task, method, drop rate), by the lowest seed there is."""
-    found: dict[tuple[str, str, float], tuple[int, float, float]] = {}
-    for record in records:
-        if record["kind"] != "run":
-            continue
-        config = record["config"]
-        key = (config["task"], config["method"], config["drop_rate"])
-        candidate = (config["seed"], equal_time_loss(record), config["learning_rate"])
-        found[key] = min(found.get(key, candidate), candidate)
-    return {key: learning_rate for key, (_, _, learning_rate) in found.items()}
-
-
 # -- the command
 
 
@@ -477,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     if not args.tables:
         _quiet_libraries()
-        run_preset(PRESETS[args.preset], args.output, args.resume)
+        preset = PRESETS[args.preset]
+        run_preset(dataclasses.replace(preset, tasks=chosen_tasks(preset, args.task)), args.output, args.resume)
     from . import learning_tables
 
     learning_tables.write(read(args.output), args.docs, fresh=read(args.output / FRESH))
@@ -487,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.learning", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="which runs (default: %(default)s)")
+    parser.add_argument("--task", action="append", help="only this task of the preset; may be repeated")
     parser.add_argument("--resume", action="store_true", help="skip runs that are finished already")
     parser.add_argument("--tables", action="store_true", help="train nothing; make tables and plot from the files")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
@@ -506,19 +346,21 @@ def run_preset(preset: Preset, folder: Path, resume: bool) -> None:
     """Step times first, then all runs; each is on disk as soon as it ends, whatever its end."""
     ratios = {name: _measured_times(preset, name, folder, resume) for name in preset.tasks}
     own = folder / preset.folder
-    _run_all(first_runs(preset, variants), ratios, own, resume)
+    _run_all(first_runs(preset), ratios, own, resume)
+    while wider := wider_runs(preset, read(own)):
+        _run_all(wider, ratios, own, resume)
     _run_all(further_runs(preset, read(own)), ratios, own, resume)
-    _run_all(first_runs(preset, rivals_run_once), ratios, own, resume)
 
 
 def _measured_times(preset: Preset, task_name: str, folder: Path, resume: bool) -> list[Record]:
     """Step times with memory to spare; those with little of it are measured too, for the tables."""
-    task = tasks.task(task_name)
-    known = variants(preset, task) + rivals_run_once(preset, task)
-    nested = [(f"{name} {CAPPED}", rate, False) for name, rate in known if name.startswith(("nested", "default"))]
-    _measured(task_name, SHORT_OF_MEMORY, [("plain", 0.0, True), *nested], preset.timing_rounds, folder, resume)
+    known = [*variants(preset, tasks.task(task_name)), *preset.once]
+    rounds = preset.timing_rounds
     spare: list[Variant] = [(*which, False) for which in known if which[0] != "plain"]
-    return _measured(task_name, MEMORY_TO_SPARE, spare, preset.timing_rounds, folder, resume)
+    times = _measured(task_name, MEMORY_TO_SPARE, spare, rounds, folder, resume)
+    short = [short_of_memory(name, rate) for name, rate in known if memory_share(times, name, rate) > MEMORY_BUDGET]
+    _measured(task_name, SHORT_OF_MEMORY, short, rounds, folder, resume)
+    return times
 
 
 def _measured(
@@ -534,11 +376,6 @@ def _measured(
     number = f"-{len(known) + 1}" if known else ""
     write(record, folder / f"{task_name}--{kind.replace(' ', '-')}{number}.json")
     return [*known, record]
-
-
-def of_kind(records: Iterable[Record], kind: str, task_name: str) -> list[Record]:
-    """Records of a kind on a task."""
-    return [r for r in records if r["kind"] == kind and r["config"]["task"] == task_name]
 
 
 def _run_all(runs: Sequence[Run], times: dict[str, list[Record]], folder: Path, resume: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from dropbp.errors import ConfigError
 from dropbp.integrations.figures import new_figure, save_figure
 from dropbp.integrations.files import write_text
 
-from . import learning, tasks
+from . import learning, learning_curves, tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- tables: made by python -m bench.learning --tables -->", "<!-- end of tables -->"
@@ -28,7 +29,6 @@ FRESH_BEGIN, FRESH_END = (
     "<!-- fresh tables: made by python -m bench.learning --tables -->",
     "<!-- end of fresh tables -->",
 )
-MEMORY_BUDGET = 0.6  # half of the activations, and what of the head and the norms cannot be dropped
 COLUMNS = (
     "method",
     "p",
@@ -39,6 +39,7 @@ COLUMNS = (
     "equal time",
     "against plain",
     "against freezing",
+    "time to plain's loss",
     "short of memory",
 )
 ORDER = (
@@ -58,13 +59,8 @@ ORDER = (
     "lisa",
     "layerdrop",
 )
-COLOURS = {
-    "plain": "black",
-    "freezing": "tab:blue",
-    "default": "tab:green",
-    "nested shelf": "tab:red",
-    "published": "tab:orange",
-}
+COLOURS = {"plain": "black", "freezing": "tab:blue", "default": "tab:green", "published": "tab:orange"}
+STYLES = {0.5: "-", 0.75: "--", 0.875: ":"}
 
 
 @dataclass(frozen=True)
@@ -86,36 +82,50 @@ class Entry:
     @property
     def step_ratio(self) -> float:
         """Step time over that of plain training."""
-        return learning.step_ratio(self.times, self.method, self.drop_rate)
+        return learning_curves.step_ratio(self.times, self.method, self.drop_rate)
 
     @property
     def memory_share(self) -> float:
         """Most that a step keeps for its backward, over what a plain step keeps."""
-        row, plain = learning.row_and_plain(self.times, self.method, self.drop_rate)
-        return float(max(row["saved_mib"]) / max(plain["saved_mib"]))
+        return learning_curves.memory_share(self.times, self.method, self.drop_rate)
 
     def losses(self, axis: str, share: float = 1.0) -> dict[int, float]:
         """Validation loss by seed, where the run had used `share` of plain training's time or FLOPs."""
-        ratio = self.step_ratio  # the one measured last, beside all others, may not be the one the run was planned by
-        runs = [learning.timed_anew(run, ratio) for run in self.runs]
-        found = {r["config"]["seed"]: learning.loss_at(r, axis, share * budget(r, axis)) for r in runs}
+        found = {seed: learning_curves.loss_at(run, axis, share * budget(run, axis)) for seed, run in self._timed()}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
-    def losses_short_of_memory(self) -> dict[int, float]:
-        """The same at plain training's time, where a step may keep half of what a plain step keeps.
+    def time_to(self, losses: dict[int, float]) -> dict[int, float | None]:
+        """Time, as a share of plain training's, until each seed's run was down to the loss given for that seed."""
+        found = {seed: learning_curves.time_to(run, losses[seed]) for seed, run in self._timed() if seed in losses}
+        whole = budget(self.runs[0], "time")
+        return {seed: None if time is None else time / whole for seed, time in found.items()}
 
-        Plain training then checkpoints every block and nested masks those that they reach too deep for, so that fewer
-        steps fit in the time; what keeps no more than that goes on as before. Empty where that was not measured.
+    def _timed(self) -> Iterator[tuple[int, Record]]:
+        """Runs by seed; the ratio measured last, beside all others, may not be the one a run was planned by."""
+        ratio = self.step_ratio
+        for run in self.runs:
+            yield run["config"]["seed"], learning_curves.timed_anew(run, ratio)
+
+    def losses_short_of_memory(self) -> dict[int, float]:
+        """The same at plain training's time, where a step may keep `MEMORY_BUDGET` of what a plain step keeps.
+
+        What keeps more is checkpointed then, so that fewer steps fit in the time; what does not goes on as before.
+        Empty where that was not measured.
         """
-        if self.memory_share <= MEMORY_BUDGET:
-            return self.losses("time")
-        plain = self.method == "plain"
+        steps = self.steps_short_of_memory
+        return {} if steps is None else self.losses("time", steps)
+
+    @property
+    def steps_short_of_memory(self) -> float | None:
+        """Steps that fit in the same time then, as a share of those with memory to spare; None: not measured."""
+        if self.memory_share <= learning_curves.MEMORY_BUDGET:
+            return 1.0
+        variant = learning_curves.short_of_memory(self.method, self.drop_rate)
         try:
-            name = self.method if plain else f"{self.method} {learning.CAPPED}"
-            slower = learning.step_ratio(self.short_times, name, self.drop_rate, checkpointing=plain)
+            slower = learning_curves.step_ratio(self.short_times, *variant)
         except ConfigError:
-            return {}
-        return self.losses("time", self.step_ratio / slower)
+            return None
+        return min(1.0, self.step_ratio / slower)
 
 
 def budget(run: Record, axis: str) -> float:
@@ -125,15 +135,17 @@ def budget(run: Record, axis: str) -> float:
 
 def entries(records: Sequence[Record]) -> list[Entry]:
     """One per (task, method, drop rate) with a finished run, in the order of the presets' lists."""
-    best = learning.best_rates(records)
+    best = learning_curves.best_rates(records)
     found: dict[tuple[str, str, float], list[Record]] = {}
     for record in (r for r in records if r["kind"] == "run" and r["status"] == "finished"):
         config = record["config"]
         key = (config["task"], config["method"], config["drop_rate"])
         if best[key] == config["learning_rate"]:
             found.setdefault(key, []).append(record)
-    kinds = (learning.MEMORY_TO_SPARE, learning.SHORT_OF_MEMORY)
-    made = [Entry(*k, tuple(runs), *(learning.of_kind(records, x, k[0]) for x in kinds)) for k, runs in found.items()]
+    kinds = (learning_curves.MEMORY_TO_SPARE, learning_curves.SHORT_OF_MEMORY)
+    made = [
+        Entry(*k, tuple(runs), *(learning_curves.of_kind(records, x, k[0]) for x in kinds)) for k, runs in found.items()
+    ]
     return sorted(made, key=lambda e: (_place(e.task, tasks.TASKS), e.drop_rate, _place(e.method, ORDER)))
 
 
@@ -204,6 +216,7 @@ def _cells(entry: Entry, made: Sequence[Entry]) -> tuple[str, ...]:
         _figure(entry.losses("time")),
         _against(entry, made, "plain", 0.0),
         _against(entry, made, "freezing", entry.drop_rate),
+        _time_to_plain(entry, made),
         _figure(entry.losses_short_of_memory()),
     )
 
@@ -211,6 +224,18 @@ def _cells(entry: Entry, made: Sequence[Entry]) -> tuple[str, ...]:
 def _against(entry: Entry, made: Sequence[Entry], method: str, drop_rate: float) -> str:
     others = [other for other in made if (other.method, other.drop_rate) == (method, drop_rate) and other is not entry]
     return paired(entry.losses("time"), others[0].losses("time")) if others else "-"
+
+
+def _time_to_plain(entry: Entry, made: Sequence[Entry]) -> str:
+    """Mean over the seeds; where some never got there, how many did."""
+    plain = next((other for other in made if other.method == "plain"), None)
+    times = list(entry.time_to(plain.losses("time")).values()) if plain and plain is not entry else []
+    reached = [time for time in times if time is not None]
+    if not times:
+        return "-"
+    if len(reached) < len(times):
+        return f"{len(reached)} of {len(times)}" if reached else "never"
+    return f"{statistics.fmean(reached):.2f}"
 
 
 def _figure(losses: dict[int, float]) -> str:
@@ -234,30 +259,40 @@ def paired(losses: dict[int, float], others: dict[int, float]) -> str:
 
 
 def plot(made: Sequence[Entry], path: Path) -> None:
-    """Validation loss against time, a panel per task: plain training, freezing, the published masks, and ours."""
+    """Validation loss against time, a panel per task: plain training, freezing, the published masks, and ours.
+
+    Plain training stands there twice: also with every block checkpointed, as it runs where memory is short.
+    """
     names = list(dict.fromkeys(entry.task for entry in made))
     rows = math.ceil(len(names) / 2)
-    figure = new_figure(10, 3.8 * rows)
+    figure = new_figure(10, 3.6 * rows + 0.8)
+    lines: dict[str, Line2D] = {}
     for place, name in enumerate(names):
         axes = figure.add_subplot(rows, 2, place + 1)
-        _panel(axes, [entry for entry in made if entry.task == name and entry.method in COLOURS])
+        for entry in (entry for entry in made if entry.task == name and entry.method in COLOURS):
+            lines = {**_drawn(axes, entry), **lines}
         axes.set_title(name)
+        axes.set_xlabel("time (share of plain training's)")
+        axes.set_ylabel("validation loss (nats per byte)")
+    lines = dict(sorted(lines.items()))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)
 
 
-def _panel(axes: Axes, made: Sequence[Entry]) -> None:
-    for entry in made:
-        shares, losses = curve(entry)
-        label = entry.method if entry.method == "plain" else f"{entry.method}, p={entry.drop_rate:g}"
-        style = "--" if entry.drop_rate > 0.5 else "-"
-        axes.plot(shares, losses, style, color=COLOURS[entry.method], linewidth=1.5, label=label)
-    axes.set_xlabel("time (share of plain training's)")
-    axes.set_ylabel("validation loss (nats per byte)")
-    axes.legend(fontsize=7)
+def _drawn(axes: Axes, entry: Entry) -> dict[str, Line2D]:
+    """The lines of an entry, by label."""
+    colour, plain = COLOURS[entry.method], entry.method == "plain"
+    label = "plain" if plain else f"{entry.method}, p={entry.drop_rate:g}"
+    style = STYLES.get(entry.drop_rate, "-")
+    lines = {label: axes.plot(*curve(entry), style, color=colour, linewidth=1.5)[0]}
+    short = entry.steps_short_of_memory if plain else None
+    if short is not None:
+        lines["plain, checkpointed"] = axes.plot(*curve(entry, short), "-.", color="grey", linewidth=1.5)[0]
+    return lines
 
 
-def curve(entry: Entry) -> tuple[list[float], list[float]]:
-    """Mean loss over seeds at equal parts of plain training's time."""
+def curve(entry: Entry, steps: float = 1.0) -> tuple[list[float], list[float]]:
+    """Mean loss over seeds at equal parts of plain training's time, of which `steps` as many steps fit."""
     shares = [(i + 1) / learning.CURVE_POINTS for i in range(learning.CURVE_POINTS)]
-    means = [entry.losses("time", share) for share in shares]
+    means = [entry.losses("time", steps * share) for share in shares]
     return shares, [statistics.fmean(found.values()) if found else math.nan for found in means]

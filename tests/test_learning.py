@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from dropbp.bench import learning, learning_tables, tasks
+from dropbp.bench import learning, learning_curves, learning_presets, learning_tables, tasks
 
 import dropbp
 
@@ -83,51 +83,111 @@ def test_an_unknown_task_is_refused() -> None:
 
 def test_a_curve_is_read_between_its_evaluations_and_not_beyond_its_end() -> None:
     record = run_record()
-    assert learning.loss_at(record, "time", 10) == pytest.approx(2)
-    assert learning.loss_at(record, "time", 3.75) == pytest.approx(2.625)
-    assert learning.loss_at(record, "flops", 300) == pytest.approx(2.25)
-    assert learning.loss_at(record, "time", 0.1) == pytest.approx(2.75)
-    assert learning.loss_at(record, "time", 12) is None
-    assert learning.loss_at({**record, "evaluations": []}, "time", 1) is None
+    assert learning_curves.loss_at(record, "time", 10) == pytest.approx(2)
+    assert learning_curves.loss_at(record, "time", 3.75) == pytest.approx(2.625)
+    assert learning_curves.loss_at(record, "flops", 300) == pytest.approx(2.25)
+    assert learning_curves.loss_at(record, "time", 0.1) == pytest.approx(2.75)
+    assert learning_curves.loss_at(record, "time", 12) is None
+    assert learning_curves.loss_at({**record, "evaluations": []}, "time", 1) is None
 
 
 def test_the_best_learning_rate_is_chosen_on_the_first_seed_alone() -> None:
     records = [run_record(rate=1.0, last=2.0), run_record(rate=2.0, last=1.9), run_record(rate=1.0, seed=1, last=1.0)]
-    assert learning.best_rates(records) == {("python", "plain", 0.0): 2.0}
+    assert learning_curves.best_rates(records) == {("python", "plain", 0.0): 2.0}
 
 
 def test_a_diverged_or_failed_run_is_never_the_best() -> None:
     failed = run_record(rate=2.0) | {"status": "failed", "evaluations": []}
     diverged = run_record(rate=3.0, last=math.nan)
-    assert learning.best_rates([failed, diverged, run_record(rate=1.0)]) == {("python", "plain", 0.0): 1.0}
+    assert learning_curves.best_rates([failed, diverged, run_record(rate=1.0)]) == {("python", "plain", 0.0): 1.0}
 
 
-def test_further_seeds_run_at_the_best_rate_and_reference_runs_once() -> None:
-    preset = learning.Preset(("python",), ("published",), (0.5,), (0, 1, 2), 10, 1, once=(("lisa", 0.5),))
-    firsts = learning.first_runs(preset, learning.variants) + learning.first_runs(preset, learning.rivals_run_once)
-    rates = tasks.task("python").learning_rates
-    assert {(r.method, r.learning_rate) for r in firsts} == {
-        (m, rate) for m in ("plain", "published", "lisa") for rate in rates
-    }
-    records = [run_record(r.method, r.drop_rate, rate=r.learning_rate, last=2 - r.learning_rate) for r in firsts]
-    further = learning.further_runs(preset, records)
+PRESET = learning_presets.Preset(
+    ("python",), ("published",), (0.5,), (0, 1, 2), 10, 1, others=(("lora", 0.0),), once=(("lisa", 0.5),)
+)
+
+
+def records_of(runs: list[learning_presets.Run], best: float) -> list[Record]:
+    """Runs whose loss is the less the nearer their learning rate is to the best one."""
+    last = [1 + abs(math.log(run.learning_rate / best)) / 10 for run in runs]
+    return [
+        run_record(run.method, run.drop_rate, run.seed, run.learning_rate, last=loss)
+        for run, loss in zip(runs, last, strict=True)
+    ]
+
+
+def test_further_seeds_run_at_the_best_rate_and_some_methods_with_one_seed_only() -> None:
+    firsts = learning_presets.first_runs(PRESET)
+    rates = {m: learning_presets.rates_for(tasks.task("python"), m) for m in ("plain", "published", "lora", "lisa")}
+    assert {(r.method, r.learning_rate) for r in firsts} == {(m, rate) for m in rates for rate in rates[m]}
+    further = learning_presets.further_runs(PRESET, records_of(firsts, best=1.0))
     assert {(r.method, r.seed, r.learning_rate) for r in further} == {
-        (m, seed, max(rates)) for m in ("plain", "published") for seed in (1, 2)
+        (m, seed, max(rates[m])) for m in ("plain", "published", "lora") for seed in (1, 2)
     }
+
+
+@pytest.mark.parametrize("best", [6e-3, 6e-5, 3e-4])
+def test_learning_rates_are_tried_until_the_best_lies_between_others(best: float) -> None:
+    runs = learning_presets.first_runs(PRESET)
+    while wider := learning_presets.wider_runs(PRESET, records_of(runs, best)):
+        assert not {(run.name) for run in wider} & {run.name for run in runs}
+        runs += wider
+    found = learning_curves.best_rates(records_of(runs, best))
+    tried = learning_curves.tried_rates(records_of(runs, best), 0)
+    assert found.keys() == tried.keys() and len(found) == 4
+    for key, rates in tried.items():
+        assert rates[0] < found[key] < rates[-1]
+        assert found[key] == min(rates, key=lambda rate: abs(math.log(rate / best)))
+
+
+def test_no_more_learning_rates_are_tried_than_the_preset_allows() -> None:
+    runs = learning_presets.first_runs(PRESET)
+    while wider := learning_presets.wider_runs(PRESET, records_of(runs, 1e9)):
+        runs += wider
+    assert {len(r) for r in learning_curves.tried_rates(records_of(runs, 1e9), 0).values()} == {PRESET.most_rates}
+
+
+def test_lora_is_no_rival_where_it_is_the_setting() -> None:
+    names = {name for name, _ in learning_presets.variants(PRESET, tasks.task("prose-lora"))}
+    assert names == {"plain", "published"}
+
+
+def test_tasks_that_a_preset_does_not_have_are_refused() -> None:
+    assert learning_presets.chosen_tasks(PRESET, None) == ("python",)
+    with pytest.raises(dropbp.DropBPError, match="no task 'prose'; it has python"):
+        learning_presets.chosen_tasks(PRESET, ["prose"])
+
+
+def test_time_to_a_loss_is_read_off_the_curve() -> None:
+    record = run_record()  # 2.75 after 2.5 steps, 2.5 after 5, 2.25 after 7.5, 2 after 10
+    assert learning_curves.time_to(record, 2.5) == pytest.approx(5)
+    assert learning_curves.time_to(record, 2.375) == pytest.approx(6.25)
+    assert learning_curves.time_to(record, 2.9) == 2.5
+    assert learning_curves.time_to(record, 1.9) is None
+    record["evaluations"][2]["loss"] = None
+    assert learning_curves.time_to(record, 2.25) == pytest.approx(7.5)
+
+
+def test_time_to_the_loss_of_plain_training_stands_in_the_table() -> None:
+    records = [run_record(), run_record("published", 0.5, last=1.0), run_record("lisa", 0.5, last=2.5)]
+    spare = {("plain", 0.0, False): 1.0, ("published", 0.5, False): 1.0, ("lisa", 0.5, False): 1.0}
+    made = learning_tables.entries([*records, times_record(spare)])
+    cells = {entry.method: learning_tables._time_to_plain(entry, made) for entry in made}
+    assert cells == {"plain": "-", "published": "0.50", "lisa": "never"}
 
 
 def test_step_ratio_is_over_plain_and_says_what_was_not_measured() -> None:
     times = times_record({("plain", 0.0, False): 2.0, ("exact", 0.5, False): 1.0})
-    assert learning.step_ratio([times], "exact", 0.5) == 0.5
+    assert learning_curves.step_ratio([times], "exact", 0.5) == 0.5
     with pytest.raises(dropbp.DropBPError, match=r"No step times of 'lisa' at drop rate 0\.5 are"):
-        learning.step_ratio([times], "lisa", 0.5)
+        learning_curves.step_ratio([times], "lisa", 0.5)
 
 
 def test_short_of_memory_what_does_not_fit_is_checkpointed() -> None:
     spare = {("plain", 0.0, False): 1.0, ("freezing", 0.5, False): 1.0, ("nested shelf", 0.5, False): 1.0}
     short = {("plain", 0.0, False): 1.0, ("plain", 0.0, True): 4 / 3, ("nested shelf capped", 0.5, False): 4 / 3}
     records = [run_record(), run_record("freezing", 0.5), run_record("nested shelf", 0.5)]
-    records += [times_record(spare, {"freezing": 0.5}), times_record(short, kind=learning.SHORT_OF_MEMORY)]
+    records += [times_record(spare, {"freezing": 0.5}), times_record(short, kind=learning_curves.SHORT_OF_MEMORY)]
     plain, freezing, nested = learning_tables.entries(records)
     assert plain.losses_short_of_memory() == {0: pytest.approx(2.25)}
     assert freezing.losses_short_of_memory() == {0: pytest.approx(2)}
@@ -151,7 +211,7 @@ def test_tables_stand_between_their_markers_and_leave_the_rest(tmp_path: Path) -
     learning_tables.write([run_record(), times_record({("plain", 0.0, False): 1.0})], tmp_path)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| plain | - | 0.001 | 1.00 | 1.00 | 2.250 | 2.000 | - | - |" in text
+    assert "| plain | - | 0.001 | 1.00 | 1.00 | 2.250 | 2.000 | - | - | - |" in text
     assert (tmp_path / "img" / "learning.png").stat().st_size > 1000
 
 
@@ -164,16 +224,16 @@ def test_tables_of_nothing_say_what_to_run(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> learning.Preset:
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> learning_presets.Preset:
     """A preset of seconds: a base that was hardly trained, kept in a cache of its own."""
     base = tasks.Base(layers=2, width=32, heads=2, sequence_length=16, batch_size=2, steps=2, corpus_bytes=50_000)
     monkeypatch.setattr(tasks, "BASE", base)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return learning.Preset(("c-accumulated",), ("freezing", "nested shelf"), (0.5,), (0, 1), 3, 2)
+    return learning_presets.Preset(("c-accumulated",), ("freezing", "nested shelf"), (0.5,), (0, 1), 3, 2, most_rates=2)
 
 
 def test_a_preset_runs_resumes_and_keeps_failures(
-    tiny: learning.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: learning_presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "results"
     learning.run_preset(tiny, folder, resume=True)
@@ -197,25 +257,59 @@ def failing(*_: object) -> None:
 
 
 def test_a_cancelled_run_is_kept_as_such(
-    tiny: learning.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: learning_presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(learning, "step_times", lambda *_: times_record({("plain", 0.0, False): 1.0}))
+    spare = {("plain", 0.0, False): 1.0, ("freezing", 0.5, False): 1.0, ("nested shelf", 0.5, False): 1.0}
+    monkeypatch.setattr(learning, "step_times", lambda *_: times_record(spare))
     monkeypatch.setattr(learning, "Trainer", interrupted)
     with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
         learning.run_preset(tiny, tmp_path, resume=True)
-    statuses = [r["status"] for r in learning.read(tmp_path) if r["kind"] == "run"]
+    statuses = [r["status"] for r in learning_curves.read(tmp_path) if r["kind"] == "run"]
     assert statuses == ["cancelled"]
 
 
-def test_the_same_seed_gives_the_same_run_and_touches_no_global_state(tiny: learning.Preset) -> None:
-    run = learning.Run("c-accumulated", "published", 0.5, 1e-3, 0, 3)
+def test_the_same_seed_gives_the_same_run_and_touches_no_global_state(tiny: learning_presets.Preset) -> None:
+    run = learning_presets.Run("c-accumulated", "published", 0.5, 1e-3, 0, 3)
     before = torch.random.get_rng_state()
     first, again = (learning.train(run, 0.7) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first["losses"] == again["losses"] and len(first["losses"]) >= 5
+
+
+def test_a_step_that_leaves_out_every_block_of_adapters_trains_nothing(tiny: learning_presets.Preset) -> None:
+    trainer = learning.Trainer(learning_presets.Run("prose-lora", "layerdrop", 0.5, 1e-3, 0, 3))
+    trainer.method.keep_rates = lambda: [0.0] * len(trainer.method.skips)  # type: ignore[attr-defined]
+    before = [p.detach().clone() for p in trainer.trained]
+    assert trainer.step([torch.zeros(2, 16, dtype=torch.long)]) > 0
+    assert trainer.steps == 1 and all(torch.equal(a, b) for a, b in zip(before, trainer.trained, strict=True))
+
+
+def test_what_needs_more_memory_is_timed_with_checkpointing_too(
+    tiny: learning_presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[int, list[learning_curves.Variant]] = {}
+
+    def step_times(task: str, variants: list[learning_curves.Variant], rounds: int) -> Record:
+        asked[len(asked)] = variants
+        saved = {"plain": 1.0, "freezing": 0.5, "nested shelf": 1.0, "lisa": 0.8}
+        record = times_record(dict.fromkeys(variants, 1.0), saved)
+        return record | {"config": {"task": task}}
+
+    monkeypatch.setattr(learning, "step_times", step_times)
+    preset = learning_presets.Preset(("c-accumulated",), tiny.methods, (0.5,), (0,), 3, 2, others=(("lisa", 0.5),))
+    learning._measured_times(preset, "c-accumulated", tmp_path, resume=True)
+    assert set(asked[0]) == {
+        (name, rate, False) for name, rate in learning_presets.variants(preset, tasks.task("python"))
+    }
+    assert set(asked[1]) == {
+        ("plain", 0.0, False),
+        ("plain", 0.0, True),
+        ("nested shelf capped", 0.5, False),
+        ("lisa", 0.5, True),
+    }
 
 
 def test_a_run_that_ends_before_plain_training_by_newer_step_times_is_run_anew(tmp_path: Path) -> None:

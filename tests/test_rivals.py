@@ -18,7 +18,7 @@ from dropbp.integrations.embedded import Base, new_model
 
 SMALL = Base(layers=4, width=32, heads=2, sequence_length=16)
 NAMES = [
-    *(name for name in rivals.METHODS if learning.CAPPED not in name),
+    *(name for name in rivals.METHODS if "capped" not in name),
     "nested geometric",
     "nested plateau:0.1",
     "nested freeze every 4",
