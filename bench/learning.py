@@ -89,7 +89,11 @@ class Trainer:
         if checkpointing:
             cast(Any, self.model).gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.costs = Costs.counted(self.model, task.batch_size // task.micro_batches)
+        size = task.batch_size // task.micro_batches
+        self.costs = plain = Costs.counted(self.model, size)
+        if run.method == "lora":  # what it stands beside is no LoRA
+            plain = Costs.counted(tasks.model_for(task, run.seed), size)
+        self.plain_step_flops = plain.of(rivals.Work()) * task.micro_batches
         self.method = rivals.method(run.method, self.model, run.drop_rate, run.seed, steps or run.plain_steps)
         groups = self.method.groups(run.learning_rate)
         self.optimizer = torch.optim.AdamW(groups, run.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
@@ -207,8 +211,7 @@ def _train(
     record: Record,
     progress: Callable[[int], None],
 ) -> None:
-    micro_batches = tasks.task(run.task).micro_batches
-    budget = trainer.costs.of(rivals.Work()) * micro_batches * run.plain_steps
+    budget = trainer.plain_step_flops * run.plain_steps
     equal_time = run.plain_steps / step_ratio
     every = equal_time / CURVE_POINTS
     record |= {"step_ratio": step_ratio, "flops_budget": budget, "equal_time_steps": equal_time}

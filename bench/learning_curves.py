@@ -75,7 +75,7 @@ def short_of_memory(method: str, drop_rate: float) -> Variant:
 
 
 def loss_at(record: Record, axis: str, value: float) -> float | None:
-    """Validation loss where the run had used `value` of "time" (in plain steps) or "flops"; None if it never did.
+    """Validation loss where the run had used `value` of "flops", "step" or "time" (in plain steps); None if it did not.
 
     Linear between the two evaluations around it; before the first one that one's.
     """

@@ -1,7 +1,7 @@
 """Tables and the plot of the learning bench, from its JSON files alone.
 
 Every figure is a validation loss (nats per byte) with the standard deviation over seeds, read from a run's curve at
-the same FLOPs or the same time as plain training; each method stands at the learning rate that served it best.
+the same steps, FLOPs or time as plain training; each method stands at the learning rate that served it best.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ COLUMNS = (
     "lr",
     "step time",
     "memory",
+    "equal steps",
     "equal FLOPs",
     "equal time",
     "against plain",
@@ -90,7 +91,7 @@ class Entry:
         return learning_curves.memory_share(self.times, self.method, self.drop_rate)
 
     def losses(self, axis: str, share: float = 1.0) -> dict[int, float]:
-        """Validation loss by seed, where the run had used `share` of plain training's time or FLOPs."""
+        """Validation loss by seed, where the run had used `share` of plain training's time, FLOPs or steps."""
         found = {seed: learning_curves.loss_at(run, axis, share * budget(run, axis)) for seed, run in self._timed()}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
@@ -129,8 +130,8 @@ class Entry:
 
 
 def budget(run: Record, axis: str) -> float:
-    """What plain training uses: its steps as the unit of time, or FLOPs."""
-    return float(run["config"]["plain_steps"] if axis == "time" else run["flops_budget"])
+    """What plain training uses: FLOPs, or its steps, which are the unit of time too."""
+    return float(run["flops_budget"] if axis == "flops" else run["config"]["plain_steps"])
 
 
 def entries(records: Sequence[Record]) -> list[Entry]:
@@ -212,6 +213,7 @@ def _cells(entry: Entry, made: Sequence[Entry]) -> tuple[str, ...]:
         f"{entry.learning_rate:g}",
         f"{entry.step_ratio:.2f}",
         f"{entry.memory_share:.2f}",
+        _figure(entry.losses("step")),
         _figure(entry.losses("flops")),
         _figure(entry.losses("time")),
         _against(entry, made, "plain", 0.0),

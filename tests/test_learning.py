@@ -211,7 +211,7 @@ def test_tables_stand_between_their_markers_and_leave_the_rest(tmp_path: Path) -
     learning_tables.write([run_record(), times_record({("plain", 0.0, False): 1.0})], tmp_path)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| plain | - | 0.001 | 1.00 | 1.00 | 2.250 | 2.000 | - | - | - |" in text
+    assert "| plain | - | 0.001 | 1.00 | 1.00 | 2.000 | 2.250 | 2.000 | - | - | - |" in text
     assert (tmp_path / "img" / "learning.png").stat().st_size > 1000
 
 
@@ -277,6 +277,17 @@ def test_the_same_seed_gives_the_same_run_and_touches_no_global_state(tiny: lear
     first, again = (learning.train(run, 0.7) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first["losses"] == again["losses"] and len(first["losses"]) >= 5
+
+
+def test_lora_beside_full_fine_tuning_has_the_flops_of_full_fine_tuning(tiny: learning_presets.Preset) -> None:
+    plain, lora = (
+        learning.Trainer(learning_presets.Run("c-accumulated", method, 0.0, 1e-3, 0, 3)) for method in ("plain", "lora")
+    )
+    windows = [torch.zeros(4, 16, dtype=torch.long)] * 2
+    plain.step(windows)
+    lora.step(windows)
+    assert lora.plain_step_flops == plain.plain_step_flops == pytest.approx(plain.flops)
+    assert lora.flops < plain.flops
 
 
 def test_a_step_that_leaves_out_every_block_of_adapters_trains_nothing(tiny: learning_presets.Preset) -> None:
