@@ -943,4 +943,7 @@ def run_group(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_group(sys.argv[1]))
+    failed = run_group(sys.argv[1])
+    sys.stdout.flush()
+    # An autograd thread that still lets go of its graph aborts in an interpreter that is being taken down.
+    os._exit(failed)
