@@ -17,14 +17,11 @@ import dataclasses
 import json
 import logging
 import math
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,6 +60,7 @@ from .learning_presets import (
     variants,
     wider_runs,
 )
+from .records import now, versions
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +72,6 @@ WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 CURVE_POINTS = 6
 RIVAL_LORA_RANK = 8
-_PACKAGES = ("dropbp", "torch", "transformers", "peft")
 
 
 # -- one training step
@@ -199,7 +196,7 @@ def train(run: Run, step_ratio: float, progress: Callable[[int], None] = lambda 
         record |= {"status": "failed", "error": traceback.format_exc(limit=-3)}
     except KeyboardInterrupt:
         logger.warning("%s was cancelled", run.name)
-    return record | {"finished": _now()}
+    return record | {"finished": now()}
 
 
 def _train(
@@ -258,7 +255,7 @@ def step_times(task_name: str, variants: Sequence[Variant], rounds: int, seed: i
                 row["wall_s"].append(round(wall_s, 5))
     for trainer, row in zip(trainers, rows, strict=True):
         row["saved_mib"] = [round(_saved_mib(trainer, next(stream)), 3) for _ in range(4)]
-    return record | {"rows": rows, "status": "finished", "finished": _now()}
+    return record | {"rows": rows, "status": "finished", "finished": now()}
 
 
 def _timed(trainer: Trainer, window: Sequence[Tensor]) -> tuple[float, float]:
@@ -286,22 +283,18 @@ def _saved_mib(trainer: Trainer, window: Sequence[Tensor]) -> float:
 
 
 def _header(kind: str, run: Run) -> Record:
-    versions = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     device = {**get_device("cpu").describe(), "threads": torch.get_num_threads()}
     settings = {"warmup_steps": WARMUP_STEPS, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM}
     config = {**asdict(run), "optimizer": "AdamW", **settings, "base": asdict(tasks.BASE)}
     config["task_settings"] = asdict(tasks.task(run.task))
-    return {"schema": SCHEMA, "kind": kind, "config": config, "versions": versions, "device": device, "started": _now()}
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(PackageNotFoundError):
-        return version(package)
-    return None
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "config": config,
+        "versions": versions(),
+        "device": device,
+        "started": now(),
+    }
 
 
 def write(record: Record, path: Path) -> None:
