@@ -20,8 +20,8 @@ from torch import nn
 from dropbp.device import JSON, Availability, DeviceDefaults
 from dropbp.errors import DeviceError
 
-# Lazy: with marks around each layer, and the optimizer and clipping cut by branch (`dropbp.grouping`), no graph depends
-# on the whole mask and no skipped parameter moves. Eager: nothing is recorded, so nothing needs a mark.
+# Lazy: with marks around each layer, and the optimizer and clipping cut by branch (`dropbp.lazy.grouping`), no graph
+# depends on the whole mask and no skipped parameter moves. Eager: nothing is recorded, so nothing needs a mark.
 DEFAULTS = {
     "lazy": DeviceDefaults(boundary="layer", group_parameters=True),
     "eager": DeviceDefaults(),

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dropbp.cli.rows import Row, read_rows
 from dropbp.device import get_device
 from dropbp.errors import ConfigError, MissingDependencyError
-from dropbp.integrations.files import write_text
-from dropbp.integrations.rows import Row, read_rows
+from dropbp.files import write_text
 
 from . import records
 from .options import add_run_arguments, settle
@@ -171,7 +171,7 @@ _RECORDED = ("data", "tuning", "drop_rate", "epochs", "max_steps", "tasks", "lim
 
 
 def _finetune(args: argparse.Namespace, folder: Path) -> str:
-    from dropbp.integrations import finetune
+    from dropbp.cli import finetune
 
     data = folder / "data.jsonl"
     write_text(data, "".join(json.dumps(row) + "\n" for row in load_data(args.data, args.source)))

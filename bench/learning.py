@@ -12,7 +12,6 @@ time over plain training's, both measured in turns in one process, so that a bus
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
@@ -32,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from dropbp.device import get_device
-from dropbp.integrations.files import write_text
+from dropbp.files import write_text
 
 from . import rivals, tasks
 from .learning_curves import (

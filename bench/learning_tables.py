@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dropbp.cli.figures import new_figure, save_figure
 from dropbp.errors import ConfigError
-from dropbp.integrations.figures import new_figure, save_figure
-from dropbp.integrations.files import write_text
+from dropbp.files import write_text
 
 from . import learning, learning_curves, tasks
 

@@ -152,7 +152,7 @@ def _steps(net: Net, x: torch.Tensor, prepare: Callable[[Net], None], handle: An
 
 def _draw_ms(branches: int, drop_rate: float, masks: str, steps: int) -> float:
     """The mean: several masks are drawn at once."""
-    from dropbp.masks import Sampler
+    from dropbp.masks.samplers import Sampler
 
     sampler, start = Sampler(masks, [drop_rate] * branches, [1.0] * branches), time.thread_time()
     for step in range(steps):

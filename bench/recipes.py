@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dropbp.errors import ConfigError, DropBPError
-from dropbp.integrations.files import write_text
+from dropbp.files import write_text
 
 from . import recipes_tables
 from .options import progress

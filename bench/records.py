@@ -19,7 +19,7 @@ from typing import Any
 
 from dropbp.device import Device
 from dropbp.errors import ConfigError
-from dropbp.integrations.files import write_text
+from dropbp.files import write_text
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import dropbp
-from dropbp.masks import Mask, Sampler
+from dropbp.masks.samplers import Mask, Sampler
 
 
 class DetachedBranches:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 import dropbp
-from dropbp.allocation import depth_rates
-from dropbp.branches import Branch
+from dropbp.discovery.structure import Branch
 from dropbp.errors import ConfigError
+from dropbp.masks.rates import depth_rates
 
 
 class Work(NamedTuple):
@@ -363,7 +363,7 @@ def method(name: str, model: nn.Module, drop_rate: float, seed: int, steps: int)
     """The method `name` on a model.
 
     Args:
-        name: one of `METHODS`; or "nested PROFILE", a profile of `dropbp.allocation.depth_rates` or "plateau:SHARE",
+        name: one of `METHODS`; or "nested PROFILE", a profile of `dropbp.masks.rates.depth_rates` or "plateau:SHARE",
             then, where wanted, "every K" (a mask is kept for K forwards; else for an optimizer step), "per-forward",
             "capped" (no step keeps more than 1 - drop_rate of the activations: deeper blocks are checkpointed),
             "slow-deep" (learning rates in proportion to 1 - rate, see `DropBP`) and

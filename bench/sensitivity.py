@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import dropbp
+from dropbp.cli.corpus import english_prose, source_code
+from dropbp.cli.embedded import train_briefly
 from dropbp.device import get_device
-from dropbp.integrations.corpus import english_prose, source_code
-from dropbp.integrations.embedded import train_briefly
-from dropbp.integrations.files import write_text
+from dropbp.files import write_text
 
 from . import records
 from .options import add_run_arguments, progress, settle

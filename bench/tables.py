@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dropbp.cli.figures import new_figure, save_figure
 from dropbp.errors import ConfigError
-from dropbp.integrations.figures import new_figure, save_figure
-from dropbp.integrations.files import write_text
+from dropbp.files import write_text
 
 from . import paper, records
 from .derive import Figures, backward_shares, clocks_of, figures, grown, length_ratios, share_error

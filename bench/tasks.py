@@ -1,6 +1,6 @@
 """Small fine-tuning tasks made from what ships with every CPython: a base that knows some Python, and other text.
 
-The base is a small byte-level Llama (`dropbp.integrations.embedded`), trained briefly on a part of the standard
+The base is a small byte-level Llama (`dropbp.cli.embedded`), trained briefly on a part of the standard
 library and kept in the user's cache. A task is a text of another kind, how far it is from the base's, and how it is
 fine-tuned: all parameters or LoRA, one batch a step or several micro-batches. Splits, batches and validation windows
 follow from the seed alone, so that all methods of a comparison see the same bytes in the same order.
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dropbp.cli.corpus import digest, english_prose
+from dropbp.cli.embedded import Base, base_folder, cached_base, new_model
 from dropbp.errors import ConfigError
-from dropbp.integrations.corpus import digest, english_prose
-from dropbp.integrations.embedded import Base, base_folder, cached_base, new_model
 
 BASE = Base(
     layers=8,

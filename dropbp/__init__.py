@@ -13,10 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dropbp.allocation import allocate as allocate
-    from dropbp.analysis import analyze as analyze
-    from dropbp.branches import Branch as Branch
-    from dropbp.discovery import discover as discover
+    from dropbp.discovery.discover import discover as discover
+    from dropbp.discovery.structure import Branch as Branch
     from dropbp.errors import ConfigError as ConfigError
     from dropbp.errors import DeviceError as DeviceError
     from dropbp.errors import DiscoveryError as DiscoveryError
@@ -24,7 +22,9 @@ if TYPE_CHECKING:
     from dropbp.errors import MissingDependencyError as MissingDependencyError
     from dropbp.errors import ResourceError as ResourceError
     from dropbp.errors import StateError as StateError
-    from dropbp.planning import plan as plan
+    from dropbp.estimate.analysis import analyze as analyze
+    from dropbp.estimate.plan import plan as plan
+    from dropbp.masks.rates import allocate as allocate
     from dropbp.regional import compile_blocks as compile_blocks
     from dropbp.session import Handle as Handle
     from dropbp.session import disable as disable
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "allocate": "dropbp.allocation",
-    "Branch": "dropbp.branches",
-    "analyze": "dropbp.analysis",
+    "allocate": "dropbp.masks.rates",
+    "Branch": "dropbp.discovery.structure",
+    "analyze": "dropbp.estimate.analysis",
     "ConfigError": "dropbp.errors",
     "DeviceError": "dropbp.errors",
     "DiscoveryError": "dropbp.errors",
@@ -43,11 +43,11 @@ _HOMES = {
     "MissingDependencyError": "dropbp.errors",
     "ResourceError": "dropbp.errors",
     "StateError": "dropbp.errors",
-    "plan": "dropbp.planning",
+    "plan": "dropbp.estimate.plan",
     "compile_blocks": "dropbp.regional",
     "Handle": "dropbp.session",
     "disable": "dropbp.session",
-    "discover": "dropbp.discovery",
+    "discover": "dropbp.discovery.discover",
     "enable": "dropbp.session",
 }
 

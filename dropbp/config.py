@@ -21,10 +21,10 @@ class Config:
 
     Attributes:
         drop_rate: share of the branches' FLOPs whose backward is skipped, 0 <= drop_rate < 1.
-        masks: name of the coupling masks are drawn from; see `dropbp.masks.couplings()`.
+        masks: name of the coupling masks are drawn from; see `dropbp.masks.samplers.couplings()`.
         seed: of the masks; the same on every rank.
         rates: each branch's drop rate to begin with: `uniform` (all `drop_rate`), a depth profile of
-            `dropbp.allocation.depth_rates`, a sequence of numbers, or `auto`: what suits the coupling.
+            `dropbp.masks.rates.depth_rates`, a sequence of numbers, or `auto`: what suits the coupling.
         max_rate: no branch is dropped more often; None leaves it to the allocation.
         resample: when a new mask is drawn: `forward` (each training forward), `step` (when `handle.resample()` is
             called, once per optimizer step), or an integer K (every K training forwards).

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from dropbp.compiling import compiled_code_off
+from dropbp._torch import compiled_code_off
 
 TensorOwner: TypeAlias = "torch.Tensor | nn.Module | torch.optim.Optimizer"
 

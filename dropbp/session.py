@@ -20,29 +20,29 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dropbp.allocation import allocate
-from dropbp.blocks import CheckpointBypass
-from dropbp.books import STATE_VERSION, Books, Mask, checked_state, read_state, table
-from dropbp.branches import Branch
 from dropbp.checks import check_lengths, checked_rates, checked_share, listed, short
 from dropbp.config import Config, make_config
-from dropbp.cut import Cut
 from dropbp.device import Device, get_device
-from dropbp.discovery import Findings, checked_module, find, unwrapped
-from dropbp.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
-from dropbp.drawing import Drawing, bits
+from dropbp.discovery.discover import Findings, checked_module, find, unwrapped
+from dropbp.discovery.structure import Branch
+from dropbp.engine.checkpointing import CheckpointBypass
+from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
+from dropbp.engine.install import put_in_place, rehearsal
+from dropbp.engine.integrity import Watch, last_modules
+from dropbp.engine.parameters import Parameters
+from dropbp.engine.plans import Plans
+from dropbp.engine.runtime import Plan, RootState, Runtime
+from dropbp.engine.truncation import Cut
 from dropbp.errors import ConfigError, StateError
 from dropbp.flops import Shape, shape_of
-from dropbp.grouping import ParameterGroup
-from dropbp.installation import put_in_place, rehearsal
-from dropbp.masks import couplings
-from dropbp.online import Online, own_squares
-from dropbp.parameters import Parameters
-from dropbp.plans import Plans
-from dropbp.profiles import Profile
-from dropbp.replaced import Watch, last_modules
-from dropbp.runtime import Plan, RootState, Runtime
-from dropbp.sensitivity import Calibration, Closure, measure
+from dropbp.lazy.grouping import ParameterGroup
+from dropbp.masks.books import STATE_VERSION, Books, Mask, checked_state, read_state, table
+from dropbp.masks.drawing import Drawing, bits
+from dropbp.masks.profiles import Profile
+from dropbp.masks.rates import allocate
+from dropbp.masks.samplers import couplings
+from dropbp.sensitivity.measure import Calibration, Closure, measure
+from dropbp.sensitivity.online import Online, own_squares
 
 
 def enable(
@@ -69,7 +69,7 @@ def enable(
             model's own, so move the model first. The model is not moved.
         masks: how branches fall together. `nested`: each step trains the top of the model down to a random depth, with
             exact gradients; the budget holds on average. `exact`: any set of branches, within one branch of the budget
-            in every step. `independent` (the paper's), `cyclic`, `pool`: see `dropbp.masks`.
+            in every step. `independent` (the paper's), `cyclic`, `pool`: see `dropbp.masks.samplers`.
         seed: of the masks.
         example_inputs: a dict of keyword arguments, a tuple of positional ones, or one tensor, that the model accepts.
             Not needed where the model says what it takes (transformers); FLOPs are then counted for these shapes.
@@ -331,7 +331,7 @@ class Handle:
     def group_parameters(self, groups: Iterable[ParameterGroup] | None = None) -> list[ParameterGroup]:
         """Parameter groups for an optimizer, in each of which either all parameters are skipped in a step or none.
 
-        On a lazy device the work on each group is then the same whatever the mask; see `dropbp.grouping`.
+        On a lazy device the work on each group is then the same whatever the mask; see `dropbp.lazy.grouping`.
 
         Args:
             groups: the groups as they would be without DropBP, whose options are kept; None makes one of all

@@ -48,7 +48,7 @@ def make_trainer(args: argparse.Namespace) -> Any:
     """GaudiTrainer with fused AdamW and clipping, and with DropBP."""
     from optimum.habana import GaudiConfig
 
-    from dropbp.integrations.models import load_tokenizer
+    from dropbp.cli.models import load_tokenizer
     from dropbp.integrations.optimum_habana import DropBPGaudiTrainer
 
     tokenizer = load_tokenizer(args.model)
@@ -68,7 +68,7 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from dropbp.integrations.models import load_model
+    from dropbp.cli.models import load_model
 
     model = load_model(args.model, torch.bfloat16)
     model.config.use_cache = False
@@ -105,8 +105,8 @@ def training_arguments(args: argparse.Namespace) -> Any:
 
 def read_examples(args: argparse.Namespace, tokenizer: Any) -> Any:
     """Alpaca, Dolly, chats, prompt and completion, or plain text: what it is, the columns tell."""
-    from dropbp.integrations.examples import Encoder, encode_rows
-    from dropbp.integrations.rows import read_rows
+    from dropbp.cli.examples import Encoder, encode_rows
+    from dropbp.cli.rows import read_rows
 
     return encode_rows(read_rows(args.dataset), Encoder(tokenizer, args.max_length), iter).examples
 
@@ -115,7 +115,7 @@ def pad(examples: Sequence[dict[str, list[int]]], length: int, padding_id: int) 
     """A batch of one shape, whatever the examples: all three tensors are `(batch, length)`."""
     import torch
 
-    from dropbp.integrations.examples import IGNORED
+    from dropbp.cli.examples import IGNORED
 
     def rows(key: str, filler: int) -> torch.Tensor:
         return torch.tensor([e[key] + [filler] * (length - len(e[key])) for e in examples])

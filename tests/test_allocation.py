@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
-from dropbp.allocation import METHODS, PROFILES, allocate, depth_rates, monotone
 from dropbp.errors import ConfigError
+from dropbp.masks.rates import METHODS, PROFILES, allocate, depth_rates, monotone
 from tests.reference import ResidualNet, gradient_norm_sensitivities, greedy_rates
 
 settings.register_profile("untimed", deadline=None)  # timing never decides a test

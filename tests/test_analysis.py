@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import dropbp
-from dropbp import cli
-from dropbp.analysis import Estimator
-from dropbp.discovery import find
+from dropbp.cli import main as cli
+from dropbp.cli.analysis import path_table, plot, way_table
+from dropbp.discovery.discover import find
 from dropbp.errors import ConfigError, StateError
-from dropbp.integrations.analysis import path_table, plot, way_table
-from dropbp.paths import Paths, path_lengths
+from dropbp.estimate.analysis import Estimator
+from dropbp.estimate.paths import Paths, path_lengths
 from tests import trained
 from tests.engine_models import tokens
 
@@ -187,7 +187,7 @@ def test_what_makes_no_sense_is_refused():
 
 
 def test_the_command_prints_tables_and_writes_json_and_plot(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dropbp.integrations.analysis.TOY_DRAWS", 4)
+    monkeypatch.setattr("dropbp.cli.analysis.TOY_DRAWS", 4)
     file, image = tmp_path / "analysis.json", tmp_path / "analysis.png"
     sizes = ["--layers", "1", "--width", "16", "--steps", "2", "--samples", "2", "--draws", "2"]
     assert cli.main(["analyze", *sizes, "--output", str(file), "--plot", str(image)]) == 0

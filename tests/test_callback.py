@@ -12,9 +12,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from dropbp.cli.examples import collate
 from dropbp.device import dynamo_graph_count
 from dropbp.errors import ConfigError, StateError
-from dropbp.integrations.examples import collate
 from dropbp.integrations.replay import LossReplay
 from dropbp.integrations.transformers import STATE_FILE, DropBPCallback
 from tests.tiny import make_model, make_tokenizer, random_examples, save_model

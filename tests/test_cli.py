@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import dropbp
-from dropbp import cli
+from dropbp.cli import main as cli
 from dropbp.errors import ConfigError
 from tests.tiny import save_model
 
@@ -41,7 +41,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        f"import sys\nfrom dropbp.cli import main\n"
+        f"import sys\nfrom dropbp.cli.main import main\n"
         f"try: main({arguments!r})\nexcept SystemExit as end: assert not end.code\n"
         f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\nassert not loaded, loaded"
     )

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from torch._dynamo import eval_frame
 
-from dropbp.compiling import compiled_code_off
+from dropbp._torch import compiled_code_off
 from dropbp.memory import track_tensor_bytes
 
 

@@ -524,7 +524,7 @@ def test_hpu_whose_software_is_broken_says_how() -> None:
 def test_importing_and_loading_adapters_touches_neither_gaudi_nor_dynamo() -> None:
     result = run_python("""
         import sys
-        import dropbp.device, dropbp.memory, dropbp.grouping
+        import dropbp.device, dropbp.memory, dropbp.lazy.grouping
         for name in dropbp.device.BUILT_IN_DEVICES:
             dropbp.device._factory(name)
         assert dropbp.device.get_device("cpu").compile_count() == 0

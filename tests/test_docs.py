@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import dropbp
-from dropbp import masks
+from dropbp.masks import samplers as masks
 from tests.engine_models import llama_loss, tiny_llama, tokens
 
 ROOT = Path(__file__).resolve().parents[1]

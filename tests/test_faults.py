@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dropbp.errors import ResourceError, as_resource_error
-from dropbp.integrations.files import fault_of, last_whole_checkpoint, new_file, write_text
+from dropbp.files import fault_of, last_whole_checkpoint, new_file, write_text
 from tests.reliability.registry import CHECKS, FAULTS
 
 SLOW = {"kill"}  # in tests/test_killed.py, so that the two files can run side by side

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dropbp.cli import main
+from dropbp.cli import causal_lm, corpus, demo, embedded, report, training
+from dropbp.cli.examples import IGNORED, Encoder, Example, collate, encode_rows, pack
+from dropbp.cli.main import main
+from dropbp.cli.rows import read_rows
 from dropbp.errors import ConfigError
-from dropbp.integrations import causal_lm, corpus, demo, embedded, report, training
-from dropbp.integrations.examples import IGNORED, Encoder, Example, collate, encode_rows, pack
-from dropbp.integrations.rows import read_rows
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer, save_model, sums, write_jsonl
 
 SMALL = ["--batch-size", "2", "--gradient-accumulation", "2", "--max-length", "128", "--device", "cpu"]

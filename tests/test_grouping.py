@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dropbp.grouping import clip_grad_norm_grouped, group_parameters_by_branch, step_by_group, zero_fill_gradients
+from dropbp.lazy.grouping import clip_grad_norm_grouped, group_parameters_by_branch, step_by_group, zero_fill_gradients
 
 WIDTH = 4
 

@@ -108,7 +108,7 @@ def make_optimizer(handle: Any, *, grouped: bool = True) -> torch.optim.Optimize
 
 def step(handle: Any, optimizer: torch.optim.Optimizer, micro_batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """One optimizer step as a lazy device likes it. Nothing is read back to the host."""
-    from dropbp.grouping import clip_grad_norm_grouped, step_by_group
+    from dropbp.lazy.grouping import clip_grad_norm_grouped, step_by_group
 
     boundary, losses = handle.device.step_boundary, []
     for tokens in micro_batches:

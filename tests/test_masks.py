@@ -21,10 +21,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropbp import masks
-from dropbp.allocation import PROFILES, allocate, depth_rates
 from dropbp.errors import ConfigError
-from dropbp.masks import Draws, Sampler, couplings, realised_rate, register_coupling
+from dropbp.masks import samplers as masks
+from dropbp.masks.rates import PROFILES, allocate, depth_rates
+from dropbp.masks.samplers import Draws, Sampler, couplings, realised_rate, register_coupling
 from tests.reference import independent_mask
 
 settings.register_profile("untimed", deadline=None)  # timing never decides a test

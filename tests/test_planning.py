@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
-from dropbp import cli
+from dropbp.cli import main as cli
 from dropbp.errors import ConfigError, StateError
-from dropbp.footprint import largest_within
+from dropbp.estimate.footprint import largest_within
+from dropbp.estimate.stepcost import Costs, Share
 from dropbp.memory import track_tensor_bytes
-from dropbp.stepcost import Costs, Share
 from tests import trained
 from tests.engine_models import plain_net, tiny_llama
 from tests.tiny import save_model

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 import dropbp
-from dropbp.rehearsal import MAX_FORWARDS, Layer, Rehearsal
+from dropbp.lazy.warmup import MAX_FORWARDS, Layer, Rehearsal
 from tests.engine_models import llama_loss, tiny_llama
 
 BRANCHES = 8

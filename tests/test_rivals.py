@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
-from dropbp.integrations.embedded import Base, new_model
+from dropbp.cli.embedded import Base, new_model
 
 SMALL = Base(layers=4, width=32, heads=2, sequence_length=16)
 NAMES = [

@@ -19,7 +19,7 @@ from torch import nn
 
 import dropbp
 from dropbp.errors import ConfigError, StateError
-from dropbp.onepass import Observation
+from dropbp.sensitivity.onepass import Observation
 from tests import trained
 from tests.engine_models import llama_loss, plain_batch, plain_net, tiny_llama, tokens
 from tests.reference import ResidualNet, gradient_norm_sensitivities

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbp.integrations.corpus import source_code
-from dropbp.integrations.embedded import train_briefly
+from dropbp.cli.corpus import source_code
+from dropbp.cli.embedded import train_briefly
 
 ROWS, LENGTH, VOCABULARY = 8, 32, 256
 

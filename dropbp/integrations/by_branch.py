@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dropbp.grouping import ParameterGroup, clip_grad_norm_grouped, marked_groups
+from dropbp.lazy.grouping import ParameterGroup, clip_grad_norm_grouped, marked_groups
 from dropbp.session import Handle
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from torch import nn
 
 from dropbp.device import get_device
 from dropbp.errors import ConfigError, MissingDependencyError, StateError
+from dropbp.files import write_text
 from dropbp.integrations.by_branch import ByBranch, is_sharded
-from dropbp.integrations.files import write_text
 from dropbp.integrations.replay import LossReplay
 from dropbp.regional import compile_blocks
 from dropbp.session import Handle, enable

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dropbp
-from dropbp.integrations.examples import collate
+from dropbp.cli.examples import collate
 from dropbp.integrations.transformers import DropBPCallback
 from tests.compatibility.models import build, trained_values
 from tests.tiny import make_tokenizer, random_examples

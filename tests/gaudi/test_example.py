@@ -20,7 +20,7 @@ EXAMPLE = ROOT / "examples" / "gaudi_llama3_8b_lora.py"
 def tiny_model(tmp_path: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dropbp.integrations.embedded import byte_tokenizer
+    from dropbp.cli.embedded import byte_tokenizer
 
     tokenizer, folder = byte_tokenizer(), tmp_path / "model"
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 
 import torch
 
-from dropbp.integrations.files import write_text
+from dropbp.files import write_text
 from tests.reliability.page import PAGE, RESULTS, page
 from tests.reliability.registry import CHECKS
 

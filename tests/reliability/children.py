@@ -85,7 +85,7 @@ def _run(target: Callable[..., int | None], arguments: tuple[Any, ...], log: Pat
 def _command(arguments: list[str], folder: Path, file_limit: int | None) -> int:
     import resource
 
-    from dropbp.cli import main
+    from dropbp.cli.main import main
 
     os.chdir(folder)
     if file_limit is not None:

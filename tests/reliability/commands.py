@@ -59,7 +59,7 @@ class Traceback(AssertionError):
 
 def run(arguments: list[str]) -> tuple[int, str]:
     """Status and standard error of a command, in this process."""
-    from dropbp.cli import main
+    from dropbp.cli.main import main
 
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):

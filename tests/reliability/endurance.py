@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import dropbp
-from dropbp.runtime import REMEMBERED_FORWARDS, ForwardRecord, Plan
+from dropbp.engine.runtime import REMEMBERED_FORWARDS, ForwardRecord, Plan
 from tests.engine_models import (
     assert_same_gradients,
     paper_gradients,

@@ -143,7 +143,7 @@ def full_disk(count: int, folder: Path) -> dict[str, Any]:
     """Writes that fail at a random byte: the file that was there stays, and nothing is left beside it."""
     import errno
 
-    from dropbp.integrations.files import new_file
+    from dropbp.files import new_file
 
     path = folder / "dropbp.json"
     path.write_text("before", encoding="utf-8")

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 import dropbp
-from dropbp import allocation, checks, device, masks
+from dropbp import checks, device
 from dropbp.config import Config
 from dropbp.errors import DropBPError
+from dropbp.masks import rates as allocation
+from dropbp.masks import samplers as masks
 from tests.engine_models import plain_batch, plain_loss, plain_net
 from tests.reliability.values import damaged, hostile
 

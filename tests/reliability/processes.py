@@ -96,7 +96,7 @@ def _assert_no_step_too_many(whole: Path, options: list[str], folder: Path) -> N
 
 def _going_on(options: list[str], output: Path) -> list[str]:
     """With --resume, if there is a whole checkpoint; without one the half of one is put away, as the message says."""
-    from dropbp.integrations.files import last_whole_checkpoint
+    from dropbp.files import last_whole_checkpoint
 
     if last_whole_checkpoint(output)[0] is None:
         shutil.rmtree(output, ignore_errors=True)
@@ -129,7 +129,7 @@ def interrupted(count: int, folder: Path) -> dict[str, Any]:
 
 def commands_of_all_kinds(folder: Path) -> dict[str, list[str]]:
     """Every command of `dropbp`, in a form that runs for some seconds."""
-    from dropbp.cli import COMMANDS
+    from dropbp.cli.main import COMMANDS
 
     model = str(folder / "model")
     known = {
@@ -170,7 +170,7 @@ def _assert_interrupted(name: str, status: int, text: str) -> None:
 
 def file_limit(count: int, folder: Path) -> dict[str, Any]:
     """A disk that is full at some moment of the run: status 1, one line, and the checkpoint before it is whole."""
-    from dropbp.integrations.files import last_whole_checkpoint
+    from dropbp.files import last_whole_checkpoint
 
     options = inputs(folder)
     largest = max(path.stat().st_size for path in _finish(options, folder).rglob("*") if path.is_file())

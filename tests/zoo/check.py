@@ -16,8 +16,8 @@ from torch import nn
 
 import dropbp
 from dropbp import inputs as example
-from dropbp.branches import Graph, branch_groups
-from dropbp.trace import Recorder, differentiable, tensors_in
+from dropbp.discovery.record import Recorder, differentiable, tensors_in
+from dropbp.discovery.structure import Graph, branch_groups
 
 TOLERANCE = 1e-4
 

@@ -1,0 +1,248 @@
+"""The command `dropbp analyze`: gradients by path length, and bias and variance of each coupling, on a real model.
+
+A small Llama over bytes is trained for a short time on source code and looked at on one batch of English: the beginning
+of a fine-tuning. Beside it stands the linear residual net of the theory in `docs/theory.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dropbp.cli.figures import new_figure, save_figure
+from dropbp.cli.quiet import quiet
+from dropbp.errors import ConfigError
+from dropbp.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor, nn
+
+TOY_BRANCHES, TOY_WIDTH, TOY_ROWS, TOY_DRAWS = 5, 8, 16, 1000
+_COLUMNS = ("p", "masks", "scaling", "bias", "cosine", "per tensor", "variance", "mean-square error")
+Note = Callable[[str], None]
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model, its training, and how much is sampled."""
+
+    layers: int = 6
+    width: int = 64
+    steps: int = 200
+    rows: int = 8
+    length: int = 64
+    learning_rate: float = 3e-3
+    samples: int = 24
+    draws: int = 96
+    seed: int = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    for name, text in (
+        ("layers", "blocks of the model"),
+        ("width", "of its residual stream"),
+        ("steps", "of training before the analysis"),
+        ("samples", "paths of each length"),
+        ("draws", "masks of each coupling"),
+        ("seed", "of everything"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Setting, name), help=f"{text} (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG here (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, analyse, print, write.
+
+    Raises:
+        DropBPError: bad input, in one line.
+    """
+    setting = _setting(args)
+    with quiet():
+        found = analyse(setting, _progress())
+    text = json.dumps(found, indent=1)
+    if args.output is not None:
+        write_text(args.output, text + "\n")
+    if args.plot is not None:
+        plot(found, args.plot)
+    sys.stdout.write((text if args.json else tables(found)) + "\n")
+    return 0
+
+
+def analyse(setting: Setting, note: Note | None = None) -> Found:
+    """Both models, as plain types."""
+    import torch
+
+    from dropbp.estimate.analysis import analyze
+
+    note = note or (lambda line: None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.seed)
+        llama, closure, loss = _trained_llama(setting, note)
+        look = partial(analyze, samples=setting.samples, seed=setting.seed, progress=note)
+        real = look(llama, closure, draws=setting.draws)
+        note("the linear residual net")
+        toy, toy_closure, inputs = _toy()
+        linear = look(toy, toy_closure, example_inputs=inputs, draws=TOY_DRAWS, drop_rates=(0.5,))
+    return {
+        "kind": "dropbp analyze",
+        "format": 1,
+        "config": asdict(setting),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "training_loss": loss,
+        "llama": real.as_dict(),
+        "linear": linear.as_dict(),
+    }
+
+
+def tables(found: Found) -> str:
+    """Markdown: paths by length, and couplings, of both models."""
+    parts = []
+    for name, title in (("llama", "Llama trained on source code, batch of English"), ("linear", "Linear residual net")):
+        parts += [f"{title}: paths by length", path_table(found[name]), f"{title}: couplings", way_table(found[name])]
+    return "\n\n".join(parts)
+
+
+def path_table(model: Found) -> str:
+    """Markdown: norms are relative to the gradient along all paths of no branch."""
+    unit = model["paths"][0]["norm"] or 1.0
+    lines = ["| branches passed | paths | one path | all, at most | all, summed |", "|---:|---:|---:|---:|---:|"]
+    lines += [
+        f"| {path['length']} | {path['count']:,} | {path['norm'] / unit:.2g} | {path['total'] / unit:.3g} "
+        f"| {_summed(path['together'] / unit)} |"
+        for path in model["paths"]
+    ]
+    return "\n".join(lines)
+
+
+def _summed(value: float) -> str:
+    return f"{value:.3g}" if value > 0 else "-"  # lost in the noise of sampling
+
+
+def way_table(model: Found) -> str:
+    """Markdown: one line for each rate, coupling and scaling."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---:|---|---|" + "---:|" * (len(_COLUMNS) - 3)]
+    for way in model["estimators"]:
+        numbers = [way[key] for key in ("bias", "cosine", "tensor_cosine", "variance", "error")]
+        cells = [f"{way['drop_rate']:g}", way["masks"], way["scaling"], *(f"{number:.3g}" for number in numbers)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: Found, path: Path) -> None:
+    """Gradients by path length, and bias against variance of each coupling, as a PNG file.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    figure = new_figure(11, 4)
+    lengths, ways = figure.subplots(1, 2)
+    _draw_lengths(lengths, found["llama"]["paths"])
+    _draw_ways(ways, found["llama"]["estimators"])
+    save_figure(figure, path, dpi=110)
+
+
+def _draw_lengths(axes: Axes, paths: list[Found]) -> None:
+    lengths, unit = [path["length"] for path in paths], paths[0]["norm"]
+    for key, label in (("norm", "one path"), ("total", "all, at most"), ("together", "all, summed")):
+        values = [path[key] / unit or float("nan") for path in paths]  # 0: lost in the noise of sampling
+        axes.plot(lengths, values, marker="o", markersize=3, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("branches passed")
+    axes.set_ylabel("gradient, relative to the bare stream's")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_ways(axes: Axes, estimators: list[Found]) -> None:
+    names = list(dict.fromkeys((way["masks"], way["scaling"]) for way in estimators))
+    rates = list(dict.fromkeys(way["drop_rate"] for way in estimators))
+    for way in estimators:
+        name = (way["masks"], way["scaling"])
+        first = way["drop_rate"] == rates[0]
+        axes.scatter(
+            way["variance"], way["bias"], color=f"C{names.index(name)}", marker="o" if first else "s",
+            label=f"{name[0]}, {name[1]}" if first else None,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel(f"variance (circles p = {rates[0]:g}, squares p = {rates[-1]:g})")
+    axes.set_ylabel("bias")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _trained_llama(setting: Setting, note: Note) -> tuple[nn.Module, Callable[[], Tensor], float]:
+    """The model, one batch of English as a closure, and the last training loss."""
+    from dropbp.cli.corpus import english_prose, source_code
+    from dropbp.cli.embedded import Base, new_model, train_briefly
+
+    model: Any = new_model(Base(setting.layers, setting.width, 4, setting.length, seed=setting.seed)).train()
+    code, english = _windows(source_code(400_000), setting), _windows(english_prose(400_000), setting)
+
+    def progress(step: int) -> None:
+        note(f"training the model, step {step} of {setting.steps}")
+
+    loss = train_briefly(model, code, setting.steps, setting.learning_rate, progress)
+    looked_at = english()
+    return model, lambda: model(input_ids=looked_at, labels=looked_at).loss, loss
+
+
+def _windows(text: str, setting: Setting) -> Callable[[], Tensor]:
+    """Batches from random places of a text, as bytes."""
+    import torch
+
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    generator = torch.Generator().manual_seed(setting.seed)
+
+    def batch() -> Tensor:
+        starts = torch.randint(len(data) - setting.length, (setting.rows,), generator=generator).tolist()
+        return torch.stack([data[start : start + setting.length] for start in starts])
+
+    return batch
+
+
+def _toy() -> tuple[nn.Module, Callable[[], Tensor], Tensor]:
+    """Five times x <- x + W_l x, and a squared loss: branches are linear, so products of masks are all there is."""
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(TOY_WIDTH, TOY_WIDTH, bias=False) for _ in range(TOY_BRANCHES))
+
+        def forward(self, x_BD: Tensor) -> Tensor:
+            for layer in self.layers:
+                x_BD = x_BD + layer(x_BD)
+            return x_BD
+
+    torch.manual_seed(0)
+    net, x_BD, target_BD = Net(), torch.randn(TOY_ROWS, TOY_WIDTH), torch.randn(TOY_ROWS, TOY_WIDTH)
+    return net, lambda: (net(x_BD.clone().requires_grad_(True) * 1.0) - target_BD).square().mean(), x_BD
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    chosen = {name: getattr(args, name) for name in ("layers", "width", "steps", "samples", "draws", "seed")}
+    for name, least in (("layers", 1), ("width", 8), ("steps", 1), ("samples", 1), ("draws", 2)):
+        if chosen[name] < least:
+            raise ConfigError(f"--{name} {chosen[name]} must be at least {least}.")
+    if chosen["width"] % 8:
+        raise ConfigError(f"--width {chosen['width']} must be a multiple of 8: four heads of an even width.")
+    return Setting(**chosen)
+
+
+def _progress() -> Note | None:
+    from dropbp.cli.plan import _progress as of_planning
+
+    return of_planning()

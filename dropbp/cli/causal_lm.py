@@ -1,0 +1,164 @@
+"""Fine-tuning of a real causal language model: from the options of `dropbp finetune` to a saved model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from dropbp.cli.examples import Encoder, Example, encode_rows
+from dropbp.cli.models import load_model, load_tokenizer
+from dropbp.cli.report import new_result
+from dropbp.cli.rows import Row, read_rows
+from dropbp.cli.training import Job, Settings, train
+from dropbp.errors import ConfigError, ResourceError, as_resource_error
+from dropbp.files import last_whole_checkpoint, write_text
+from dropbp.integrations.transformers import STATE_FILE, DropBPCallback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+OUTPUT = Path("runs/finetune")
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LEARNING_RATE = {"lora": 1e-4, "none": 2e-5}
+WEIGHT_DECAY = {"lora": 0.01, "none": 0.02}
+MICRO_BATCH, ACCUMULATION = 2, 64  # the paper's batch of 128
+
+
+def run_finetuning(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """Fine-tune, save and evaluate with the options of `dropbp finetune`.
+
+    Returns:
+        The result and the folder that holds the model.
+
+    Raises:
+        DropBPError: bad input.
+        ResourceError: memory or disk space ran out; the message names the checkpoint that is kept.
+        KeyboardInterrupt: after Ctrl-C; its message does so too.
+    """
+    output = args.output or OUTPUT
+    checkpoint = _checkpoint(output, args.resume)
+    job = _job(args)
+    callback = None if args.plain else DropBPCallback(args.drop_rate, masks=args.masks, seed=args.seed)
+    with _says_what_is_kept(output):
+        run = train(job, _settings(args, output), callback, checkpoint)
+        _save(job, callback, output)
+    return new_result(vars(args), args.device, [run]), output
+
+
+def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and examples to evaluate on, drawn at random but the same for the same seed.
+
+    Raises:
+        ConfigError: there are too few examples to keep both.
+    """
+    if not fraction:
+        return examples, []
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    held_out = max(1, round(fraction * len(examples)))
+    if held_out >= len(examples):
+        raise ConfigError(
+            f"{len(examples)} example(s) cannot be split for evaluation; give more, or --eval-fraction 0."
+        )
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def _job(args: argparse.Namespace) -> Job:
+    rows = read_rows(args.dataset)
+    tokenizer = load_tokenizer(args.model)
+    encoded = encode_rows(rows, Encoder(tokenizer, args.max_length), _progress)
+    if encoded.rows_without_loss:
+        logger.warning("%d of %d rows left out: no response in --max-length", encoded.rows_without_loss, len(rows))
+    examples, evaluation = split(encoded.examples, args.eval_fraction, args.seed)
+    name = "plain" if args.plain else f"dropbp p={args.drop_rate:g}"
+    return Job(name, _model(args), tokenizer, examples, evaluation)
+
+
+def _model(args: argparse.Namespace) -> PreTrainedModel:
+    frozen_bf16 = args.bf16 and args.peft == "lora"  # trained weights stay in fp32, under autocast
+    model = load_model(args.model, torch.bfloat16 if frozen_bf16 else torch.float32)
+    return _with_lora(model, args.seed) if args.peft == "lora" else model
+
+
+def _with_lora(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapted: PreTrainedModel = get_peft_model(model, LoraConfig(**LORA))
+        except ValueError as error:
+            raise ConfigError(f"LoRA does not fit {type(model).__name__}: {error}; try --peft none.") from error
+    return adapted
+
+
+def _settings(args: argparse.Namespace, output: Path) -> Settings:
+    return Settings(
+        output=output,
+        learning_rate=args.learning_rate or LEARNING_RATE[args.peft],
+        weight_decay=WEIGHT_DECAY[args.peft],
+        batch_size=args.batch_size or MICRO_BATCH,
+        gradient_accumulation=args.gradient_accumulation or ACCUMULATION,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        warmup_steps=args.warmup_steps,
+        eval_steps=args.eval_steps,
+        save_steps=args.save_steps,
+        gradient_checkpointing=args.gradient_checkpointing,
+        bf16=args.bf16,
+        seed=args.seed,
+        device=args.device,
+        report_to=args.report_to,
+    )
+
+
+def _checkpoint(output: Path, resume: bool) -> str | None:
+    last, faults = last_whole_checkpoint(output)
+    if not resume and (last or faults):
+        raise ConfigError(f"{output} holds checkpoints of an earlier run; give --resume, or another --output.")
+    for name, fault in faults.items():
+        logger.warning("%s is left out, its writing was cut off: %s", output / name, fault)
+    if resume and last is None:
+        whole = f"no whole checkpoint ({'; '.join(faults.values())})" if faults else "no checkpoint"
+        raise ConfigError(f"--resume: {output} holds {whole}. Start anew with another --output.")
+    return None if last is None else str(last)
+
+
+@contextmanager
+def _says_what_is_kept(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted{_kept(output)}") from None
+    except Exception as error:
+        exhausted = as_resource_error(error)
+        if exhausted is None:
+            raise
+        raise ResourceError(f"{str(exhausted).rstrip('.')}{_kept(output)}") from error
+
+
+def _kept(output: Path) -> str:
+    last, _ = last_whole_checkpoint(output)
+    return " before the first checkpoint" if last is None else f"; {last} is kept: add --resume to go on"
+
+
+def _save(job: Job, callback: DropBPCallback | None, output: Path) -> None:
+    job.model.save_pretrained(output)
+    job.tokenizer.save_pretrained(output)
+    if callback is not None:
+        write_text(output / STATE_FILE, json.dumps(callback.state(), indent=1) + "\n")
+
+
+def _progress(rows: Iterable[Row]) -> Iterable[Row]:
+    bar: Iterable[Row] = tqdm(rows, desc="tokens", unit="row")
+    return bar

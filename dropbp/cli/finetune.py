@@ -1,0 +1,143 @@
+"""The command `dropbp finetune`: the embedded comparison without arguments, a real fine-tuning with them.
+
+Without `--model` a small Llama over bytes is fine-tuned twice, plainly and with DropBP, and compared. With `--model`
+and `--dataset` one model is fine-tuned, evaluated and saved. Defaults are those of the paper (arXiv:2402.17812).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dropbp.cli.quiet import quiet
+from dropbp.errors import ConfigError
+
+RESULT_FILE, PLOT_FILE = "result.json", "result.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    _add_data_arguments(parser)
+    _add_dropbp_arguments(parser)
+    _add_training_arguments(parser)
+    _add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        DropBPError: bad input, in one line.
+        KeyboardInterrupt: after Ctrl-C; its message says what is kept.
+    """
+    _check(args)
+    with quiet():
+        result, output = _run_embedded(args) if args.model is None else _run_real(args)
+    _show(result, output, args.json)
+    return 0
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and data", "none of them: a small embedded example, without downloads")
+    group.add_argument("--model", metavar="DIR_OR_HUB_ID", help="causal language model")
+    group.add_argument(
+        "--dataset",
+        metavar="FILE_OR_HUB_ID",
+        help="rows as .jsonl, .json, .csv, .txt, .parquet, or a Hub id; columns messages, instruction + output, "
+        "instruction + response, prompt + completion, or text",
+    )
+    group.add_argument(
+        "--eval-fraction", type=float, default=0.05, help="share of examples kept for evaluation (%(default)s)"
+    )
+    group.add_argument("--max-length", type=int, default=512, help="tokens in an example at most (%(default)s)")
+
+
+def _add_dropbp_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("DropBP")
+    group.add_argument("--drop-rate", type=float, default=0.5, help="share of backward FLOPs to skip (%(default)s)")
+    group.add_argument("--masks", default="nested", help="how masks are drawn: nested, exact, ... (%(default)s)")
+    group.add_argument("--plain", action="store_true", help="train without DropBP")
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--peft", choices=("lora", "none"), default="lora", help="what to train (%(default)s)")
+    group.add_argument("--max-steps", type=int, help="optimizer steps; overrides --epochs")
+    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
+    group.add_argument("--batch-size", type=int, help="examples in a micro-batch (2)")
+    group.add_argument("--gradient-accumulation", type=int, help="micro-batches in a step (64)")
+    group.add_argument("--learning-rate", type=float, help="1e-4 with LoRA, 2e-5 without")
+    group.add_argument("--warmup-steps", type=int, default=100, help="at most a tenth of all steps (%(default)s)")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--bf16", action="store_true", help="mixed precision; with LoRA the frozen weights are bf16 too")
+    group.add_argument("--seed", type=int, default=0, help="of data order, adapters and masks (%(default)s)")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", help="cpu, cuda, hpu; never replaced by another one")
+    group.add_argument("--output", type=Path, metavar="DIR", help="where everything is written (runs/finetune)")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    group.add_argument("--save-steps", type=int, help="steps between checkpoints (a tenth of all)")
+    group.add_argument("--eval-steps", type=int, help="steps between evaluations (a tenth of all)")
+    group.add_argument("--report-to", default="none", help="tensorboard, wandb, ... (%(default)s)")
+    group.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.model is None) != (args.dataset is None):
+        raise ConfigError("--model and --dataset go together; without both the embedded example runs.")
+    if args.model is None and args.resume:
+        raise ConfigError("--resume needs --model and --dataset; the embedded example keeps no checkpoints.")
+    if not 0 <= args.drop_rate < 1:
+        raise ConfigError(f"--drop-rate {args.drop_rate} must be in [0, 1).")
+    if not 0 <= args.eval_fraction < 1:
+        raise ConfigError(f"--eval-fraction {args.eval_fraction} must be in [0, 1).")
+    positive = (
+        "max_length",
+        "max_steps",
+        "epochs",
+        "batch_size",
+        "gradient_accumulation",
+        "learning_rate",
+        "save_steps",
+        "eval_steps",
+    )
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be above 0.")
+
+
+def _run_embedded(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    from dropbp.cli.demo import run_demo
+
+    return run_demo(args)
+
+
+def _run_real(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    from dropbp.cli.causal_lm import run_finetuning
+
+    return run_finetuning(args)
+
+
+def _show(result: dict[str, Any], output: Path, as_json: bool) -> None:
+    from dropbp.cli import report
+
+    report.write_result(result, output / RESULT_FILE)
+    if find_spec("matplotlib"):
+        report.plot(result, output / PLOT_FILE)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n" if as_json else _text(result, output))
+
+
+def _text(result: dict[str, Any], output: Path) -> str:
+    from dropbp.cli import report
+
+    plot = output / PLOT_FILE if find_spec("matplotlib") else "needs matplotlib: pip install 'dropbp[bench]'"
+    paths = [f"result  {output / RESULT_FILE}", f"plot    {plot}"]
+    parts = [report.table(result), "\n".join(report.verdict(result)), "\n".join(paths)]
+    return "\n" + "\n\n".join(filter(None, parts)) + "\n"

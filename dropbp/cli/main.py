@@ -1,0 +1,112 @@
+"""The command `dropbp`: finds the subcommand's module, hands over, and turns expected errors into one line.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only the module of the command that was
+asked for is imported, so that `dropbp --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dropbp import __version__
+from dropbp.errors import DropBPError, ResourceError, as_resource_error
+
+EXIT_EXHAUSTED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+BENCH_MODULE = "dropbp.bench.__main__"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a subcommand lives and what `dropbp --help` says of it."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "finetune": Command("dropbp.cli.finetune", "fine-tune a causal language model, plainly and with DropBP"),
+    "inspect": Command("dropbp.cli.inspection", "the residual branches of a model, with FLOPs and parameters"),
+    "plan": Command("dropbp.cli.plan", "time, memory and FLOPs of a step per drop rate, before training"),
+    "analyze": Command("dropbp.cli.analysis", "gradients by path length; bias and variance of each coupling"),
+    "bench": Command(BENCH_MODULE, "measure speed and memory; one JSON file for each run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dropbp` with these arguments.
+
+    Returns:
+        The exit status: 0, and after one line on standard error 1 when memory or disk space ran out, 2 after bad input,
+        130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except DropBPError as error:
+        return _fail(str(error), EXIT_EXHAUSTED if isinstance(error, ResourceError) else EXIT_BAD_INPUT)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is needed and not installed{_hint(str(error.name))}.", EXIT_BAD_INPUT)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        exhausted = as_resource_error(error)
+        if exhausted is None:
+            raise
+        return _fail(str(exhausted), EXIT_EXHAUSTED)
+
+
+def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser; `chosen` is the one subcommand whose module is imported for its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="dropbp", description="Cheaper fine-tuning: random parts of the backward are skipped."
+    )
+    parser.add_argument("--version", action="version", version=f"dropbp {__version__}")
+    parser.add_argument("--json", action="store_true", help="with no command: versions and commands as JSON")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:
+            _load(name).add_arguments(subparser)
+    return parser
+
+
+def _dispatch(arguments: list[str]) -> int:
+    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    if chosen == "bench":  # the harness has a command line of its own
+        return int(_load(chosen).main(arguments[1:]) or 0)
+    parser = build_parser(chosen)
+    args = parser.parse_args(arguments)
+    if chosen is not None:
+        return int(_load(chosen).run(args))
+    print(json.dumps(_about(), indent=2) if args.json else parser.format_help().rstrip())
+    return 0
+
+
+def _load(name: str) -> Any:
+    return importlib.import_module(COMMANDS[name].module)
+
+
+def _hint(missing: str) -> str:
+    extras = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "datasets": "hf", "matplotlib": "bench"}
+    extra = extras.get(missing.partition(".")[0])
+    return "" if extra is None else f"; install it with: pip install 'dropbp[{extra}]'"
+
+
+def _about() -> dict[str, Any]:
+    return {"version": __version__, "commands": {name: command.help for name, command in COMMANDS.items()}}
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"dropbp: {' '.join(message.split())}", file=sys.stderr)
+    return status

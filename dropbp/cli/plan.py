@@ -1,0 +1,164 @@
+"""The command `dropbp plan`: time, memory and FLOPs of a training step at each drop rate, before any training.
+
+The model is built from its configuration with random weights, in the way `dropbp finetune` would train it: neither time
+nor memory depends on what a weight is, so nothing is downloaded but the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dropbp.cli.figures import new_figure, save_figure
+from dropbp.cli.quiet import quiet
+from dropbp.errors import ConfigError
+from dropbp.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import nn
+
+GIB = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("model", metavar="MODEL", help="a Hub id, a model's folder, or a config.json")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (%(default)s)")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a row (512, or all the model has)")
+    parser.add_argument("--gradient-accumulation", type=int, default=1, help="micro-batches in a step (%(default)s)")
+    parser.add_argument(
+        "--drop-rate", type=float, action="append", metavar="P", help="may be repeated (0, 0.5, 0.75, 0.875)"
+    )
+    parser.add_argument("--masks", default="nested", help="how masks are drawn: nested, exact, ... (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, help="training forwards of the run: nested masks then recede, as in Trainer"
+    )
+    parser.add_argument("--peft", choices=("lora", "none"), default="lora", help="what is trained (%(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision; with LoRA frozen weights are bf16 too")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, hpu; never replaced by another one (%(default)s)")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="memory there is (all of the device's)")
+    parser.add_argument("--no-measure", action="store_true", help="count memory and FLOPs only; no step is timed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG here (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, print, write.
+
+    Raises:
+        DropBPError: bad input, in one line.
+    """
+    _check(args)
+    with quiet():
+        found = plan_model(args, _progress())
+    text = json.dumps(found, indent=1)
+    if args.output is not None:
+        write_text(args.output, text + "\n")
+    if args.plot is not None:
+        plot(found, args.plot)
+    sys.stdout.write((text if args.json else _table(found)) + "\n")
+    return 0
+
+
+def plan_model(args: argparse.Namespace, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """The plan of a model that is built for it, as plain types."""
+    from dropbp.estimate.plan import DROP_RATES, plan
+
+    model = _model(args)
+    found = plan(
+        model,
+        args.batch_size,
+        args.sequence_length,
+        drop_rates=args.drop_rate or DROP_RATES,
+        masks=args.masks,
+        device=args.device,
+        precision="bf16" if args.bf16 else None,
+        accumulation=args.gradient_accumulation,
+        memory_limit=None if args.memory_limit is None else int(args.memory_limit * GIB),
+        measure=not args.no_measure,
+        progress=progress,
+        steps=args.steps,
+    )
+    return {**found.as_dict(), "model": args.model, "peft": args.peft}
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Time, memory and FLOPs against the drop rate, relative to the first rate, and the largest sizes, as a PNG file.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    figure = new_figure(10, 4)
+    costs, sizes = figure.subplots(1, 2)
+    _draw(costs, found, {"step_s": "step time", "peak_bytes": "peak memory", "flops": "FLOPs"})
+    costs.set_ylabel(f"relative to drop rate {found['rates'][0]['drop_rate']:g}")
+    costs.set_ylim(bottom=0)
+    _draw(sizes, found, {"largest_batch": "largest batch", "largest_sequence": "longest sequence"})
+    sizes.set_ylabel(f"relative, in {found['memory_limit_bytes'] / GIB:.3g} GiB")
+    save_figure(figure, path)
+
+
+def _draw(axes: Axes, found: dict[str, Any], lines: dict[str, str]) -> None:
+    rates = [entry["drop_rate"] for entry in found["rates"]]
+    for key, label in lines.items():
+        values = [entry[key] for entry in found["rates"]]
+        if all(value is not None for value in values) and values[0]:
+            axes.plot(rates, [value / values[0] for value in values], marker="o", label=label)
+    axes.set_xlabel("drop rate")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def _model(args: argparse.Namespace) -> nn.Module:
+    import torch
+
+    from dropbp.cli.causal_lm import _with_lora
+    from dropbp.cli.models import load_config, new_model
+    from dropbp.device import get_device
+
+    get_device(args.device)  # what is not there is said before a model is built
+    model = new_model(load_config(args.model))
+    frozen_bf16 = args.bf16 and args.peft == "lora"  # trained weights stay in fp32, under autocast
+    model.to(torch.bfloat16 if frozen_bf16 else torch.float32)
+    model.config.use_cache = False
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    adapted: Any = _with_lora(model, 0) if args.peft == "lora" else model
+    placed: nn.Module = adapted.to(args.device).train()
+    return placed
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("batch_size", "sequence_length", "gradient_accumulation"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+    if args.memory_limit is not None and not args.memory_limit > 0:
+        raise ConfigError(f"--memory-limit {args.memory_limit} must be above 0: GiB.")
+
+
+def _progress() -> Callable[[str], None] | None:
+    """What is being done, on one line of a terminal; nothing where standard error is none."""
+    if not sys.stderr.isatty():
+        return None
+
+    def note(line: str) -> None:
+        sys.stderr.write(f"\r\033[K{line}")
+        sys.stderr.flush()
+
+    return note
+
+
+def _table(found: dict[str, Any]) -> str:
+    from dropbp.estimate.table import plan_table
+
+    return f"{found['model']}, {'LoRA' if found['peft'] == 'lora' else 'all weights'}\n{plan_table(found)}"

@@ -1,0 +1,1 @@
+"""Finds the residual branches of a model from one recorded forward."""

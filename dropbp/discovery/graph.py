@@ -1,0 +1,266 @@
+"""Where a recorded forward adds to its residual stream.
+
+The idea: where the autograd graph adds two tensors and one operand depends on the other, the other operand is the
+residual stream and the one is a branch: `x + f(x)`. Scalings, casts, shifts and reshapes of the stream are looked
+through. Of branches inside branches only the outermost counts; a "branch" that is itself a residual stream (a long skip
+around many blocks) is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import nn
+
+from dropbp.discovery.record import Call, Node, Trace
+
+Edge = tuple[int, int]  # (the node that consumes, the node that is consumed)
+
+JOINS = ("AddBackward", "SubBackward", "AddcmulBackward")
+SHIFTS = ("AddBackward", "SubBackward")
+PRODUCTS = ("MulBackward", "BmmBackward")
+LIGHT = (
+    "MulBackward", "DivBackward", "ToCopyBackward", "ViewBackward", "ReshapeAliasBackward", "UnsafeViewBackward",
+    "PermuteBackward", "TransposeBackward", "TBackward", "CloneBackward", "AliasBackward", "ExpandBackward",
+    "SqueezeBackward", "UnsqueezeBackward", "NativeDropoutBackward", "SliceBackward",
+)  # fmt: skip
+OWN_STREAM_SHARE = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """An addition to the stream.
+
+    Attributes:
+        node: the (last) addition.
+        base: the stream before it.
+        edges: one for each branch, from an addition to the branch's output.
+        starts: for each branch the point of the stream it left: `base`, or an earlier one where a branch is added late.
+    """
+
+    node: int
+    base: int
+    edges: tuple[Edge, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def branches(self) -> tuple[tuple[Edge, int], ...]:
+        return tuple(zip(self.edges, self.starts, strict=True))
+
+
+class Graph:
+    """A trace with the look-ups that the analysis needs."""
+
+    def __init__(self, trace: Trace, model: nn.Module) -> None:
+        self.trace = trace
+        self.nodes = trace.nodes
+        self.calls = trace.calls
+        self.consumers = trace.consumers()
+        self.parameter_names = {**trace.stand_ins, **{id(p): name for name, p in model.named_parameters()}}
+        self.by_sequence = {node.sequence: node.index for node in self.nodes if not node.is_leaf}
+        self.numbers_in_call = {call.index: self._made_by(call) for call in self.calls}
+
+    def _made_by(self, call: Call) -> tuple[int, ...]:
+        numbers = (self.by_sequence.get(s) for s in range(call.start, call.end))
+        return tuple(n for n in numbers if n is not None)
+
+    def tensors_into(self, node: Node) -> tuple[int, ...]:
+        """Inputs of a node that are not parameters or other leaves."""
+        return tuple(i for i in node.inputs if not self.nodes[i].is_leaf)
+
+    def ancestors(self, start: int, floor: int) -> set[int]:
+        """Nodes that `start` depends on, itself included, made after node `floor` or `floor` itself; leaves too."""
+        seen, pending = {start}, [start]
+        limit = self.nodes[floor].sequence
+        while pending:
+            for source in self.nodes[pending.pop()].inputs:
+                node = self.nodes[source]
+                if source not in seen and (node.is_leaf or node.sequence >= limit):
+                    seen.add(source)
+                    pending.append(source)
+        return seen
+
+    def depends(self, start: int, on: int) -> bool:
+        return start != on and on in self.ancestors(start, on)
+
+    def is_private(self, node: int) -> bool:
+        """Whether the node's output goes to one consumer only and is not returned by the model."""
+        return len(self.consumers[node]) == 1 and node not in self.trace.roots
+
+    def place(self, node: int) -> str:
+        """Qualified name of the module whose own forward made the node; empty for the model itself."""
+        call = self.trace.call_of[node]
+        return self.calls[call].name if call >= 0 else ""
+
+    def base_of(self, operand: int) -> int:
+        """The operand with scalings, shifts, casts, reshapes and gates made from it taken off."""
+        while True:
+            source = self._below(self.nodes[operand])
+            if source is None:
+                return operand
+            operand = source
+
+    def _below(self, node: Node) -> int | None:
+        tensors = self.tensors_into(node)
+        if len(tensors) == 1 and node.name.startswith(LIGHT + SHIFTS):
+            return tensors[0]
+        if len(tensors) == 2 and node.name.startswith(PRODUCTS):
+            return self._gated(*tensors)
+        return None
+
+    def _gated(self, one: int, other: int) -> int | None:
+        """Of a product the factor that the other one was computed from: `gate(x) * x` is x, scaled."""
+        for gate, stream in ((one, other), (other, one)):
+            base = self.base_of(stream)
+            if self.depends(gate, base):
+                return base
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """A chain of additions in one forward: its last node and its terms, as edges (addition, term)."""
+
+    node: int
+    terms: tuple[Edge, ...]
+
+
+def joins(graph: Graph) -> list[Join]:
+    """Every addition of the form stream + branches, last one first."""
+    sums = _sums(graph)
+    first = [(s, join) for s in sums if (join := _as_join(graph, s)) is not None]
+    bases: dict[int, list[int]] = {}
+    for _, join in first:
+        bases.setdefault(graph.trace.call_of[join.node], []).append(join.base)
+    return [_with_late_terms(graph, s, join, bases[graph.trace.call_of[join.node]]) for s, join in first]
+
+
+def _sums(graph: Graph) -> list[_Sum]:
+    found: list[_Sum] = []
+    inner: set[int] = set()
+    for node in reversed(graph.nodes):
+        if node.index not in inner and is_sum(graph, node):
+            terms, absorbed = _terms(graph, node)
+            inner |= absorbed
+            found.append(_Sum(node.index, terms))
+    return found
+
+
+def other_sums(graph: Graph, branches: Collection[Edge]) -> list[int]:
+    """Additions with a term that is neither the stream nor one of the branches."""
+    base_of = {join.node: join.base for join in joins(graph)}
+    return [s.node for s in _sums(graph) if not _is_explained(graph, s, base_of.get(s.node), branches)]
+
+
+def _is_explained(graph: Graph, total: _Sum, base: int | None, branches: Collection[Edge]) -> bool:
+    return base is not None and all(edge in branches or graph.base_of(edge[1]) == base for edge in total.terms)
+
+
+def is_sum(graph: Graph, node: Node) -> bool:
+    """Whether the node adds tensors, rather than a parameter to one."""
+    return node.name.startswith(JOINS) and len(graph.tensors_into(node)) >= 2
+
+
+def _terms(graph: Graph, node: Node) -> tuple[tuple[Edge, ...], set[int]]:
+    """The terms of a sum written as a chain of additions in one forward, and the additions in between."""
+    terms: list[Edge] = []
+    absorbed: set[int] = set()
+    pending = [node.index]
+    while pending:
+        current = pending.pop()
+        for source in graph.tensors_into(graph.nodes[current]):
+            if _continues(graph, node, source):
+                absorbed.add(source)
+                pending.append(source)
+            else:
+                terms.append((current, source))
+    return tuple(terms), absorbed
+
+
+def _continues(graph: Graph, root: Node, source: int) -> bool:
+    same_forward = graph.trace.call_of[source] == graph.trace.call_of[root.index]
+    return same_forward and is_sum(graph, graph.nodes[source]) and len(graph.consumers[source]) == 1
+
+
+def _as_join(graph: Graph, total: _Sum) -> Join | None:
+    """The sum with the term on which most others depend as the stream; None if no term depends on another."""
+    best: tuple[int, tuple[Edge, ...]] = (0, ())
+    for _, stream in total.terms:
+        base = graph.base_of(stream)
+        edges = tuple(e for e in total.terms if e[1] != stream and _leaves(graph, e[1], base))
+        if len(edges) > len(best[1]):
+            best = base, edges
+    base, edges = best
+    return Join(total.node, base, edges, (base,) * len(edges)) if edges else None
+
+
+def _leaves(graph: Graph, term: int, stream: int) -> bool:
+    return graph.is_private(term) and graph.depends(term, stream)
+
+
+def _with_late_terms(graph: Graph, total: _Sum, join: Join, bases: Sequence[int]) -> Join:
+    """Terms computed from an earlier point of the stream in the same forward are branches too (shortcut experts)."""
+    edges, starts = list(join.edges), list(join.starts)
+    earlier = [base for base in bases if base < join.base and graph.depends(join.base, base)]
+    for edge in total.terms:
+        if edge in edges or graph.base_of(edge[1]) == join.base:
+            continue
+        start = next((base for base in earlier if _leaves(graph, edge[1], base)), None)
+        if start is not None:
+            edges.append(edge)
+            starts.append(start)
+    return dataclasses.replace(join, edges=tuple(edges), starts=tuple(starts))
+
+
+def outermost(graph: Graph, joins: Sequence[Join]) -> list[Join]:
+    """Branches that are not part of another branch; a 'branch' that is itself a residual stream is a long skip."""
+    kept: list[Join] = []
+    covered: set[int] = set()
+    for position, join in enumerate(joins):
+        if join.node in covered:
+            continue
+        own = [
+            (edge, start)
+            for edge, start in join.branches
+            if _is_branch(graph, join, edge[1], start, joins[position + 1 :])
+        ]
+        if not own:
+            continue
+        edges, starts = zip(*own, strict=True)
+        kept.append(dataclasses.replace(join, edges=edges, starts=starts))
+        for (_, head), start in own:
+            covered |= graph.ancestors(head, start) - {start}
+    return kept
+
+
+def _is_branch(graph: Graph, join: Join, head: int, start: int, later: Sequence[Join]) -> bool:
+    span = _span(graph, start, head)
+    return _has_module(graph, join, span) and not _is_stream(graph, span, later)
+
+
+def _span(graph: Graph, start: int, head: int) -> set[int]:
+    """Nodes between the point of the stream that a branch left and its output."""
+    return graph.ancestors(head, start) - graph.ancestors(start, start)
+
+
+def _has_module(graph: Graph, join: Join, span: Iterable[int]) -> bool:
+    own = graph.trace.call_of[join.node]
+    return any(graph.trace.call_of[n] != own for n in span if not graph.nodes[n].is_leaf)
+
+
+def _is_stream(graph: Graph, span: set[int], later: Sequence[Join]) -> bool:
+    inner: list[set[int]] = []
+    for join in later:
+        if join.node in span:
+            spans = [_span(graph, start, head) for (_, head), start in join.branches]
+            if any(_has_module(graph, join, s) for s in spans):
+                inner.append(set().union(*spans))
+    if len(inner) < 2:
+        return False
+    return _elements(graph, set().union(*inner)) >= OWN_STREAM_SHARE * max(1, _elements(graph, span))
+
+
+def _elements(graph: Graph, nodes: Iterable[int]) -> int:
+    leaves = (graph.nodes[n].leaf for n in nodes)
+    return sum(leaf.numel() for leaf in leaves if leaf is not None and leaf.dim() >= 2)

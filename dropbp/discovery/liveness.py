@@ -1,0 +1,115 @@
+"""Which modules run without recording when a branch is dropped, and whether that drops the branch exactly.
+
+The idea: dropping a branch means that no gradient enters the edge from the addition to the branch's output. Everything
+that only that edge leads to is then dead, and a module whose nodes are all dead can run without recording. One pass
+over the graph, from the outputs to the inputs, gives every node the set of branches that must all be dropped for it to
+be dead (`ALIVE` if no set is enough): a norm shared by two parallel branches is dead when both are dropped, a bias
+shared by all attention layers when all are.
+
+Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dropbp.discovery.graph import Edge, Graph
+from dropbp.discovery.record import Call
+
+ALIVE = -1
+Group = Sequence[Edge]  # the edges that are cut to drop one branch
+
+
+def exact_groups(graph: Graph, groups: Sequence[Group]) -> list[Group | None]:
+    """For each branch the edges to cut so that running modules without recording drops exactly that; None if none do.
+
+    Where the addition's term mixes a branch with something that stays alive, `gate(x) * f(x)`, the cut retreats to the
+    outputs of the branch's modules: the gate keeps its gradient, with `f(x)` as a constant.
+    """
+    cuts: list[Group | None] = list(groups)
+    retreated: set[int] = set()
+    while True:
+        alive = [i for i, group in enumerate(cuts) if group is not None]
+        cover = Cover(graph, needs(graph, [group for group in cuts if group is not None]))
+        inexact = [(place, i) for place, i in enumerate(alive) if not cover.is_exact(place, cuts[i] or ())]
+        if not inexact:
+            return cuts
+        for place, i in inexact:
+            cuts[i] = None if i in retreated else cover.retreat(place, cuts[i] or ())
+            retreated.add(i)
+
+
+def needs(graph: Graph, groups: Sequence[Group]) -> list[int]:
+    """For each node the branches that must all be dropped for it to get no gradient; `ALIVE` if none suffice."""
+    cut = {edge: 1 << i for i, group in enumerate(groups) for edge in group}
+    need = [0] * len(graph.nodes)
+    for root in graph.trace.roots:
+        need[root] = ALIVE
+    for node in reversed(graph.nodes):
+        for source in node.inputs:
+            need[source] |= cut.get((node.index, source), need[node.index])
+    return need
+
+
+class Cover:
+    """Which module calls run without recording, and whether that drops each branch exactly."""
+
+    def __init__(self, graph: Graph, need: Sequence[int]) -> None:
+        self.graph = graph
+        self.need = need
+        self.call_need = [self._union(call) for call in graph.calls]
+        self.tops = [call for call in graph.calls if self._is_top(call)]
+        self.top_of = self._top_calls()
+
+    def _union(self, call: Call) -> int:
+        union = 0
+        for number in self.graph.numbers_in_call[call.index]:
+            union |= self.need[number]
+        return union
+
+    def _is_top(self, call: Call) -> bool:
+        own = self.call_need[call.index]
+        above = self.call_need[call.parent] if call.parent >= 0 else ALIVE
+        return own not in (0, ALIVE) and above != own
+
+    def _top_calls(self) -> dict[int, list[Call]]:
+        tops: dict[int, list[Call]] = {}
+        for call in self.tops:
+            for number in self.graph.numbers_in_call[call.index]:
+                tops.setdefault(number, []).append(call)
+        return tops
+
+    def silent(self, number: int, dropped: int) -> bool:
+        """Whether the node lies in a module that runs without recording when exactly `dropped` are dropped."""
+        return any(not self.call_need[c.index] & ~dropped for c in self.top_of.get(number, ()))
+
+    def glue(self, branch: int, heads: Iterable[int]) -> tuple[set[int], set[int], set[int]]:
+        """(recorded nodes, silent nodes met first, leaking inputs) on the way from the heads into the branch."""
+        dropped = 1 << branch
+        glue: set[int] = set()
+        met: set[int] = set()
+        leaks: set[int] = set()
+        pending = list(heads)
+        while pending:
+            number = pending.pop()
+            if number in glue or number in met or number in leaks:
+                continue
+            if self.silent(number, dropped):
+                met.add(number)
+            elif self.need[number] & ~dropped:
+                leaks.add(number)
+            else:
+                glue.add(number)
+                pending.extend(self.graph.nodes[number].inputs)
+        return glue, met, leaks
+
+    def is_exact(self, branch: int, edges: Group) -> bool:
+        """Whether all that the cut makes dead is recorded glue without living inputs, then modules not recorded."""
+        _, met, leaks = self.glue(branch, [head for _, head in edges])
+        return bool(met) and not leaks
+
+    def retreat(self, branch: int, edges: Group) -> Group | None:
+        """The edges from the glue into the branch's modules; None if it has no modules of its own."""
+        glue, met, _ = self.glue(branch, [head for _, head in edges])
+        inward = [(user, n) for n in sorted(met) for user in self.graph.consumers[n] if user in glue]
+        return inward or None

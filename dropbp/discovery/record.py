@@ -1,0 +1,482 @@
+"""One small forward, recorded: its autograd graph, the module calls that made it, and the FLOPs of each node.
+
+The idea: autograd numbers its nodes in the order of their creation (`Node._sequence_nr`). Reading that counter before
+and after a module runs gives the interval of nodes the call made; reading it inside a dispatch mode gives the node an
+operator belongs to. So module structure, data flow and FLOPs meet on one axis, with no table of architectures and no
+symbolic tracing. Saved tensors are thrown away while recording: the graph is only looked at, never run backward, so
+the memory is that of a forward without gradients; on meta tensors it is nothing at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
+
+from dropbp._torch import compiled_code_off
+from dropbp.errors import DiscoveryError
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One autograd node: `inputs` are the indices of the nodes whose outputs it consumed."""
+
+    index: int
+    name: str
+    sequence: int
+    inputs: tuple[int, ...]
+    leaf: torch.Tensor | None
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.leaf is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of one module: the nodes it made are those with `start <= sequence < end`.
+
+    `reshapes`: its first tensor came out in another shape than it went in.
+    """
+
+    index: int
+    name: str
+    start: int
+    end: int
+    parent: int
+    reshapes: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The record of one forward. `nodes` come in the order of creation, leaves first.
+
+    `flops` are filed under the number of the node being made; `learned_masks` holds, for calls that ran an attention
+    kernel with a mask made from parameters, the ids of those; `stand_ins` names, by id, tensors that were computed with
+    in the place of sharded parameters.
+    """
+
+    nodes: tuple[Node, ...]
+    calls: tuple[Call, ...]
+    roots: frozenset[int]
+    flops: Mapping[int, int]
+    call_of: Mapping[int, int]
+    learned_masks: Mapping[int, frozenset[int]] = dataclasses.field(default_factory=dict)
+    stand_ins: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+    def consumers(self) -> list[list[int]]:
+        """For every node, the nodes that consumed one of its outputs."""
+        consumers: list[list[int]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            for source in node.inputs:
+                consumers[source].append(node.index)
+        return consumers
+
+
+def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
+    """Run `model(*args, **kwargs)` once and return what it did; the model is as before afterwards.
+
+    Raises:
+        DiscoveryError: the forward failed, or no output depends on anything differentiable.
+    """
+    recorder = Recorder(model)
+    with contextlib.ExitStack() as stack:
+        for guard in (
+            sharded_again(model),
+            forgotten(model),
+            _undisturbed(model),
+            _every_parameter_recorded(model),
+            recorder,
+        ):
+            stack.enter_context(guard)
+        outputs = _run(model, *differentiable(args, kwargs or {}))
+    return recorder.trace(outputs)
+
+
+def differentiable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments with floating-point tensors made to depend on something, so that the first residual is seen."""
+    return [_depending(value) for value in args], {name: _depending(value) for name, value in kwargs.items()}
+
+
+def _depending(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    return value.detach().requires_grad_(True).view_as(value)
+
+
+def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        raise DiscoveryError(
+            f"The small forward that finds the residual branches of {type(model).__name__} failed with "
+            f"{type(error).__name__}: {error}. Pass example_inputs=... (a dict of keyword arguments, a tuple of "
+            "positional ones, or one tensor) that the model accepts, or name the branches with branches=[...]."
+        ) from error
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor inside nested lists, tuples, dicts, dataclasses and output objects."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+class _FlopMode(TorchDispatchMode):
+    """Counts each operator's FLOPs with PyTorch's own formulas, filed under the autograd node being made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return _likely(args[0])
+        formula = _formula(func)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.records.append((_next_sequence() - 1, int(formula(*args, **kwargs, out_val=out))))
+        return out
+
+
+def _likely(value: torch.Tensor) -> bool | int | float:
+    """What a tensor without data says when it is asked: yes (the mask is full, the sequence is one), or one."""
+    return True if value.dtype == torch.bool else 1.0 if value.is_floating_point() else 1
+
+
+def _formula(func: Any) -> Callable[..., int] | None:
+    counted = flop_registry.get(func._overloadpacket)
+    return _grouped_mm_flops if counted is None and "grouped_mm" in func.__name__ else counted
+
+
+def _grouped_mm_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """Stacked experts' products, which PyTorch has no formula for: each row of `a` meets one of the matrices in `b`."""
+    batch = a.shape[0] if a.dim() == b.dim() == 3 else 1
+    return int(2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1])
+
+
+class _MaskMode(TorchFunctionMode):
+    """Notes attention calls whose mask requires a gradient: PyTorch then takes another kernel."""
+
+    def __init__(self, note: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mask = attention_mask(func, args, kwargs)
+        if mask is not None and mask.requires_grad:
+            self.note(mask)
+        return func(*args, **kwargs)
+
+
+def attention_mask(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The mask of a call of PyTorch's attention; None if there is none, or for any other function."""
+    if func is not nn.functional.scaled_dot_product_attention:
+        return None
+    return args[3] if len(args) > 3 else kwargs.get("attn_mask")
+
+
+def _leaf_ids(tensor: torch.Tensor) -> frozenset[int]:
+    if tensor.grad_fn is None:
+        return frozenset([id(tensor)])
+    nodes, _, _ = _collect([tensor.grad_fn])
+    return frozenset(id(node.leaf) for node in nodes if node.is_leaf)
+
+
+def _next_sequence() -> int:
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+class Recorder:
+    """Hooks on every module for the length of one forward. `functions` are the graph's nodes after `trace`."""
+
+    def __init__(self, model: nn.Module, count_flops: bool = True) -> None:
+        self.model = model
+        self.calls: list[Call] = []
+        self.stack: list[tuple[str, int, int, torch.Size | None, int]] = []
+        self.handles: list[RemovableHandle] = []
+        self.flops = _FlopMode()
+        self.anchors: dict[torch.device, torch.Tensor] = {}
+        self.functions: tuple[Any, ...] = ()
+        self.masked: dict[int, frozenset[int]] = {}
+        self.modes: tuple[Any, ...] = (_MaskMode(self._note_mask), self.flops) if count_flops else ()
+        self.sharded = any(hasattr(module, "set_unshard_in_backward") for module in model.modules())
+        self.stand_ins: dict[int, str] = {}
+        self.frozen: list[torch.Tensor] = []
+
+    def _note_mask(self, mask: torch.Tensor) -> None:
+        leaves = _leaf_ids(mask)
+        for _, _, index, *_ in self.stack:
+            self.masked[index] = self.masked.get(index, frozenset()) | leaves
+
+    def __enter__(self) -> Recorder:
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            self.handles.append(
+                module.register_forward_pre_hook(self._enter_hook(name), prepend=True, with_kwargs=True)
+            )
+            self.handles.append(module.register_forward_hook(self._exit_hook(_has_state(module))))
+            if self.sharded and module._parameters:
+                self.handles.append(module.register_forward_pre_hook(self._stand_in_hook(name)))
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*exc)
+        for handle in self.handles:
+            handle.remove()
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+
+    def _enter_hook(self, name: str) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            index = len(self.calls)
+            self.calls.append(Call(index, name, 0, 0, self.stack[-1][2] if self.stack else -1))
+            counted = len(self.flops.records)
+            self.stack.append((name, _next_sequence(), index, _first_shape((args, kwargs)), counted))
+
+        return enter
+
+    def _stand_in_hook(self, name: str) -> Any:
+        """Under `fully_shard` a module computes with gathered tensors in the place of its parameters."""
+
+        def note(module: nn.Module, args: Any) -> None:
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.stand_ins.setdefault(id(parameter), f"{name}.{attribute}" if name else attribute)
+                    self._record_frozen(parameter)
+
+        return note
+
+    def _record_frozen(self, parameter: torch.Tensor) -> None:
+        if self.modes and not parameter.requires_grad and parameter.is_floating_point() and _is_plain(parameter):
+            self.frozen.append(parameter.requires_grad_(True))
+
+    def _exit_hook(self, has_state: bool) -> Any:
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            connected = self._connected(output) if has_state else None
+            _, start, index, shape, counted = self.stack.pop()
+            call, reshapes = self.calls[index], _first_shape(output) != shape
+            if self.modes and len(self.flops.records) == counted:
+                self._count_opaque(module, output)
+            self.calls[index] = dataclasses.replace(call, start=start, end=_next_sequence(), reshapes=reshapes)
+            return connected
+
+        return leave
+
+    def _count_opaque(self, module: nn.Module, output: Any) -> None:
+        """A linear layer none of whose operators is known (packed weights, others' kernels) does a product's FLOPs."""
+        width, function = getattr(module, "in_features", None), getattr(output, "grad_fn", None)
+        if isinstance(width, int) and function is not None and hasattr(module, "out_features"):
+            self.flops.records.append((_sequence(function), 2 * output.numel() * width))
+
+    def _connected(self, output: Any) -> Any:
+        """The output with a node of its own, where frozen parameters kept it from one (frozen embeddings)."""
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and output.grad_fn is None:
+            return output + self._anchor(output.device).to(output.dtype)
+        return None
+
+    def _anchor(self, device: torch.device) -> torch.Tensor:
+        if device not in self.anchors:
+            self.anchors[device] = torch.zeros((), device=device, requires_grad=True)
+        return self.anchors[device]
+
+    def trace(self, outputs: Any) -> Trace:
+        functions = [t.grad_fn for t in tensors_in(outputs) if t.grad_fn is not None]
+        if not functions:
+            raise DiscoveryError(
+                f"No output of {type(self.model).__name__}.forward depends on a differentiable tensor, so there is no "
+                "residual stream to follow. Does the forward run under torch.no_grad, or return no tensors?"
+            )
+        nodes, roots, self.functions = _collect(functions)
+        call_of = _innermost_call(nodes, self.calls)
+        flops = _sum_by_key(self.flops.records)
+        return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, self.stand_ins)
+
+
+def _first_shape(value: Any) -> torch.Size | None:
+    return next((t.shape for t in tensors_in(value) if t.is_floating_point()), None)
+
+
+def _has_state(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+
+
+def _collect(functions: Sequence[Any]) -> tuple[tuple[Node, ...], frozenset[int], tuple[Any, ...]]:
+    """All nodes reachable from the outputs, leaves first, then in the order of creation; the roots; the functions."""
+    found: dict[Any, None] = dict.fromkeys(functions)
+    pending = list(found)
+    while pending:
+        for source, _ in pending.pop().next_functions:
+            if source is not None and source not in found:
+                found[source] = None
+                pending.append(source)
+    ordered = sorted(found, key=_sequence)
+    index = {function: i for i, function in enumerate(ordered)}
+    nodes = tuple(_node(function, index) for function in ordered)
+    return nodes, frozenset(index[function] for function in functions), tuple(ordered)
+
+
+def _node(function: Any, index: Mapping[Any, int]) -> Node:
+    inputs = tuple(index[source] for source, _ in function.next_functions if source is not None)
+    leaf = function.variable if _is_leaf(function) else None
+    return Node(index[function], function.name(), _sequence(function), inputs, leaf)
+
+
+def _is_leaf(function: Any) -> bool:
+    return bool(function.name() == ACCUMULATE)
+
+
+def _sequence(function: Any) -> int:
+    return -1 if _is_leaf(function) else int(function._sequence_nr())
+
+
+def _innermost_call(nodes: Sequence[Node], calls: Sequence[Call]) -> dict[int, int]:
+    """Which call made each node: later calls of the list lie inside earlier ones, so the last match wins."""
+    owner: dict[int, int] = {}
+    for call in calls:
+        for sequence in range(call.start, call.end):
+            owner[sequence] = call.index
+    return {node.index: owner.get(node.sequence, -1) for node in nodes}
+
+
+def _sum_by_key(records: Sequence[tuple[int, int]]) -> dict[int, int]:
+    total: dict[int, int] = {}
+    for key, count in records:
+        total[key] = total.get(key, 0) + count
+    return total
+
+
+# Random state and attention kernels are settings of the process: overlapping threads would restore each other's.
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, own random state, no compiled code, no cached casts; everything put back afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    cache = torch.is_autocast_cache_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
+        stack.enter_context(random_state_kept(model))
+        stack.enter_context(compiled_code_off())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_discard, _never_unpacked))
+        stack.enter_context(torch.enable_grad())
+        try:
+            torch.set_autocast_cache_enabled(False)
+            for module, _ in training:
+                module.training = False
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cache)
+            for module, mode in training:
+                module.training = mode
+            _restore_buffers(buffers)
+
+
+@contextlib.contextmanager
+def sharded_again(model: nn.Module) -> Iterator[None]:
+    """Modules under `fully_shard` are sharded afterwards: a forward without a backward leaves the root's gathered, and
+    optimizers made then would hold the gathered tensors in the place of the parameters.
+    """
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if hasattr(module, "set_unshard_in_backward"):
+                cast(Any, module).reshard()
+
+
+@contextlib.contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed ZeRO-3 lets go of what a forward without a backward left gathered, and forgets the order of modules.
+
+    It would gather parameters ahead in that order; where the training calls other modules, as a loss does that takes
+    the head's weight by itself, its backward would meet what was left.
+    """
+    try:
+        yield
+    finally:
+        optimizers: Iterator[Any] = (getattr(parameter, "_z3_optimizer", None) for parameter in model.parameters())
+        offload: Any = next((o.parameter_offload for o in optimizers if hasattr(o, "parameter_offload")), None)
+        if offload is not None:
+            offload.empty_partition_cache()
+            if not offload.get_param_coordinator().is_invalid_trace():
+                offload.get_param_coordinator()._invalidate_trace()
+
+
+def _restore_buffers(buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
+    for buffer, version, copy in buffers:
+        if buffer._version != version:
+            with torch.no_grad():
+                buffer.copy_(copy)
+
+
+def _discard(tensor: torch.Tensor) -> None:
+    return None
+
+
+def _never_unpacked(_: None) -> torch.Tensor:
+    raise DiscoveryError("The graph of the recording forward was run backward; it is only meant to be looked at.")
+
+
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Random states of the CPU and of the model's devices are as before afterwards."""
+    types = {p.device.type for p in model.parameters()} - {"cpu", "meta"}
+    devices = [torch.device(t) for t in types]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in devices:
+            indices = range(getattr(torch, device.type).device_count())
+            stack.enter_context(torch.random.fork_rng(devices=list(indices), device_type=device.type))
+        yield
+
+
+@contextlib.contextmanager
+def _every_parameter_recorded(model: nn.Module) -> Iterator[None]:
+    """Frozen floating-point parameters require gradients for the length of the recording, so that no path is missed."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and _is_plain(p)]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    return not hasattr(parameter, "device_mesh")

@@ -1,0 +1,1 @@
+"""Acts on masks: what runs around the modules of an enabled model."""

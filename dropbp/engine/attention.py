@@ -1,0 +1,62 @@
+"""The same attention kernel with and without recording.
+
+PyTorch's attention takes another kernel where its mask requires a gradient (relative position biases, masks computed
+from the input), and kernels differ in the last bits. A branch that runs without recording must take the kernel of the
+recorded run, so the mask is handed over as one that requires a gradient wherever the recorded one would.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dropbp.discovery.record import attention_mask
+from dropbp.engine.patch import Attachment, Forward
+
+
+class MaskState(Attachment):
+    """A module that attends with a mask made from `parameters`; `dropping()` tells whether it runs dropped now."""
+
+    def __init__(self, parameters: Sequence[tuple[nn.Module, str]], dropping: Callable[[], bool]) -> None:
+        self.parameters, self.dropping = parameters, dropping
+
+    def differs(self) -> bool:
+        """Whether this run is not recorded, and a recorded one would have a mask that requires a gradient."""
+        if torch.is_grad_enabled() or not self.dropping():
+            return False
+        held = (module._parameters[attribute] for module, attribute in self.parameters)
+        return any(p is not None and p.requires_grad for p in held)
+
+
+class SameKernel(TorchFunctionMode):
+    """Attention masks require a gradient, as far as the choice of the kernel goes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mask = attention_mask(func, args, kwargs)
+        if mask is None or not mask.is_floating_point():
+            return func(*args, **kwargs)
+        marked = mask.detach().requires_grad_(True)
+        if len(args) > 3:
+            return func(*args[:3], marked, *args[4:], **kwargs)
+        return func(*args, **{**kwargs, "attn_mask": marked})
+
+
+def mask_forward(original: Forward) -> Forward:
+    """Around a module that attends with a learned mask."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: MaskState | None = self._dropbp_mask
+        if state is None or torch.compiler.is_compiling() or not state.differs():
+            return original(self, *args, **kwargs)
+        with SameKernel():
+            return original(self, *args, **kwargs)
+
+    forward.__name__ = "forward"
+    return forward

@@ -1,0 +1,282 @@
+"""Blocks of a model under gradient checkpointing and under compilation.
+
+A block whose branches are all dropped has nothing to recompute. Non-reentrant checkpointing of PyTorch finds that out
+by itself, since nothing is saved there. Models in the style of transformers call a checkpoint function held by the
+module, which is passed by for such blocks. A reentrant checkpoint in a user's own code cannot be passed by; but when it
+recomputes a block that only adds its dropped branches to the stream, the stream itself will do as the block's output:
+of what is recomputed only the graph counts, and that is the identity.
+
+Under `torch.compile` of a whole model a block is the largest part that can be compiled for all masks: a region of two
+branches has four different masks, the whole model 2**N.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dropbp.discovery.structure import Structure
+from dropbp.engine.patch import Attachment, Forward, Interception
+from dropbp.engine.runtime import Plan, Runtime, current_node, is_compiling, named_forward, ones
+from dropbp.engine.wrappers import run_frozen
+
+Function = Callable[..., Any]
+
+_FUNCTION = "_gradient_checkpointing_func"
+
+
+class BlockState(Attachment):
+    """A block, the branches in it, and whether it only adds them to its input (None until that was seen)."""
+
+    def __init__(self, module: nn.Module, need: int, runtime: Runtime) -> None:
+        self.module, self.need, self.runtime = module, need, runtime
+        self.running = runtime.running.get
+        self.only_adds: bool | None = None
+
+    def recomputes_in_vain(self) -> bool:
+        """Whether a reentrant checkpoint of this block alone is recomputing it with all of its branches dropped."""
+        if self.only_adds is False or not torch.is_grad_enabled():
+            return False
+        if checkpointed_module(getattr(current_node(), "run_function", None)) is not self.module:
+            return False
+        return not self.need & ~self.runtime.plan_recomputed().dropped
+
+    def plan_of_outer_checkpoint(self) -> Plan | None:
+        """The plan, if a user's checkpoint recomputes the block: what is saved must be the same as in the forward."""
+        node = current_node()
+        return None if node is None or hasattr(node, "run_function") else self.runtime.plan_recomputed()
+
+    def run_watched(self, plan: Plan, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block as its plan says: perhaps recomputed in the backward, and looked at whether it records."""
+        if torch.is_grad_enabled():
+            if plan.checkpointed & self.need:
+                return checkpoint(_SameCaches(forward, args, kwargs), *args, use_reentrant=False, **kwargs)
+        elif plan.stream_ends:
+            self.runtime.note_unrecorded_block(self.module)
+        return forward(*args, **kwargs)
+
+    def recompute(self, forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
+        """The stream instead of the block's output; the first time the block runs, to see whether that is the same."""
+        if self.only_adds and args[0].requires_grad:
+            return args[0]
+        output = forward()
+        self.only_adds = bool(args) and _only_added_to(args[0], output)
+        return output
+
+
+def _only_added_to(stream: Any, output: Any) -> bool:
+    """Whether the output is the stream plus tensors without gradients: a chain of plain additions of one shape."""
+    if not isinstance(stream, torch.Tensor) or not isinstance(output, torch.Tensor):
+        return False
+    if (stream.shape, stream.dtype) != (output.shape, output.dtype):
+        return False
+    node: Any = output.grad_fn
+    while node is not None and node.name() == "AddBackward0" and node._saved_alpha == 1:
+        sources = [source for source, _ in node.next_functions if source is not None and not _leads_nowhere(source)]
+        node = sources[0] if len(sources) == 1 else None
+    return node is not None and getattr(node, "variable", None) is stream
+
+
+def _leads_nowhere(node: Any) -> bool:
+    return bool(node.name() == "ConnectBackward")
+
+
+def checkpointed_module(function: Any) -> Any:
+    """The module whose forward a checkpointed function is: a module, its bound method, or partials of these."""
+    while isinstance(function, functools.partial):
+        if function.args and isinstance(function.args[0], nn.Module):
+            return function.args[0]
+        function = function.func
+    return function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+
+
+def block_forward(original: Forward) -> Forward:
+    """Around a block: a border for compilation of the whole model, and a short cut for recomputation."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        block: BlockState | None = self._dropbp_block
+        if block is None or block.original is not original:
+            return original(self, *args, **kwargs)
+        if is_compiling():
+            if block.runtime.split:
+                torch._dynamo.graph_break()
+            return original(self, *args, **kwargs)
+        plan = block.running()
+        if plan is None:
+            if block.recomputes_in_vain():
+                return block.recompute(functools.partial(original, self, *args, **kwargs), args)
+            plan = block.plan_of_outer_checkpoint()
+        if plan is None or not plan.watched & block.need:
+            return original(self, *args, **kwargs)
+        return block.run_watched(plan, functools.partial(original, self), args, kwargs)
+
+    return named_forward(forward)
+
+
+class _SameCaches:
+    """A block's forward, of which a recomputation meets key-value caches as the forward met them.
+
+    A block appends to the cache it is given, so that recomputed with the same one it would see its keys twice. Caches
+    are those of transformers, known by what they can do.
+    """
+
+    def __init__(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.function, self.runs = function, 0
+        values = [*args, *kwargs.values()]
+        self.before = {id(value): _snapshot(value) for value in values if hasattr(value, "get_seq_length")}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.runs += 1
+        if self.runs == 1 or not self.before:
+            return self.function(*args, **kwargs)
+        again = {key: self._as_before(value) for key, value in kwargs.items()}
+        return self.function(*map(self._as_before, args), **again)
+
+    def _as_before(self, value: Any) -> Any:
+        return _snapshot(self.before[id(value)]) if id(value) in self.before else value
+
+
+def _snapshot(cache: Any) -> Any:
+    """A copy that shares tensors but not the lists they are put into."""
+    same = copy.copy(cache)
+    for name, value in vars(cache).items():
+        if isinstance(value, list):
+            setattr(same, name, [entry if isinstance(entry, torch.Tensor) else copy.copy(entry) for entry in value])
+    return same
+
+
+def install_blocks(model: nn.Module, blocks: Mapping[str, int], runtime: Runtime) -> list[Interception]:
+    """Put `block_forward` around every block."""
+    return [
+        Interception(module, "_dropbp_block", BlockState(module, need, runtime), block_forward)
+        for module, need in _modules(model, blocks).items()
+    ]
+
+
+def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, int]:
+    """Several names may be one module."""
+    needs: dict[nn.Module, int] = {}
+    for name, need in blocks.items():
+        module = model.get_submodule(name)
+        needs[module] = needs.get(module, 0) | need
+    return needs
+
+
+def beyond_limit(blocks: Iterable[int], flops: Sequence[int], limit: float, dropped: int) -> int:
+    """Branches of the blocks nearest the input whose activations are more than a step may keep, as a bit mask.
+
+    Args:
+        blocks: each block's branches as a bit mask, nearest the input first.
+        flops: of each branch; activations are taken to be in proportion.
+        limit: share of all branches' activations that may be kept. One branch more is allowed.
+        dropped: branches that keep nothing, as a bit mask.
+    """
+    everything = (1 << len(flops)) - 1
+    chosen, kept = 0, _flops_of(everything & ~dropped, flops)
+    allowed = limit * sum(flops) + max(flops)
+    for branches in blocks:
+        if kept <= allowed:
+            break
+        share = _flops_of(branches & everything & ~dropped, flops)
+        chosen, kept = chosen | (branches if share else 0), kept - share
+    return chosen
+
+
+def _flops_of(branches: int, flops: Sequence[int]) -> int:
+    return sum(flops[i] for i in ones(branches))
+
+
+class CheckpointBypass:
+    """Lets blocks whose branches are all dropped run outside gradient checkpointing: they have nothing to recompute.
+
+    Models in the style of transformers call `module._gradient_checkpointing_func(function, *args)`, an attribute set on
+    instances when checkpointing is switched on, which may be after `enable`: so it is looked for before each forward.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.hosts = [m.__dict__ for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.need = _modules(model, structure.blocks)
+
+    def refresh(self) -> None:
+        """Find checkpoint functions that were set since the last time."""
+        for host in self.hosts:
+            function = host.get(_FUNCTION)
+            if function is not None and type(function) is not _Bypassing:
+                host[_FUNCTION] = _Bypassing(self, function)
+
+    def is_on(self) -> bool:
+        """Whether the model checkpoints its blocks itself."""
+        return any(host.get("gradient_checkpointing") for host in self.hosts)
+
+    def reenters(self) -> bool:
+        """Whether it does so with a checkpoint function that may be reentrant: one that is not told not to be."""
+        return any(host.get("gradient_checkpointing") and _may_reenter(host.get(_FUNCTION)) for host in self.hosts)
+
+    def remove(self) -> None:
+        """Put the checkpoint functions back."""
+        for host in self.hosts:
+            function = host.get(_FUNCTION)
+            if isinstance(function, _Bypassing) and function.owner is self:
+                host[_FUNCTION] = function.inner
+
+    @contextlib.contextmanager
+    def without_reentry(self) -> Iterator[None]:
+        """Inside, reentrant checkpoint functions are non-reentrant: only these leave a graph that can be looked at."""
+        present = [(host, host[_FUNCTION]) for host in self.hosts if host.get(_FUNCTION) is not None]
+        try:
+            for host, function in present:
+                host[_FUNCTION] = _not_reentrant(function)
+            yield
+        finally:
+            for host, function in present:
+                host[_FUNCTION] = function
+
+    def drops_all_of(self, module: Any) -> bool:
+        """Whether this is a block with every branch dropped."""
+        need = self.need.get(module, 0)
+        return need != 0 and not need & ~self.runtime.plan_now().dropped
+
+
+class _Bypassing:
+    """Stands in for a module's checkpoint function. Copies and pickles are the function itself."""
+
+    def __init__(self, owner: CheckpointBypass, inner: Function) -> None:
+        self.owner, self.inner = owner, inner
+
+    def __call__(self, function: Function, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.inner(function, *args, **kwargs)
+        module = checkpointed_module(function)
+        if self.owner.drops_all_of(module):
+            return function(*args, **kwargs)
+        loose = getattr(module, "_dropbp_loose", None)
+        if loose is not None:  # recomputation may run the class's forward, without what lies around the instance's
+            function = functools.partial(run_frozen, loose, function)
+        return self.inner(function, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Function:
+        return self.inner
+
+    def __reduce__(self) -> Any:
+        return functools.partial(self.inner).__reduce__()
+
+
+def _may_reenter(function: Function | None) -> bool:
+    inner = function.inner if isinstance(function, _Bypassing) else function
+    return not isinstance(inner, functools.partial) or inner.keywords.get("use_reentrant") is not False
+
+
+def _not_reentrant(function: Function) -> Function:
+    inner = function.inner if isinstance(function, _Bypassing) else function
+    if isinstance(inner, functools.partial) and inner.keywords.get("use_reentrant"):
+        return functools.partial(inner.func, *inner.args, **{**inner.keywords, "use_reentrant": False})
+    return function

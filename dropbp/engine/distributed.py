@@ -1,0 +1,276 @@
+"""Training engines that spread a model over processes: what each must be told of dropped branches.
+
+Masks are drawn from a generator that depends on nothing but the seed and the number of the draw, so every rank knows
+without a message which gradients are missing everywhere. From that follows, for each engine of PyTorch:
+
+- `DistributedDataParallel` waits for a gradient of every parameter unless it looks for unused ones, a flag of its
+  constructor; without it the step is refused here rather than broken off there, one step later. What it sends can be
+  cut down to the kept parameters (`KeptReduction`).
+- `fully_shard` gathers a block's parameters before the block's backward. A block dropped whole needs none, and says so
+  through `FSDPModule.set_unshard_in_backward` (`Gathering`). Gradients that are None are not sent by FSDP2 itself.
+- DeepSpeed ZeRO-3 keeps gradients in a buffer of its own, from which old ones must be cleared (`clear_partitioned`).
+
+Neither `torch.distributed.fsdp` nor DeepSpeed is imported: their modules and parameters are known by what they can do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from dropbp.discovery.record import tensors_in
+from dropbp.errors import StateError
+
+NEEDED = -1  # of a parameter that belongs to no branch
+WRAPPERS = {
+    "DistributedDataParallel": "Enable the model inside, dropbp.enable(wrapped.module), before or after wrapping it, "
+    "and wrap it with find_unused_parameters=True, since dropped branches get no gradient.",
+    "DataParallel": "It copies the model in each forward, and copies are not enabled. Use DistributedDataParallel with "
+    "find_unused_parameters=True, one process for each device.",
+    "FullyShardedDataParallel": "Enable the model before wrapping it, with use_orig_params=True; or better, use its "
+    "successor, torch.distributed.fsdp.fully_shard, which does not wrap.",
+    "DeepSpeedEngine": "Enable the model inside, dropbp.enable(engine.module), before or after deepspeed.initialize.",
+}
+
+
+def refuse_wrapper(model: nn.Module) -> None:
+    """Raises StateError if the model is an engine's wrapper around the model to enable."""
+    advice = WRAPPERS.get(type(model).__name__)
+    if advice is not None:
+        raise StateError(f"The model is wrapped in {type(model).__name__}. {advice}")
+    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if partitioned and not any(hasattr(parameter, "_z3_optimizer") for parameter in partitioned):
+        raise StateError(
+            "The model's parameters are partitioned by deepspeed.zero.Init, and no engine gathers them yet. Build it "
+            "first: engine, *_ = deepspeed.initialize(...), then dropbp.enable(engine.module)."
+        )
+
+
+class ReplicaGuard:
+    """Refuses training forwards that `DistributedDataParallel` around the model could not run backward."""
+
+    def __init__(self) -> None:
+        self.first: Sequence[bool] | None = None
+
+    def check(self, mask: Sequence[bool]) -> None:
+        """Called in each training forward with its mask.
+
+        Raises:
+            StateError: the flags of the DistributedDataParallel that is running do not allow the mask.
+        """
+        replica = DistributedDataParallel._get_active_ddp_module()
+        if replica is None:
+            return
+        if replica.static_graph:
+            self._check_static(mask)
+        elif any(mask) and not replica.find_unused_parameters:
+            raise StateError(
+                "DistributedDataParallel around this model has find_unused_parameters=False: it would wait for the "
+                "gradients of dropped branches, which never come. Make it with find_unused_parameters=True "
+                "(accelerate: DistributedDataParallelKwargs; transformers: ddp_find_unused_parameters=True)."
+            )
+
+    def _check_static(self, mask: Sequence[bool]) -> None:
+        if self.first is None:
+            self.first = mask
+        if self.first != mask:
+            raise StateError(
+                "DistributedDataParallel around this model has static_graph=True, which wants the same parameters used "
+                "in every step, and this step's mask differs from the first one's. Make it with "
+                "find_unused_parameters=True and static_graph=False, or use one mask only (handle.fixed)."
+            )
+
+
+class KeptReduction:
+    """Communication hook of `DistributedDataParallel`: gradients of dropped branches are not sent.
+
+    A bucket's kept gradients are put together, averaged over the ranks, and put back. Gradients that are missing on
+    every rank are known from the masks since the last exchange, so accumulation under `no_sync()` is seen as well.
+    """
+
+    def __init__(self, needs: Mapping[nn.Parameter, int], group: Any) -> None:
+        self.needs, self.group = dict(needs), group
+        self.dropped: int | None = None
+
+    def watch(self, outputs: object, dropped: int) -> None:
+        """Called after each recorded forward."""
+        self.dropped = dropped if self.dropped is None else self.dropped & dropped
+
+    def __call__(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+        kept = [gradient for parameter, gradient in pairs if not self._is_missing(parameter)]
+        if bucket.is_last():
+            self.dropped = None
+        return self._reduced(bucket.buffer(), kept, whole=len(kept) == len(bucket.parameters()))
+
+    def _is_missing(self, parameter: nn.Parameter) -> bool:
+        return self.dropped is not None and not self.needs.get(parameter, NEEDED) & ~self.dropped
+
+    def _reduced(
+        self, buffer: torch.Tensor, kept: Sequence[torch.Tensor], whole: bool
+    ) -> torch.futures.Future[torch.Tensor]:
+        if not kept:
+            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            done.set_result(buffer)
+            return done
+        sent = buffer if whole else torch.cat([gradient.reshape(-1) for gradient in kept])
+        sent.div_(self.group.size())
+        work: Any = torch.distributed.all_reduce(sent, group=self.group, async_op=True)
+        back = functools.partial(_put_back, sent, () if whole else kept, buffer)
+        return work.get_future().then(back)  # type: ignore[no-any-return]
+
+
+def _put_back(sent: torch.Tensor, kept: Sequence[torch.Tensor], buffer: torch.Tensor, _: Any) -> torch.Tensor:
+    for gradient, part in zip(kept, sent.split([g.numel() for g in kept]) if kept else (), strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return buffer
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShardGroup:
+    """Parameters that FSDP2 gathers together: the modules they were given with, and the branches that need them."""
+
+    modules: tuple[Any, ...]
+    need: int
+
+    def set_gathered(self, gathered: bool) -> None:
+        for module in self.modules:
+            module.set_unshard_in_backward(gathered)
+
+
+class Gathering:
+    """Keeps FSDP2 from gathering parameters for the backward of blocks that are dropped whole.
+
+    The switch is one per module, not per forward: so it is set when the backward of a forward begins, for all forwards
+    whose backwards run together, and set back when that backward ends. A block that is recomputed nevertheless
+    (gradient checkpointing of more than the block) gathers its parameters then.
+
+    Args:
+        model: the root.
+        need_of: the branches that must all be dropped for the parameter of that name not to be needed.
+    """
+
+    def __init__(self, model: nn.Module, need_of: Callable[[str], int]) -> None:
+        self.model, self.need_of = model, need_of
+        self.groups: list[_ShardGroup] = []
+        self.hooks: list[RemovableHandle] = []
+        self.seen: tuple[type, ...] = ()
+        self.task: int | None = None
+        self.dropped = 0
+        self.off: set[nn.Module] = set()
+
+    def refresh(self, blocks: Iterable[nn.Module]) -> None:
+        """Look for modules under `fully_shard`, which changes their class, unless nothing changed since."""
+        if not _distributed():
+            return
+        classes = tuple(type(module) for module in blocks)
+        if classes != self.seen:
+            self.remove()
+            self.seen, self.groups = classes, _shard_groups(self.model, self.need_of)
+            modules = [module for group in self.groups for module in group.modules]
+            self.hooks = [module.register_forward_pre_hook(self._gather_again) for module in modules]
+
+    def remove(self) -> None:
+        """Set the modules back as they were."""
+        self._set(0)
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.groups, self.seen = [], [], ()
+
+    def watch(self, outputs: Any, dropped: int) -> None:
+        """Called after each recorded forward."""
+        if not self.groups:
+            return
+        if self.off and torch._C._current_graph_task_id() == -1:
+            self._set(0)  # the last backward broke off
+        for tensor in tensors_in(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(functools.partial(self._begin_backward, dropped))
+
+    def _begin_backward(self, dropped: int, gradient: torch.Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.task, self.dropped = task, dropped
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        self.dropped &= dropped
+        self._set(self.dropped)
+
+    def _end_backward(self) -> None:
+        self.task = None
+        self._set(0)
+
+    def _set(self, dropped: int) -> None:
+        for group in self.groups:
+            gathered = bool(group.need & ~dropped)
+            if gathered == (group.modules[0] in self.off):
+                group.set_gathered(gathered)
+                (self.off.difference_update if gathered else self.off.update)(group.modules)
+
+    def _gather_again(self, module: Any, args: Any) -> None:
+        """Before a forward of a module that was not gathered: it is recomputed in spite of all."""
+        if module in self.off:
+            module.set_unshard_in_backward(True)
+            module.unshard()
+            module.set_unshard_in_backward(False)
+
+
+def clear_partitioned(parameters: Iterable[Any]) -> None:
+    """Zero the gradients that DeepSpeed ZeRO-3 holds, at the beginning of an optimizer step.
+
+    Where a step makes no gradient it would use that of an earlier step: its buffer is overwritten, never cleared. ZeRO
+    has no gradients that are None, so dropped branches get zero: momentum and weight decay go on moving them.
+    """
+    for parameter in parameters:
+        engine = getattr(parameter, "_z3_optimizer", None)
+        if engine is None or not parameter.requires_grad:
+            continue
+        if engine.micro_step_id != 0:
+            return
+        engine.set_local_grad_for_param(torch.zeros_like(parameter.ds_tensor), parameter)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO holds the model's gradients."""
+    parameters = model.parameters()
+    return any(hasattr(p, "ds_id") or getattr(p, "_hp_mapping", None) is not None for p in parameters)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _shard_groups(model: nn.Module, need_of: Callable[[str], int]) -> list[_ShardGroup]:
+    """The groups that some set of branches can make needless."""
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "set_unshard_in_backward")}
+    members: dict[int, dict[str, Any]] = {}
+    for name, module in modules.items():
+        members.setdefault(_group_key(module), {})[name] = module
+    needs = dict.fromkeys(members, 0)
+    for name, _ in model.named_parameters():
+        owner = _owner(name, modules)
+        if owner is not None:
+            needs[_group_key(modules[owner])] |= need_of(name)
+    return [_ShardGroup(tuple(members[key].values()), need) for key, need in needs.items() if need > 0]
+
+
+def _group_key(module: Any) -> int:
+    """Modules given to `fully_shard` as a list share one state."""
+    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else module
+    return id(state)
+
+
+def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The innermost of the modules that holds the parameter."""
+    prefix = parameter
+    while prefix:
+        prefix = prefix.rpartition(".")[0]
+        if prefix in modules:
+            return prefix
+    return None

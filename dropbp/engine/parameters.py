@@ -1,0 +1,77 @@
+"""A model's parameters by the branches that must all be dropped for a step to skip them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from dropbp.discovery.structure import Structure
+from dropbp.engine.distributed import NEEDED
+from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
+
+
+class Parameters:
+    """Looks parameters up by name each time: engines put others in their place.
+
+    Args:
+        model: the root.
+        structure: its branches, and what feeds their streams.
+        stem_rests: whether what feeds a stream is skipped when the stream's first branch is dropped.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, stem_rests: bool) -> None:
+        self.model, self.structure = model, structure
+        self.stems = structure.stems if stem_rests else {}
+
+    def need_of(self, name: str) -> int:
+        """The branches that a parameter belongs to, as bits."""
+        return self.structure.parameters.get(name, NEEDED)
+
+    def needs(self) -> dict[nn.Parameter, int]:
+        """Those of branches."""
+        return {self.model.get_parameter(name): need for name, need in self.structure.parameters.items()}
+
+    def with_gradient(self) -> int:
+        """The branches whose parameters have gradients now, from an earlier micro-batch of this step."""
+        held = (need for parameter, need in self.needs().items() if parameter.grad is not None)
+        return functools.reduce(operator.or_, held, 0)
+
+    def some_train(self, always: int) -> bool:
+        """Whether something trains though these branches are always dropped."""
+        asleep = tuple(f"{name}." for name, need in self.stems.items() if not need & ~always)
+        return any(
+            parameter.requires_grad and self.need_of(name) & ~always and not name.startswith(asleep)
+            for name, parameter in self.model.named_parameters()
+        )
+
+    def grouped(self, groups: Iterable[ParameterGroup] | None) -> list[ParameterGroup]:
+        """See `Handle.group_parameters`."""
+        if groups is None:
+            groups = [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
+        keys: dict[int, tuple[int, int]] = {id(parameter): (0, need) for parameter, need in self.needs().items()}
+        for parameter, need in self._feeding(self.structure.stems.items()):
+            keys.setdefault(id(parameter), (1, need))
+        return split_groups(groups, lambda parameter: keys.get(id(parameter), (-1, 0)))
+
+    def fill(self, dropped: int, with_stems: bool, boundary: Callable[[], None] | None) -> None:
+        """Zero gradients for parameters that this step skips, so that optimizers see the same set in every step.
+
+        Args:
+            dropped: the branches that the step drops, as bits.
+            with_stems: whether what feeds the streams may rest in this step.
+            boundary: called after each branch's: all at once they would be another recording for each mask.
+        """
+        needs = {**dict(self._feeding(self.stems.items() if with_stems else ())), **self.needs()}
+        by_need: dict[int, list[nn.Parameter]] = {}
+        for parameter, need in needs.items():
+            if not need & ~dropped and not hasattr(parameter, "ds_id"):
+                by_need.setdefault(need, []).append(parameter)
+        for parameters in by_need.values():
+            if zero_fill_gradients(parameters) and boundary is not None:
+                boundary()
+
+    def _feeding(self, stems: Iterable[tuple[str, int]]) -> Iterable[tuple[nn.Parameter, int]]:
+        return ((parameter, need) for name, need in stems for parameter in self.model.get_submodule(name).parameters())

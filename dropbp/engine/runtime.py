@@ -1,0 +1,359 @@
+"""What happens during a training step: which branches are dropped right now, whoever asks, and the root's forward.
+
+Every training forward of the root gets one set of dropped branches (a bit mask, bit `i` for branch `i`), held in a
+context variable while that forward runs. A module asked to run outside any forward of the root is being recomputed
+under gradient checkpointing: the autograd engine then says which node it is working on, and the node's number says in
+which forward it was made, so that each recomputation sees the mask of its own forward, however many forwards came
+since. Compiled code cannot ask such questions; it reads a plain flag on each module, set before the forward.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Reversible, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp._torch import never_compile, pause, resume, resumed
+from dropbp.device import dynamo_graph_count
+from dropbp.discovery.record import tensors_in
+from dropbp.engine.patch import Attachment, Forward
+from dropbp.engine.skip import Connect, map_tensors
+from dropbp.errors import StateError
+
+logger = logging.getLogger(__name__)
+
+is_compiling = torch.compiler.is_dynamo_compiling
+
+REMEMBERED_FORWARDS = 4096
+REMEMBERED_THREADS = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What one forward does.
+
+    Attributes:
+        dropped: the branches whose backward it drops.
+        factors: of the kept branches' gradients; empty where they are not scaled.
+        checkpointed: branches whose blocks are recomputed in the backward instead of kept.
+        stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
+        stream_ends: whether the stream then asks for no gradient below the lowest kept branch; see
+            `dropbp.engine.truncation`.
+        kept: the branches it does not drop.
+        watched: branches in whose blocks there is more to do than to call the branches.
+    """
+
+    dropped: int = 0
+    factors: Sequence[float] = ()
+    checkpointed: int = 0
+    stem_rests: bool = False
+    stream_ends: bool = False
+    kept: int = dataclasses.field(init=False)
+    watched: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", ~self.dropped)
+        object.__setattr__(self, "watched", self.checkpointed | (self.kept if self.stream_ends else 0))
+
+
+WHOLE = Plan()
+
+
+@dataclasses.dataclass
+class ForwardRecord:
+    """A forward of the root: the interval of autograd nodes it made in its thread, and what it dropped."""
+
+    start: int
+    plan: Plan
+    end: float = math.inf
+
+    def made(self, sequence: int) -> bool:
+        return self.start <= sequence < self.end
+
+
+class Flag:
+    """Whether all branches of `need` are dropped now: what compiled code reads."""
+
+    __slots__ = ("dropped", "need")
+
+    def __init__(self, need: int) -> None:
+        self.need, self.dropped = need, False
+
+
+class Runtime:
+    """The state shared by all intercepted modules of one model.
+
+    Of the thread that asks, `running` holds the plan of the forward it runs (None outside), and `calls` how often
+    shared modules ran in that forward. Context variables are faster than thread-local ones, and modules ask often.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.running: ContextVar[Plan | None] = ContextVar("running", default=None)
+        self.calls: ContextVar[dict[str, int]] = ContextVar("calls")
+        self.records: dict[int, collections.deque[ForwardRecord]] = {}
+        self.tasks: dict[int, tuple[int, Plan]] = {}
+        self._flags: dict[int, Flag] = {}
+        self._flags_by_branch: collections.defaultdict[int, list[Flag]] = collections.defaultdict(list)
+        self.split = False
+        self.watchers: list[Callable[[Any, int], None]] = []
+        self._shown = 0
+        self._anchor: torch.Tensor | None = None
+        self._warned = False
+        self.unrecorded_block = False
+
+    def flag(self, need: int) -> Flag:
+        """The flag of all modules that need these branches dropped; it is kept up to date."""
+        if need not in self._flags:
+            self._flags[need] = Flag(need)
+            for branch in ones(max(need, 0)):  # what is never dropped keeps its flag
+                self._flags_by_branch[branch].append(self._flags[need])
+        return self._flags[need]
+
+    def plan_now(self) -> Plan:
+        """The plan at this point: of the running forward, or of the forward being recomputed."""
+        plan = self.running.get()
+        return self.plan_recomputed() if plan is None else plan
+
+    def plan_recomputed(self) -> Plan:
+        """The plan of the forward that made the autograd node this thread is working on."""
+        node = current_node()
+        if node is None:
+            self._warn_outside()
+            return WHOLE
+        record = self.find(node._sequence_nr())
+        if record is None:
+            return self._plan_of_outer_backward()
+        self._remember_task(record.plan)
+        return record.plan
+
+    def find(self, sequence: int) -> ForwardRecord | None:
+        """The forward that made an autograd node.
+
+        Threads number their nodes separately. On CPU a backward runs in the thread that called it, mostly that of the
+        forward; elsewhere in a thread of the engine: then all are searched, and one match is as good as another.
+        """
+        here = threading.get_ident()
+        own = _latest(self.records.get(here, ()), sequence)
+        if own is not None:
+            return own
+        others = (_latest(tuple(records), sequence) for ident, records in list(self.records.items()) if ident != here)
+        return next((record for record in others if record is not None), None)
+
+    def _remember_task(self, plan: Plan) -> None:
+        """Nodes made by a recomputation are in no record, and a backward nested in this one may recompute from them."""
+        task = torch._C._current_graph_task_id()
+        if task not in self.tasks:
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._forget_task, task))
+        self.tasks[task] = threading.get_ident(), plan
+
+    def _forget_task(self, task: int) -> None:
+        self.tasks.pop(task, None)
+
+    def _plan_of_outer_backward(self) -> Plan:
+        here = threading.get_ident()
+        return next((plan for ident, plan in reversed(list(self.tasks.values())) if ident == here), WHOLE)
+
+    def _warn_outside(self) -> None:
+        if not self._warned and self.model.training and torch.is_grad_enabled():
+            self._warned = True
+            logger.warning(
+                "A branch of %s ran outside the forward of the model given to dropbp.enable, so nothing is dropped "
+                "there. Enable the module whose forward your training loop calls.",
+                type(self.model).__name__,
+            )
+
+    def note_unrecorded_block(self, block: nn.Module) -> None:
+        """A kept block runs unrecorded and its stream has ended: a reentrant checkpoint that was switched on late."""
+        if not self.unrecorded_block:
+            self.unrecorded_block = True
+            logger.warning(
+                "%s ran without recording in a training step that keeps its branches, so it gets no gradient in this "
+                "step. If gradient checkpointing was switched on just now: the steps to come take it into account.",
+                type(block).__name__,
+            )
+
+    def count_call(self, key: str) -> int:
+        """How often a module shared by several branches ran before in this forward."""
+        if self.running.get() is None:
+            raise StateError(
+                f"Module {key} is shared by several branches, and gradient checkpointing recomputes it: which of its "
+                "calls this is cannot be told. Turn gradient checkpointing off for this model."
+            )
+        calls = self.calls.get()
+        call = calls.get(key, 0)
+        calls[key] = call + 1
+        return call
+
+    def run(self, forward: Callable[[], Any], plan: Plan) -> Any:
+        """Run a training forward with the plan's branches dropped."""
+        outputs = self._recorded(forward, plan)
+        return self._connected(outputs) if plan.dropped else outputs
+
+    def run_whole(self, forward: Callable[[], Any]) -> Any:
+        """Run a forward in which nothing is dropped and nothing is drawn: evaluation, `no_grad`."""
+        return self._recorded(forward, WHOLE) if torch.is_grad_enabled() else self._run_with(forward, WHOLE)
+
+    def _recorded(self, forward: Callable[[], Any], plan: Plan) -> Any:
+        record = ForwardRecord(_next_sequence(), plan)
+        self._own_records().append(record)
+        try:
+            outputs = self._run_with(forward, plan)
+        finally:
+            record.end = _next_sequence()
+        if dynamo_graph_count():
+            self._show_flags_in_backward(outputs, plan.dropped)
+        for watch in self.watchers:
+            watch(outputs, plan.dropped)
+        return outputs
+
+    def _own_records(self) -> collections.deque[ForwardRecord]:
+        here = threading.get_ident()
+        if here not in self.records:
+            if len(self.records) >= REMEMBERED_THREADS:
+                self._forget_ended_threads()
+            self.records[here] = collections.deque(maxlen=REMEMBERED_FORWARDS)
+        return self.records[here]
+
+    def _forget_ended_threads(self) -> None:
+        alive = {thread.ident for thread in threading.enumerate()}
+        for ident in [ident for ident in self.records if ident not in alive]:
+            self.records.pop(ident, None)
+
+    def _run_with(self, forward: Callable[[], Any], plan: Plan) -> Any:
+        before = self.running.get()
+        running, calls = self.running.set(plan), self.calls.set({})
+        self.show_flags(plan.dropped)
+        try:
+            return forward()
+        finally:
+            self.running.reset(running)
+            self.calls.reset(calls)
+            if before is not None:
+                self.show_flags(before.dropped)
+
+    def show_flags(self, dropped: int) -> None:
+        """Set the flags that compiled code reads."""
+        if dropped == self._shown or "torch._dynamo" not in sys.modules:
+            return
+        kept, changed, self._shown = ~dropped, dropped ^ self._shown, dropped
+        for branch in ones(changed):
+            for flag in self._flags_by_branch[branch]:
+                flag.dropped = not flag.need & kept
+
+    def _show_flags_in_backward(self, outputs: Any, dropped: int) -> None:
+        """Compiled code under gradient checkpointing is recomputed in backward: its flags must be of this forward."""
+        for tensor in tensors_in(outputs):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(lambda gradients: self.show_flags(dropped))
+
+    def _connected(self, outputs: Any) -> Any:
+        """Outputs that `backward` accepts, though every trainable parameter was skipped."""
+        if not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in tensors_in(outputs)):
+            return outputs
+        if not any(p.requires_grad for p in self.model.parameters()):
+            return outputs
+        alone = not any(tensor.requires_grad for tensor in tensors_in(outputs))
+        return map_tensors(outputs, functools.partial(self.connect, alone=alone))
+
+    def reconnected(self, output: Any) -> Any:
+        """A dropped module's output; a reentrant checkpoint insists that what it recomputes leads somewhere."""
+        if self.running.get() is not None or not torch.is_grad_enabled() or not hasattr(current_node(), "run_function"):
+            return output
+        return map_tensors(output, functools.partial(self.connect, alone=True))
+
+    def connect(self, tensor: torch.Tensor, alone: bool) -> torch.Tensor:
+        """Where other outputs are connected already, only a loss is: masks and the like never asked for gradients."""
+        if tensor.requires_grad or not (alone or tensor.dim() == 0):
+            return tensor
+        if self._anchor is None:
+            self._anchor = torch.zeros((), requires_grad=True)
+        connected: torch.Tensor = Connect.apply(tensor, self._anchor)
+        return connected
+
+
+def _latest(records: Reversible[ForwardRecord], sequence: int) -> ForwardRecord | None:
+    """The last of the records that made a node: forwards nested in another come after it."""
+    return next((record for record in reversed(records) if record.made(sequence)), None)
+
+
+def ones(bits: int) -> Iterator[int]:
+    """Which bits are set, from the lowest."""
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
+
+
+def current_node() -> Any:
+    """The node the autograd engine is working on in this thread, None outside of a backward."""
+    return torch._C._current_autograd_node()
+
+
+def _next_sequence() -> int:
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+class RootState(Attachment):
+    """Asks the handle for a plan and runs the root's forward with it."""
+
+    def __init__(self, begin: Callable[[tuple[Any, ...], dict[str, Any]], Plan], runtime: Runtime) -> None:
+        self.begin, self.runtime = begin, runtime
+
+    def run(self, original: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Decide what to drop while nothing is compiled, then run the forward as it would have run."""
+        callback = pause()
+        try:
+            forward = functools.partial(resumed, callback, original, (module, *args), kwargs)
+            return self._run(forward, module, args, kwargs, compiled=callback is not None)
+        finally:
+            resume(callback)
+
+    def _run(
+        self, forward: Callable[[], Any], module: nn.Module, args: Any, kwargs: dict[str, Any], compiled: bool
+    ) -> Any:
+        training = module.training and torch.is_grad_enabled()
+        if training and self.runtime.running.get() is not None:
+            return forward()
+        self.runtime.split = compiled and training
+        return self.runtime.run(forward, self._plan(args, kwargs)) if training else self.runtime.run_whole(forward)
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+        """A new plan, unless this forward is the recomputation of an earlier one."""
+        node = current_node()
+        record = self.runtime.find(node._sequence_nr()) if node is not None else None
+        return record.plan if record else self.begin(args, kwargs)
+
+
+never_compile(RootState.run)
+
+
+def root_forward(original: Forward) -> Forward:
+    """Around the root: never compiled itself, so that masks are drawn outside; what it calls still is."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # None also after removal, for those who took the method from the model while it was enabled, as peft does.
+        state: RootState | None = getattr(self, "_dropbp_root", None)
+        if state is None or state.original is not original:
+            return original(self, *args, **kwargs)
+        return state.run(original, self, args, kwargs)
+
+    never_compile(forward)
+    return named_forward(forward)
+
+
+def named_forward(forward: Forward) -> Forward:
+    """Bound methods are pickled by name, and `forward` is the name a plain model answers to."""
+    forward.__name__ = "forward"
+    return forward

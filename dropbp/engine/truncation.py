@@ -1,0 +1,67 @@
+"""Whether the residual stream ends at the lowest kept branch.
+
+Where what feeds the stream rests, nothing below the lowest kept branch needs a gradient. If the stream asks for none
+there, that branch is spared the gradient of its input. But a reentrant checkpoint takes a block for frozen whose input
+asks for no gradient, and compiled code and the graphs of lazy devices would come in twice as many kinds. So the first
+training forward keeps the stream's gradient and is looked at, and the others follow what it showed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dropbp.device import dynamo_graph_count
+from dropbp.discovery.record import tensors_in
+from dropbp.engine.checkpointing import CheckpointBypass
+from dropbp.engine.runtime import Runtime
+
+
+class Cut:
+    """Decides for each training forward.
+
+    Args:
+        model: the root.
+        runtime: tells when a block ran without recording although its stream had ended.
+        bypass: knows the checkpoint functions of models in the style of transformers.
+        possible: whether what feeds the stream rests, and nothing known beforehand speaks against it.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime, bypass: CheckpointBypass, possible: bool) -> None:
+        self._model, self._runtime, self._bypass = model, runtime, bypass
+        self._possible, self._looked = possible, False
+        self._graphs = dynamo_graph_count()
+        if possible:
+            runtime.watchers.append(self._look)
+
+    def ends(self) -> bool:
+        """Whether the stream of the next training forward ends at its lowest kept branch.
+
+        Not where anything was compiled since the model was enabled: it may be a part of it.
+        """
+        if not (self._possible and self._looked) or self._runtime.unrecorded_block:
+            return False
+        return dynamo_graph_count() == self._graphs and not self._bypass.reenters()
+
+    def _look(self, outputs: Any, dropped: int) -> None:
+        """Called after each recorded forward."""
+        if self._looked or not self._model.training:
+            return
+        self._looked = True
+        roots = [tensor.grad_fn for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in self._model.parameters())  # DeepSpeed ZeRO-3
+        self._possible = bool(roots) and not partitioned and not _reentrant_checkpoint_in(roots)
+
+
+def _reentrant_checkpoint_in(roots: list[Any]) -> bool:
+    """Whether the graph holds a node that runs a part of the forward again: PyTorch's, or one written like it."""
+    seen, pending = set(roots), list(roots)
+    while pending:
+        node = pending.pop()
+        if hasattr(node, "run_function") or "checkpoint" in node.name().lower():
+            return True
+        fresh = {source for source, _ in node.next_functions if source is not None} - seen
+        seen |= fresh
+        pending.extend(fresh)
+    return False

@@ -1,0 +1,358 @@
+"""The functions put around modules: a branch's, what feeds it, its last one, and those a lazy device stops at.
+
+Each is looked up on the class of its module's `forward`, reads the plan of the running forward
+(`dropbp.engine.runtime`), and calls the original otherwise unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from dropbp._torch import never_compile, pause, resume
+from dropbp.discovery.liveness import ALIVE
+from dropbp.discovery.structure import Exit, LooseParameter, Site, Structure
+from dropbp.engine.attention import MaskState, mask_forward
+from dropbp.engine.patch import Attachment, Forward, Interception
+from dropbp.engine.runtime import Plan, RootState, Runtime, is_compiling, named_forward, root_forward
+from dropbp.engine.skip import ScaleGradient, StepBoundary, is_differentiable, map_tensors
+
+T = TypeVar("T")
+
+# Called for every module of every branch: each look-up in a module costs as much as the call.
+is_grad_enabled, set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
+is_autocast_cache_enabled = torch.is_autocast_cache_enabled
+set_autocast_cache_enabled = torch.set_autocast_cache_enabled
+
+
+class SiteState(Attachment):
+    """A module that runs without recording when all branches it needs dropped are dropped."""
+
+    __slots__ = ("flag", "module", "need", "needs", "per_call", "running", "runtime", "site")
+
+    def __init__(self, site: Site, module: nn.Module, runtime: Runtime) -> None:
+        self.site, self.module, self.runtime = site, module, runtime
+        self.needs = site.needs
+        self.per_call = site.per_call
+        self.need = functools.reduce(lambda a, b: a | b, site.needs)
+        self.running = runtime.running.get
+        self.flag = runtime.flag(self.need)
+
+    def is_dropped(self) -> bool:
+        plan = self.running() or self.runtime.plan_recomputed()
+        need = self._need_of_this_call() if self.per_call and plan.dropped else self.need
+        return not need & plan.kept
+
+    def resting_plan(self) -> Plan | None:
+        """For a stem: the plan, if it drops the stem, and not by a mask that names branches only."""
+        plan = self.running() or self.runtime.plan_recomputed()
+        return plan if plan.stem_rests and self.is_dropped() else None
+
+    def _need_of_this_call(self) -> int:
+        call = self.runtime.count_call(self.site.module)
+        return self.needs[call] if call < len(self.needs) else ALIVE
+
+
+def site_forward(original: Forward) -> Forward:
+    """Around a branch's module: without recording when the branch is dropped. Called often: every look-up counts."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        site: SiteState | None = self._dropbp_site
+        if site is None or site.original is not original:
+            return original(self, *args, **kwargs)
+        if is_compiling():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not site.flag.dropped):
+                return original(self, *args, **kwargs)
+        plan = site.running()
+        if plan is None:
+            if not site.is_dropped():
+                return original(self, *args, **kwargs)
+            return site.runtime.reconnected(_unrecorded(original, self, args, kwargs))
+        if site.need & plan.kept:
+            return original(self, *args, **kwargs)
+        recording, cache = is_grad_enabled(), is_autocast_cache_enabled()  # as _unrecorded does
+        set_grad_enabled(False)
+        set_autocast_cache_enabled(False)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            set_autocast_cache_enabled(cache)
+            set_grad_enabled(recording)
+
+    return named_forward(forward)
+
+
+def stem_forward(original: Forward) -> Forward:
+    """Around what feeds the stream: without recording when the stream's first branch is dropped.
+
+    Unless the stream may end there, it still asks for a gradient: see `dropbp.engine.truncation`.
+    """
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        site: SiteState | None = self._dropbp_site
+        plan = None if site is None or site.original is not original else _uncompiled(site.resting_plan)
+        if site is None or plan is None:
+            return original(self, *args, **kwargs)
+        output = _unrecorded(original, self, args, kwargs)
+        if plan.stream_ends:
+            return output
+        return map_tensors(output, functools.partial(site.runtime.connect, alone=True))
+
+    never_compile(forward)
+    return named_forward(forward)
+
+
+def shared_site_forward(original: Forward) -> Forward:
+    """Around a module shared by several branches: which call this is, compiled code cannot tell."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        site: SiteState | None = self._dropbp_site
+        if site is not None and site.original is original and _uncompiled(site.is_dropped):
+            return site.runtime.reconnected(_unrecorded(original, self, args, kwargs))
+        return original(self, *args, **kwargs)
+
+    never_compile(forward)
+    return named_forward(forward)
+
+
+def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Run under `no_grad`, and keep autocast from caching casts that carry no gradient for later, kept branches."""
+    recording, cache = is_grad_enabled(), is_autocast_cache_enabled()
+    set_grad_enabled(False)
+    set_autocast_cache_enabled(False)
+    try:
+        return original(module, *args, **kwargs)
+    finally:
+        set_autocast_cache_enabled(cache)
+        set_grad_enabled(recording)
+
+
+def _uncompiled(function: Callable[[], T]) -> T:
+    callback = pause()
+    try:
+        return function()
+    finally:
+        resume(callback)
+
+
+never_compile(_unrecorded)
+never_compile(_uncompiled)
+
+
+class LooseState(Attachment):
+    """Parameters frozen while their scope runs with their branches dropped."""
+
+    def __init__(self, loose: Iterable[LooseParameter], model: nn.Module, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.entries = [(*_owner(model, entry.name), entry.need) for entry in loose]
+
+    def frozen(self) -> list[nn.Parameter]:
+        dropped = self.runtime.plan_now().dropped
+        held = [(m._parameters[a], need) for m, a, need in self.entries if need & dropped == need]
+        return [p for p, _ in held if p is not None and p.requires_grad]
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function while the parameters of dropped branches are frozen."""
+    frozen = _uncompiled(state.frozen)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+never_compile(run_frozen)
+
+
+def loose_forward(original: Forward) -> Forward:
+    """Around the module whose own forward uses parameters of a branch outside of the branch's modules."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: LooseState | None = self._dropbp_loose
+        if state is None or state.original is not original:
+            return original(self, *args, **kwargs)
+        return run_frozen(state, original, self, *args, **kwargs)
+
+    never_compile(forward)
+    return named_forward(forward)
+
+
+class ExitState(Attachment):
+    """The last module of one or more branches: where the gradient of a kept branch is scaled."""
+
+    def __init__(self, exits: Sequence[Exit], runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.name = exits[0].module
+        self.branch_of_call = {call: entry.branch for entry in exits for call in entry.calls}
+        branches = set(self.branch_of_call.values())
+        self.only = branches.pop() if len(branches) == 1 else None
+
+    def factor(self) -> float:
+        factors = self.runtime.plan_now().factors
+        if not factors:
+            return 1.0
+        branch = self.only if self.only is not None else self._branch_of_this_call()
+        return 1.0 if branch is None else factors[branch]
+
+    def _branch_of_this_call(self) -> int | None:
+        return self.branch_of_call.get(self.runtime.count_call(f"{self.name} (exit)"))
+
+
+def exit_forward(original: Forward) -> Forward:
+    """Around a branch's last module: its output's gradient is scaled."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: ExitState | None = self._dropbp_exit
+        output = original(self, *args, **kwargs)
+        factor = 1.0 if state is None or state.original is not original else _uncompiled(state.factor)
+        if factor == 1.0 or not torch.is_grad_enabled():
+            return output
+        return map_tensors(output, functools.partial(_scaled, factor=factor))
+
+    never_compile(forward)
+    return named_forward(forward)
+
+
+def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    if not tensor.requires_grad:
+        return tensor
+    scaled: torch.Tensor = ScaleGradient.apply(tensor, factor)
+    return scaled
+
+
+class BoundaryState(Attachment):
+    """A module before which a lazy device is told that a step ends, in the forward and in the backward."""
+
+    def __init__(self, boundary: Callable[[], None]) -> None:
+        self.boundary = boundary
+
+
+class EndState(BoundaryState):
+    """A module after which a lazy device is told the same."""
+
+
+def boundary_forward(original: Forward) -> Forward:
+    """Around a block: its first floating-point input passes a step boundary."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: BoundaryState | None = self._dropbp_boundary
+        if state is not None and state.original is original and not torch.compiler.is_compiling():
+            args, kwargs = _with_boundary(args, kwargs, state.boundary)
+        return original(self, *args, **kwargs)
+
+    return named_forward(forward)
+
+
+def end_forward(original: Forward) -> Forward:
+    """Around the last block: the first floating-point tensor of its output passes a step boundary."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: EndState | None = self._dropbp_end
+        output = original(self, *args, **kwargs)
+        if state is None or state.original is not original or torch.compiler.is_compiling():
+            return output
+        if isinstance(output, torch.Tensor):
+            return _with_boundary((output,), {}, state.boundary)[0][0]
+        return _with_boundary(output, {}, state.boundary)[0] if type(output) is tuple else output
+
+    return named_forward(forward)
+
+
+def _with_boundary(
+    args: tuple[Any, ...], kwargs: dict[str, Any], boundary: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for place, value in enumerate(args):
+        if isinstance(value, torch.Tensor) and is_differentiable(value):
+            marked = StepBoundary.apply(value, boundary)
+            return (*args[:place], marked, *args[place + 1 :]), kwargs
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and is_differentiable(value):
+            return args, {**kwargs, name: StepBoundary.apply(value, boundary)}
+    return args, kwargs
+
+
+def install(model: nn.Module, structure: Structure, runtime: Runtime, root: RootState) -> list[Interception]:
+    """Put all functions in place; the innermost first, so that removal in reverse order is exact."""
+    return [
+        *_install_sites(model, structure.sites, runtime),
+        *_install_loose(model, structure.loose, runtime),
+        Interception(model, "_dropbp_root", root, root_forward),
+    ]
+
+
+def _install_sites(model: nn.Module, sites: Iterable[Site], runtime: Runtime) -> list[Interception]:
+    made = []
+    for site in sites:
+        module = model.get_submodule(site.module)
+        state = SiteState(site, module, runtime)
+        if site.learned_mask:
+            mask = MaskState(
+                [_owner(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)
+            )
+            made.append(Interception(module, "_dropbp_mask", mask, mask_forward))
+        wrap = shared_site_forward if site.per_call else site_forward
+        made.append(Interception(module, "_dropbp_site", state, wrap))
+    return made
+
+
+def install_stems(model: nn.Module, stems: Mapping[str, int], runtime: Runtime) -> list[Interception]:
+    """The functions that let what feeds the stream rest."""
+    made = []
+    for name, need in stems.items():
+        module = model.get_submodule(name)
+        state = SiteState(Site(name, (need,)), module, runtime)
+        made.append(Interception(module, "_dropbp_site", state, stem_forward))
+    return made
+
+
+def _install_loose(model: nn.Module, loose: Iterable[LooseParameter], runtime: Runtime) -> list[Interception]:
+    by_scope: dict[str, list[LooseParameter]] = {}
+    for entry in loose:
+        by_scope.setdefault(entry.scope, []).append(entry)
+    return [
+        Interception(model.get_submodule(scope), "_dropbp_loose", LooseState(entries, model, runtime), loose_forward)
+        for scope, entries in by_scope.items()
+    ]
+
+
+def install_exits(model: nn.Module, structure: Structure, runtime: Runtime) -> list[Interception]:
+    """The functions that scale gradients of kept branches."""
+    by_module: dict[str, list[Exit]] = {}
+    for entry in structure.exits:
+        by_module.setdefault(entry.module, []).append(entry)
+    return [
+        Interception(model.get_submodule(name), "_dropbp_exit", ExitState(exits, runtime), exit_forward)
+        for name, exits in by_module.items()
+    ]
+
+
+def install_boundaries(
+    model: nn.Module, names: Iterable[str], boundary: Callable[[], None], *, after: bool = False
+) -> list[Interception]:
+    """The functions that tell a lazy device where steps end: before these modules, or after them."""
+    if after:
+        ends = ((model.get_submodule(name), EndState(boundary)) for name in names)
+        return [Interception(module, "_dropbp_end", state, end_forward) for module, state in ends]
+    return [
+        Interception(model.get_submodule(name), "_dropbp_boundary", BoundaryState(boundary), boundary_forward)
+        for name in names
+    ]

@@ -1,0 +1,224 @@
+"""Peak memory of a step at any size of its batch, from a few small steps.
+
+A step is a fixed sequence of operations. After each of them so many bytes of tensors are alive, and that number is a
+polynomial in the sizes of the batch: of first degree in its rows, of second in its length (attention scores). So the
+sequence of live bytes, counted at two numbers of rows and three lengths, gives the sequence at any size, and its
+largest entry is the peak, whichever operation that is. The optimizer's part is counted on tensors without data.
+
+Counted are bytes of tensors (`dropbp.memory`): not what an allocator adds, nor scratch memory inside a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dropbp.errors import ConfigError
+from dropbp.estimate.workload import Workload
+from dropbp.flops import Shape
+from dropbp.memory import TensorBytes, track_tensor_bytes
+
+Lines = dict[tuple[int, int], torch.Tensor]  # by rows and length
+Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+SMALL_UNIT, LARGE_UNIT = 8, 64
+UNITS = (1, 2, 3)
+
+
+class _Timeline(TorchDispatchMode):
+    """The live bytes after each operation."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tracked: TensorBytes) -> None:
+        super().__init__()
+        self.tracked = tracked
+        self.live_bytes = [tracked.live_bytes]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        self.live_bytes.append(self.tracked.live_bytes)
+        return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """The small sizes at which steps are counted. `alone`: also with one row, a case of its own for some kernels."""
+
+    lengths: tuple[int, ...]
+    alone: bool
+    rows: tuple[int, int] = (2, 3)
+
+    @property
+    def smallest(self) -> Shape:
+        """Where only the step as such matters."""
+        return Shape(self.rows[0], self.lengths[0])
+
+    @property
+    def largest(self) -> Shape:
+        """All of the others fit where this one does."""
+        return Shape(self.rows[-1], self.lengths[-1])
+
+
+def probe_for(shape: Shape) -> Probe:
+    """Small sizes that behave as `shape` does."""
+    length = shape.sequence_length
+    unit = min(LARGE_UNIT, length // (UNITS[-1] + 1))
+    return Probe(tuple(unit * n for n in UNITS) if unit >= SMALL_UNIT else (length,), shape.batch_size == 1)
+
+
+class Footprint:
+    """The memory of steps that all drop the same branches.
+
+    Args:
+        run: runs one step of a shape, forward and backward, under the mask.
+        probe: the small sizes it is run at.
+        workload: of the steps.
+        held_gradients: whether all gradients are there from the start, as in the second of several micro-batches.
+    """
+
+    def __init__(
+        self, run: Callable[[Shape], None], probe: Probe, workload: Workload, held_gradients: bool = False
+    ) -> None:
+        self.probe = probe
+
+        def lines(sizes: Sequence[int]) -> Lines:
+            return _comparable(
+                {
+                    (rows, length): _timeline(run, Shape(rows, length), workload.model, held_gradients)
+                    for rows in sizes
+                    for length in probe.lengths
+                }
+            )
+
+        self._lines, self._alone = lines(probe.rows), lines((1,)) if probe.alone else None
+        self.trained = [n for n, p in workload.model.named_parameters() if p.grad is not None]
+        workload.model.zero_grad(set_to_none=True)
+
+    def peak_bytes(self, shape: Shape) -> int:
+        """The most bytes alive at once in forward and backward, the model's own included."""
+        return int(self._at(shape).max())
+
+    def end_bytes(self, shape: Shape) -> int:
+        """The bytes alive after the backward."""
+        return int(self._at(shape)[-1])
+
+    def _at(self, shape: Shape) -> torch.Tensor:
+        weights = dict(zip(self.probe.lengths, _lagrange(self.probe.lengths, shape.sequence_length), strict=True))
+        if self._alone is not None and shape.batch_size == 1:
+            return _sum(weights[length] * line for (_, length), line in self._alone.items())
+        first, second = self.probe.rows
+        share = (shape.batch_size - first) / (second - first)
+        parts = {first: 1 - share, second: share}
+        return _sum(parts[rows] * weights[length] * line for (rows, length), line in self._lines.items())
+
+
+def _sum(lines: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(lines)).sum(0)
+
+
+def _comparable(lines: Lines) -> Lines:
+    """Where the operations themselves depend on the data there is no common sequence: peak and end only."""
+    if len({len(line) for line in lines.values()}) == 1:
+        return lines
+    return {size: torch.stack([line.max(), line[-1]]) for size, line in lines.items()}
+
+
+def _timeline(run: Callable[[Shape], None], shape: Shape, model: nn.Module, held_gradients: bool) -> torch.Tensor:
+    for parameter in model.parameters():
+        held = held_gradients and parameter.requires_grad
+        parameter.grad = torch.zeros_like(parameter) if held else None
+    with _no_collection(), track_tensor_bytes(model) as tracked, _Timeline(tracked) as line:
+        run(shape)
+        line.live_bytes.append(tracked.live_bytes)  # the last operation's own temporaries are gone
+    return torch.tensor(line.live_bytes, dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """When cycles end depends on all that the process does; here they stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _lagrange(places: Sequence[int], at: int) -> list[float]:
+    """Weights of values at `places` that give the value of their polynomial at `at`."""
+    weights = []
+    for i, place in enumerate(places):
+        weight = 1.0
+        for j, other in enumerate(places):
+            if i != j:
+                weight *= (at - other) / (place - other)
+        weights.append(weight)
+    return weights
+
+
+class OptimizerBytes:
+    """An optimizer's states, and what its step needs for a moment, counted on tensors without data."""
+
+    def __init__(self, model: nn.Module, make: Optimizer) -> None:
+        self._mode = FakeTensorMode()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with self._mode, _explained(make):
+            self._parameters = {n: nn.Parameter(_empty_like(p), True) for n, p in trained.items()}
+            self._optimizer = make(list(self._parameters.values()))
+            self._give_gradients(self._parameters)
+            self._optimizer.step()
+        with self._mode, track_tensor_bytes(self._optimizer) as tracked:
+            self.state_bytes = tracked.live_bytes
+
+    def step_bytes(self, trained: Iterable[str]) -> int:
+        """Bytes beyond states, parameters and gradients at the worst moment of a step that moves these parameters."""
+        with self._mode:
+            self._give_gradients(trained)
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            with track_tensor_bytes(self._optimizer, *self._parameters.values(), *gradients) as tracked:
+                before = tracked.live_bytes
+                self._optimizer.step()
+        return tracked.peak_bytes - before
+
+    def _give_gradients(self, names: Iterable[str]) -> None:
+        chosen = set(names)
+        for name, parameter in self._parameters.items():
+            parameter.grad = torch.empty_like(parameter) if name in chosen else None
+
+
+def _empty_like(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+@contextlib.contextmanager
+def _explained(make: Optimizer) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"The optimizer made by {getattr(make, '__name__', make)!r} does not run on tensors without data, so its "
+            f"memory cannot be counted ({type(error).__name__}: {error}). Pass optimizer=... a function that takes a "
+            "list of parameters and returns a torch.optim.Optimizer."
+        ) from error
+
+
+def largest_within(peak_bytes: Callable[[int], float], limit_bytes: float, most: int) -> int:
+    """The largest size from 1 to `most` whose peak is within the limit; 0 where none is. Peaks must not fall."""
+    low, high = 0, 1
+    while high <= most and peak_bytes(high) <= limit_bytes:
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak_bytes(middle) <= limit_bytes else (low, middle)
+    return low

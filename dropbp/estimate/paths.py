@@ -1,0 +1,191 @@
+"""Gradients by path length: through how many branches a gradient came.
+
+At every branch of a residual network the gradient takes the branch or the stream past it. So the gradient that arrives
+at the stream's beginning is a sum over 2^N paths, C(N, k) of which pass k branches. A path's own gradient is found by a
+backward in which its branches let the gradient through and their bypasses do not, and all other branches the reverse.
+Dropping branches at rate p weakens paths of length k to (1-p)^k: this says what that costs.
+
+Source: Veit et al., arXiv:1605.06431, section 4.3; DropBP, arXiv:2402.17812, appendix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dropbp.discovery.graph import Graph
+from dropbp.discovery.liveness import needs
+from dropbp.discovery.record import Recorder
+from dropbp.discovery.structure import Structure
+from dropbp.sensitivity.measure import checked_loss
+from dropbp.sensitivity.onepass import Entrance, Source, edges_of_branches, entrance_edges
+
+Closure = Callable[[], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class PathLength:
+    """Paths that pass exactly `length` branches.
+
+    Attributes:
+        length: branches passed.
+        count: number of such paths.
+        norm: length of the gradient along one of them, the mean over those sampled.
+        spread: its standard deviation.
+        total: count * norm, the most that all of them could add up to.
+        together: length of the sum of all of them; NaN where only one was sampled of several.
+    """
+
+    length: int
+    count: int
+    norm: float
+    spread: float
+    total: float
+    together: float
+
+
+def path_lengths(
+    model: nn.Module, structure: Structure, closure: Closure, samples: int, seed: int = 0
+) -> tuple[PathLength, ...]:
+    """Gradients at the stream's beginning along random paths of every length, 0 to N.
+
+    Args:
+        model: not enabled.
+        structure: its branches.
+        closure: runs one forward and returns the loss.
+        samples: paths of each length; all of them where there are no more.
+        seed: of the choice.
+    """
+    paths = Paths(model, structure, closure)
+    chosen, branches = random.Random(seed), range(len(structure.branches))
+    try:
+        return tuple(_of_length(paths, k, _sampled(chosen, branches, k, samples)) for k in range(len(branches) + 1))
+    finally:
+        paths.close()
+
+
+class Paths:
+    """One forward, and as many backwards as are asked for, each along chosen paths."""
+
+    def __init__(self, model: nn.Module, structure: Structure, closure: Closure) -> None:
+        self.model, self.count = model, len(structure.branches)
+        recorder = Recorder(model, count_flops=False)
+        with recorder:
+            self.loss = checked_loss(closure())
+            graph = Graph(recorder.trace(self.loss), model)
+            need = needs(graph, edges_of_branches(graph, structure))
+            edges = entrance_edges(graph, recorder.functions, need, self.count)
+        recorder.functions = ()
+        self.gates = [_Gate(source, entering) for source, entering in _by_source(edges).items()]
+        self.first = next(gate for gate in self.gates if 0 in gate.branches)
+
+    def gradient(self, taken: Sequence[int] | None) -> Tensor:
+        """The gradient at the stream's beginning along the path that takes these branches; None: along all paths."""
+        for gate in self.gates:
+            gate.set(None if taken is None else frozenset(taken))
+        self.loss.backward(retain_graph=True)
+        self.model.zero_grad(set_to_none=True)
+        if self.first.passed is None:
+            raise RuntimeError("no gradient arrived where the first branch begins")
+        return self.first.passed
+
+    def close(self) -> None:
+        """Let go of the graph: nodes hold their hooks, and these would hold the nodes."""
+        for gate in self.gates:
+            gate.remove()
+
+
+class _Gate:
+    """A place where branches leave the stream; it lets through what the paths that are followed bring."""
+
+    def __init__(self, source: Source, entering: Sequence[Entrance]) -> None:
+        self.place = source[1]
+        self.branches = {entrance.branch for entrance in entering}
+        self.taken: frozenset[int] | None = None
+        self.brought: dict[int, Tensor] = {}
+        self.passed: Tensor | None = None
+        self._handles: list[RemovableHandle] = [
+            entrance.consumer.register_hook(self._watch(entrance)) for entrance in entering
+        ]
+        self._handles.append(source[0].register_prehook(self._arrive))
+
+    def set(self, taken: frozenset[int] | None) -> None:
+        self.taken, self.brought, self.passed = taken, {}, None
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, entrance: Entrance) -> Callable[..., None]:
+        def leave(inputs: Sequence[Tensor | None], outputs: Any) -> None:
+            gradient, branch = inputs[entrance.place], entrance.branch
+            if gradient is not None:
+                before = self.brought.get(branch)
+                self.brought[branch] = gradient if before is None else before + gradient
+
+        return leave
+
+    def _arrive(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        whole = gradients[self.place]
+        if whole is None:
+            return tuple(gradients)
+        self.passed = self._let_through(whole)
+        return tuple(self.passed if place == self.place else gradient for place, gradient in enumerate(gradients))
+
+    def _let_through(self, whole: Tensor) -> Tensor:
+        if self.taken is None:
+            return whole.clone()
+        taken = self.branches & self.taken
+        if len(taken) > 1:  # of parallel branches a path takes one at most
+            return torch.zeros_like(whole)
+        if taken:
+            return self.brought.get(next(iter(taken)), torch.zeros_like(whole)).clone()
+        return whole - sum(self.brought.values()) if self.brought else whole.clone()
+
+
+def _by_source(edges: Sequence[Sequence[Entrance]]) -> dict[Source, list[Entrance]]:
+    found: dict[Source, list[Entrance]] = {}
+    for entrance in (entrance for entering in edges for entrance in entering):
+        found.setdefault(entrance.source, []).append(entrance)
+    return found
+
+
+def _sampled(chosen: random.Random, branches: Sequence[int], length: int, samples: int) -> list[tuple[int, ...]]:
+    """Different paths, in order."""
+    wanted = min(samples, math.comb(len(branches), length))
+    found: set[tuple[int, ...]] = set()
+    while len(found) < wanted:
+        found.add(tuple(sorted(chosen.sample(branches, length))))
+    return sorted(found)
+
+
+def _of_length(paths: Paths, length: int, sample: Sequence[tuple[int, ...]]) -> PathLength:
+    gradients = [paths.gradient(path).flatten().double() for path in sample]
+    norms = [float(gradient.norm()) for gradient in gradients]
+    count, mean = math.comb(paths.count, length), statistics.fmean(norms)
+    spread = statistics.pstdev(norms)
+    return PathLength(length, count, mean, spread, count * mean, count * _length_of_mean(gradients, count))
+
+
+def _length_of_mean(gradients: Sequence[Tensor], count: int) -> float:
+    """Without the noise of sampling: the mean product of different ones of them is free of it, their squares are not.
+
+    0 where the noise is larger than the mean itself.
+    """
+    total, squares = sum(gradients), math.fsum(float(g @ g) for g in gradients)
+    number, whole = len(gradients), float(total @ total)  # type: ignore[operator]
+    if number == count:
+        return math.sqrt(whole) / number
+    if number == 1:
+        return math.nan
+    products = (whole - squares) / (number * (number - 1))
+    mixed = products + (squares / number - products) / count  # each path is once beside itself
+    return math.sqrt(max(0.0, mixed))

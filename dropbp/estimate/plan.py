@@ -1,0 +1,381 @@
+"""`plan`: what a training step will take in time, memory and FLOPs at each drop rate, before any training.
+
+Nothing is trained: a few small steps are counted (`dropbp.estimate.footprint`), a few full ones timed
+(`dropbp.estimate.stepcost`), and
+both are put together for the masks that each drop rate draws. Masks differ from step to step, and so do memory and
+time: shown are the peak over the masks and the mean time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp import inputs as example
+from dropbp.checks import check_callables, checked_drop_rates, short
+from dropbp.device import Device, get_device
+from dropbp.errors import ConfigError
+from dropbp.estimate.footprint import Footprint, Optimizer, OptimizerBytes, largest_within, probe_for
+from dropbp.estimate.stepcost import (
+    Clock,
+    Costs,
+    MaskMix,
+    Timing,
+    counted_flops,
+    rescaled_flops,
+)
+from dropbp.estimate.table import plan_table
+from dropbp.estimate.workload import Loss, Workload, in_training, is_count, precision_of, shape_asked_for
+from dropbp.flops import Shape
+from dropbp.masks.samplers import Mask
+from dropbp.session import Handle, enable
+
+DROP_RATES = (0.0, 0.5, 0.75, 0.875)
+MOST_ROWS, MOST_TOKENS = 1 << 20, 1 << 24
+Note = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class RatePlan:
+    """What is predicted for one drop rate.
+
+    Attributes:
+        drop_rate: that was asked for; 0 is plain training.
+        dropped_share: of the branches' FLOPs, what the masks drop on average.
+        forward_backward_s: seconds of forward and backward of an optimizer step, the mean over the masks; None where
+            nothing was timed.
+        optimizer_s: seconds of the optimizer.
+        peak_bytes: the most tensor bytes at once in a step, the peak over the masks.
+        flops: of a step, the mean over the masks.
+        largest_batch: rows of the planned length that fit the memory limit; 0 where not even one does.
+        largest_sequence: tokens per row at the planned rows that fit; None for inputs whose length cannot be changed.
+    """
+
+    drop_rate: float
+    dropped_share: float
+    forward_backward_s: float | None
+    optimizer_s: float | None
+    peak_bytes: int
+    flops: float
+    largest_batch: int
+    largest_sequence: int | None
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a whole step; None where nothing was timed."""
+        if self.forward_backward_s is None or self.optimizer_s is None:
+            return None
+        return self.forward_backward_s + self.optimizer_s
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What `plan` returns: a prediction for each drop rate, and what it rests on.
+
+    `timed_at` is the shape of the steps that were timed: smaller than the planned one where plain training of that
+    would not fit the memory limit.
+    """
+
+    rates: tuple[RatePlan, ...]
+    batch_size: int
+    sequence_length: int | None
+    accumulation: int
+    masks: str
+    precision: str | None
+    memory_limit_bytes: int
+    parameters: int
+    trained_parameters: int
+    timed_at: tuple[int, int | None] | None
+    device: dict[str, Any]
+
+    def at(self, drop_rate: float) -> RatePlan:
+        """The prediction for one drop rate. Raises ConfigError where it was not planned."""
+        for entry in self.rates:
+            if entry.drop_rate == drop_rate:
+                return entry
+        planned = ", ".join(f"{entry.drop_rate:g}" for entry in self.rates)
+        raise ConfigError(f"drop rate {drop_rate!r} was not planned; planned are {planned}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and strings, ready for JSON."""
+        found = dataclasses.asdict(self)
+        for entry, rate in zip(found["rates"], self.rates, strict=True):
+            entry["step_s"] = rate.step_s
+        return {"kind": "dropbp plan", "format": 1, **found}
+
+    def __str__(self) -> str:
+        return plan_table(self.as_dict())
+
+
+def plan(
+    model: nn.Module,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    *,
+    drop_rates: Sequence[float] = DROP_RATES,
+    masks: str = "nested",
+    device: str | torch.device | Device | None = None,
+    precision: str | None = None,
+    accumulation: int = 1,
+    optimizer: Optimizer = torch.optim.AdamW,
+    memory_limit: int | None = None,
+    example_inputs: Any = None,
+    loss: Loss | None = None,
+    measure: bool = True,
+    clock: Clock = time.perf_counter,
+    progress: Note | None = None,
+    **options: Any,
+) -> TrainingPlan:
+    """Predict time, peak memory and FLOPs of a training step at each drop rate, and the largest batch that fits.
+
+    Runs some small steps and, to measure time, a few of the size asked for; parameters are not moved, and the model is
+    as before afterwards. Weights may be random. Bytes are those of tensors: an allocator adds its share.
+
+    Args:
+        model: as it will be trained (adapters, frozen parameters, gradient checkpointing), on its device.
+        batch_size: rows of a micro-batch; 1, or the rows of `example_inputs`.
+        sequence_length: tokens of a row, for models of text; 512, or as many as the model has positions.
+        drop_rates: 0 stands for plain training.
+        masks: as in `dropbp.enable`.
+        device: as in `dropbp.enable`.
+        precision: `bf16` or `fp16` for mixed precision (autocast), None for the model's own type.
+        accumulation: micro-batches of an optimizer step; time is that of the whole step.
+        optimizer: makes the optimizer from a list of parameters.
+        memory_limit: bytes that a step may need; None takes all that the device has.
+        example_inputs: needed where the model does not say what it takes; a batch of them is made of its rows.
+        loss: of the model's output; by default its `loss`, or the mean square of its first tensor.
+        measure: whether steps are timed. Without it nothing larger than a small step is run.
+        clock: seconds; `time.process_time` on a CPU shared with others.
+        progress: called with a line before each part of the work.
+        **options: as in `dropbp.enable`.
+
+    Raises:
+        ConfigError: an argument is outside what is allowed, or the model has no weights.
+        DiscoveryError: no residual branch was found, or `example_inputs` are needed.
+        StateError: the model is enabled already, or nothing in it is trained.
+    """
+    given = None if example_inputs is None else example.as_inputs(example_inputs)
+    text = given is None and example.takes_text(model)
+    shape = shape_asked_for(given, text, batch_size, sequence_length, _positions(model))
+    adapter, asked_rates = get_device(device, model), checked_drop_rates(drop_rates)
+    check_callables(loss=loss, clock=clock, progress=progress)
+    _check(model, accumulation, memory_limit)
+    limit = adapter.memory_limit_bytes() if memory_limit is None else memory_limit
+    planner = _Planner(
+        Workload(model, given, loss, precision_of(precision)), shape, adapter, optimizer, limit, accumulation,
+        {"masks": masks, "device": adapter, "example_inputs": example_inputs, **_stem_at_rest(masks, options)},
+        progress or (lambda line: None),
+    )  # fmt: skip
+    with in_training(model):
+        rates, timed_at = planner.run(asked_rates, clock if measure else None)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    return TrainingPlan(
+        rates, shape.batch_size, shape.sequence_length or None, accumulation, masks, precision, limit,
+        sum(p.numel() for p in model.parameters()), sum(trained),
+        None if timed_at is None else (timed_at.batch_size, timed_at.sequence_length or None), adapter.describe(),
+    )  # fmt: skip
+
+
+class _Planner:
+    """One plan: the workload, and what is counted once for all drop rates."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        shape: Shape,
+        device: Device,
+        optimizer: Optimizer,
+        limit_bytes: int,
+        accumulation: int,
+        enabling: dict[str, Any],
+        note: Note,
+    ) -> None:
+        self.workload, self.shape, self.device, self.optimizer = workload, shape, device, optimizer
+        self.limit_bytes, self.accumulation, self.enabling, self.note = limit_bytes, accumulation, enabling, note
+        self.probe = probe_for(shape)
+        self.optimizer_bytes = OptimizerBytes(workload.model, optimizer)
+
+    def run(self, drop_rates: Sequence[float], clock: Clock | None) -> tuple[tuple[RatePlan, ...], Shape | None]:
+        """Predictions in the order of the rates, and the shape that was timed."""
+        with self._enabled(0.0, max_activations=None) as handle:
+            flops = self._flops(handle)
+            plain = self._memory(handle, (False,) * len(handle.branches))
+            timed_at, seconds, optimizer_s = None, None, None
+            if clock is not None:
+                timed_at = self._affordable(plain)
+                seconds, optimizer_s = self._seconds(handle, timed_at, clock)
+        rates = tuple(self._rate(rate, flops, seconds, optimizer_s) for rate in drop_rates)
+        return rates, timed_at
+
+    @contextlib.contextmanager
+    def _enabled(self, drop_rate: float, **options: Any) -> Iterator[Handle]:
+        """Past its first step, which is like no other: see `dropbp.engine.truncation`."""
+        model = self.workload.model
+        with enable(model, drop_rate, **{**self.enabling, **options}) as handle:
+            self.workload.step(self.workload.batch(self.probe.smallest))
+            model.zero_grad(set_to_none=True)
+            yield handle
+
+    def _rate(
+        self,
+        drop_rate: float,
+        flops: Costs,
+        seconds: Costs | None,
+        optimizer_s: float | None,
+    ) -> RatePlan:
+        self.note(f"counting memory at drop rate {drop_rate:g}")
+        with self._enabled(drop_rate) as handle:
+            mix = MaskMix(handle, self.shape, self.accumulation)
+            greedy = [memory for mask in mix.greediest() for memory in self._memories(handle, mix, mask)]
+            moved = mix.moved_share()
+            return RatePlan(
+                drop_rate,
+                mix.dropped_share,
+                None if seconds is None else self.accumulation * mix.mean(seconds.of),
+                None if optimizer_s is None else moved * optimizer_s,
+                _peak(greedy, self.shape),
+                self.accumulation * mix.mean(flops.of),
+                self._largest_batch(greedy),
+                self._largest_sequence(greedy) if self.workload.has_lengths else None,
+            )
+
+    # -- memory
+
+    def _memories(self, handle: Handle, mix: MaskMix, mask: Mask) -> list[Memory]:
+        """Of steps under a mask, one for each set of gradients that earlier micro-batches may have left."""
+        alone = self._memory(handle, mask)
+        if self.accumulation == 1:
+            return [alone]
+        sizes = {n: p.numel() * p.element_size() for n, p in handle.model.named_parameters() if p.requires_grad}
+        held = self._footprint(handle, mask, held_gradients=True)
+        found = []
+        for earlier in {mix.trained(masks, sizes) for masks in mix.before(mask)}:
+            both = earlier | mix.trained([mask], sizes)
+            absent = sum(size for name, size in sizes.items() if name not in both)
+            limits = (Held(alone.footprint, sum(sizes[n] for n in earlier)), Held(held, -absent))
+            found.append(Memory(limits, alone.state_bytes, self.optimizer_bytes.step_bytes(both)))
+        return found
+
+    def _memory(self, handle: Handle, mask: Mask) -> Memory:
+        footprint = self._footprint(handle, mask)
+        step_bytes = self.optimizer_bytes.step_bytes(footprint.trained)
+        return Memory((Held(footprint, 0),), self.optimizer_bytes.state_bytes, step_bytes)
+
+    def _footprint(self, handle: Handle, mask: Mask, held_gradients: bool = False) -> Footprint:
+        def run(shape: Shape) -> None:
+            with handle.fixed(mask):
+                self.workload.step(self.workload.batch(shape))
+
+        return Footprint(run, self.probe, self.workload, held_gradients)
+
+    def _affordable(self, plain: Memory) -> Shape:
+        """The shape to time: the planned one, or the largest part of it that fits as plain training."""
+        length = self.shape.sequence_length
+        fits = largest_within(
+            lambda rows: plain.peak_bytes(Shape(rows, length)), self.limit_bytes, self.shape.batch_size
+        )
+        return Shape(fits, length) if fits else self.probe.largest
+
+    def _largest_batch(self, greedy: Sequence[Memory]) -> int:
+        length = self.shape.sequence_length
+        return largest_within(lambda rows: _peak(greedy, Shape(rows, length)), self.limit_bytes, MOST_ROWS)
+
+    def _largest_sequence(self, greedy: Sequence[Memory]) -> int | None:
+        if len(self.probe.lengths) == 1:  # too short to tell how memory grows
+            return None
+        most = _positions(self.workload.model) or MOST_TOKENS
+        rows = self.shape.batch_size
+        return largest_within(lambda length: _peak(greedy, Shape(rows, length)), self.limit_bytes, most)
+
+    # -- time and FLOPs
+
+    def _flops(self, handle: Handle) -> Costs:
+        self.note("counting FLOPs")
+        counted = Shape(1, self.probe.lengths[-1])
+        costs = counted_flops(self.workload, handle, counted)
+        return rescaled_flops(costs, counted, self.shape, (_branch_flops(handle, counted), self._wanted_flops(handle)))
+
+    def _seconds(self, handle: Handle, at: Shape, clock: Clock) -> tuple[Costs, float]:
+        timing = Timing(self.workload, handle, at, self.device, clock)
+        seconds, optimizer_s = timing.run(self.optimizer, self.note)
+        return seconds.scaled(self._wanted_flops(handle) / _branch_flops(handle, at)), optimizer_s
+
+    def _wanted_flops(self, handle: Handle) -> int:
+        return _branch_flops(handle, self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A footprint, and bytes of gradients held beside those in it."""
+
+    footprint: Footprint
+    extra_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Peak memory of whole steps under one mask, the optimizer's part included.
+
+    Of several `limits` the least holds. Gradients of earlier micro-batches lie between two cases that can be counted:
+    added to a step that starts with none, they are counted twice where the step makes them again; and in a step that
+    starts with all gradients, those it makes are there too early.
+    """
+
+    limits: tuple[Held, ...]
+    state_bytes: int
+    optimizer_step_bytes: int
+
+    @property
+    def footprint(self) -> Footprint:
+        """Of the first limit."""
+        return self.limits[0].footprint
+
+    def peak_bytes(self, shape: Shape) -> int:
+        """The most tensor bytes at once."""
+        return self.state_bytes + min(self._peak_bytes(held, shape) for held in self.limits)
+
+    def _peak_bytes(self, held: Held, shape: Shape) -> int:
+        updating = held.footprint.end_bytes(shape) + self.optimizer_step_bytes
+        return held.extra_bytes + max(held.footprint.peak_bytes(shape), updating)
+
+
+def _peak(memories: Iterable[Memory], shape: Shape) -> int:
+    return max(memory.peak_bytes(shape) for memory in memories)
+
+
+def _branch_flops(handle: Handle, shape: Shape) -> int:
+    return sum(handle._findings.flops.at(shape))
+
+
+def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Masks are given one by one here, under which the stem would stay awake, though it rests when they are drawn."""
+    if masks == "nested" and options.get("stem", "auto") == "auto":
+        return {**options, "stem": "rest"}
+    return options
+
+
+def _positions(model: nn.Module) -> int | None:
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return most if is_count(most) else None
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _check(model: nn.Module, accumulation: int, memory_limit: int | None) -> None:
+    if any(tensor.device.type == "meta" for tensor in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__} has parameters without data (meta device), and planning runs some small steps. "
+            "Give it weights on the device to plan for; random ones will do."
+        )
+    if not is_count(accumulation):
+        raise ConfigError(f"accumulation is {accumulation!r}; it must be a whole number of micro-batches, at least 1.")
+    if memory_limit is not None and not _is_size(memory_limit):
+        raise ConfigError(f"memory_limit is {short(memory_limit)}; it must be a number of bytes above 0, or None.")

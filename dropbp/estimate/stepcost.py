@@ -1,0 +1,281 @@
+"""Time and FLOPs of a step under any mask, from a few timed steps.
+
+What a mask saves is in proportion to the FLOPs it drops. So two steps tell it all: one that drops nothing and one that
+drops everything; blocks that are recomputed in the backward cost their forward once more. With `k` the share of the
+branches' FLOPs that a mask keeps and `r` the share that it recomputes,
+
+    time = dropped + k * (kept - dropped) + r * recomputing.
+
+The optimizer's time is in proportion to the parameters it moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dropbp.config import Config
+from dropbp.device import Device
+from dropbp.estimate.footprint import Optimizer
+from dropbp.estimate.workload import Workload
+from dropbp.flops import Shape
+from dropbp.masks.drawing import bits
+from dropbp.masks.samplers import Mask
+from dropbp.session import Handle
+
+Clock = Callable[[], float]
+ROUNDS = 5
+DRAWS = 256
+SAMPLED_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Of the branches' FLOPs, what a mask keeps and what it recomputes in the backward."""
+
+    kept: float
+    recomputed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds, or FLOPs, of a step that drops nothing, of one that drops all, and of recomputing every block.
+
+    `kept` includes the recomputing where the model checkpoints its blocks itself; then `checkpoints` is true.
+    """
+
+    kept: float
+    dropped: float
+    recomputing: float
+    checkpoints: bool = False
+
+    def of(self, share: Share) -> float:
+        """The cost under a mask."""
+        own = self.recomputing if self.checkpoints else 0.0
+        return self.dropped + share.kept * (self.kept - own - self.dropped) + share.recomputed * self.recomputing
+
+    def scaled(self, factor: float) -> Costs:
+        return Costs(self.kept * factor, self.dropped * factor, self.recomputing * factor, self.checkpoints)
+
+
+class MaskMix:
+    """The masks that a handle draws at one shape, each with its share of the steps.
+
+    It reads the handle's structure and its plan for each mask, and draws nothing from it.
+    """
+
+    def __init__(self, handle: Handle, shape: Shape, accumulation: int = 1) -> None:
+        handle._see(shape)
+        self.handle, self.flops = handle, [branch.flops for branch in handle.branches]
+        sampler = handle._drawing.sampler()
+        self.windows = [tuple(map(sampler.draw, window)) for window in _windows(handle.config, accumulation)]
+        self.draws = [mask for window in self.windows for mask in window]
+        self.weights = {mask: count / len(self.draws) for mask, count in Counter(self.draws).items()}
+        self.every = sampler.distinct_masks or tuple(self.weights)
+        self.checkpoints = handle._bypass.is_on()
+        self._needs = {**handle._structure.parameters, **_stem_parameters(handle)}
+
+    def share(self, mask: Mask) -> Share:
+        """What the mask keeps and recomputes."""
+        kept = ~bits(mask) & ((1 << len(mask)) - 1)
+        return Share(self._part(kept), self._part(self._recomputed(kept)))
+
+    def mean(self, cost: Callable[[Share], float]) -> float:
+        """Of a cost over the steps."""
+        return sum(weight * cost(self.share(mask)) for mask, weight in self.weights.items())
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the branches' FLOPs that the steps drop on average."""
+        return self.mean(lambda share: 1 - share.kept)
+
+    def greediest(self) -> tuple[Mask, ...]:
+        """Masks among which is the one that needs most memory: those that hold most, and the one that trains most."""
+        held = sorted(self.every, key=lambda mask: self._held(self.share(mask)), reverse=True)[:2]
+        most = max(self.every, key=lambda mask: self.share(mask).kept)
+        return tuple(dict.fromkeys([*held, most]))
+
+    def moved_share(self) -> float:
+        """Share of the trained parameters that an optimizer step moves, on average over the steps."""
+        sizes = {n: p.numel() for n, p in self.handle.model.named_parameters() if p.requires_grad}
+        moved = [sum(sizes[n] for n in self.trained(window, sizes)) for window in self.windows]
+        return statistics.fmean(moved) / sum(sizes.values())
+
+    def trained(self, masks: Sequence[Mask], names: Iterable[str]) -> frozenset[str]:
+        """Of these parameters, those that get a gradient from at least one of the masks."""
+        dropped = [bits(mask) for mask in masks]
+        return frozenset(n for n in names if any(_is_kept(self._needs.get(n, 0), d) for d in dropped))
+
+    def before(self, mask: Mask) -> set[tuple[Mask, ...]]:
+        """What may have come before a mask in the same optimizer step: the masks of earlier micro-batches."""
+        found = {window[:i] for window in self.windows for i, drawn in enumerate(window) if drawn == mask}
+        return found or {()}
+
+    def _recomputed(self, kept: int) -> int:
+        if not self.checkpoints:
+            return self.handle._checkpointed(~kept)
+        return sum(need for need in self.handle._structure.blocks.values() if need & kept)
+
+    def _held(self, share: Share) -> float:
+        return share.kept - share.recomputed
+
+    def _part(self, branches: int) -> float:
+        return sum(f for i, f in enumerate(self.flops) if branches >> i & 1) / sum(self.flops)
+
+
+def _windows(config: Config, accumulation: int) -> list[Sequence[int]]:
+    """The draws that optimizer steps take, spread over the run where masks change in the course of it."""
+    if config.resample == "step":
+        return [(step,) * accumulation for step in range(DRAWS)]
+    count = max(1, DRAWS // accumulation)
+    whole = config.coupling_options["draws"] if config.recedes else 0
+    stride = max(accumulation, whole // count)
+    return [range(start, start + accumulation) for start in range(0, count * stride, stride)]
+
+
+class Timing:
+    """Steps of several kinds that take turns, as they do in training; medians over the rounds.
+
+    Timed are a step that keeps all, one that drops all, one that recomputes blocks (where the model does so itself, a
+    forward that records nothing tells what that takes), and the optimizer, on copies of parameters.
+    """
+
+    def __init__(self, workload: Workload, handle: Handle, shape: Shape, device: Device, clock: Clock) -> None:
+        self.workload, self.handle, self.device, self.clock = workload, handle, device, clock
+        self.batch = workload.batch(shape)
+        self.checkpoints = handle._bypass.is_on()
+        self.seconds: dict[str, float] = {}
+
+    def run(self, make: Optimizer, note: Callable[[str], None]) -> tuple[Costs, float]:
+        """Seconds of forward and backward at this shape, and of an optimizer step that moves every parameter."""
+        optimizer, share = _copied_optimizer(self.workload.model, make)
+        ways: dict[str, Callable[[], object]] = {
+            "kept": lambda: self._step(False),
+            "dropped": lambda: self._step(True),
+            "recomputing": self._unrecorded if self.checkpoints else self._recomputing_step,
+            "optimizer": optimizer.step,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for index in range(ROUNDS + 1):  # the first warms up
+            note(f"timing steps, round {index} of {ROUNDS}")
+            for name, run in ways.items():
+                seconds[name].append(self._timed(run))
+                if name != "optimizer":
+                    self.workload.model.zero_grad(set_to_none=True)
+        self.seconds = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        return self._costs(), self.seconds["optimizer"] / share
+
+    def _costs(self) -> Costs:
+        kept, dropped = max(self.seconds["kept"], self.seconds["dropped"]), self.seconds["dropped"]
+        return Costs(kept, dropped, self._recomputing(kept), self.checkpoints)
+
+    def _recomputing(self, kept: float) -> float:
+        """Seconds of recomputing every block."""
+        if self.checkpoints:
+            return self.handle._structure.coverage * self.seconds["recomputing"]
+        with _checkpointing(self.handle):
+            share = MaskMix(self.handle, self.handle._shape).share((False,) * len(self.handle.branches)).recomputed
+        return max(0.0, self.seconds["recomputing"] - kept) / share if share else 0.0
+
+    def _step(self, drop: bool) -> None:
+        with self.handle.fixed((drop,) * len(self.handle.branches)):
+            self.workload.step(self.batch)
+
+    def _recomputing_step(self) -> None:
+        with _checkpointing(self.handle):
+            self._step(False)
+
+    def _unrecorded(self) -> None:
+        with torch.no_grad():
+            self.workload.forward(self.batch)
+
+    def _timed(self, run: Callable[[], object]) -> float:
+        self.device.synchronize()
+        start = self.clock()
+        run()
+        self.device.synchronize()
+        return self.clock() - start
+
+
+@contextlib.contextmanager
+def _checkpointing(handle: Handle) -> Iterator[None]:
+    """Inside, steps keep as good as no activations: their blocks are recomputed."""
+    config = handle.config
+    handle.config = dataclasses.replace(config, max_activations=sys.float_info.min)
+    try:
+        yield
+    finally:
+        handle.config = config
+
+
+def _copied_optimizer(model: nn.Module, make: Optimizer) -> tuple[torch.optim.Optimizer, float]:
+    """An optimizer of copies of parameters, of 256 MiB at most, and their share of all that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sample = _sampled(trained)
+    copies = [nn.Parameter(p.detach().clone()) for p in sample]
+    for parameter in copies:
+        parameter.grad = torch.zeros_like(parameter)
+    return make(copies), sum(p.numel() for p in sample) / sum(p.numel() for p in trained)
+
+
+def counted_flops(workload: Workload, handle: Handle, shape: Shape) -> Costs:
+    """FLOPs of forward and backward at this shape."""
+    batch, count = workload.batch(shape), len(handle.branches)
+
+    def count_with(drop: bool) -> int:
+        with handle.fixed((drop,) * count), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            workload.step(batch)  # by PyTorch's own kernels: fused ones hide their FLOPs on CPU
+        workload.model.zero_grad(set_to_none=True)
+        return int(counter.get_total_flops())
+
+    kept, dropped = count_with(False), count_with(True)
+    branches = sum(branch.flops for branch in handle.branches)
+    return Costs(kept, dropped, branches, handle._bypass.is_on())
+
+
+def rescaled_flops(costs: Costs, counted: Shape, wanted: Shape, branches: tuple[int, int]) -> Costs:
+    """From the shape that was counted to another: what lies in branches as they grow, the rest as tokens do.
+
+    Args:
+        costs: as counted.
+        counted: the shape they were counted at.
+        wanted: the other shape.
+        branches: FLOPs of one forward of all branches at either shape.
+    """
+    tokens = [s.batch_size * max(1, s.sequence_length) for s in (counted, wanted)]
+    before, after = branches
+    rest = (costs.dropped - before) * tokens[1] / tokens[0]
+    backward = (costs.kept - costs.dropped) * after / before
+    return Costs(after + rest + backward, after + rest, after, costs.checkpoints)
+
+
+def _sampled(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Every n-th, as evenly as they come, so that the copies stay small."""
+    total = sum(p.numel() * p.element_size() for p in parameters)
+    stride = max(1, -(-total // SAMPLED_BYTES))
+    return list(parameters[:: min(stride, len(parameters))])
+
+
+def _stem_parameters(handle: Handle) -> dict[str, int]:
+    """What feeds a stream, with the branch in whose steps it rests."""
+    if not handle._stem_rests():
+        return {}
+    stems = handle._structure.stems.items()
+    return {
+        f"{name}.{inner}": need
+        for name, need in stems
+        for inner, _ in handle.model.get_submodule(name).named_parameters()
+    }
+
+
+def _is_kept(need: int, dropped: int) -> bool:
+    return need <= 0 or bool(need & ~dropped)

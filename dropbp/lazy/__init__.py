@@ -1,0 +1,1 @@
+"""What devices that compile recorded graphs need."""

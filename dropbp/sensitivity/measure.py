@@ -1,0 +1,302 @@
+"""How much each branch matters to the gradients: the sensitivities from which drop rates follow.
+
+Two methods. `exact` is the paper's: one backward with everything kept, then one with each branch dropped alone,
+`S_l = sum over parameters of (|g| - |g without l|)^2`: N+1 passes for N branches. `one-pass` estimates the same from
+one backward and two forwards (`dropbp.sensitivity.onepass`).
+
+Both run the closure they are given and nothing else; parameters, gradients, buffers, random state and modes are as
+before afterwards. Source of the measure: DropBP, arXiv:2402.17812, section 3.2, in its gradient-norm form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dropbp._torch import compiled_code_off
+from dropbp.discovery.record import random_state_kept
+from dropbp.discovery.structure import Structure
+from dropbp.engine.distributed import is_partitioned
+from dropbp.errors import ConfigError, StateError
+from dropbp.sensitivity.onepass import Observation, OnePass
+
+logger = logging.getLogger(__name__)
+
+Closure = Callable[[], torch.Tensor]
+METHODS = ("one-pass", "exact")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+        sensitivities: S_l, one per branch, in units of squared gradient norm.
+        rates: the drop rates they lead to under the FLOPs budget, one per branch, 0..1.
+        own: the part of S_l from the branch's own parameters (all of S_l for `exact`).
+        method: `one-pass` or `exact`.
+        passes: backward passes run.
+        seconds: wall-clock time taken.
+    """
+
+    sensitivities: tuple[float, ...]
+    rates: tuple[float, ...]
+    own: tuple[float, ...]
+    method: str
+    passes: int
+    seconds: float
+
+
+class Masking(Protocol):
+    """Runs training forwards under a given mask, without keeping books."""
+
+    def __call__(self, mask: Sequence[bool]) -> contextlib.AbstractContextManager[Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Sensitivities with the share that comes from each branch's own parameters."""
+
+    sensitivities: tuple[float, ...]
+    own: tuple[float, ...]
+    passes: int
+
+
+def measure(
+    model: nn.Module, structure: Structure, closures: Sequence[Closure], masked: Masking, method: str
+) -> tuple[Estimate, float]:
+    """Sensitivities averaged over the closures, the same on every rank, and the seconds it took.
+
+    Raises:
+        ConfigError: unknown method, no closure, or one that does not return a loss.
+        StateError: a loss or gradient that is not finite, or gradients that cannot be read here.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method is {method!r}; allowed: {', '.join(METHODS)}.")
+    if not closures:
+        raise ConfigError("No closure was given. Pass a function that runs one forward and returns the loss.")
+    start = time.perf_counter()
+    observe = _exact if method == "exact" else _one_pass
+    with undisturbed(model):
+        observations = [observe(model, structure, closure, masked) for closure in closures]
+    passes = len(closures) * (len(structure.branches) + 1 if method == "exact" else 1)
+    return _averaged(observations, _device(model), passes), time.perf_counter() - start
+
+
+def _exact(model: nn.Module, structure: Structure, closure: Closure, masked: Masking) -> Observation:
+    """A pass for each branch: never more memory than a training step needs."""
+    count = len(structure.branches)
+    with _same_random_state(model) as rewind:
+        norms = _norms_under(model, closure, masked, [False] * count)
+        scores = []
+        for branch in range(count) if _finite(norms) else ():
+            rewind()
+            without = _norms_under(model, closure, masked, [i == branch for i in range(count)])
+            scores.append(math.fsum((norms[n] - without.get(n, 0.0)) ** 2 for n in norms))
+    zeros = (0.0,) * count
+    return Observation(tuple(scores) or (math.nan,) * count, zeros, zeros, zeros)
+
+
+def _norms_under(model: nn.Module, closure: Closure, masked: Masking, mask: Sequence[bool]) -> dict[str, float]:
+    with masked(mask):
+        loss = checked_loss(closure())
+    loss.backward()
+    squares = gradient_squares(model)
+    model.zero_grad(set_to_none=True)
+    return {name: math.sqrt(square) for name, square in squares.items()}
+
+
+def _one_pass(model: nn.Module, structure: Structure, closure: Closure, masked: Masking) -> Observation:
+    watch = OnePass(model, structure)
+    nothing = [False] * len(structure.branches)
+    with _same_random_state(model) as rewind, masked(nothing), compiled_code_off():
+        with watch.watching(lambda: checked_loss(closure())) as loss:
+            loss.backward()
+        del loss
+        squares = gradient_squares(model)
+        step = _least_over_ranks(watch.step(squares) if _finite(squares) else 0.0, _device(model))
+        if step:
+            rewind()
+            with moved_along_gradients(model, step) as step, watch.comparing(), torch.no_grad():
+                closure()
+    return watch.observation(squares, step)
+
+
+@contextlib.contextmanager
+def moved_along_gradients(model: nn.Module, step: float) -> Iterator[float]:
+    """Parameters are `step` times their gradients further; afterwards they are as before to the bit.
+
+    Gives the step that was really gone, which rounding of the parameters makes another. The gradients are let go, so
+    that the copies of the parameters need no memory of their own.
+    """
+    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    gone, squares = [], []
+    try:
+        for parameter in model.parameters():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                kept.append((parameter, parameter.data.clone()))
+                parameter.data.add_(gradient.to(parameter.dtype), alpha=step)
+                gone.append(_whole_sum((parameter.data.float() - kept[-1][1].float()) * gradient))
+                squares.append(squared_norm(gradient))
+        torch.clear_autocast_cache()  # casts made of the parameters where they were
+        yield math.fsum(_numbers(gone)) / math.fsum(_numbers(squares))
+    finally:
+        for parameter, original in kept:
+            parameter.data.copy_(original)
+        torch.clear_autocast_cache()
+
+
+def checked_loss(loss: Any) -> torch.Tensor:
+    """The loss, if it is one number that can be run backward."""
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.grad_fn is not None:
+        return loss
+    what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise ConfigError(
+        f"The closure returned {what}; it must run one forward and return the loss, a tensor with one element and a "
+        "graph. Do not call backward in it, nor run it under no_grad."
+    )
+
+
+def gradient_squares(model: nn.Module) -> dict[str, float]:
+    """Squared norm of every gradient present, by parameter name."""
+    squares = {name: squared_norm(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return dict(zip(squares, _numbers(list(squares.values())), strict=True))
+
+
+def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
+    """Squared norm as a tensor of one element; of the whole gradient, also where each rank holds a shard."""
+    whole: Any = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return _whole_sum(whole.detach().float().square())
+
+
+def _whole_sum(tensor: Any) -> torch.Tensor:
+    total = tensor.sum()
+    return total.full_tensor() if hasattr(total, "full_tensor") else total  # type: ignore[no-any-return]
+
+
+def _numbers(scalars: Sequence[torch.Tensor]) -> list[float]:
+    """Their values, with one transfer from each device."""
+    values = [0.0] * len(scalars)
+    for device in {scalar.device for scalar in scalars}:
+        places = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        for place, value in zip(places, torch.stack([scalars[i] for i in places]).tolist(), strict=True):
+            values[place] = value
+    return values
+
+
+def _finite(values: Mapping[str, float]) -> bool:
+    return all(math.isfinite(value) for value in values.values())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _averaged(observations: Sequence[Observation], device: torch.device, passes: int) -> Estimate:
+    """Ranks hold parts of one batch, so what they saw is averaged; closures are batches, so their results are."""
+    rows = torch.tensor([[o.own, o.below, o.falls, o.ratios] for o in observations], dtype=torch.float64)
+    whole = [Observation(*(tuple(values) for values in row)) for row in mean_over_ranks(rows, device).tolist()]
+    scores = _mean([observation.sensitivities() for observation in whole])
+    if not all(math.isfinite(score) for score in scores):
+        raise StateError(
+            "A sensitivity is not finite: the loss, or gradients, overflowed or were not a number. Nothing was "
+            "changed. Calibrate on another batch, or later."
+        )
+    return Estimate(scores, _mean([observation.own for observation in whole]), passes)
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
+
+
+def mean_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The mean over all ranks, so that every rank allocates the same rates."""
+    return _over_ranks(values, device, "SUM") / (torch.distributed.get_world_size() if _many_ranks() else 1)
+
+
+def _least_over_ranks(value: float, device: torch.device) -> float:
+    """Ranks that hold shards of one parameter must move it together."""
+    return float(_over_ranks(torch.tensor(value, dtype=torch.float64), device, "MIN"))
+
+
+def _many_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _over_ranks(values: torch.Tensor, device: torch.device, operation: str) -> torch.Tensor:
+    if not _many_ranks():
+        return values
+    on_device = values.to(device, torch.float32 if device.type in ("mps", "hpu") else torch.float64)
+    torch.distributed.all_reduce(on_device, getattr(torch.distributed.ReduceOp, operation))
+    return on_device.cpu().double()
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Gradients, random state, buffers and the root's mode are as before afterwards, whatever happens."""
+    _refuse_partitioned(model)
+    _refuse_steps_in_backward(model)
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    training = model.training
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        model.training = True
+        with random_state_kept(model), torch.enable_grad():
+            yield
+    finally:
+        model.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        _restore(buffers)
+
+
+def _restore(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """All of them: kernels change running statistics without counting a new version."""
+    with torch.no_grad():
+        for buffer, copy in buffers:
+            buffer.copy_(copy)
+
+
+def _refuse_partitioned(model: nn.Module) -> None:
+    if is_partitioned(model):
+        raise StateError(
+            "DeepSpeed ZeRO keeps gradients inside its engine, so they cannot be read here. Calibrate before the "
+            "engine is built, or set rates with handle.set_rates(...)."
+        )
+
+
+def _refuse_steps_in_backward(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise StateError(
+                f"Parameter {name} has a hook that runs when its gradient is ready, as optimizers that step during "
+                "backward do; a calibration would set it off and change the model. Calibrate before the hooks are put "
+                "on, or set rates with handle.set_rates(...)."
+            )
+
+
+@contextlib.contextmanager
+def _same_random_state(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Gives a function that puts the random generators back to where they are now."""
+    cpu = torch.get_rng_state()
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    states = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in states.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    yield rewind

@@ -1,0 +1,380 @@
+"""Sensitivities of all branches from one backward pass and two forward passes.
+
+Dropping branch l takes away the gradients of its own parameters, and all below loses what reached it through the
+branch. Let `d_l` be the gradient that leaves the branch at its entrances, and `T` what carries a gradient from there
+down to the parameters below: their gradients turn from `g` into `g - T d_l`. So their norm, all of them together,
+falls to first order by `<g, T d_l> / |g|`, and
+
+    S_l = sum over own parameters |g|^2 + <g, T d_l>^2 / sum over parameters below |g|^2.
+
+One backward gives every `d_l`, but `T d_l` would take a backward for each branch. Its inner product with `g` does not:
+transposed, `<g, T d_l> = <T' g, d_l>`, and `T' g` is how the branch's inputs move when all parameters move along
+their gradients. One more forward with parameters a small step away shows that for every branch at once.
+
+Where a branch's inputs cannot be watched, the norms of the stream's gradient stand in:
+`sum over parameters below |g|^2 * (1 - |g_in - d_l| / |g_in|)^2`, which needs no second forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dropbp.discovery.graph import Edge, Graph
+from dropbp.discovery.liveness import needs
+from dropbp.discovery.record import Recorder, tensors_in
+from dropbp.discovery.structure import Structure, groups_again
+from dropbp.errors import StateError
+
+logger = logging.getLogger(__name__)
+
+Source = tuple[Any, int]  # an output of an autograd node: the node, and which of its outputs
+Place = tuple[str, int, int]  # a tensor that a module is given: the module, which call of it, which tensor
+
+STEP_SHARE = 2e-3  # of a tensor's length: far above the rounding of bfloat16, summed over all elements, and yet small
+LARGEST_MOVE = 0.2  # of a tensor's length: more means that the second forward was another one (dropout not repeated)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrance:
+    """Where a node of a branch takes what was made outside: the branch, the node, which input, and its source."""
+
+    branch: int
+    consumer: Any
+    place: int
+    number: int
+    source: Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """Of every branch: squared norms of its own gradients and of those below, and two views of what below loses.
+
+    Attributes:
+        own: sum of |g|^2 over the branch's own parameters.
+        below: sum of |g|^2 over the parameters that the branch's inputs depend on.
+        falls: <g, T d_l>; NaN where the branch's inputs could not be watched.
+        ratios: |g_in - d_l| / |g_in|.
+    """
+
+    own: tuple[float, ...]
+    below: tuple[float, ...]
+    falls: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    def sensitivities(self) -> tuple[float, ...]:
+        """S_l of every branch."""
+        each = zip(self.own, self.below, self.falls, self.ratios, strict=True)
+        return tuple(own + _lost(below, fall, ratio) for own, below, fall, ratio in each)
+
+
+def _lost(below: float, fall: float, ratio: float) -> float:
+    if below == 0:
+        return 0.0
+    return below * (1 - ratio) ** 2 if math.isnan(fall) else fall * fall / below
+
+
+class OnePass:
+    """Watches one forward and backward, then one forward with moved parameters, and says what it saw."""
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self.model, self.structure = model, structure
+        self.recorder = Recorder(model, count_flops=False)
+        self.inputs = _Inputs(model, structure)
+        self.entrances = _Entrances(len(structure.branches))
+        self.own: list[dict[str, int]] = []
+        self.below: list[set[str]] = []
+
+    @contextlib.contextmanager
+    def watching(self, forward: Callable[[], Tensor]) -> Iterator[Tensor]:
+        """Runs the forward; its loss is to be run backward inside the `with`."""
+        with self.recorder:  # backward included: what checkpointing recomputes must look like the first forward
+            with self.inputs.remembered():
+                loss = forward()
+            try:
+                self._understand(Graph(self.recorder.trace(loss), self.model))
+                yield loss
+            finally:
+                self.entrances.unhook()
+                self.recorder.functions = ()
+
+    def _understand(self, graph: Graph) -> None:
+        need = needs(graph, edges_of_branches(graph, self.structure))
+        edges = entrance_edges(graph, self.recorder.functions, need, len(self.structure.branches))
+        self.own = _owned(graph, need, len(edges))
+        self.below = _parameters_below(graph, [[edge.number for edge in entering] for entering in edges])
+        kept = self.inputs.keep_only({edge.source for entering in edges for edge in entering})
+        self.entrances.watch(edges, kept)
+
+    def step(self, squares: Mapping[str, float]) -> float:
+        """How far to go along the gradients; 0 where there is nothing to be seen.
+
+        A tensor x with gradient g moves by `step * below / |g|` at least, since its movement times g is what the
+        parameters below add to the loss.
+        """
+        reach = [
+            self.inputs.norm(source) * self.entrances.norm(source) / below
+            for branch, below in enumerate(self._sums(squares))
+            for source in self.entrances.sources[branch]
+            if below > 0 and self.inputs.watches(source)
+        ]
+        return STEP_SHARE * min(reach, default=0.0)
+
+    def comparing(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the second forward is to be run."""
+        return self.inputs.compared(self.entrances.leaving)
+
+    def observation(self, squares: Mapping[str, float], step: float) -> Observation:
+        """What was seen, given the squared norm of every gradient and the step of the second forward (0: none)."""
+        own = tuple(math.fsum(squares.get(name, 0.0) / k**2 for name, k in names.items()) for names in self.own)
+        falls = tuple(self._fall(branch, step) for branch in range(len(own)))
+        return Observation(own, self._sums(squares), falls, self.entrances.ratios())
+
+    def _sums(self, squares: Mapping[str, float]) -> tuple[float, ...]:
+        return tuple(math.fsum(squares.get(name, 0.0) for name in names) for names in self.below)
+
+    def _fall(self, branch: int, step: float) -> float:
+        """From the inputs that were seen; weights of a mixture, changed in place, may be missing, the stream hardly."""
+        seen = [source for source in self.entrances.sources[branch] if (branch, source) in self.inputs.products]
+        if not step or not seen or not all(self.inputs.moved_little(source) for source in seen):
+            return math.nan
+        return math.fsum(float(self.inputs.products[branch, source]) for source in seen) / step
+
+
+class _Entrances:
+    """The gradients that leave the branches at their entrances, and those that arrive where these lead to."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.sources: list[list[Source]] = [[] for _ in range(count)]
+        self.branches: dict[Source, list[int]] = {}
+        self.leaving: dict[tuple[int, Source], Tensor] = {}
+        self.squares: dict[Source, Tensor] = {}
+        self.rests: dict[tuple[int, Source], Tensor] = {}
+        self.kept: set[Source] = set()
+        self.handles: list[RemovableHandle] = []
+
+    def watch(self, entrances: Sequence[Sequence[Entrance]], kept: set[Source]) -> None:
+        """Hook the nodes; the gradients leaving to `kept` sources stay in `leaving`, the others only as norms."""
+        self.kept = kept
+        for entrance in (e for entering in entrances for e in entering):
+            if entrance.source not in self.sources[entrance.branch]:
+                self.sources[entrance.branch].append(entrance.source)
+                self.branches.setdefault(entrance.source, []).append(entrance.branch)
+            self.handles.append(entrance.consumer.register_hook(functools.partial(self._leave, entrance)))
+        for source in self.branches:
+            self.handles.append(source[0].register_prehook(functools.partial(self._arrive, source)))
+
+    def unhook(self) -> None:
+        """Nodes hold their hooks, and these would hold the nodes."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _leave(self, entrance: Entrance, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
+        gradient, key = inputs[entrance.place], (entrance.branch, entrance.source)
+        if gradient is not None:
+            before = self.leaving.get(key)
+            self.leaving[key] = gradient if before is None else before + gradient
+
+    def _arrive(self, source: Source, gradients: Sequence[Tensor | None]) -> None:
+        gradient = gradients[source[1]]
+        if gradient is None:
+            return
+        self.squares[source] = _square(gradient)
+        for branch in self.branches[source]:
+            leaving = self.leaving.get((branch, source))
+            self.rests[branch, source] = _square(gradient if leaving is None else gradient - leaving)
+            if source not in self.kept:
+                self.leaving.pop((branch, source), None)
+
+    def norm(self, source: Source) -> float:
+        """Length of the whole gradient that arrives at a source."""
+        return math.sqrt(float(self.squares.get(source, 0.0)))
+
+    def ratios(self) -> tuple[float, ...]:
+        """Of what arrives at a branch's sources, the length that is left without the branch."""
+        return tuple(self._ratio(branch) for branch in range(self.count))
+
+    def _ratio(self, branch: int) -> float:
+        arriving = math.fsum(float(self.squares.get(source, 0.0)) for source in self.sources[branch])
+        left = math.fsum(float(self.rests.get((branch, source), 0.0)) for source in self.sources[branch])
+        return math.sqrt(left / arriving) if arriving else 1.0
+
+
+class _Inputs:
+    """The tensors that come into branches from outside, as their modules are given them, and how they move."""
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self.modules = {site.module: model.get_submodule(site.module) for site in structure.sites}
+        self.needs = {site.module: site.needs for site in structure.sites}
+        self.calls: dict[str, int] = {}
+        self.made: dict[Source, int] = {}
+        self.seen: dict[Source, tuple[Place, Tensor, int]] = {}
+        self.at: dict[Place, Source] = {}
+        self.products: dict[tuple[int, Source], Tensor] = {}
+        self.moves: dict[Source, float] = {}
+
+    @contextlib.contextmanager
+    def remembered(self) -> Iterator[None]:
+        """In the forward inside the `with`, what the modules are given is kept (without copies)."""
+        with self._hooks(self._remember, self._note_made):
+            yield
+        self.made = {}
+
+    @contextlib.contextmanager
+    def compared(self, leaving: Mapping[tuple[int, Source], Tensor]) -> Iterator[None]:
+        """In the forward inside the `with`, products of movements and gradients are taken."""
+        by_source: dict[Source, list[tuple[int, Tensor]]] = {}
+        for (branch, source), gradient in leaving.items():
+            by_source.setdefault(source, []).append((branch, gradient))
+        with self._hooks(functools.partial(self._compare, by_source), None):
+            yield
+
+    @contextlib.contextmanager
+    def _hooks(self, before: Callable[..., None], after: Callable[..., None] | None) -> Iterator[None]:
+        self.calls = {}
+        handles: list[RemovableHandle] = []
+        for name, module in self.modules.items():
+            enter = functools.partial(self._enter, name, before)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(functools.partial(after, name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, then: Callable[..., None], module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = self.calls.get(name, 0)
+        self.calls[name] = call + 1
+        for number, tensor in enumerate(tensors_in((args, kwargs))):
+            then((name, call, number), tensor)
+
+    def _need(self, name: str, call: int) -> int:
+        needs = self.needs[name]
+        return needs[call % len(needs)]
+
+    def _remember(self, place: Place, tensor: Tensor) -> None:
+        """Not what one module of a branch hands to the next: that is not the branch's input."""
+        source = (tensor.grad_fn, tensor.output_nr)
+        if tensor.grad_fn is not None and self.made.get(source) != self._need(place[0], place[1]):
+            self.seen.setdefault(source, (place, tensor.detach(), tensor._version))
+
+    def _note_made(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        need = self._need(name, self.calls[name] - 1)
+        self.made.update({(t.grad_fn, t.output_nr): need for t in tensors_in(output) if t.grad_fn is not None})
+
+    def _compare(self, by_source: Mapping[Source, Sequence[tuple[int, Tensor]]], place: Place, tensor: Tensor) -> None:
+        source = self.at.get(place)
+        if source is None or self.seen[source][1].shape != tensor.shape:
+            return
+        before = self.seen[source][1].float()
+        movement = tensor.detach().float() - before
+        self.moves[source] = math.sqrt(float(_square(movement)) / max(float(_square(before)), 1e-300))
+        for branch, gradient in by_source.get(source, ()):
+            self.products[branch, source] = (movement * gradient.float()).sum()
+
+    def keep_only(self, sources: set[Source]) -> set[Source]:
+        """Let go of all other tensors, and of those that were changed in place since; returns what is left."""
+        self.seen = {s: seen for s, seen in self.seen.items() if s in sources and seen[1]._version == seen[2]}
+        self.at = {place: source for source, (place, _, _) in self.seen.items()}
+        return set(self.seen)
+
+    def watches(self, source: Source) -> bool:
+        """Whether the source's tensor is known."""
+        return source in self.seen
+
+    def norm(self, source: Source) -> float:
+        """Length of the source's tensor."""
+        return math.sqrt(float(_square(self.seen[source][1])))
+
+    def moved_little(self, source: Source) -> bool:
+        """Whether the second forward was the first one but for a small movement."""
+        return self.moves.get(source, math.inf) <= LARGEST_MOVE
+
+
+def _square(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().square().sum()
+
+
+def edges_of_branches(graph: Graph, structure: Structure) -> list[list[Edge]]:
+    """The edges of each branch; a closure may run the model several times.
+
+    Raises:
+        StateError: the graph does not show every branch.
+    """
+    found, count = groups_again(graph, structure), len(structure.branches)
+    if not found or len(found) % count:
+        raise StateError(
+            f"The closure's graph shows {len(found)} branches, the model has {count}: reentrant gradient "
+            "checkpointing hides branches, and so does a closure that runs only a part of the model. Use "
+            "checkpointing with use_reentrant=False, or calibrate with method='exact'."
+        )
+    return [[edge for group in found[branch::count] for edge in group] for branch in range(count)]
+
+
+def entrance_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], count: int) -> list[list[Entrance]]:
+    """For every branch where its nodes take what other parts of the model made, parameters left out."""
+    number = {function: i for i, function in enumerate(functions)}
+    found: list[list[Entrance]] = [[] for _ in range(count)]
+    for node in graph.nodes:
+        branch = _only_branch(need[node.index])
+        if node.is_leaf or branch is None:
+            continue
+        for place, (function, output) in enumerate(functions[node.index].next_functions):
+            source = number.get(function, -1)
+            if source >= 0 and need[source] != need[node.index] and not graph.nodes[source].is_leaf:
+                entrance = Entrance(branch, functions[node.index], place, source, (function, output))
+                found[branch].append(entrance)
+    return found
+
+
+def _only_branch(need: int) -> int | None:
+    return need.bit_length() - 1 if need > 0 and not need & (need - 1) else None
+
+
+def _owned(graph: Graph, need: Sequence[int], count: int) -> list[dict[str, int]]:
+    """For every branch the parameters that it uses itself, each with the number of parts of the model that use it."""
+    owned: list[dict[str, int]] = [{} for _ in range(count)]
+    for node in graph.nodes:
+        name = graph.parameter_names.get(id(node.leaf)) if node.is_leaf else None
+        users = {need[user] for user in graph.consumers[node.index]}
+        for branch in {_only_branch(user) for user in users} - {None}:
+            if name is not None and branch is not None:
+                owned[branch][name] = len(users)
+    return owned
+
+
+def _parameters_below(graph: Graph, starts: Sequence[Sequence[int]]) -> list[set[str]]:
+    """For every branch the parameters that its inputs depend on; nodes are numbered in the order of creation."""
+    known: dict[int, set[str]] = {}
+    for start in sorted({start for each in starts for start in each}):
+        known[start] = _reached(graph, start, known)
+    return [set().union(*(known[start] for start in each)) for each in starts]
+
+
+def _reached(graph: Graph, start: int, known: Mapping[int, set[str]]) -> set[str]:
+    names: set[str] = set()
+    seen, pending = {start}, [start]
+    while pending:
+        number = pending.pop()
+        node = graph.nodes[number]
+        if number in known:
+            names |= known[number]
+        elif node.is_leaf:
+            names.add(graph.parameter_names.get(id(node.leaf), ""))
+        else:
+            fresh = [s for s in node.inputs if s not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return names - {""}

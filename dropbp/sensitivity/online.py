@@ -1,0 +1,106 @@
+"""Sensitivities kept up to date from ordinary training steps, with no pass of their own.
+
+A step's gradients show the branches it kept. An exponential average of the squared norms of their own gradients
+follows the first part of each sensitivity; the second part, what the parameters below would lose, cannot be seen in a
+step that drops branches: it is taken from the last calibration, scaled as the gradients at large have grown since.
+
+Under accumulation a branch that was kept in k of n forwards has k of n gradients in the sum. Noise dominates those of
+small batches, so their squares are scaled by n / k; a gradient without noise would ask for its square.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp.sensitivity.measure import gradient_squares, mean_over_ranks
+
+
+@dataclasses.dataclass
+class Online:
+    """Averages of each branch's own squared gradient norm.
+
+    Attributes:
+        sums: exponentially weighted sums of what was seen, one per branch.
+        weights: the sums of the weights; 0 for a branch that was never kept.
+        calls: observations so far.
+        forwards: training forwards up to the last observation.
+        dropped: how often each branch was dropped up to the last observation.
+    """
+
+    sums: list[float]
+    weights: list[float]
+    calls: int
+    forwards: int
+    dropped: list[int]
+
+    @classmethod
+    def new(cls, count: int, forwards: int = 0, dropped: Sequence[int] | None = None) -> Online:
+        return cls([0.0] * count, [0.0] * count, 0, forwards, list(dropped or [0] * count))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], count: int) -> Online:
+        """Raises KeyError, TypeError or ValueError where the state is damaged."""
+        sums, weights = [float(x) for x in state["sums"]], [float(x) for x in state["weights"]]
+        dropped = [int(x) for x in state["dropped"]]
+        if not len(sums) == len(weights) == len(dropped) == count:
+            raise ValueError(f"online averages of {len(sums)} branches, the model has {count}")
+        return cls(sums, weights, int(state["calls"]), int(state["forwards"]), dropped)
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return dataclasses.asdict(self)
+
+    def observe(self, squares: Sequence[float], forwards: int, dropped: Sequence[int], decay: float) -> None:
+        """Take in the squared gradient norms of a step, of the branches that were kept in it."""
+        run = forwards - self.forwards
+        for branch, square in enumerate(squares):
+            kept = run - (dropped[branch] - self.dropped[branch])
+            if kept > 0 and math.isfinite(square):
+                self.sums[branch] = decay * self.sums[branch] + (1 - decay) * square * run / kept
+                self.weights[branch] = decay * self.weights[branch] + (1 - decay)
+        self.calls, self.forwards, self.dropped = self.calls + 1, forwards, list(dropped)
+
+    def own(self) -> tuple[float, ...]:
+        """The averages; NaN for a branch that was never kept."""
+        pairs = zip(self.sums, self.weights, strict=True)
+        return tuple(total / weight if weight else math.nan for total, weight in pairs)
+
+    def sensitivities(
+        self, model: nn.Module, calibrated: Sequence[float] | None, calibrated_own: Sequence[float] | None
+    ) -> tuple[float, ...] | None:
+        """S_l, the same on every rank; None while a branch was neither seen nor calibrated.
+
+        Args:
+            model: says on which device ranks exchange numbers.
+            calibrated: sensitivities of the last calibration, if there was one.
+            calibrated_own: their parts from the branches' own parameters.
+        """
+        means = torch.tensor(self.own(), dtype=torch.float64)
+        own: list[float] = mean_over_ranks(means, next(model.parameters()).device).tolist()
+        if calibrated is None or calibrated_own is None:
+            return tuple(own) if all(map(math.isfinite, own)) else None
+        growth = _growth(own, calibrated_own)
+        own = [o if math.isfinite(o) else growth * c for o, c in zip(own, calibrated_own, strict=True)]
+        return tuple(o + growth * (s - c) for o, s, c in zip(own, calibrated, calibrated_own, strict=True))
+
+
+def own_squares(model: nn.Module, parameters: Mapping[str, int], count: int) -> list[float]:
+    """Squared norm of the gradients of each branch's own parameters, from `grad` as it is."""
+    squares = [0.0] * count
+    for name, square in gradient_squares(model).items():
+        need = parameters.get(name, 0)
+        if need > 0 and not need & (need - 1):
+            squares[need.bit_length() - 1] += square
+    return squares
+
+
+def _growth(own: Sequence[float], calibrated: Sequence[float]) -> float:
+    seen = [(o, c) for o, c in zip(own, calibrated, strict=True) if math.isfinite(o)]
+    before = math.fsum(c for _, c in seen)
+    return math.fsum(o for o, _ in seen) / before if before else 1.0
