@@ -26,6 +26,7 @@ PARTS = {
     "overhead": Part("what the bookkeeping costs in each step", ("cpu",), smoke=True),
     "callback_overhead": Part("what the callback costs a trainer", ("cpu",), smoke=True),
     "accuracy": Part("fine-tune and evaluate with the paper's tasks and settings"),
+    "analysis": Part("gradients by path length; bias and variance of each way to draw masks"),
     "paper": Part("the published figures beside ours"),
     "tables": Part("tables and plots from the result files alone"),
 }

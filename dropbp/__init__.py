@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dropbp.errors import MissingDependencyError as MissingDependencyError
     from dropbp.errors import ResourceError as ResourceError
     from dropbp.errors import StateError as StateError
-    from dropbp.estimate.analysis import analyze as analyze
     from dropbp.estimate.plan import plan as plan
     from dropbp.masks.rates import allocate as allocate
     from dropbp.regional import compile_blocks as compile_blocks
@@ -35,7 +34,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "allocate": "dropbp.masks.rates",
     "Branch": "dropbp.discovery.structure",
-    "analyze": "dropbp.estimate.analysis",
     "ConfigError": "dropbp.errors",
     "DeviceError": "dropbp.errors",
     "DiscoveryError": "dropbp.errors",

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from dropbp.bench.analysis.command import path_table, plot, way_table
+from dropbp.bench.analysis.estimator import Estimator, analyze
+from dropbp.bench.analysis.paths import Paths, path_lengths
 from torch import Tensor, nn
 
 import dropbp
 from dropbp.cli import main as cli
-from dropbp.cli.analysis import path_table, plot, way_table
 from dropbp.discovery.discover import find
 from dropbp.errors import ConfigError, StateError
-from dropbp.estimate.analysis import Estimator
-from dropbp.estimate.paths import Paths, path_lengths
 from tests import trained
 from tests.engine_models import tokens
 
@@ -121,7 +121,7 @@ def exact_moments(problem: Problem, masks: list[tuple[tuple[bool, ...], float]])
 
 
 def estimate(problem: Problem, masks: str, scaling: str = "none", draws: int = 600) -> Estimator:
-    found = dropbp.analyze(
+    found = analyze(
         problem.net, problem.loss, drop_rates=(0.5,), ways=((masks, scaling),), samples=1, draws=draws,
         example_inputs=problem.x_BD,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def test_nested_masks_are_taken_all_and_keep_every_tensors_direction():
 
 def test_without_dropping_there_is_neither_bias_nor_variance():
     problem = Problem()
-    found = dropbp.analyze(
+    found = analyze(
         problem.net, problem.loss, drop_rates=(0.0,), ways=(("exact", "none"),), samples=1, draws=3,
         example_inputs=problem.x_BD,
     ).estimators[0]  # fmt: skip
@@ -168,7 +168,7 @@ def test_the_model_is_as_before():
     model = trained.llama(layers=2, width=16).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = [vars(module).keys() for module in model.modules()]
-    dropbp.analyze(model, lambda: trained.loss_of(model, tokens()), drop_rates=(0.5,), samples=2, draws=2)
+    analyze(model, lambda: trained.loss_of(model, tokens()), drop_rates=(0.5,), samples=2, draws=2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [vars(module).keys() for module in model.modules()] == attributes
     assert not any(module.training for module in model.modules())
@@ -178,19 +178,19 @@ def test_the_model_is_as_before():
 def test_what_makes_no_sense_is_refused():
     model = trained.llama(layers=1, width=16)
     with pytest.raises(ConfigError, match="samples >= 1 and draws >= 2"):
-        dropbp.analyze(model, lambda: trained.loss_of(model, tokens()), draws=1)
+        analyze(model, lambda: trained.loss_of(model, tokens()), draws=1)
     with dropbp.enable(model), pytest.raises(StateError, match="enabled already"):
-        dropbp.analyze(model, lambda: trained.loss_of(model, tokens()))
+        analyze(model, lambda: trained.loss_of(model, tokens()))
 
 
 # -- the command and its result
 
 
 def test_the_command_prints_tables_and_writes_json_and_plot(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dropbp.cli.analysis.TOY_DRAWS", 4)
+    monkeypatch.setattr("dropbp.bench.analysis.command.TOY_DRAWS", 4)
     file, image = tmp_path / "analysis.json", tmp_path / "analysis.png"
     sizes = ["--layers", "1", "--width", "16", "--steps", "2", "--samples", "2", "--draws", "2"]
-    assert cli.main(["analyze", *sizes, "--output", str(file), "--plot", str(image)]) == 0
+    assert cli.main(["bench", "analysis", *sizes, "--output", str(file), "--plot", str(image)]) == 0
     printed = capsys.readouterr().out
     found: dict[str, Any] = json.loads(file.read_text())
     assert path_table(found["llama"]) in printed and way_table(found["linear"]) in printed
@@ -203,7 +203,7 @@ def test_the_command_prints_tables_and_writes_json_and_plot(tmp_path, capsys, mo
     [(["--draws", "1"], "--draws 1 must be at least 2"), (["--width", "20"], "must be a multiple of 8")],
 )
 def test_the_command_refuses_in_one_line(arguments, message, capsys):
-    assert cli.main(["analyze", *arguments]) == 2
+    assert cli.main(["bench", "analysis", *arguments]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -35,7 +35,6 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
         ["finetune", "--help"],
         ["inspect", "--help"],
         ["plan", "--help"],
-        ["analyze", "--help"],
         ["--version"],
     ],
 )

@@ -17,7 +17,6 @@ from tests.reliability.registry import CHECKS, INPUTS
 
 COVERED = {  # by which target each public name is tried
     "allocate": "allocate",
-    "analyze": "analyze",
     "compile_blocks": "compile_blocks",
     "disable": "handle",
     "discover": "discover",

@@ -35,7 +35,6 @@ COMMANDS = {
     "finetune": Command("dropbp.cli.finetune", "fine-tune a causal language model, plainly and with DropBP"),
     "inspect": Command("dropbp.cli.inspection", "the residual branches of a model, with FLOPs and parameters"),
     "plan": Command("dropbp.cli.plan", "time, memory and FLOPs of a step per drop rate, before training"),
-    "analyze": Command("dropbp.cli.analysis", "gradients by path length; bias and variance of each coupling"),
     "bench": Command(BENCH_MODULE, "measure speed and memory; one JSON file for each run"),
 }
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     with quiet():
-        found = plan_model(args, _progress())
+        found = plan_model(args, progress_note())
     text = json.dumps(found, indent=1)
     if args.output is not None:
         write_text(args.output, text + "\n")
@@ -146,7 +146,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--memory-limit {args.memory_limit} must be above 0: GiB.")
 
 
-def _progress() -> Callable[[str], None] | None:
+def progress_note() -> Callable[[str], None] | None:
     """What is being done, on one line of a terminal; nothing where standard error is none."""
     if not sys.stderr.isatty():
         return None

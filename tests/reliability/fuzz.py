@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import torch
+from dropbp.bench.analysis.estimator import analyze
 from torch import nn
 
 import dropbp
@@ -253,7 +254,7 @@ def _analyze(random: Random) -> None:
     }
     value = _not_callable(random)
     closure = random.choice((lambda: plain_loss(model), lambda: plain_loss(model), lambda: value, value))
-    dropbp.analyze(model, closure, **_arguments(random, good)).as_dict()
+    analyze(model, closure, **_arguments(random, good)).as_dict()
 
 
 TARGETS: dict[str, Callable[[Random], None]] = {

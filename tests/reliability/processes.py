@@ -137,7 +137,7 @@ def commands_of_all_kinds(folder: Path) -> dict[str, list[str]]:
         "finetune (embedded)": ["finetune", "--output", str(folder / "demo")],
         "inspect": ["inspect", model, "--sequence-length", "4096"],
         "plan": ["plan", model],
-        "analyze": ["analyze"],
+        "analyze": ["bench", "analysis"],
         "bench": ["bench", "throughput", "--smoke", "--output", str(folder / "bench")],
     }
     unknown = set(COMMANDS) - {name.split()[0] for name in known}

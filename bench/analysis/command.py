@@ -1,4 +1,4 @@
-"""The command `dropbp analyze`: gradients by path length, and bias and variance of each coupling, on a real model.
+"""`dropbp bench analysis`: gradients by path length, and bias and variance of each coupling, on a real model.
 
 A small Llama over bytes is trained for a short time on source code and looked at on one batch of English: the beginning
 of a fine-tuning. Beside it stands the linear residual net of the theory in `docs/theory.md`.
@@ -84,7 +84,7 @@ def analyse(setting: Setting, note: Note | None = None) -> Found:
     """Both models, as plain types."""
     import torch
 
-    from dropbp.estimate.analysis import analyze
+    from .estimator import analyze
 
     note = note or (lambda line: None)
     with torch.random.fork_rng(devices=[]):
@@ -243,6 +243,6 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 def _progress() -> Note | None:
-    from dropbp.cli.plan import _progress as of_planning
+    from dropbp.cli.plan import progress_note
 
-    return of_planning()
+    return progress_note()

@@ -1,6 +1,6 @@
 """`analyze`: where a model's gradient comes from, and what each way of dropping branches does to it.
 
-Two views of one batch. By path length (`dropbp.estimate.paths`): how much of the gradient came through how many
+Two views of one batch. By path length (`paths`): how much of the gradient came through how many
 branches. By
 coupling: the gradient g' that a training step gets is a random one; beside the true gradient g it has a bias, E g' - g,
 and a variance. Masks are drawn as in training, and the model is enabled as in training.
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from dropbp.checks import check_callables, checked_drop_rates, short
 from dropbp.discovery.discover import find
 from dropbp.errors import ConfigError
-from dropbp.estimate.paths import PathLength, path_lengths
 from dropbp.estimate.workload import in_training, is_count
 from dropbp.session import enable
+
+from .paths import PathLength, path_lengths
 
 Closure = Callable[[], Tensor]
 DROP_RATES = (0.5, 0.875)
