@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dropbp._torch import compiled_code_off
 from dropbp.errors import DiscoveryError
+from dropbp.tensors import tensors_in
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
@@ -125,21 +126,6 @@ def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
             f"{type(error).__name__}: {error}. Pass example_inputs=... (a dict of keyword arguments, a tuple of "
             "positional ones, or one tensor) that the model accepts, or name the branches with branches=[...]."
         ) from error
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor inside nested lists, tuples, dicts, dataclasses and output objects."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
 
 
 class _FlopMode(TorchDispatchMode):

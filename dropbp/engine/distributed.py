@@ -25,8 +25,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from dropbp.discovery.record import tensors_in
 from dropbp.errors import StateError
+from dropbp.tensors import tensors_in
 
 NEEDED = -1  # of a parameter that belongs to no branch
 WRAPPERS = {

@@ -25,10 +25,10 @@ from torch import nn
 
 from dropbp._torch import never_compile, pause, resume, resumed
 from dropbp.device import dynamo_graph_count
-from dropbp.discovery.record import tensors_in
 from dropbp.engine.patch import Attachment, Forward
-from dropbp.engine.skip import Connect, map_tensors
+from dropbp.engine.skip import Connect
 from dropbp.errors import StateError
+from dropbp.tensors import map_tensors, tensors_in
 
 logger = logging.getLogger(__name__)
 

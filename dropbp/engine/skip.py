@@ -7,14 +7,10 @@ ends here in the forward and in the backward, and keeping the loss connected whe
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-
-TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -59,37 +55,3 @@ class Connect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
         return None, None
-
-
-def is_differentiable(x: torch.Tensor) -> bool:
-    """Whether autograd can follow tensors of this type."""
-    return x.is_floating_point() or x.is_complex()
-
-
-def map_tensors(value: Any, function: TensorMap) -> Any:
-    """`value` with `function` applied to each differentiable tensor in nested tuples, lists, dicts and objects."""
-    if isinstance(value, torch.Tensor):
-        return function(value) if is_differentiable(value) else value
-    if isinstance(value, Mapping):
-        return _map_mapping(value, function)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, function) for item in value))
-    if type(value) in (list, tuple):
-        return type(value)(map_tensors(item, function) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _map_dataclass(value, function)
-    return value
-
-
-def _map_mapping(value: Any, function: TensorMap) -> Any:
-    changed = copy.copy(value)
-    for key, item in value.items():
-        changed[key] = map_tensors(item, function)
-    return changed
-
-
-def _map_dataclass(value: Any, function: TensorMap) -> Any:
-    changed = copy.copy(value)
-    for field in dataclasses.fields(value):
-        object.__setattr__(changed, field.name, map_tensors(getattr(value, field.name), function))
-    return changed

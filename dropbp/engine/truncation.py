@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from dropbp.device import dynamo_graph_count
-from dropbp.discovery.record import tensors_in
 from dropbp.engine.checkpointing import CheckpointBypass
 from dropbp.engine.runtime import Runtime
+from dropbp.tensors import tensors_in
 
 
 class Cut:

@@ -19,7 +19,8 @@ from dropbp.discovery.structure import Exit, LooseParameter, Site, Structure
 from dropbp.engine.attention import MaskState, mask_forward
 from dropbp.engine.patch import Attachment, Forward, Interception
 from dropbp.engine.runtime import Plan, RootState, Runtime, is_compiling, named_forward, root_forward
-from dropbp.engine.skip import ScaleGradient, StepBoundary, is_differentiable, map_tensors
+from dropbp.engine.skip import ScaleGradient, StepBoundary
+from dropbp.tensors import is_differentiable, map_tensors
 
 T = TypeVar("T")
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from dropbp import inputs as example
 from dropbp.checks import short
-from dropbp.discovery.record import tensors_in
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape, shape_of
 from dropbp.sensitivity.measure import undisturbed
+from dropbp.tensors import tensors_in
 
 Loss = Callable[[Any], torch.Tensor]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

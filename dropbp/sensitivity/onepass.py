@@ -30,9 +30,10 @@ from torch.utils.hooks import RemovableHandle
 
 from dropbp.discovery.graph import Edge, Graph
 from dropbp.discovery.liveness import needs
-from dropbp.discovery.record import Recorder, tensors_in
+from dropbp.discovery.record import Recorder
 from dropbp.discovery.structure import Structure, groups_again
 from dropbp.errors import StateError
+from dropbp.tensors import tensors_in
 
 logger = logging.getLogger(__name__)
 
