@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dropbp.cli import causal_lm, corpus, demo, embedded, report, training
@@ -82,6 +85,13 @@ def write_as(rows: list[dict[str, str]], path: Path) -> None:
         ("a.jsonl", "", "holds no rows"),
         ("a.txt", " \n", "holds no rows"),
         ("a.parquet", "no", "is not a Parquet file"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ' + "[" * 100_000, "line 2 is nested too deeply to be read"),
+        ("a.json", "[" * 100_000, "is nested too deeply to be read"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1 holds a number of too many digits"),
+        ("a.csv", "prompt,completion\na,b\nc\n", "line 3 has 1 fields for the 2 columns prompt, completion"),
+        ("a.csv", "prompt,completion\na,b,c\n", "line 2 has 3 fields for the 2 columns"),
+        ("a.csv", "text,text\na,b\n", "needed is one field for each column, and different names"),
+        ("a.csv", 'text\n"a\nb\n', "line 3 is not CSV: unexpected end of data"),
     ],
 )
 def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -91,6 +101,13 @@ def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, name: str, conten
         read_rows(str(path))
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_csv_field_may_be_long_and_the_limit_of_the_process_stays(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "a" * 200_000 + "\n")
+    limit = csv.field_size_limit()
+    assert read_rows(str(tmp_path / "a.csv")) == [{"text": "a" * 200_000}]
+    assert csv.field_size_limit() == limit
 
 
 # -- examples
@@ -133,6 +150,167 @@ def test_in_a_conversation_every_answer_is_learned_and_nothing_else() -> None:
     ]
     (example,) = encoded([{"messages": messages}], chat=True)
     assert learned(example) == "2</s>4</s>"
+
+
+USER, ANSWER = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": [USER], "completion": [ANSWER]}, "<|user|>1+1</s><|assistant|>2</s>"),
+        (
+            {"conversations": [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]},
+            "<|user|>1+1</s><|assistant|>2</s>",
+        ),
+        ({"messages": [USER, {"role": "gpt", "content": "2"}]}, "<|user|>1+1</s><|assistant|>2</s>"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "2"}]}]},
+            "<|user|>1+1</s><|assistant|>2</s>",
+        ),
+        ({"messages": [ANSWER, USER, ANSWER]}, "<|assistant|>2</s><|user|>1+1</s><|assistant|>2</s>"),
+        ({"messages": [USER, ANSWER], "system": "Add."}, "<|system|>Add.</s><|user|>1+1</s><|assistant|>2</s>"),
+        ({"messages": [USER, ANSWER, USER]}, "<|user|>1+1</s><|assistant|>2</s>"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER], "tools": None}, None),
+        ({"prompt": [USER, {**ANSWER, "content": "3"}, USER], "completion": [ANSWER]}, None),
+    ],
+)
+def test_conversations_of_every_form_are_trained_on_their_answers(row: dict[str, Any], text: str | None) -> None:
+    (example,) = encoded([row], chat=True)
+    assert learned(example) == "2</s>"
+    assert text is None or make_tokenizer().decode(example["input_ids"]) == text
+
+
+@pytest.mark.parametrize("kind", ["output", "response"])
+def test_a_row_without_a_response_is_left_out_and_counted(kind: str) -> None:
+    rows = [{"instruction": "Add.", kind: answer} for answer in ("3", None, " ", float("nan"), 3, 0.5)]
+    result = encode_rows(rows, Encoder(make_tokenizer(), 256), iter)
+    assert [learned(example) for example in result.examples] == ["3</s>", "3</s>", "0.5</s>"]
+    assert dict(result.left_out) == {"no response": 3}
+    assert list(result.notes()) == ["3 of 6 rows left out: 3 with no response"]
+
+
+def test_text_rows_without_text_and_the_last_tokens_are_counted() -> None:
+    rows = [{"text": "0 1 2 3 4 5 " * 8}, {"text": None}, {"other": "a"}, {"text": ""}]
+    result = encode_rows(rows, Encoder(make_tokenizer(), 16), iter)
+    first, last = result.notes()
+    assert first == "3 of 4 rows left out: 3 with no text"
+    assert last == f"the last {result.tokens_left_out} tokens of the text left out: they do not fill an example"
+    assert result.tokens_left_out == (len(make_tokenizer()("0 1 2 3 4 5 " * 8)["input_ids"]) + 1) % 16 > 0
+
+
+def test_rows_that_are_cut_are_counted() -> None:
+    result = encode_rows([{"prompt": "a", "completion": "b " * 40}], Encoder(make_tokenizer(), 8), iter)
+    assert list(result.notes()) == ["1 of 1 rows cut at --max-length"]
+
+
+def test_an_answer_is_learned_whole_where_a_token_would_reach_across_its_border() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "say the{% endif %}").replace(
+        "<|{{ message['role'] }}|>", "{{ 'say the' if message['role'] == 'assistant' else '<|user|>' }}"
+    )
+    rows = [{"messages": [USER, {"role": "assistant", "content": " sum"}]}]
+    (example,) = encode_rows(rows, Encoder(tokenizer, 64), iter).examples
+    assert learned(example) == " sum</s>"
+
+
+BAD_ROWS = [
+    ({"prompt": [USER], "completion": "2"}, "the column 'completion' is a str; needed is a list of messages"),
+    ({"prompt": "1+1", "completion": [ANSWER]}, "the column 'prompt' is a str; needed is a list of messages"),
+    ({"prompt": "1+1", "completion": {"text": "2"}}, "the column 'completion' is a dict; needed is text"),
+    ({"prompt": "1+1", "completion": True}, "the column 'completion' is a bool; needed is text"),
+    ({"prompt": "1+1", "completion": float("inf")}, "is the number inf; needed is text"),
+    ({"prompt": "1+1", "completion": "\ud800"}, "holds half a character (a lone surrogate, at position 0)"),
+    ({"instruction": "1+1", "output": "2", "history": [["a", "b"]]}, "the column 'history' would not be trained on"),
+    ({"instruction": "1+1", "input": {"a": 1}, "output": "2"}, "the column 'input' is a dict; needed is text"),
+    ({"messages": "[{'role': 'user'}]"}, "CSV cannot hold lists: use .jsonl"),
+    ({"messages": ["1+1", "2"]}, "message 1 of 'messages' is a str; needed is an object with role and content"),
+    ({"messages": [{"content": "2"}]}, "message 1 of 'messages' has no role; known are system"),
+    ({"messages": [{"role": "Caesar", "content": "2"}]}, "has the role 'Caesar'; known are system"),
+    ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "holds tool_calls"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "parts that are not text"),
+    ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "the column 'tools' would not be trained on"),
+    ({"text": ["a"]}, "the column 'text' is a list; needed is text"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+def test_a_row_that_cannot_be_used_is_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=r"^row 1 of the data set does not fit the kind") as caught:
+        encoded([row], chat=True)
+    assert message in str(caught.value)
+
+
+def test_a_template_that_fails_names_the_row() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ConfigError, match=r"row 1 of x\.jsonl .* refuses a conversation: roles must alternate"):
+        encode_rows([{"messages": [USER, ANSWER]}], Encoder(tokenizer, 64), iter, "x.jsonl")
+
+
+TEXTS = st.text("abc xyzé\n", max_size=12)
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.just("\ud800"),
+    st.lists(TEXTS, max_size=2),
+    st.dictionaries(TEXTS, TEXTS, max_size=2),
+    st.just([[[]]]),
+    TEXTS,
+)
+VALUES = st.one_of(TEXTS, ODD)
+ROLES = st.one_of(st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", "odd"]), ODD)
+PARTS = st.fixed_dictionaries({"type": st.just("text"), "text": VALUES})
+MESSAGES = st.one_of(
+    st.fixed_dictionaries({"role": ROLES, "content": VALUES}, optional={"name": ODD, "tool_calls": ODD}),
+    st.fixed_dictionaries({"from": ROLES, "value": VALUES}),
+    st.fixed_dictionaries({"role": st.just("assistant"), "content": st.lists(PARTS)}),
+    ODD,
+)
+LISTS = st.one_of(st.lists(MESSAGES, max_size=4), ODD)
+COLUMNS = (
+    {"messages": LISTS, "system": VALUES},
+    {"conversations": LISTS},
+    {"prompt": st.one_of(VALUES, LISTS), "completion": st.one_of(VALUES, LISTS)},
+    {"instruction": VALUES, "input": VALUES, "output": VALUES},
+    {"instruction": VALUES, "context": VALUES, "response": VALUES, "history": ODD},
+    {"text": VALUES},
+)
+
+
+def rows_with(columns: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[list[dict[str, Any]]]:
+    row = st.one_of(st.fixed_dictionaries(columns), st.fixed_dictionaries({}, optional=columns))
+    return st.lists(row, min_size=1, max_size=4)
+
+
+CHAT_TOKENIZER = make_tokenizer()
+CHAT_TOKENIZER.chat_template = CHAT_TEMPLATE
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.one_of(*map(rows_with, COLUMNS)), max_length=st.sampled_from([4, 64]))
+def test_whatever_the_rows_text_alone_is_trained_and_every_row_is_counted(
+    tmp_path: Path, rows: list[dict[str, Any]], max_length: int
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+    refusal = ""
+    try:
+        result = encode_rows(read_rows(str(path)), Encoder(CHAT_TOKENIZER, max_length), iter, str(path))
+    except ConfigError as error:
+        refusal = str(error)
+    if refusal:
+        assert str(path) in refusal
+        return
+    assert result.rows == len(rows)
+    if result.kind != "text":
+        assert len(result.examples) + result.rows_without_loss == len(rows)
+    for example in result.examples:
+        text = CHAT_TOKENIZER.decode(example["input_ids"])
+        assert not any(python in text for python in ("None", "True", "False", "nan", "inf", "{", "[", "'"))
+        assert any(label != IGNORED for label in example["labels"][1:])
 
 
 def test_plain_text_is_packed_into_full_examples() -> None:

@@ -76,9 +76,9 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
 def _job(args: argparse.Namespace) -> Job:
     rows = read_rows(args.dataset)
     tokenizer = load_tokenizer(args.model)
-    encoded = encode_rows(rows, Encoder(tokenizer, args.max_length), _progress)
-    if encoded.rows_without_loss:
-        logger.warning("%d of %d rows left out: no response in --max-length", encoded.rows_without_loss, len(rows))
+    encoded = encode_rows(rows, Encoder(tokenizer, args.max_length), _progress, f"--dataset {args.dataset}")
+    for note in encoded.notes():
+        logger.warning("--dataset %s: %s", args.dataset, note)
     examples, evaluation = split(encoded.examples, args.eval_fraction, args.seed)
     name = "plain" if args.plain else f"dropbp p={args.drop_rate:g}"
     return Job(name, _model(args), tokenizer, examples, evaluation)

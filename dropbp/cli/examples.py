@@ -1,18 +1,18 @@
 """From rows to what a causal language model trains on: token ids, and labels on the responses only.
 
-The kind of a data set is read from its column names. Prompts are those of Stanford Alpaca
-(github.com/tatsu-lab/stanford_alpaca); conversations go through the tokenizer's own chat template.
+What a row says is read in `dropbp.cli.formats`; conversations go through the tokenizer's own chat template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dropbp.cli.rows import Row
 from dropbp.errors import ConfigError
+from dropbp.cli.formats import Chat, Content, Kind, NothingToLearnError, Pair, Text, Turn, kind_of
+from dropbp.cli.rows import Row
 
 if TYPE_CHECKING:
     import torch
@@ -20,20 +20,11 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 Example: TypeAlias = dict[str, list[int]]
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows of one kind into examples of at most `max_length` tokens."""
+    """Turns what rows say into token ids and labels; `max_length` is where `encode_rows` cuts them."""
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
@@ -43,112 +34,152 @@ class Encoder:
         prompt_ids: list[int] = self.tokenizer(prompt)["input_ids"]
         prompt_ids = _without_end(prompt_ids, self.tokenizer.eos_token_id)
         response_ids = self.plain_ids(response)
-        return self._cut(prompt_ids + response_ids, [IGNORED] * len(prompt_ids) + response_ids)
+        return {
+            "input_ids": prompt_ids + response_ids,
+            "labels": [IGNORED] * len(prompt_ids) + response_ids,
+        }
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> Example:
-        """A conversation; the loss is on what the assistant says."""
+    def chat(self, turns: Sequence[Turn]) -> Example:
+        """A conversation up to its last learned turn; the loss is on what the assistant answers.
+
+        A first turn has no loss, whosever it is: it answers nothing.
+        """
         ids: list[int] = []
         labels: list[int] = []
-        for count, message in enumerate(messages, 1):
-            answer = message["role"] == "assistant"
-            if answer:
-                self._extend(ids, labels, self._template(messages[: count - 1], add_generation_prompt=True), False)
-            self._extend(ids, labels, self._template(messages[:count]), answer)
-        return self._cut(ids, labels)
+        seen = ""
+        messages = [turn.message for turn in turns]
+        for count in (count for count, turn in enumerate(turns) if turn.learned and count):
+            question = self._rendered(messages[:count], add_generation_prompt=True)
+            self._extend(ids, labels, seen, question, False)
+            seen = self._rendered(messages[: count + 1])
+            self._extend(ids, labels, question, seen, True)
+        return {"input_ids": ids, "labels": labels}
 
     def plain_ids(self, text: str) -> list[int]:
         """The tokens of a text, closed by the end token."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*self._ids(text), self.tokenizer.eos_token_id]
 
-    def _template(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+    def check_template(self) -> None:
+        """Raises ConfigError where the tokenizer cannot render conversations."""
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                "the data set has messages and the tokenizer has no chat template; use a chat model's tokenizer."
+            )
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _rendered(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
+        self.check_template()
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except (TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"the tokenizer's chat template refuses a conversation: {error}") from error
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return text
 
-    @staticmethod
-    def _extend(ids: list[int], labels: list[int], longer: list[int], learned: bool) -> None:
-        if longer[: len(ids)] != ids:
+    def _extend(self, ids: list[int], labels: list[int], seen: str, text: str, learned: bool) -> None:
+        """Add the tokens of what `text` has beyond `seen`."""
+        if not text.startswith(seen):
             raise ConfigError(
                 "the tokenizer's chat template changes earlier turns when a turn is added, so the responses cannot be "
                 "told from the prompts; use a data set with the columns prompt and completion."
             )
-        new = longer[len(ids) :]
+        longer = self._ids(text)  # as a whole, if no token reaches across the border
+        new = longer[len(ids) :] if longer[: len(ids)] == ids else self._ids(text[len(seen) :])
         ids.extend(new)
         labels.extend(new if learned else [IGNORED] * len(new))
-
-    def _cut(self, ids: list[int], labels: list[int]) -> Example:
-        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of data set: the columns by which it is known, and how one row becomes an example."""
-
-    name: str
-    columns: tuple[str, ...]
-    encode: Callable[[Encoder, Row], Example]
 
 
 @dataclass
 class Encoded:
-    """Examples, and what became of the rows they came from."""
+    """Examples, and what became of the rows they came from.
+
+    Attributes:
+        kind: of the data set.
+        rows: how many there were.
+        examples: for each row that is not left out one, but for plain text, which is packed.
+        left_out: rows by the reason for which they are left out.
+        rows_cut: rows of which only the first `max_length` tokens are trained.
+        tokens_left_out: of plain text, the last ones, which do not fill an example.
+    """
 
     kind: str
+    rows: int
     examples: list[Example] = field(default_factory=list)
-    rows_without_loss: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    rows_cut: int = 0
+    tokens_left_out: int = 0
+
+    @property
+    def rows_without_loss(self) -> int:
+        """Rows left out, for whatever reason."""
+        return sum(self.left_out.values())
+
+    def notes(self) -> Iterator[str]:
+        """What is not trained, in sentences."""
+        if self.left_out:
+            reasons = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.items())
+            yield f"{self.rows_without_loss} of {self.rows} rows left out: {reasons}"
+        if self.rows_cut:
+            yield f"{self.rows_cut} of {self.rows} rows cut at --max-length"
+        if self.tokens_left_out:
+            yield f"the last {self.tokens_left_out} tokens of the text left out: they do not fill an example"
 
 
-def _instruction(answer: str, context: str) -> Callable[[Encoder, Row], Example]:
-    def encode(encoder: Encoder, row: Row) -> Example:
-        template = _WITH_INPUT if row.get(context) else _WITHOUT_INPUT
-        prompt = template.format(instruction=row["instruction"], input=row.get(context))
-        return encoder.pair(prompt, str(row[answer]))
-
-    return encode
-
-
-KINDS = (
-    Kind("chat", ("messages",), lambda encoder, row: encoder.chat(row["messages"])),
-    Kind("alpaca", ("instruction", "output"), _instruction("output", "input")),
-    Kind("dolly", ("instruction", "response"), _instruction("response", "context")),
-    Kind("completion", ("prompt", "completion"), lambda e, row: e.pair(str(row["prompt"]), str(row["completion"]))),
-)
-TEXT_COLUMN = "text"
-
-
-def encode_rows(rows: Sequence[Row], encoder: Encoder, progress: Callable[[Iterable[Row]], Iterable[Row]]) -> Encoded:
-    """Examples of all rows; rows whose response does not fit into `max_length` are left out and counted.
+def encode_rows(
+    rows: Sequence[Row],
+    encoder: Encoder,
+    progress: Callable[[Iterable[Row]], Iterable[Row]],
+    source: str = "the data set",
+) -> Encoded:
+    """Examples of all rows; rows that teach nothing, or not within `max_length`, are left out and counted.
 
     Args:
-        rows: rows with the columns of one of `KINDS`, or with a column `text`.
+        rows: rows with the columns of one of `dropbp.cli.formats.KINDS`.
         encoder: how text becomes tokens.
         progress: wraps the rows, for a progress bar.
+        source: what errors call the data set.
 
     Raises:
-        ConfigError: the columns fit no kind, or no row has a response that can be learned from.
+        ConfigError: the columns fit no kind, a row cannot be used, or no row has a response that can be learned from.
     """
-    columns = set(rows[0])
-    kind = next((kind for kind in KINDS if columns.issuperset(kind.columns)), None)
-    if kind is None and TEXT_COLUMN not in columns:
-        raise ConfigError(f"the data set has the columns {', '.join(sorted(map(str, columns)))}; {_known_columns()}.")
-    if kind is not None and kind.name == "chat" and not encoder.tokenizer.chat_template:
-        raise ConfigError(
-            "the data set has messages and the tokenizer has no chat template; use a chat model's tokenizer."
-        )
-    encoded = _encode_text(rows, encoder, progress) if kind is None else _encode_kind(kind, rows, encoder, progress)
+    kind = kind_of(rows[0], source)
+    if kind.name in ("chat", "sharegpt"):
+        encoder.check_template()
+    encoded, stream = Encoded(kind.name, len(rows)), []
+    for number, row in enumerate(progress(rows), 1):
+        try:
+            stream += _encode_row(kind, encoder, row, encoded)
+        except NothingToLearnError as reason:
+            encoded.left_out[str(reason)] += 1
+        except ConfigError as error:
+            raise ConfigError(f"row {number} of {source} does not fit the kind {kind.name!r}: {error}") from error
+    encoded.examples += pack(stream, encoder.max_length)
+    if kind.name == "text":
+        encoded.tokens_left_out = len(stream) - sum(len(example["input_ids"]) for example in encoded.examples)
     if not encoded.examples:
+        reasons = "".join(f" ({note})" for note in encoded.notes())
         raise ConfigError(
-            f"none of the {len(rows)} rows leaves a token to learn within --max-length {encoder.max_length}."
+            f"{source}: none of the {len(rows)} rows leaves a token to learn within --max-length "
+            f"{encoder.max_length}{reasons}."
         )
     return encoded
+
+
+def _encode_row(kind: Kind, encoder: Encoder, row: Row, encoded: Encoded) -> list[int]:
+    """Add the row's example; of plain text, return the tokens instead."""
+    content = kind.read(row)
+    if isinstance(content, Text):
+        return encoder.plain_ids(content.text)
+    example = _counted(_encode(content, encoder), encoder)
+    encoded.rows_cut += len(example["input_ids"]) > encoder.max_length
+    encoded.examples.append({name: values[: encoder.max_length] for name, values in example.items()})
+    return []
 
 
 def collate(examples: Sequence[Example], padding_id: int) -> dict[str, torch.Tensor]:
@@ -171,30 +202,21 @@ def pack(ids: Sequence[int], length: int) -> list[Example]:
     return [{"input_ids": block, "labels": block} for block in blocks if len(block) > 1]
 
 
-def _encode_kind(
-    kind: Kind, rows: Sequence[Row], encoder: Encoder, progress: Callable[[Iterable[Row]], Iterable[Row]]
-) -> Encoded:
-    encoded = Encoded(kind.name)
-    for number, row in enumerate(progress(rows), 1):
-        example = _encode_row(kind, encoder, row, number)
-        if all(label == IGNORED for label in example["labels"][1:]):
-            encoded.rows_without_loss += 1
-        else:
-            encoded.examples.append(example)
-    return encoded
+def _encode(content: Content, encoder: Encoder) -> Example:
+    if isinstance(content, Chat):
+        return encoder.chat(content.turns)
+    assert isinstance(content, Pair)
+    return encoder.pair(content.prompt, content.response)
 
 
-def _encode_row(kind: Kind, encoder: Encoder, row: Row, number: int) -> Example:
-    try:
-        return kind.encode(encoder, row)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"row {number} of the data set does not fit the kind {kind.name!r}: {error!r}.") from error
-
-
-def _encode_text(rows: Sequence[Row], encoder: Encoder, progress: Callable[[Iterable[Row]], Iterable[Row]]) -> Encoded:
-    texts = (str(row[TEXT_COLUMN]) for row in progress(rows) if row.get(TEXT_COLUMN))
-    ids = list(chain.from_iterable(map(encoder.plain_ids, texts)))
-    return Encoded("text", pack(ids, encoder.max_length))
+def _counted(example: Example, encoder: Encoder) -> Example:
+    """The example, if a token of it is learned. The first token of a row never is: nothing comes before it."""
+    if all(label == IGNORED for label in example["labels"][1:]):
+        learned = any(label != IGNORED for label in example["labels"])
+        raise NothingToLearnError("no token to learn" if learned else "no response")
+    if all(label == IGNORED for label in example["labels"][1 : encoder.max_length]):
+        raise NothingToLearnError(f"no response within --max-length {encoder.max_length}")
+    return example
 
 
 def _padded(ids: list[int], length: int, filling: int) -> list[int]:
@@ -203,8 +225,3 @@ def _padded(ids: list[int], length: int, filling: int) -> list[int]:
 
 def _without_end(ids: list[int], end_id: Any) -> list[int]:
     return ids[:-1] if ids and ids[-1] == end_id else ids
-
-
-def _known_columns() -> str:
-    known = [" + ".join(kind.columns) for kind in KINDS]
-    return f"known are {', '.join(known)}, or {TEXT_COLUMN}"

@@ -47,8 +47,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset",
         metavar="FILE_OR_HUB_ID",
-        help="rows as .jsonl, .json, .csv, .txt, .parquet, or a Hub id; columns messages, instruction + output, "
-        "instruction + response, prompt + completion, or text",
+        help="rows as .jsonl, .json, .csv, .txt, .parquet, or a Hub id; columns messages, conversations, "
+        "instruction + output, instruction + response, prompt + completion, or text",
     )
     group.add_argument(
         "--eval-fraction", type=float, default=0.05, help="share of examples kept for evaluation (%(default)s)"

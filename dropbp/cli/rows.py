@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from dropbp.errors import ConfigError
 
 Row: TypeAlias = dict[str, Any]
+_LONGEST_CSV_FIELD = 2**31 - 1  # the most that the csv module takes on every platform
 
 
 def read_rows(source: str) -> list[Row]:
@@ -44,25 +46,35 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _json_row(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"--dataset {path}, line {number} is not JSON: {error.msg} at column {error.colno}."
-        ) from error
-    return _checked(row, f"{path}, line {number}")
+    where = f"{path}, line {number}"
+    return _checked(_parsed(line, where, ""), where)
 
 
 def _read_json(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"--dataset {path} is not JSON: {error}; one object per line needs the suffix .jsonl."
-        ) from error
+    hint = "; one object per line needs the suffix .jsonl"
+    rows = _parsed(path.read_text(encoding="utf-8-sig"), str(path), hint)
     if not isinstance(rows, list):
         raise ConfigError(f"--dataset {path} holds a {type(rows).__name__}; needed is a list of objects.")
     return [_checked(row, f"{path}, entry {number}") for number, row in enumerate(rows, 1)]
+
+
+def _parsed(text: str, where: str, hint: str) -> Any:
+    """The content of a JSON text. `hint` is added where the text is no JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = (
+            f"{error.msg} at line {error.lineno}, column {error.colno}"
+            if hint
+            else f"{error.msg} at column {error.colno}"
+        )
+        raise ConfigError(f"--dataset {where} is not JSON: {place}{hint}.") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"--dataset {where} is nested too deeply to be read; remove that row or flatten it."
+        ) from error
+    except ValueError as error:  # Python refuses to convert integers of thousands of digits
+        raise ConfigError(f"--dataset {where} holds a number of too many digits; put it into quotes.") from error
 
 
 def _checked(row: Any, where: str) -> Row:
@@ -72,8 +84,32 @@ def _checked(row: Any, where: str) -> Row:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+    with path.open(encoding="utf-8-sig", newline="") as file, _any_field_length():
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            return [_csv_row(path, header, fields, reader.line_num) for fields in reader if fields]
+        except csv.Error as error:
+            raise ConfigError(f"--dataset {path}, line {reader.line_num} is not CSV: {error}.") from error
+
+
+def _csv_row(path: Path, header: Sequence[str], fields: Sequence[str], line: int) -> Row:
+    if len(fields) != len(header) or len(set(header)) != len(header):
+        raise ConfigError(
+            f"--dataset {path}, line {line} has {len(fields)} fields for the {len(header)} columns "
+            f"{', '.join(header)}; needed is one field for each column, and different names of columns."
+        )
+    return dict(zip(header, fields, strict=True))
+
+
+@contextmanager
+def _any_field_length() -> Iterator[None]:
+    """The csv module's limit belongs to the process, so it is put back."""
+    limit = csv.field_size_limit(_LONGEST_CSV_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_text(path: Path) -> list[Row]:
@@ -89,6 +125,8 @@ def _read_parquet(path: Path) -> list[Row]:
         rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise ConfigError(f"--dataset {path} is not a Parquet file: {error}") from error
+    except ValueError as error:  # values that Python has no type for, dates of the year 10000 for example
+        raise ConfigError(f"--dataset {path} holds values that cannot be read: {error}") from error
     return rows
 
 
