@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dropbp.errors import ConfigError
 from dropbp.cli.formats import Chat, Content, Kind, NothingToLearnError, Pair, Text, Turn, kind_of
 from dropbp.cli.rows import Row
+from dropbp.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

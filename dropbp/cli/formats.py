@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from dropbp.errors import ConfigError
 from dropbp.cli.rows import Row
+from dropbp.errors import ConfigError
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

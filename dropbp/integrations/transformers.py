@@ -19,8 +19,9 @@ from typing import Any
 from torch import nn
 
 from dropbp.device import get_device
-from dropbp.errors import ConfigError, MissingDependencyError, StateError
+from dropbp.errors import ConfigError, DiscoveryError, MissingDependencyError, StateError
 from dropbp.files import write_text
+from dropbp.integrations.batches import first_batch
 from dropbp.integrations.by_branch import ByBranch, is_sharded
 from dropbp.integrations.replay import LossReplay
 from dropbp.regional import compile_blocks
@@ -70,7 +71,9 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             nothing new for a new mask; None asks the device. The result is the same.
         log: add `dropbp_*` figures to the trainer's own log, and so to TensorBoard, W&B and the like.
         **options: passed on to `dropbp.enable`. Unless given, `rehearse` is on where the device is lazy, and `steps` is
-            the length of the training, so that nested masks recede; `steps=None` keeps them from it.
+            the length of the training, so that nested masks recede; `steps=None` keeps them from it. Where a forward
+            needs `example_inputs`, they are the first rows of the training data; the run's own order and random states
+            stay as they are.
 
     After an exception inside `train()` no trainer calls its callbacks; `close()`, leaving a `with` block around the
     callback, or the next `train()` then removes DropBP from the model.
@@ -157,7 +160,8 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Enable DropBP on the model, in the state of the checkpoint if there is one."""
         self.close()  # what an earlier training left that did not end
         _put_first(self)
-        self._enable(_unwrapped(kwargs["model"]), args.gradient_accumulation_steps, state.max_steps)
+        loader = kwargs.get("train_dataloader")
+        self._enable(_unwrapped(kwargs["model"]), args.gradient_accumulation_steps, state.max_steps, loader)
         try:
             self._restore(_saved_snapshot(state) if state.global_step else None)
         except StateError:
@@ -213,7 +217,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Remove DropBP from the model."""
         self.close()
 
-    def _enable(self, model: nn.Module, forwards_per_step: int, max_steps: int) -> None:
+    def _enable(self, model: nn.Module, forwards_per_step: int, max_steps: int, loader: Any = None) -> None:
         lazy = get_device(self.options.get("device"), model).is_lazy()
         options: dict[str, Any] = {
             "resample": self.resample,
@@ -222,10 +226,21 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             "rehearse": lazy,
             **self.options,
         }
-        self._handle = enable(model, self.drop_rate, masks=self.masks, **options)
+        self._handle = self._enabled(model, options, loader)
         if self.compile_blocks is not None:
             names = compile_blocks(self._handle, **self.compile_blocks)
             self._compiled = [self._handle.model.get_submodule(name) for name in names]
+
+    def _enabled(self, model: nn.Module, options: dict[str, Any], loader: Any) -> Handle:
+        """Where the model does not say what it takes, or takes more than it says, a batch of the run shows it."""
+        try:
+            return enable(model, self.drop_rate, masks=self.masks, **options)
+        except DiscoveryError as failure:
+            if loader is None or options.get("example_inputs") is not None:
+                raise
+            logger.debug("no branches found without a batch: %s", failure)
+            options = {**options, "example_inputs": _batch_of(loader, model, failure)}
+        return enable(model, self.drop_rate, masks=self.masks, **options)
 
     def _cut_by_branch(self) -> None:
         if self._handle is None or not self._wants_groups(self._handle):
@@ -347,6 +362,15 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _batch_of(loader: Any, model: nn.Module, failure: DiscoveryError) -> dict[str, Any]:
+    try:
+        return first_batch(loader, model)
+    except Exception as error:  # data sets and collators are the user's, and so are their errors
+        raise DiscoveryError(
+            f"{failure} The trainer's own data gave no batch to try either ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,0 +1,91 @@
+"""A batch of a trainer's own data, for models that cannot say what they take, with the run left as it would be.
+
+A data loader that is asked for a batch draws an order and starts workers. Here its first rows are taken from the data
+set and collated, on copies of whatever may count or draw in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import types
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from dropbp.discovery.record import random_state_kept
+from dropbp.errors import ConfigError
+from dropbp.inputs import device_of
+
+_MOST_ROWS = 2  # enough for models that compare rows with each other
+_STATELESS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+_NESTED = ("dataset", "data_collator", "collate_fn")  # the names under which wrappers keep what they wrap
+
+
+def first_batch(loader: Any, model: nn.Module) -> dict[str, Any]:
+    """The first rows of a data loader's data set as keyword arguments of the model, on its device.
+
+    No random state moves, and the loader's next batch is the one it would have been.
+
+    Raises:
+        ConfigError: the loader's batches are not dictionaries, or its data set has no rows.
+    """
+    with random_state_kept(model), _random_state_of_python_kept():
+        batch = _copied(loader.collate_fn)(_first_rows(loader))
+    if not isinstance(batch, Mapping):
+        raise ConfigError(f"the trainer's batches are of type {type(batch).__name__}, and not dictionaries.")
+    device = device_of(model)
+    return {name: _moved(value, device) for name, value in batch.items()}
+
+
+def _first_rows(loader: Any) -> Any:
+    sampler = getattr(loader, "batch_sampler", None)
+    batch_size = loader.batch_size or getattr(sampler, "batch_size", None)
+    if isinstance(loader.dataset, IterableDataset):
+        rows = list(islice(iter(copy.deepcopy(loader.dataset)), min(batch_size or 1, _MOST_ROWS)))
+    else:
+        dataset: Any = _copied(loader.dataset)
+        held = len(dataset) if isinstance(dataset, Sized) else 1
+        rows = [dataset[index] for index in range(min(held, batch_size or 1, _MOST_ROWS))]
+    if not rows:
+        raise ConfigError("the trainer's data set has no rows.")
+    return rows if batch_size or sampler is not None else rows[0]
+
+
+def _copied(part: Any) -> Any:
+    """A data set or collator over the same data, whose counts and generators are its own."""
+    if isinstance(part, (list, tuple, dict, *_STATELESS)) or not hasattr(part, "__dict__"):
+        return part
+    twin = copy.copy(part)
+    for name, value in vars(part).items():
+        if name in _NESTED:
+            twin.__dict__[name] = _copied(value)
+        elif isinstance(value, torch.Generator):
+            twin.__dict__[name] = value.clone_state()
+        elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
+            twin.__dict__[name] = copy.deepcopy(value)
+    return twin
+
+
+@contextmanager
+def _random_state_of_python_kept() -> Iterator[None]:
+    own, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state, to put it back
+    try:
+        yield
+    finally:
+        random.setstate(own)
+        np.random.set_state(numpys)  # noqa: NPY002
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if type(value) in (list, tuple) else value
