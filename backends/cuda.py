@@ -84,7 +84,7 @@ class CudaDevice:
         capability = (int(properties.major), int(properties.minor))
         return {
             "name": self.name,
-            "index": torch.cuda.current_device() if self.index is None else self.index,
+            "index": self._index(),
             "generation": str(properties.name),
             "compute_capability": f"{capability[0]}.{capability[1]}",
             "a100_class_or_later": torch.version.hip is None and capability >= _FULL_SUPPORT_FROM,
@@ -104,12 +104,12 @@ class CudaDevice:
         return dynamo_graph_count()
 
     def generator_state(self) -> torch.Tensor:
-        """The states of the generators of all GPUs, one row for each: a model may be spread over them."""
-        return torch.stack(torch.cuda.get_rng_state_all())
+        """The state of this GPU's generator; to ask all GPUs would be to start using them."""
+        return torch.cuda.get_rng_state(self._index())
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Put the generators of all GPUs back."""
-        torch.cuda.set_rng_state_all(list(state))
+        """Put this GPU's generator back."""
+        torch.cuda.set_rng_state(state, self._index())
 
     def defaults(self) -> DeviceDefaults:
         """No boundaries, `exact` masks, compilation by region."""
@@ -119,16 +119,19 @@ class CudaDevice:
         """Nothing: every model will do."""
 
     def elapsed_s(self, fn: Callable[[], object]) -> float:
-        """Seconds that the GPU takes for what `fn` launches, from events in its stream."""
+        """Seconds that this GPU takes for what `fn` launches there, from events in its current stream."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        start.record(torch.cuda.current_stream(self.index))
         fn()
-        end.record()
+        end.record(torch.cuda.current_stream(self.index))
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
 
+    def _index(self) -> int:
+        return torch.cuda.current_device() if self.index is None else self.index
+
     def _properties(self) -> Any:
-        return torch.cuda.get_device_properties(torch.cuda.current_device() if self.index is None else self.index)
+        return torch.cuda.get_device_properties(self._index())
 
 
 def driver_version() -> str | None:

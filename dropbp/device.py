@@ -9,11 +9,12 @@ The idea of adapters probed by name, with the reason of a negative probe kept, i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
@@ -110,11 +111,11 @@ class Device(Protocol):
         ...
 
     def generator_state(self) -> torch.Tensor:
-        """The state of the device's random generators, to be given to `set_generator_state`."""
+        """The state of this device's random generator, to be given to `set_generator_state`; empty if it has none."""
         ...
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Put the device's random generators back into a state got from `generator_state`."""
+        """Put this device's random generator back into a state got from `generator_state`."""
         ...
 
     def defaults(self) -> DeviceDefaults:
@@ -135,8 +136,9 @@ def get_device(device: DeviceLike | None = None, model: nn.Module | None = None)
 
     Args:
         device: a name such as `"cuda"` or `"cuda:1"`, a `torch.device`, or an object that is a `Device` already. It
-            is never overridden, wherever the model is. None takes the model's own device: see `model_device`.
-        model: asked for its device when `device` is None.
+            is never overridden, wherever the model is. A name without an index means the model's own device of that
+            name, else PyTorch's current one. None takes the model's own device: see `model_device`.
+        model: asked for its device when `device` is None, and for the index when `device` has none.
 
     Raises:
         DeviceError: the device is unknown, its adapter cannot be loaded, or it is not available here. The message
@@ -181,6 +183,39 @@ def model_device(model: nn.Module | None) -> torch.device:
     return next((device for device in devices if device.type != "meta"), devices[0])
 
 
+def random_state(model: nn.Module) -> Callable[[], None]:
+    """Reads the random states of the CPU and of the devices that the model is on; the result puts them back.
+
+    No other device is asked: Gaudi's software refuses all but the process's own, and CUDA would start to use each GPU.
+    """
+    cpu = torch.get_rng_state()
+    adapters = [get_device(device) for device in devices_of(model)]
+    states = [adapter.generator_state() for adapter in adapters]
+
+    def put_back() -> None:
+        torch.set_rng_state(cpu)
+        for adapter, state in zip(adapters, states, strict=True):
+            adapter.set_generator_state(state)
+
+    return put_back
+
+
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """The random states of the CPU and of the devices that the model is on are as before afterwards."""
+    put_back = random_state(model)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """The devices of a model's parameters and buffers that have random numbers of their own: not CPU, not meta."""
+    found = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
+
+
 def dynamo_graph_count() -> int:
     """Graphs that `torch.compile` has captured so far in this process, recompilations included.
 
@@ -194,7 +229,12 @@ def dynamo_graph_count() -> int:
 
 def _create_by_name(device: str | torch.device | None, model: nn.Module | None) -> Device:
     name, index = _parse_name(model_device(model) if device is None else device)
-    return _factory(name)(index)
+    return _factory(name)(_model_index(name, model) if index is None else index)
+
+
+def _model_index(name: str, model: nn.Module | None) -> int | None:
+    devices = () if model is None else devices_of(model)
+    return next((device.index for device in devices if device.type == name), None)
 
 
 def _parse_name(device: str | torch.device) -> tuple[str, int | None]:

@@ -24,6 +24,7 @@ from dropbp.device import (
     get_device,
     known_devices,
     model_device,
+    random_state_kept,
 )
 from dropbp.errors import DeviceError
 
@@ -277,8 +278,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         "max_memory_allocated": lambda index: 7 + (index or 0),
         "max_memory_reserved": lambda index: 9 + (index or 0),
         "reset_peak_memory_stats": lambda index: seen.calls.append(("reset", index)),
-        "get_rng_state_all": lambda: seen.states,
-        "set_rng_state_all": lambda states: setattr(seen, "states", states),
+        "get_rng_state": lambda index: seen.calls.append(("state of", index)) or seen.states[index],
+        "set_rng_state": lambda state, index: seen.states.__setitem__(index, state),
+        "current_stream": lambda index=None: f"stream of {index}",
+        "Event": lambda enable_timing: types.SimpleNamespace(
+            record=lambda stream: seen.calls.append(("record", stream)),
+            synchronize=lambda: None,
+            elapsed_time=lambda end: 2000.0,
+        ),
     }
     for name, function in replaced.items():
         monkeypatch.setattr(torch.cuda, name, function)
@@ -317,12 +324,37 @@ def test_cuda_build_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, gp
         get_device("cuda")
 
 
-def test_cuda_generator_states_of_all_gpus_go_there_and_back(gpus: types.SimpleNamespace) -> None:
-    device, before = get_device("cuda"), gpus.states
-    state = device.generator_state()
-    gpus.states = []
-    device.set_generator_state(state)
-    assert all(map(torch.equal, gpus.states, before))
+def test_cuda_measures_time_on_the_gpu_that_was_asked_for(gpus: types.SimpleNamespace) -> None:
+    assert get_device("cuda:1").elapsed_s(lambda: None) == 2.0  # type: ignore[attr-defined]
+    assert gpus.calls == [("record", "stream of 1")] * 2
+
+
+class OnGpu(nn.Module):
+    """A model whose tensors say that they are on the given devices; there is nothing else behind them."""
+
+    def __init__(self, *devices: str) -> None:
+        super().__init__()
+        self.tensors = [types.SimpleNamespace(device=torch.device(device)) for device in devices]
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter(self.tensors)
+
+
+def test_a_name_without_an_index_means_the_gpu_that_the_model_is_on(gpus: types.SimpleNamespace) -> None:
+    get_device("cuda", OnGpu("meta", "cuda:1")).synchronize()
+    get_device("cuda:0", OnGpu("cuda:1")).synchronize()
+    get_device("cuda", OnGpu("cpu")).synchronize()
+    assert gpus.calls == [("synchronize", 1), ("synchronize", 0), ("synchronize", None)]
+
+
+def test_random_state_is_read_and_put_back_on_the_gpus_of_the_model_alone(gpus: types.SimpleNamespace) -> None:
+    host, other = torch.get_rng_state(), gpus.states[0]
+    before = gpus.states[1].clone()
+    with random_state_kept(OnGpu("cpu", "cuda:1", "meta")):
+        torch.rand(1)
+        gpus.states[1] = torch.ones(16).byte()
+    assert gpus.calls == [("state of", 1)]
+    assert torch.equal(gpus.states[1], before) and gpus.states[0] is other and torch.equal(torch.get_rng_state(), host)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -240,6 +240,20 @@ def check_a_cpu_model_is_not_taken_for_an_hpu_model() -> None:
         assert handle.device.name == "hpu" and handle.device.is_lazy()
 
 
+def check_calibration_leaves_the_random_state_alone_where_there_are_eight_devices() -> None:
+    import dropbp
+
+    hpu = torch.get_device_module("hpu")
+    assert hpu.device_count() == 8
+    tokens = next(batches(1, "hpu"))
+    for method in ("one-pass", "exact"):
+        model = make_model(lora=True, layers=2).to("hpu").train()
+        before = hpu.get_rng_state(), torch.get_rng_state()
+        with dropbp.enable(model, 0.5, device="hpu", masks="exact") as handle:
+            handle.calibrate(lambda model=model: loss_of(model, tokens), method=method)
+        assert all(map(torch.equal, before, (hpu.get_rng_state(), torch.get_rng_state()))), method
+
+
 # --- lazy: recipes, host reads, memory
 
 
@@ -395,6 +409,7 @@ GROUPS = {
         check_fill_decides_whether_skipped_parameters_move,
         check_hpu_graphs_are_refused_with_the_reason,
         check_a_cpu_model_is_not_taken_for_an_hpu_model,
+        check_calibration_leaves_the_random_state_alone_where_there_are_eight_devices,
         check_no_recompile_after_warm_up,
         check_recipes_do_not_depend_on_depth,
         check_what_each_part_of_the_design_is_for,

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 import types
-import unittest
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -297,7 +297,31 @@ def check_devices_do_not_mix() -> None:
     assert (here + torch.tensor(2.0)).tolist() == [3.0, 3.0, 3.0]
     assert here[torch.tensor([0, 2])].tolist() == [1.0, 1.0]
     raises(RuntimeError, "indices should be", lambda: there[torch.tensor([0], device="hpu")])
-    raises(AssertionError, "hpu:1", lambda: torch.hpu.set_device(1))
+
+
+def check_a_process_has_one_of_eight_devices() -> None:
+    """The machine has eight; the own one is `hpu:0`, and what only that one has cannot be asked of another."""
+    assert torch.hpu.device_count() == torch.accelerator.device_count() == 8
+    assert torch.hpu.current_device() == 0 and torch.ones(1, device="hpu").device == torch.device("hpu", 0)
+    raises(RuntimeError, "get_rng_state supports only device 0", lambda: torch.hpu.get_rng_state(1))
+    raises(
+        RuntimeError, "set_rng_state supports only device 0", lambda: torch.hpu.set_rng_state(torch.zeros(1), "hpu:1")
+    )
+    raises(RuntimeError, "habana active device: 1 != 0", lambda: torch.ones(1, device="hpu:1"))
+    raises(AssertionError, "Requested device_id=1", lambda: torch.hpu.device(1))
+    raises(AssertionError, "there are 8 devices", lambda: torch.hpu.set_device(8))
+    raises(TypeError, "synchronize", lambda: torch.hpu.synchronize("hpu:0"))
+    with unittest.mock.patch.dict(os.environ):
+        torch.hpu.set_device(3)
+        assert torch.hpu.current_device() == 0 and torch.hpu.device(3).idx == 3
+    assert torch.hpu.memory_allocated(7) == torch.hpu.memory_allocated()
+
+
+def check_no_other_accelerator_is_left() -> None:
+    """Of a build with CUDA no more is seen than of one without."""
+    assert not torch.cuda.is_available() and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert torch.accelerator.current_accelerator(check_available=True) == torch.device("hpu")
+    assert torch.Generator("hpu").device.type == torch.Stream().device.type == "hpu"
 
 
 def check_pointwise_results_are_contiguous() -> None:
@@ -354,7 +378,6 @@ def check_random_numbers() -> None:
 
 def check_accelerator_api() -> None:
     assert torch.accelerator.current_accelerator() == torch.device("hpu")
-    assert torch.accelerator.device_count() == 1
     torch.accelerator.synchronize()
     with torch.hpu.stream(torch.hpu.Stream()):
         start, end = torch.hpu.Event(enable_timing=True), torch.hpu.Event(enable_timing=True)
@@ -886,6 +909,8 @@ GROUPS = {
         check_version_counter_catches_in_place_changes,
         check_save_load_pickle_deepcopy,
         check_devices_do_not_mix,
+        check_a_process_has_one_of_eight_devices,
+        check_no_other_accelerator_is_left,
         check_pointwise_results_are_contiguous,
         check_memory_is_counted_and_bounded,
         check_random_numbers,

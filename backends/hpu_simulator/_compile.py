@@ -71,7 +71,7 @@ class HpuInterface(DeviceInterface):
 
     @staticmethod
     def device_count() -> int:
-        return 1
+        return int(torch.get_device_module("hpu").device_count())
 
     @staticmethod
     def current_stream() -> torch.Stream:

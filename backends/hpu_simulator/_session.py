@@ -21,6 +21,8 @@ MODE_VARIABLE = "PT_HPU_LAZY_MODE"
 MAX_OPS_VARIABLE = "PT_HPU_MAX_COMPOUND_OP_SIZE"
 DEFAULT_MEMORY = "96GiB"
 UNLIMITED_OPS = 2**63 - 1
+DEVICE_COUNT = 8  # cards that the machine says it has; as on Gaudi, a process has one of them and calls it hpu:0
+OTHER_ACCELERATORS_VARIABLE = "CUDA_VISIBLE_DEVICES"  # ROCm reads it as well
 PACKAGE = "habana_frameworks"
 PACKAGE_DIR = Path(__file__).resolve().parent / PACKAGE
 
@@ -28,7 +30,7 @@ _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class _State:
-    """What the process remembers of the simulation; there is one device, so there is one of these."""
+    """What the process remembers of the simulation; it has one device, so there is one of these."""
 
     def __init__(self) -> None:
         self.extension: ModuleType | None = None
@@ -49,11 +51,13 @@ def install(*, lazy: bool | None = None, memory: int | str = DEFAULT_MEMORY, max
         memory: device memory, in bytes or as text such as `"96GiB"`.
         max_ops: most operators in one lazy graph; None asks `PT_HPU_MAX_COMPOUND_OP_SIZE`, else there is no bound.
 
-    Writes `PT_HPU_LAZY_MODE`, which Gaudi's own software and transformers read, into this process's environment.
+    Writes two variables into this process's environment: `PT_HPU_LAZY_MODE`, which Gaudi's own software and
+    transformers read, and an empty `CUDA_VISIBLE_DEVICES`: PyTorch knows one accelerator for each process, so a GPU is
+    hidden, and a build of PyTorch with CUDA behaves like one without.
 
     Raises:
         DeviceError: no compiler, real Gaudi software in the same process, another mode asked for than the one running,
-            or called too late: after something has already found out that there is no HPU.
+            or called too late: after something has already found out that there is no HPU, or used a GPU.
     """
     lazy = _lazy_from_environment() if lazy is None else lazy
     limit = parse_bytes(memory)
@@ -62,6 +66,7 @@ def install(*, lazy: bool | None = None, memory: int | str = DEFAULT_MEMORY, max
     else:
         _refuse_real_software()
         _refuse_late_install()
+        _hide_gpus()
         os.environ[MODE_VARIABLE] = "1" if lazy else "0"
         _start(lazy, _max_ops_from_environment() if max_ops is None else max_ops)
     set_memory_limit(limit)
@@ -69,6 +74,7 @@ def install(*, lazy: bool | None = None, memory: int | str = DEFAULT_MEMORY, max
 
 def _start(lazy: bool, max_ops: int) -> None:
     extension = _build.load()
+    extension.be_the_only_accelerator()
     _check_hooks()
     _state.extension, _state.lazy = extension, lazy
     extension.configure(lazy, max_ops)
@@ -211,6 +217,17 @@ def _refuse_late_install() -> None:
             f"The simulated HPU comes too late: {', '.join(asked)} has already answered that there is no HPU, and "
             "remembers it. Install it before transformers and accelerate are used, or start the script with: "
             "python -m dropbp.backends.hpu_simulator SCRIPT"
+        )
+
+
+def _hide_gpus() -> None:
+    import torch
+
+    os.environ[OTHER_ACCELERATORS_VARIABLE] = ""
+    if torch.cuda.is_available():
+        raise DeviceError(
+            "The simulated HPU comes too late: this process has already found its GPUs, and PyTorch knows one "
+            f"accelerator for a process. Install it first in the process, or set {OTHER_ACCELERATORS_VARIABLE}=''."
         )
 
 

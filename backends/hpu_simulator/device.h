@@ -1,14 +1,17 @@
 // What PyTorch asks of a device: a generator, a device guard with streams and events, and the hooks.
 //
-// There is one device and everything on it is synchronous, so streams only have to be told apart and events only have
-// to remember when they were recorded.
+// A process has one device, as on Gaudi, and everything on it is synchronous, so streams only have to be told apart and
+// events only have to remember when they were recorded.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/detail/HPUHooksInterface.h>
+#include <ATen/detail/XPUHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <chrono>
+#include <new>
 
 #include "memory.h"
 
@@ -77,7 +80,8 @@ struct DeviceGuard final : c10::impl::DeviceGuardImplInterface {
   }
   void setDevice(c10::Device device) const override {
     TORCH_CHECK(
-        device.is_hpu() && device.index() <= 0, "asked for device ", device, "; the simulator has one, hpu:0");
+        device.is_hpu() && device.index() <= 0, "habana active device: ", device.index(), " != 0; asked for ", device,
+        ", and a process has one device, always called hpu:0");
   }
   void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::DeviceIndex deviceCount() const noexcept override {
@@ -178,5 +182,21 @@ struct Hooks final : at::HPUHooksInterface {
     return new_generator();
   }
 };
+
+// Gives another accelerator of this build the hooks of a build without it.
+//
+// PyTorch knows one accelerator for a process and refuses two that say they are built in. `import torch` already made the
+// hooks object, so registering another comes too late; the interface's own methods are what a build without the
+// accelerator answers, and neither class has any state but the pointer to its methods.
+template <typename Interface>
+void unbuild(const Interface& hooks) {
+  static_assert(sizeof(Interface) == sizeof(void*), "these hooks have state of their own");
+  new (const_cast<Interface*>(&hooks)) Interface();
+}
+
+inline void be_the_only_accelerator() {
+  unbuild<at::CUDAHooksInterface>(at::detail::getCUDAHooks()); // ROCm as well: it goes by CUDA's name
+  unbuild<at::XPUHooksInterface>(at::detail::getXPUHooks());
+}
 
 } // namespace hpu_simulator

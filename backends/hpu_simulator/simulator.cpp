@@ -128,4 +128,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("reset_peak_memory", [] { device_memory().reset_peak(); });
   m.def("reset_allocation_counts", [] { device_memory().reset_counts(); });
   m.def("default_generator", [] { return default_generator(); });
+  m.def("be_the_only_accelerator", &be_the_only_accelerator);
 }

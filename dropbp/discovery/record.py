@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from dropbp._torch import compiled_code_off
+from dropbp.device import random_state_kept
 from dropbp.errors import DiscoveryError
 from dropbp.tensors import tensors_in
 
@@ -436,19 +437,6 @@ def _discard(tensor: torch.Tensor) -> None:
 
 def _never_unpacked(_: None) -> torch.Tensor:
     raise DiscoveryError("The graph of the recording forward was run backward; it is only meant to be looked at.")
-
-
-@contextlib.contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Random states of the CPU and of the model's devices are as before afterwards."""
-    types = {p.device.type for p in model.parameters()} - {"cpu", "meta"}
-    devices = [torch.device(t) for t in types]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for device in devices:
-            indices = range(getattr(torch, device.type).device_count())
-            stack.enter_context(torch.random.fork_rng(devices=list(indices), device_type=device.type))
-        yield
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dropbp._torch import compiled_code_off
-from dropbp.discovery.record import random_state_kept
+from dropbp.device import random_state, random_state_kept
 from dropbp.discovery.structure import Structure
 from dropbp.engine.distributed import is_partitioned
 from dropbp.errors import ConfigError, StateError
@@ -94,13 +94,13 @@ def measure(
 def _exact(model: nn.Module, structure: Structure, closure: Closure, masked: Masking) -> Observation:
     """A pass for each branch: never more memory than a training step needs."""
     count = len(structure.branches)
-    with _same_random_state(model) as rewind:
-        norms = _norms_under(model, closure, masked, [False] * count)
-        scores = []
-        for branch in range(count) if _finite(norms) else ():
-            rewind()
-            without = _norms_under(model, closure, masked, [i == branch for i in range(count)])
-            scores.append(math.fsum((norms[n] - without.get(n, 0.0)) ** 2 for n in norms))
+    rewind = random_state(model)
+    norms = _norms_under(model, closure, masked, [False] * count)
+    scores = []
+    for branch in range(count) if _finite(norms) else ():
+        rewind()
+        without = _norms_under(model, closure, masked, [i == branch for i in range(count)])
+        scores.append(math.fsum((norms[n] - without.get(n, 0.0)) ** 2 for n in norms))
     zeros = (0.0,) * count
     return Observation(tuple(scores) or (math.nan,) * count, zeros, zeros, zeros)
 
@@ -117,7 +117,8 @@ def _norms_under(model: nn.Module, closure: Closure, masked: Masking, mask: Sequ
 def _one_pass(model: nn.Module, structure: Structure, closure: Closure, masked: Masking) -> Observation:
     watch = OnePass(model, structure)
     nothing = [False] * len(structure.branches)
-    with _same_random_state(model) as rewind, masked(nothing), compiled_code_off():
+    rewind = random_state(model)
+    with masked(nothing), compiled_code_off():
         with watch.watching(lambda: checked_loss(closure())) as loss:
             loss.backward()
         del loss
@@ -285,18 +286,3 @@ def _refuse_steps_in_backward(model: nn.Module) -> None:
                 "backward do; a calibration would set it off and change the model. Calibrate before the hooks are put "
                 "on, or set rates with handle.set_rates(...)."
             )
-
-
-@contextlib.contextmanager
-def _same_random_state(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts the random generators back to where they are now."""
-    cpu = torch.get_rng_state()
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    states = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
-
-    def rewind() -> None:
-        torch.set_rng_state(cpu)
-        for device, state in states.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-
-    yield rewind

@@ -1,8 +1,11 @@
 """`torch.hpu`: the device module that PyTorch, accelerate and transformers ask."""
 
+import os
+
 import torch
-from dropbp.backends.hpu_simulator._session import extension
+from dropbp.backends.hpu_simulator._session import DEVICE_COUNT, extension
 from habana_frameworks.torch.hpu import graphs, memory, metrics, random, streams
+from habana_frameworks.torch.hpu._utils import device_index
 from habana_frameworks.torch.hpu.graphs import ModuleCacher, make_graphed_callables, wrap_in_hpu_graph
 from habana_frameworks.torch.hpu.memory import (
     empty_cache,
@@ -59,48 +62,47 @@ def is_bf16_supported(including_emulation=True):
 
 
 def device_count():
-    return 1
+    """The cards of the machine, not those that this process may use, of which there is one."""
+    return DEVICE_COUNT
 
 
 def current_device():
+    """Always 0: a process has one card, whichever it is."""
     return 0
 
 
-def _index(device):
-    if isinstance(device, torch.device | str):
-        device = torch.device(device).index
-    return 0 if device is None or device == -1 else int(device)
-
-
 def set_device(device):
-    if _index(device) != 0:
-        raise AssertionError(f"asked for hpu:{_index(device)}; the simulated HPU has one device, hpu:0")
+    """Choose the card of this process, as on Gaudi by a variable. Its tensors are on `hpu:0` all the same."""
+    os.environ["HLS_MODULE_ID"] = str(device_index(device))
 
 
 def get_device_name(device=None):
-    set_device(device)
+    device_index(device)
     return "GAUDI2"
 
 
 def get_device_capability(device=None):
+    device_index(device)
     return "1.24.0"
 
 
 def get_device_properties(device=None):
+    device_index(device)
     return f"(sramBaseAddress=0, dramSize={memory_stats()['Limit']}, name=GAUDI2, simulated)"
 
 
-def synchronize(device=None):
-    """Launch what is recorded; nothing runs asynchronously here."""
+def synchronize():
+    """Launch what is recorded; nothing runs asynchronously here. As on Gaudi it takes no device."""
     extension().flush("synchronize")
 
 
 class device:
-    """Context manager that selects a device; there is only one."""
+    """Context manager that selects a device: that of this process, and no other."""
 
     def __init__(self, device):
-        set_device(device)
-        self.idx = 0
+        self.idx, chosen = device_index(device), int(os.environ.get("HLS_MODULE_ID", "-1"))
+        if self.idx not in (0, chosen):
+            raise AssertionError(f"Requested device_id={self.idx} is different from env_device_id={chosen}")
 
     def __enter__(self):
         return self

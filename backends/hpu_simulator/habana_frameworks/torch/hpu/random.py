@@ -1,24 +1,23 @@
-"""The device's random generator."""
+"""The device's random generator. A process has that of its own device, which it calls 0; another one is refused."""
 
-import torch
 from dropbp.backends.hpu_simulator._session import extension
+from habana_frameworks.torch.hpu._utils import device_index
 
 default_generators = [extension().default_generator()]
 
 
-def _generator(device):
-    index = torch.device(device).index if isinstance(device, torch.device | str) else device
-    if index not in (None, -1, 0):
-        raise RuntimeError(f"asked for the generator of hpu:{index}; there is one device, hpu:0")
+def _generator(device, asked):
+    if device_index(device) != 0:
+        raise RuntimeError(f"hpu {asked} supports only device 0")
     return default_generators[0]
 
 
 def get_rng_state(device="hpu"):
-    return _generator(device).get_state()
+    return _generator(device, "get_rng_state").get_state()
 
 
 def set_rng_state(new_state, device="hpu"):
-    _generator(device).set_state(new_state)
+    _generator(device, "set_rng_state").set_state(new_state)
 
 
 def get_rng_state_all():
@@ -28,7 +27,7 @@ def get_rng_state_all():
 def set_rng_state_all(new_states):
     states = list(new_states)
     if len(states) != 1:
-        raise RuntimeError(f"got random states of {len(states)} devices; there is one device")
+        raise RuntimeError(f"hpu set_rng_state_all supports only states len of 1, not {len(states)}")
     set_rng_state(states[0])
 
 
