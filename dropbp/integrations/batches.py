@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from dropbp.discovery.record import random_state_kept
+from dropbp.device import random_state_kept
 from dropbp.errors import ConfigError
 from dropbp.inputs import device_of
 
