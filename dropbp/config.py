@@ -82,17 +82,9 @@ class Config:
         _check_bool("rehearse", self.rehearse)
 
     @property
-    def recedes(self) -> bool:
+    def anneals(self) -> bool:
         """Whether nested masks go from deep to less deep over the run."""
         return self.masks == "nested" and self.steps is not None and "uniform" not in self.mask_options
-
-    @property
-    def coupling_options(self) -> dict[str, Any]:
-        """What the coupling is given."""
-        if not self.recedes or self.steps is None:
-            return dict(self.mask_options)
-        kept_for = self.resample if isinstance(self.resample, int) else 1
-        return {**self.mask_options, "uniform": "falling", "draws": -(-self.steps // kept_for)}
 
 
 def make_config(

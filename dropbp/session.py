@@ -7,10 +7,11 @@ interceptions that act on them, and the books: what was dropped, how often, and 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import math
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -30,19 +31,18 @@ from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, cl
 from dropbp.engine.install import put_in_place, rehearsal
 from dropbp.engine.integrity import Watch, last_modules
 from dropbp.engine.parameters import Parameters
-from dropbp.engine.plans import Plans
-from dropbp.engine.runtime import Plan, RootState, Runtime
+from dropbp.engine.runtime import RootState, Runtime
 from dropbp.engine.truncation import Cut
 from dropbp.errors import ConfigError, StateError
-from dropbp.flops import Shape, shape_of
+from dropbp.flops import shape_of
 from dropbp.lazy.grouping import ParameterGroup
-from dropbp.masks.books import STATE_VERSION, Books, Mask, checked_state, read_state, table
-from dropbp.masks.drawing import Drawing, bits
-from dropbp.masks.profiles import Profile
-from dropbp.masks.rates import allocate
-from dropbp.masks.samplers import couplings
-from dropbp.sensitivity.measure import Calibration, Closure, measure
-from dropbp.sensitivity.online import Online, own_squares
+from dropbp.masks.online import Online
+from dropbp.masks.samplers import Mask, bits, couplings
+from dropbp.masks.schedule import Conditions, ForwardPlan, Schedule
+from dropbp.masks.statistics import table
+from dropbp.sensitivity.measure import Calibration, Closure, many_ranks, mean_over_ranks, measure, own_squares
+
+logger = logging.getLogger(__name__)
 
 
 def enable(
@@ -127,23 +127,21 @@ class Handle:
 
     def __init__(self, model: nn.Module, config: Config, device: Device, findings: Findings) -> None:
         self.model, self.config, self.device = model, config, device
-        self._findings, self._structure, self._shape = findings, findings.structure, findings.shape
-        self._flops = findings.flops.at(findings.shape)
+        self._findings, self._structure = findings, findings.structure
         self._lock = threading.Lock()
-        self._mask: Mask | None = None
         self._measuring: Mask | None = None
-        self._sensitivities: tuple[float, ...] | None = None
-        self._own: tuple[float, ...] | None = None
-        self._books = Books([0] * len(self._flops))
-        self._online = Online.new(len(self._flops))
         self._zero_fills = (device.defaults().fill if config.fill == "auto" else config.fill) == "zero"
         self._parameters = Parameters(model, self._structure, self._stem_rests())
         self._check_scaling()
-        self._profile = Profile.of(config)
-        rates = self._initial_rates()
-        self._check_something_trains(rates)
-        self._drawing = Drawing(config, rates, self._shape, self._flops)
-        self._plans = Plans(self._structure.blocks.values(), self._flops, self._factors())
+        names = [branch.name for branch in self._structure.branches]
+        self._schedule = Schedule(
+            config,
+            names,
+            self._structure.blocks.values(),
+            findings.flops,
+            findings.shape,
+            trains=self._parameters.train,
+        )
         self._runtime = Runtime(model)
         self._bypass = CheckpointBypass(model, self._structure, self._runtime)
         self._cut = Cut(model, self._runtime, self._bypass, self._stream_may_end())
@@ -162,25 +160,25 @@ class Handle:
         )
         self._watch = Watch(model, last_modules(self._structure))
         if config.rehearse:
-            self._drawing.rehearsal = rehearsal(model, self._structure, self._stem_rests(), self._checkpointed)
+            self._schedule.rehearsal = rehearsal(model, self._structure, self._stem_rests(), self._checkpointed)
 
     # -- what is there
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches, nearest the input first, with FLOPs for the shapes last seen and present rates."""
-        each = zip(self._structure.branches, self._flops, self.rates, strict=True)
+        each = zip(self._structure.branches, self._schedule.seen.flops, self.rates, strict=True)
         return tuple(replace(branch, flops=flops, rate=rate) for branch, flops, rate in each)
 
     @property
     def mask(self) -> Mask | None:
         """The mask of the latest training forward, True = backward dropped; None before the first."""
-        return self._mask
+        return self._schedule.mask
 
     @property
     def rates(self) -> tuple[float, ...]:
         """Each branch's drop rate."""
-        return self._drawing.rates
+        return self._schedule.rates
 
     @property
     def enabled(self) -> bool:
@@ -201,11 +199,11 @@ class Handle:
         Raises:
             ConfigError: the mask has not one entry per branch.
         """
-        self._drawing.fixed.append(self._drawing.checked(mask))
+        self._schedule.fixed.append(self._schedule.checked(mask))
         try:
             yield self
         finally:
-            self._drawing.fixed.pop()
+            self._schedule.fixed.pop()
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Set each branch's drop rate, 0..1; the next mask is drawn from them.
@@ -214,11 +212,26 @@ class Handle:
             ConfigError: wrong number of rates, one outside 0..1, or rates with which nothing would train.
         """
         checked = checked_rates(rates)
-        check_lengths("rates", checked, self._flops)
-        self._check_something_trains(checked)
-        self._profile = None
-        self._drawing.set_rates(checked)
-        self._plans.see(self._flops, self._factors())
+        check_lengths("rates", checked, self._schedule.seen.flops)
+        self._schedule.check_trains(checked)
+        self._schedule.set_rates(checked)
+
+    def progress(self, share: float, *, dropping: bool = True) -> None:
+        """Tell how much of the training is done; call it as often as you know, on every rank alike.
+
+        Masks of a run of known length (`steps`) go by this share from then on, and no longer by counted forwards. So
+        the budget is met whatever the number of forwards in a step, and wherever the training was resumed. The callback
+        for transformers calls it for you.
+
+        Args:
+            share: of the training, without a warm-up that `dropping` describes; 0 at its beginning, 1 at its end.
+            dropping: whether branches are dropped in the forwards to come; False in a warm-up.
+
+        Raises:
+            ConfigError: the share is outside 0..1.
+        """
+        checked = checked_share("share", share, "a share of the training from 0 to 1", lambda x: 0 <= x <= 1)
+        self._schedule.progress(checked, dropping)
 
     def calibrate(
         self, closure: Closure | Sequence[Closure], *, method: str = "one-pass", set_rates: bool = True
@@ -245,11 +258,12 @@ class Handle:
             raise ConfigError(f"closure is {short(closure)}; pass a function that runs a forward, or a list of some.")
         with self._bypass.without_reentry():
             estimate, seconds = measure(self.model, self._structure, closures, self._unbooked, method)
-        rates = self._rates_from(estimate.sensitivities)
+        schedule, done = self._schedule, self._schedule.statistics
+        rates = schedule.allocated(estimate.sensitivities)
         if set_rates:
-            self.set_rates(rates)
-            self._sensitivities, self._own = estimate.sensitivities, estimate.own
-            self._online = Online.new(len(rates), self._books.forwards, self._books.counts)
+            self._set_measured(rates)
+            schedule.sensitivities, schedule.own = estimate.sensitivities, estimate.own
+            schedule.online = Online.new(len(rates), done.forwards, done.counts)
         return Calibration(estimate.sensitivities, rates, estimate.own, method, estimate.passes, seconds)
 
     def observe(self, *, every: int = 100, decay: float = 0.95) -> bool:
@@ -271,29 +285,27 @@ class Handle:
         self._check_enabled()
         every = int(checked_share("every", every, "a number of calls of at least 1", lambda x: 1 <= x < math.inf))
         decay = checked_share("decay", decay, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-        squares = own_squares(self.model, self._structure.parameters, len(self._flops))
-        self._online.observe(squares, self._books.forwards, self._books.counts, decay)
-        if self._online.calls % every:
+        schedule, done = self._schedule, self._schedule.statistics
+        squares = own_squares(self.model, self._structure.parameters, len(self.rates))
+        schedule.online.observe(squares, done.forwards, done.counts, decay)
+        if schedule.online.calls % every:
             return False
-        sensitivities = self._online.sensitivities(self.model, self._sensitivities, self._own)
+        own = torch.tensor(schedule.online.own(), dtype=torch.float64)
+        means = mean_over_ranks(own, next(self.model.parameters()).device).tolist()
+        sensitivities = schedule.online.sensitivities(means, schedule.sensitivities, schedule.own)
         if sensitivities is not None:
-            self.set_rates(self._rates_from(sensitivities))
+            self._set_measured(schedule.allocated(sensitivities))
         return sensitivities is not None
 
-    def _rates_from(self, sensitivities: Sequence[float]) -> tuple[float, ...]:
-        """Under the nested coupling rates are a distribution over depths and stay so.
-
-        Sensitivities mostly rise toward the input, where rates of nested masks may not fall: the nearest rates that do
-        not are all equal, and a nested mask of equal rates drops everything or nothing.
-        """
-        if self.config.masks == "nested":
-            return self.rates
-        return allocate(sensitivities, self._flops, self.config.drop_rate, self.config.max_rate)
+    def _set_measured(self, rates: tuple[float, ...]) -> None:
+        """Rates that stay as they are go on following from their profile."""
+        if rates != self.rates:
+            self.set_rates(rates)
 
     @contextlib.contextmanager
     def _unbooked(self, mask: Sequence[bool]) -> Iterator[None]:
         """What feeds the stream stays awake: its gradients say how the first branch matters to others, not to it."""
-        self._measuring = self._drawing.checked(mask)
+        self._measuring = self._schedule.checked(mask)
         stems = [self.model.get_submodule(name) for name in self._structure.stems] if self._stem_rests() else []
         sites = [module.__dict__["_dropbp_site"] for module in stems]
         try:
@@ -307,7 +319,7 @@ class Handle:
 
     def resample(self) -> None:
         """Draw a new mask at the next training forward (with `resample="step"`: call once per optimizer step)."""
-        self._drawing.resample()
+        self._schedule.resample()
 
     def reduce_kept(self, replica: DistributedDataParallel) -> None:
         """Make `DistributedDataParallel` around this model send gradients of kept branches only.
@@ -340,7 +352,10 @@ class Handle:
         return self._parameters.grouped(groups)
 
     def remove(self) -> None:
-        """Take DropBP off the model, exactly. A second call does nothing."""
+        """Take DropBP off the model, exactly; a run that missed its budget is told so. A second call does nothing."""
+        shortfall = self._schedule.shortfall() if self.enabled else None
+        if shortfall is not None:
+            logger.warning("DropBP missed its budget: %s", shortfall)
         for interception in reversed(self._interceptions):
             interception.remove()
         self._interceptions = []
@@ -363,19 +378,19 @@ class Handle:
         `realised_drop_rate` and `flops_saved_share` are shares of the branches' forward FLOPs over all training
         forwards and over those after the warm-up; `flops_skipped` counts forward FLOPs whose backward was skipped.
         """
-        books = self._books
+        schedule, done = self._schedule, self._schedule.statistics
         return {
             "drop_rate": self.config.drop_rate,
-            "realised_drop_rate": books.drop_rate,
-            "flops_skipped": books.flops_dropped,
+            "realised_drop_rate": done.drop_rate,
+            "flops_skipped": done.flops_dropped,
             "branch_flops_share": self._structure.coverage,
             "masks": self.config.masks,
             "seed": self.config.seed,
-            "forwards": books.forwards,
-            "draws": self._drawing.draws,
+            "forwards": done.forwards,
+            "draws": schedule.draws,
             "device": self.device.name,
-            "shape": {"batch_size": self._shape.batch_size, "sequence_length": self._shape.sequence_length},
-            "branches": [books.of_branch(i, branch) for i, branch in enumerate(self.branches)],
+            "shape": dataclasses.asdict(schedule.shape),
+            "branches": [done.of_branch(i, branch) for i, branch in enumerate(self.branches)],
         }
 
     def summary(self) -> str:
@@ -384,89 +399,25 @@ class Handle:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to draw the same masks: plain numbers, lists and strings."""
-        books, current = self._books, self._drawing.current
-        return {
-            "version": STATE_VERSION,
-            **self._identity(),
-            "drop_rate": self.config.drop_rate,
-            "rates": list(self.rates),
-            "profile": self._profile and self._profile.name,
-            "shape": [self._shape.batch_size, self._shape.sequence_length],
-            "forwards": books.forwards,
-            "draws": self._drawing.draws,
-            "mask": None if self._mask is None else list(self._mask),
-            "current": None if current is None else list(current),
-            "taken_ahead": [list(mask) for mask in self._drawing.taken_ahead.elements()],
-            "counts": list(books.counts),
-            "flops_dropped": books.flops_dropped,
-            "flops_seen": books.flops_seen,
-            "sensitivities": None if self._sensitivities is None else list(self._sensitivities),
-            "own": None if self._own is None else list(self._own),
-            "online": self._online.state(),
-        }
+        return self._schedule.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another handle of the same model stopped.
 
+        With the same options the masks are those that the other would have drawn. A changed drop rate, or changed
+        rates, hold for what is left of the training; `steps`, `resample` and the warm-up may change as well, and what
+        is left is then the same share of the run as before.
+
         Raises:
             StateError: the state is of another version, model, coupling or seed, or is damaged; nothing is changed.
         """
-        state = checked_state(state, self._identity())
-        try:
-            saved = read_state(state, len(self._flops))
-            online = self._loaded_online(state, saved.books)
-            self._load_rates(state, saved.rates)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise StateError(f"The DropBP state is damaged ({error}); nothing was loaded.") from error
-        if self._books.forwards < saved.books.forwards:
-            self._drawing.rehearsal = None  # the run that is continued had its own
-        self._books, self._mask, self._online = saved.books, saved.mask, online
-        self._drawing.draws, self._drawing.current = saved.draws, saved.current
-        self._drawing.taken_ahead = Counter(saved.taken_ahead)
-        self._sensitivities, self._own = saved.sensitivities, saved.own
-
-    def _load_rates(self, state: Mapping[str, Any], rates: tuple[float, ...]) -> None:
-        """Rates that follow from a profile go on doing so, if this handle has the same; others are set."""
-        shape = None if state.get("shape") is None else Shape(*state["shape"])
-        if shape is not None:
-            self._see(shape)
-        own = self._profile
-        if own is not None and state.get("profile") == own.name and rates == own.rates(self._shape, self._flops):
-            return
-        self.set_rates(rates)
-
-    def _identity(self) -> dict[str, Any]:
-        """What a state must share with this handle to be loaded."""
-        branches = [branch.name for branch in self._structure.branches]
-        return {"branches": branches, "masks": self.config.masks, "seed": self.config.seed}
-
-    def _loaded_online(self, state: Mapping[str, Any], books: Books) -> Online:
-        if state.get("online") is None:
-            return Online.new(len(self._flops), books.forwards, books.counts)
-        return Online.from_state(state["online"], len(self._flops))
+        self._schedule.load(state)
 
     # -- inside
 
     def _check_enabled(self) -> None:
         if not self.enabled:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
-
-    def _initial_rates(self) -> tuple[float, ...]:
-        if self._profile is not None:
-            return self._profile.rates(self._shape, self._flops)
-        checked = checked_rates(cast(Sequence[float], self.config.rates))
-        check_lengths("rates", checked, self._flops)
-        return checked
-
-    def _check_something_trains(self, rates: Sequence[float]) -> None:
-        """Where every step drops every branch, something outside of them must train."""
-        always = bits(tuple(rate >= 1 for rate in rates))
-        if not always or self._parameters.some_train(always):
-            return
-        raise ConfigError(
-            "With these rates every step drops all that is trained, so nothing would train. Give the branches that "
-            "hold trained parameters rates below 1."
-        )
 
     def _check_scaling(self) -> None:
         reasons = self._structure.unscalable
@@ -476,27 +427,24 @@ class Handle:
                 f"scaling={self.config.scaling!r} is not exact for branch {name}: {reason}. Use scaling='none'."
             )
 
-    def _factors(self) -> tuple[float, ...]:
-        if self.config.scaling == "none":
-            return ()
-        top = self.config.max_scale if self.config.scaling == "clipped" else float("inf")
-        return tuple(min(top, 1 / (1 - rate)) if rate < 1 else 1.0 for rate in self.rates)
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """Called before every training forward of the root: what it drops, and how kept gradients are scaled."""
         self._watch.check()
         if self._measuring is not None:
-            return Plan(bits(self._measuring))
+            return ForwardPlan(bits(self._measuring))
         with self._lock:
-            self._see(shape_of(args, kwargs))
-            books, drawing = self._books, self._drawing
-            warm = books.forwards >= self.config.warmup
-            mask = self._mask = drawing.next(books.forwards, self._parameters.with_gradient)
-            books.note(mask, self._flops)
+            schedule = self._schedule
             self._bypass.refresh()
-            self._refresh_engines(mask)
             rests = self._rests_now()
-            plan = self._plans.of(mask, warm, self._activations_limit(), rests, rests and self._cut.ends())
+            conditions = Conditions(
+                self._activations_limit(),
+                rests,
+                rests and self._cut.ends(),
+                many_ranks(),
+                self._parameters.with_gradient,
+            )
+            plan = schedule.next(shape_of(args, kwargs), conditions)
+            self._refresh_engines(schedule.mask or ())
         if plan.dropped and self._zero_fills:
             boundary = self.device.step_boundary if self._boundary() != "none" else None
             self._parameters.fill(plan.dropped, rests, boundary)
@@ -504,7 +452,7 @@ class Handle:
 
     def _checkpointed(self, dropped: int) -> int:
         """Blocks whose kept branches are recomputed under a mask, as a bit mask of branches."""
-        return self._plans.checkpointed(dropped, self._activations_limit())
+        return self._schedule.checkpointed(dropped, self._activations_limit())
 
     def _activations_limit(self) -> float | None:
         """Share of all activations that a step may keep; None where no block is to be recomputed for its sake."""
@@ -515,7 +463,7 @@ class Handle:
 
     def _rests_now(self) -> bool:
         """A mask that was given names branches only: under it the stem trains, unless it was told to rest."""
-        return self.config.stem == "rest" or not self._drawing.fixed
+        return self.config.stem == "rest" or not self._schedule.fixed
 
     def _stem_rests(self) -> bool:
         return self.config.stem == "rest" or (self.config.stem == "auto" and self.config.masks == "nested")
@@ -530,13 +478,6 @@ class Handle:
         self._gathering.refresh(self._blocks)
         if any(mask) and "deepspeed" in sys.modules:
             clear_partitioned(self.model.parameters())
-
-    def _see(self, shape: Shape) -> None:
-        if shape != self._shape:
-            self._shape, self._flops = shape, self._findings.flops.at(shape)
-            rates = self._profile.rates(shape, self._flops) if self._profile else self.rates
-            self._drawing.see(shape, self._flops, rates)
-            self._plans.see(self._flops, self._factors())
 
     def _boundary(self) -> str:
         return self.device.defaults().boundary if self.config.boundary == "auto" else self.config.boundary

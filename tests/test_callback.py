@@ -85,7 +85,8 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 def test_each_micro_batch_gets_a_mask_of_its_own(tmp_path: Path) -> None:
-    _, watcher = trained(tmp_path, DropBPCallback(calibrate_at=None), gradient_accumulation_steps=2, max_steps=6)
+    callback = DropBPCallback(masks="exact", calibrate_at=None)
+    _, watcher = trained(tmp_path, callback, gradient_accumulation_steps=2, max_steps=6)
     assert len(watcher.masks) == 12
     assert any(a != b for a, b in zip(watcher.masks[::2], watcher.masks[1::2], strict=True))
 
@@ -184,7 +185,7 @@ def test_each_checkpoint_holds_the_state_twice(tmp_path: Path) -> None:
     trainers = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert own == trainers["stateful_callbacks"]["DropBPCallback"]
     assert own["args"]["drop_rate"] == 0.25
-    assert own["attributes"]["snapshot"]["handle"]["forwards"] == 4
+    assert own["attributes"]["snapshot"]["handle"]["statistics"]["forwards"] == 4
 
 
 def test_a_plain_run_can_be_resumed_with_dropbp(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_resumed_run_goes_on_with_the_masks_of_the_uninterrupted_one(tmp_path:
     second, callback = Module(), DropBPLightning(0.5)
     fit(tmp_path, second, callback, STEPS, tmp_path / "half.ckpt")
     assert first.losses + second.losses == whole
-    assert callback.state_dict()["handle"]["forwards"] == STEPS
+    assert callback.state_dict()["handle"]["statistics"]["forwards"] == STEPS
 
 
 def test_an_exception_removes_dropbp(tmp_path: Path) -> None:

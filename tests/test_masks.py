@@ -358,23 +358,3 @@ def test_sampler_says_what_is_wrong(arguments, options, message):
 def test_negative_steps_are_refused():
     with pytest.raises(ConfigError, match="step is -1; allowed is 0 and above"):
         Sampler("exact", [0.5], [1], 0).draw(-1)
-
-
-@pytest.mark.parametrize("profile", sorted(PROFILES))
-@pytest.mark.parametrize("drop_rate", [0.5, 0.875])
-def test_falling_numbers_train_deepest_first_and_meet_every_rate_over_the_run(profile, drop_rate):
-    flops = [1.0, 2.0, 1.5] * 8
-    rates, draws = depth_rates(flops, drop_rate, profile), 1000
-    sampler = Sampler("nested", rates, flops, 0, uniform="falling", draws=draws)
-    masks = [sampler.draw(step) for step in range(draws)]
-    kept = [mask.count(False) for mask in masks]
-    assert kept == sorted(kept, reverse=True)
-    for rate, column in zip(rates, zip(*masks, strict=True), strict=True):
-        assert abs(sum(column) / draws - rate) <= 1 / draws
-    assert sampler.draw(draws) == sampler.draw(10 * draws) == masks[-1]
-
-
-@pytest.mark.parametrize("draws", [None, 0, -3, 2.5])
-def test_falling_numbers_need_the_length_of_the_run(draws):
-    with pytest.raises(ConfigError, match=r"draws is .*(at least 1|whole number|integer)"):
-        Sampler("nested", [0.5], [1], 0, uniform="falling", draws=draws)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import pytest
 
@@ -93,9 +92,10 @@ def masks_of_a_run(stop: int | None = None, **options: object) -> tuple[list[tup
 
 
 @pytest.mark.parametrize("stop", [None, 3, 20])
-def test_a_run_of_known_length_takes_the_same_masks_in_another_order(stop: int | None):
+def test_a_run_of_known_length_makes_good_for_what_it_takes_in_advance(stop: int | None):
     expected, rate = masks_of_a_run()
     found, rate_rehearsed = masks_of_a_run(stop, rehearse=True)
     assert found != expected
-    assert Counter(found) == Counter(expected)
-    assert rate_rehearsed == pytest.approx(rate) == pytest.approx(0.5, abs=0.02)
+    assert set(found) <= set(expected)
+    assert rate == pytest.approx(0.5, abs=0.02)
+    assert rate_rehearsed == pytest.approx(0.5, abs=0.02)

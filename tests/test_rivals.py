@@ -223,7 +223,7 @@ def test_slow_deep_scales_learning_rates_by_the_share_of_steps(model: nn.Module)
         assert rate_of[id(model.model.embed_tokens.weight)] == groups[0]["lr"]
 
 
-def test_the_default_recedes_and_saves_its_share_over_the_run(model: nn.Module, window: torch.Tensor) -> None:
+def test_the_default_anneals_and_saves_its_share_over_the_run(model: nn.Module, window: torch.Tensor) -> None:
     with rivals.method("default", model, 0.5, seed=0, steps=40) as method:
         kept = []
         for number in range(40):

@@ -600,15 +600,6 @@ def test_state_carries_sensitivities_and_averages():
     assert run(resumed=True) == run(resumed=False)
 
 
-def test_states_without_averages_can_be_loaded():
-    model = tiny_llama()
-    with dropbp.enable(model, 0.5) as handle:
-        llama_loss(model).backward()
-        state = {k: v for k, v in handle.state_dict().items() if k not in ("sensitivities", "own", "online")}
-        handle.load_state_dict(state)
-        handle.observe()
-
-
 @pytest.mark.parametrize("key", ["sensitivities", "online"])
 def test_a_damaged_state_is_refused(key):
     model = tiny_llama()

@@ -130,7 +130,7 @@ def analyze(
                 note(f"{masks} masks, scaling {scaling}, drop rate {rate:g}")
                 options = {"masks": masks, "scaling": scaling, "seed": seed, "example_inputs": example_inputs}
                 with enable(model, rate, max_activations=None, **options) as handle:
-                    drawn = handle._drawing.sampler().distinct_masks if masks == "nested" else None
+                    drawn = handle._schedule.every if masks == "nested" else None
                     weights = _weights(handle.rates, drawn) if drawn else [1 / draws] * draws
                     gradients = _masked(model, closure, handle, drawn, draws)
                     estimators.append(_estimator((masks, scaling, rate), true, gradients, weights, drawn is not None))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dropbp.discovery.structure import Structure
 from dropbp.engine.patch import Attachment, Forward, Interception
-from dropbp.engine.runtime import Plan, Runtime, current_node, is_compiling, named_forward, ones
+from dropbp.engine.runtime import Runtime, current_node, is_compiling, named_forward
 from dropbp.engine.wrappers import run_frozen
+from dropbp.masks.schedule import ForwardPlan
 
 Function = Callable[..., Any]
 
@@ -48,12 +49,12 @@ class BlockState(Attachment):
             return False
         return not self.need & ~self.runtime.plan_recomputed().dropped
 
-    def plan_of_outer_checkpoint(self) -> Plan | None:
+    def plan_of_outer_checkpoint(self) -> ForwardPlan | None:
         """The plan, if a user's checkpoint recomputes the block: what is saved must be the same as in the forward."""
         node = current_node()
         return None if node is None or hasattr(node, "run_function") else self.runtime.plan_recomputed()
 
-    def run_watched(self, plan: Plan, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_watched(self, plan: ForwardPlan, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block as its plan says: perhaps recomputed in the backward, and looked at whether it records."""
         if torch.is_grad_enabled():
             if plan.checkpointed & self.need:
@@ -168,30 +169,6 @@ def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, int
         module = model.get_submodule(name)
         needs[module] = needs.get(module, 0) | need
     return needs
-
-
-def beyond_limit(blocks: Iterable[int], flops: Sequence[int], limit: float, dropped: int) -> int:
-    """Branches of the blocks nearest the input whose activations are more than a step may keep, as a bit mask.
-
-    Args:
-        blocks: each block's branches as a bit mask, nearest the input first.
-        flops: of each branch; activations are taken to be in proportion.
-        limit: share of all branches' activations that may be kept. One branch more is allowed.
-        dropped: branches that keep nothing, as a bit mask.
-    """
-    everything = (1 << len(flops)) - 1
-    chosen, kept = 0, _flops_of(everything & ~dropped, flops)
-    allowed = limit * sum(flops) + max(flops)
-    for branches in blocks:
-        if kept <= allowed:
-            break
-        share = _flops_of(branches & everything & ~dropped, flops)
-        chosen, kept = chosen | (branches if share else 0), kept - share
-    return chosen
-
-
-def _flops_of(branches: int, flops: Sequence[int]) -> int:
-    return sum(flops[i] for i in ones(branches))
 
 
 class CheckpointBypass:

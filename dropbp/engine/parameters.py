@@ -39,11 +39,11 @@ class Parameters:
         held = (need for parameter, need in self.needs().items() if parameter.grad is not None)
         return functools.reduce(operator.or_, held, 0)
 
-    def some_train(self, always: int) -> bool:
-        """Whether something trains though these branches are always dropped."""
-        asleep = tuple(f"{name}." for name, need in self.stems.items() if not need & ~always)
+    def train(self, dropped: int) -> bool:
+        """Whether a step that drops these branches leaves a parameter with a gradient."""
+        asleep = tuple(f"{name}." for name, need in self.stems.items() if not need & ~dropped)
         return any(
-            parameter.requires_grad and self.need_of(name) & ~always and not name.startswith(asleep)
+            parameter.requires_grad and self.need_of(name) & ~dropped and not name.startswith(asleep)
             for name, parameter in self.model.named_parameters()
         )
 

@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Reversible, Sequence
+from collections.abc import Callable, Iterator, Reversible
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,6 +28,7 @@ from dropbp.device import dynamo_graph_count
 from dropbp.engine.patch import Attachment, Forward
 from dropbp.engine.skip import Connect
 from dropbp.errors import StateError
+from dropbp.masks.schedule import WHOLE, ForwardPlan
 from dropbp.tensors import map_tensors, tensors_in
 
 logger = logging.getLogger(__name__)
@@ -38,43 +39,12 @@ REMEMBERED_FORWARDS = 4096
 REMEMBERED_THREADS = 64
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """What one forward does.
-
-    Attributes:
-        dropped: the branches whose backward it drops.
-        factors: of the kept branches' gradients; empty where they are not scaled.
-        checkpointed: branches whose blocks are recomputed in the backward instead of kept.
-        stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
-        stream_ends: whether the stream then asks for no gradient below the lowest kept branch; see
-            `dropbp.engine.truncation`.
-        kept: the branches it does not drop.
-        watched: branches in whose blocks there is more to do than to call the branches.
-    """
-
-    dropped: int = 0
-    factors: Sequence[float] = ()
-    checkpointed: int = 0
-    stem_rests: bool = False
-    stream_ends: bool = False
-    kept: int = dataclasses.field(init=False)
-    watched: int = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", ~self.dropped)
-        object.__setattr__(self, "watched", self.checkpointed | (self.kept if self.stream_ends else 0))
-
-
-WHOLE = Plan()
-
-
 @dataclasses.dataclass
 class ForwardRecord:
     """A forward of the root: the interval of autograd nodes it made in its thread, and what it dropped."""
 
     start: int
-    plan: Plan
+    plan: ForwardPlan
     end: float = math.inf
 
     def made(self, sequence: int) -> bool:
@@ -99,10 +69,10 @@ class Runtime:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.running: ContextVar[Plan | None] = ContextVar("running", default=None)
+        self.running: ContextVar[ForwardPlan | None] = ContextVar("running", default=None)
         self.calls: ContextVar[dict[str, int]] = ContextVar("calls")
         self.records: dict[int, collections.deque[ForwardRecord]] = {}
-        self.tasks: dict[int, tuple[int, Plan]] = {}
+        self.tasks: dict[int, tuple[int, ForwardPlan]] = {}
         self._flags: dict[int, Flag] = {}
         self._flags_by_branch: collections.defaultdict[int, list[Flag]] = collections.defaultdict(list)
         self.split = False
@@ -120,12 +90,12 @@ class Runtime:
                 self._flags_by_branch[branch].append(self._flags[need])
         return self._flags[need]
 
-    def plan_now(self) -> Plan:
+    def plan_now(self) -> ForwardPlan:
         """The plan at this point: of the running forward, or of the forward being recomputed."""
         plan = self.running.get()
         return self.plan_recomputed() if plan is None else plan
 
-    def plan_recomputed(self) -> Plan:
+    def plan_recomputed(self) -> ForwardPlan:
         """The plan of the forward that made the autograd node this thread is working on."""
         node = current_node()
         if node is None:
@@ -150,7 +120,7 @@ class Runtime:
         others = (_latest(tuple(records), sequence) for ident, records in list(self.records.items()) if ident != here)
         return next((record for record in others if record is not None), None)
 
-    def _remember_task(self, plan: Plan) -> None:
+    def _remember_task(self, plan: ForwardPlan) -> None:
         """Nodes made by a recomputation are in no record, and a backward nested in this one may recompute from them."""
         task = torch._C._current_graph_task_id()
         if task not in self.tasks:
@@ -160,7 +130,7 @@ class Runtime:
     def _forget_task(self, task: int) -> None:
         self.tasks.pop(task, None)
 
-    def _plan_of_outer_backward(self) -> Plan:
+    def _plan_of_outer_backward(self) -> ForwardPlan:
         here = threading.get_ident()
         return next((plan for ident, plan in reversed(list(self.tasks.values())) if ident == here), WHOLE)
 
@@ -195,7 +165,7 @@ class Runtime:
         calls[key] = call + 1
         return call
 
-    def run(self, forward: Callable[[], Any], plan: Plan) -> Any:
+    def run(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         """Run a training forward with the plan's branches dropped."""
         outputs = self._recorded(forward, plan)
         return self._connected(outputs) if plan.dropped else outputs
@@ -204,7 +174,7 @@ class Runtime:
         """Run a forward in which nothing is dropped and nothing is drawn: evaluation, `no_grad`."""
         return self._recorded(forward, WHOLE) if torch.is_grad_enabled() else self._run_with(forward, WHOLE)
 
-    def _recorded(self, forward: Callable[[], Any], plan: Plan) -> Any:
+    def _recorded(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         record = ForwardRecord(_next_sequence(), plan)
         self._own_records().append(record)
         try:
@@ -230,7 +200,7 @@ class Runtime:
         for ident in [ident for ident in self.records if ident not in alive]:
             self.records.pop(ident, None)
 
-    def _run_with(self, forward: Callable[[], Any], plan: Plan) -> Any:
+    def _run_with(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         before = self.running.get()
         running, calls = self.running.set(plan), self.calls.set({})
         self.show_flags(plan.dropped)
@@ -307,7 +277,7 @@ def _next_sequence() -> int:
 class RootState(Attachment):
     """Asks the handle for a plan and runs the root's forward with it."""
 
-    def __init__(self, begin: Callable[[tuple[Any, ...], dict[str, Any]], Plan], runtime: Runtime) -> None:
+    def __init__(self, begin: Callable[[tuple[Any, ...], dict[str, Any]], ForwardPlan], runtime: Runtime) -> None:
         self.begin, self.runtime = begin, runtime
 
     def run(self, original: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -328,7 +298,7 @@ class RootState(Attachment):
         self.runtime.split = compiled and training
         return self.runtime.run(forward, self._plan(args, kwargs)) if training else self.runtime.run_whole(forward)
 
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """A new plan, unless this forward is the recomputation of an earlier one."""
         node = current_node()
         record = self.runtime.find(node._sequence_nr()) if node is not None else None

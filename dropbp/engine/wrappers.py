@@ -18,8 +18,9 @@ from dropbp.discovery.liveness import ALIVE
 from dropbp.discovery.structure import Exit, LooseParameter, Site, Structure
 from dropbp.engine.attention import MaskState, mask_forward
 from dropbp.engine.patch import Attachment, Forward, Interception
-from dropbp.engine.runtime import Plan, RootState, Runtime, is_compiling, named_forward, root_forward
+from dropbp.engine.runtime import RootState, Runtime, is_compiling, named_forward, root_forward
 from dropbp.engine.skip import ScaleGradient, StepBoundary
+from dropbp.masks.schedule import ForwardPlan
 from dropbp.tensors import is_differentiable, map_tensors
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class SiteState(Attachment):
         need = self._need_of_this_call() if self.per_call and plan.dropped else self.need
         return not need & plan.kept
 
-    def resting_plan(self) -> Plan | None:
+    def resting_plan(self) -> ForwardPlan | None:
         """For a stem: the plan, if it drops the stem, and not by a mask that names branches only."""
         plan = self.running() or self.runtime.plan_recomputed()
         return plan if plan.stem_rests and self.is_dropped() else None

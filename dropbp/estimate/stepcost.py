@@ -23,13 +23,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropbp.config import Config
 from dropbp.device import Device
 from dropbp.estimate.footprint import Optimizer
 from dropbp.estimate.workload import Workload
 from dropbp.flops import Shape
-from dropbp.masks.drawing import bits
-from dropbp.masks.samplers import Mask
+from dropbp.masks.samplers import Mask, bits
+from dropbp.masks.schedule import Schedule
 from dropbp.session import Handle
 
 Clock = Callable[[], float]
@@ -74,13 +73,13 @@ class MaskMix:
     """
 
     def __init__(self, handle: Handle, shape: Shape, accumulation: int = 1) -> None:
-        handle._see(shape)
+        schedule = handle._schedule
+        schedule.see(shape)
         self.handle, self.flops = handle, [branch.flops for branch in handle.branches]
-        sampler = handle._drawing.sampler()
-        self.windows = [tuple(map(sampler.draw, window)) for window in _windows(handle.config, accumulation)]
+        self.windows = [tuple(map(schedule.foreseen, window)) for window in _windows(schedule, accumulation)]
         self.draws = [mask for window in self.windows for mask in window]
         self.weights = {mask: count / len(self.draws) for mask, count in Counter(self.draws).items()}
-        self.every = sampler.distinct_masks or tuple(self.weights)
+        self.every = schedule.every or tuple(self.weights)
         self.checkpoints = handle._bypass.is_on()
         self._needs = {**handle._structure.parameters, **_stem_parameters(handle)}
 
@@ -132,12 +131,12 @@ class MaskMix:
         return sum(f for i, f in enumerate(self.flops) if branches >> i & 1) / sum(self.flops)
 
 
-def _windows(config: Config, accumulation: int) -> list[Sequence[int]]:
+def _windows(schedule: Schedule, accumulation: int) -> list[Sequence[int]]:
     """The draws that optimizer steps take, spread over the run where masks change in the course of it."""
-    if config.resample == "step":
+    if schedule.config.resample == "step":
         return [(step,) * accumulation for step in range(DRAWS)]
     count = max(1, DRAWS // accumulation)
-    whole = config.coupling_options["draws"] if config.recedes else 0
+    whole = schedule.length if schedule.config.anneals else 0
     stride = max(accumulation, whole // count)
     return [range(start, start + accumulation) for start in range(0, count * stride, stride)]
 
@@ -183,7 +182,9 @@ class Timing:
         if self.checkpoints:
             return self.handle._structure.coverage * self.seconds["recomputing"]
         with _checkpointing(self.handle):
-            share = MaskMix(self.handle, self.handle._shape).share((False,) * len(self.handle.branches)).recomputed
+            share = (
+                MaskMix(self.handle, self.handle._schedule.shape).share((False,) * len(self.handle.branches)).recomputed
+            )
         return max(0.0, self.seconds["recomputing"] - kept) / share if share else 0.0
 
     def _step(self, drop: bool) -> None:

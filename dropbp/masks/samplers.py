@@ -29,15 +29,25 @@ T = TypeVar("T")
 
 AHEAD = 8  # draws made at once
 _TWO_64 = 1 << 64
+_FAR = 1 << 40
+_DIGITS = b"01" + bytes(254)  # of the bytes 0 and 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill the unit circle most evenly
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What a coupling makes of rates: a mask per step and, where they are few, all masks that can occur."""
+    """What a coupling makes of rates.
+
+    Attributes:
+        draw: the mask of a step.
+        every: all masks that can occur, where they are few.
+        edges: where each of `every` follows from a number from 0 to below 1, the smallest number of each, rising: the
+            masks then have an order, in which a run may take them.
+    """
 
     draw: Callable[[int], Mask]
     every: tuple[Mask, ...] | None = None
+    edges: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,15 @@ class Sampler:
         return None if self._draws.every is None else tuple(dict.fromkeys(self._draws.every))
 
     @property
+    def edges(self) -> tuple[float, ...] | None:
+        """Where masks follow from one number: the smallest number of each of `distinct_masks`; else None."""
+        return self._draws.edges
+
+    def redraw(self, step: int, attempt: int) -> Mask:
+        """Another mask for draw number `step`, for the `attempt`-th time: from draws that no run comes to."""
+        return self._draws.draw(step + attempt * _FAR)
+
+    @property
     def max_masks(self) -> int | None:
         """How many different masks can occur: at most N+1 for nested, pool_size for pool; None = no bound kept."""
         return None if self.distinct_masks is None else len(self.distinct_masks)
@@ -158,6 +177,11 @@ class Sampler:
             f"Sampler({self.coupling!r}, {len(self.rates)} branches, drop_rate={self.drop_rate:.4g}, "
             f"seed={self.seed}{options})"
         )
+
+
+def bits(mask: Mask) -> int:
+    """A mask as a number: bit i for branch i."""
+    return int(b"0" + bytes(mask)[::-1].translate(_DIGITS), 2)
 
 
 def realised_rate(mask: Sequence[bool], flops: Iterable[float]) -> float:
@@ -273,28 +297,25 @@ def _phases(rates: Rates, flops: Rates, coin: Callable[[], float]) -> list[float
 
 
 @register_coupling("nested")
-def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden", draws: int | None = None) -> Draws:
+def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") -> Draws:
     """One uniform number per step; every branch whose rate exceeds it falls. At most N+1 different masks.
 
     With rates that do not fall toward the input (`dropbp.masks.rates.depth_rates`) each step trains the top of the
     model down to a random depth, and every trained branch gets its exact gradient. The FLOPs budget holds on average.
     `uniform="golden"` steps through multiples of the golden ratio from a seeded start: uniform over seeds, and so
     even over steps that a few consecutive ones already cover all depths in proportion. `"random"` draws independently.
-    `"falling"` takes the numbers in order, the largest first, evenly over a training of `draws` draws: its first steps
-    reach deepest, its last the least deep, and rates and budget are met over the whole of it. Draws beyond are as the
-    last. That layers converge from the input up is from FreezeOut, Brock et al., arXiv:1706.04983.
+    A run of known length takes them in order instead: see `dropbp.masks.pace`.
     """
     numbers: dict[str, Callable[[int], float]] = {
         "golden": _golden(seed, "nested"),
         "random": lambda step: _generator(seed, "nested", step).random(),
-        "falling": _falling(draws if uniform == "falling" else 1),
     }
     if uniform not in tuple(numbers):
         raise ConfigError(f"uniform is {uniform!r}; allowed is {' or '.join(numbers)}. Pass one of these.")
     number = numbers[uniform]
     edges = sorted({0.0, *rates} - {1.0})
     masks = tuple(tuple([rate > edge for rate in rates]) for edge in edges)
-    return Draws(lambda step: masks[bisect_right(edges, number(step)) - 1], masks)
+    return Draws(lambda step: masks[bisect_right(edges, number(step)) - 1], masks, tuple(edges))
 
 
 @register_coupling("pool")
@@ -357,17 +378,6 @@ def _golden(seed: int, stream: str) -> Callable[[int], float]:
     """Step -> number in [0, 1): a start that depends on the seed plus multiples of the golden ratio, modulo 1."""
     start = _key(f"{seed}/{stream}/golden", 8)
     return lambda step: ((start + step * _GOLDEN & _TWO_64 - 1) >> 11) * 2.0**-53
-
-
-def _falling(draws: int | None) -> Callable[[int], float]:
-    """Step -> number from just below 1 down to just above 0, in `draws` equal steps."""
-    count = _checked_int("draws", 0 if draws is None else draws)
-    if count < 1:
-        raise ConfigError(
-            f"draws is {draws}; uniform='falling' needs the number of draws in the whole training, at least 1. Pass "
-            "draws=..., or the number of training forwards to dropbp.enable(..., steps=...)."
-        )
-    return lambda step: max(0.5, count - step - 0.5) / count
 
 
 def _key(text: str, size: int) -> int:

@@ -173,6 +173,16 @@ def gradient_squares(model: nn.Module) -> dict[str, float]:
     return dict(zip(squares, _numbers(list(squares.values())), strict=True))
 
 
+def own_squares(model: nn.Module, parameters: Mapping[str, int], count: int) -> list[float]:
+    """Squared norm of the gradients of each branch's own parameters, from `grad` as it is."""
+    squares = [0.0] * count
+    for name, square in gradient_squares(model).items():
+        need = parameters.get(name, 0)
+        if need > 0 and not need & (need - 1):
+            squares[need.bit_length() - 1] += square
+    return squares
+
+
 def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
     """Squared norm as a tensor of one element; of the whole gradient, also where each rank holds a shard."""
     whole: Any = gradient.coalesce().values() if gradient.is_sparse else gradient
@@ -221,7 +231,7 @@ def _mean(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 def mean_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The mean over all ranks, so that every rank allocates the same rates."""
-    return _over_ranks(values, device, "SUM") / (torch.distributed.get_world_size() if _many_ranks() else 1)
+    return _over_ranks(values, device, "SUM") / (torch.distributed.get_world_size() if many_ranks() else 1)
 
 
 def _least_over_ranks(value: float, device: torch.device) -> float:
@@ -229,13 +239,14 @@ def _least_over_ranks(value: float, device: torch.device) -> float:
     return float(_over_ranks(torch.tensor(value, dtype=torch.float64), device, "MIN"))
 
 
-def _many_ranks() -> bool:
+def many_ranks() -> bool:
+    """Whether this process is one of several that train together."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _over_ranks(values: torch.Tensor, device: torch.device, operation: str) -> torch.Tensor:
-    if not _many_ranks():
+    if not many_ranks():
         return values
     on_device = values.to(device, torch.float32 if device.type in ("mps", "hpu") else torch.float64)
     torch.distributed.all_reduce(on_device, getattr(torch.distributed.ReduceOp, operation))

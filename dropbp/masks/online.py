@@ -15,11 +15,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
-from dropbp.sensitivity.measure import gradient_squares, mean_over_ranks
-
 
 @dataclasses.dataclass
 class Online:
@@ -72,32 +67,20 @@ class Online:
         return tuple(total / weight if weight else math.nan for total, weight in pairs)
 
     def sensitivities(
-        self, model: nn.Module, calibrated: Sequence[float] | None, calibrated_own: Sequence[float] | None
+        self, own: Sequence[float], calibrated: Sequence[float] | None, calibrated_own: Sequence[float] | None
     ) -> tuple[float, ...] | None:
-        """S_l, the same on every rank; None while a branch was neither seen nor calibrated.
+        """S_l; None while a branch was neither seen nor calibrated.
 
         Args:
-            model: says on which device ranks exchange numbers.
+            own: the averages, or their mean over ranks.
             calibrated: sensitivities of the last calibration, if there was one.
             calibrated_own: their parts from the branches' own parameters.
         """
-        means = torch.tensor(self.own(), dtype=torch.float64)
-        own: list[float] = mean_over_ranks(means, next(model.parameters()).device).tolist()
         if calibrated is None or calibrated_own is None:
             return tuple(own) if all(map(math.isfinite, own)) else None
         growth = _growth(own, calibrated_own)
         own = [o if math.isfinite(o) else growth * c for o, c in zip(own, calibrated_own, strict=True)]
         return tuple(o + growth * (s - c) for o, s, c in zip(own, calibrated, calibrated_own, strict=True))
-
-
-def own_squares(model: nn.Module, parameters: Mapping[str, int], count: int) -> list[float]:
-    """Squared norm of the gradients of each branch's own parameters, from `grad` as it is."""
-    squares = [0.0] * count
-    for name, square in gradient_squares(model).items():
-        need = parameters.get(name, 0)
-        if need > 0 and not need & (need - 1):
-            squares[need.bit_length() - 1] += square
-    return squares
 
 
 def _growth(own: Sequence[float], calibrated: Sequence[float]) -> float:

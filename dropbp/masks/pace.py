@@ -1,0 +1,129 @@
+"""How far a training is, and which mask keeps its budget on course.
+
+Annealed masks are nested ones in order: those that drop little come first, those that drop much last. The mask of a
+moment therefore depends on how much of the training is done, and on what the masks so far have dropped. `Pace` knows
+both, `Curve` turns both into the number that a nested sampler takes. The rule is feedback: whatever was dropped
+so far, the rest of the training has to bring the mean to its target, so the next mask is the first of a run of masks,
+in order, with the mean that is needed. Where everything goes as foreseen, that run is the rest of the planned one.
+
+Every rank holds the same numbers, because they count draws, shares of training and FLOPs that all ranks share.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+RECENT = 4  # FLOPs of late draws weigh more: about the last quarter counts
+
+
+class Curve:
+    """Share of the FLOPs that nested masks drop by their number from 0 to 1: most at 0, least toward 1.
+
+    Args:
+        edges: where one mask ends and the next begins, from 0 up; the last ends at 1.
+        dropped: the share that each mask drops, falling.
+    """
+
+    def __init__(self, edges: Sequence[float], dropped: Sequence[float]) -> None:
+        self.edges, self.dropped = (*edges, 1.0), tuple(dropped)
+        each = zip(dropped, pairwise(self.edges), strict=True)
+        self.below = tuple(accumulate((drop * (end - start) for drop, (start, end) in each), initial=0.0))
+        self.mean = self.below[-1]
+        self._means_below = [-total / edge for total, edge in zip(self.below[1:], self.edges[1:], strict=True)]
+        above = zip(self.below[:-1], self.edges[:-1], strict=True)
+        self._means_above = [-(self.mean - total) / (1 - edge) for total, edge in above]
+
+    def number(self, wanted: float, left: int) -> float:
+        """The first of `left` numbers, in falling order, whose masks drop the share `wanted` on average."""
+        low, high = (0.0, self._end(wanted)) if wanted >= self.mean else (self._start(wanted), 1.0)
+        return high - (high - low) / (2 * left)
+
+    def _end(self, wanted: float) -> float:
+        """The largest number below which the mean is at least `wanted`; 0 where no mask drops so much."""
+        i = bisect_right(self._means_below, -wanted)
+        if i == len(self.dropped):
+            return 1.0
+        spare, slope = self.below[i] - wanted * self.edges[i], wanted - self.dropped[i]
+        return min(self.edges[i + 1], self.edges[i] + max(0.0, spare) / slope) if slope > 0 else self.edges[i + 1]
+
+    def _start(self, wanted: float) -> float:
+        """The smallest number above which the mean is at most `wanted`; 1 where no mask drops so little."""
+        i = max(0, bisect_right(self._means_above, -wanted) - 1)
+        spare = self.mean - self.below[i] - wanted * (1 - self.edges[i])
+        slope = self.dropped[i] - wanted
+        return min(self.edges[i + 1], self.edges[i] + max(0.0, spare) / slope) if slope > 0 else self.edges[i + 1]
+
+
+@dataclass
+class Pace:
+    """The share of training that is done, and what its masks still owe the budget.
+
+    A share that the training loop tells is the truth; between two that it tells, and where it tells none, each draw
+    counts for a share as wide as those before.
+
+    Attributes:
+        width: the share of training that a draw is expected to take.
+        share: the share of training done when the loop last told it.
+        draws: draws since then.
+        base: the share at which counting draws began, from which `width` is known.
+        counted: draws from there to the last telling.
+        owed: FLOPs that the masks so far should have dropped and have not.
+        mean: FLOPs of a draw, late ones weighing more; 0 before the second.
+        averaged: draws in that mean.
+        taken: FLOPs of the present draw.
+    """
+
+    width: float
+    share: float = 0.0
+    draws: int = 0
+    base: float = 0.0
+    counted: int = 0
+    owed: float = 0.0
+    mean: float = 0.0
+    averaged: int = 0
+    taken: float = 0.0
+
+    @property
+    def now(self) -> float:
+        """The share of training done at the end of the present draw, as far as is known."""
+        return self.share + self.draws * self.width
+
+    @property
+    def over(self) -> bool:
+        """Whether the training should have ended before the present draw."""
+        return self.now > 1 + self.width / 2
+
+    def tell(self, share: float) -> None:
+        """The training loop says how much of it is done."""
+        self.counted, self.draws, self.share = self.counted + self.draws, 0, share
+        if self.counted and share > self.base:
+            self.width = (share - self.base) / self.counted
+        elif not self.counted or share < self.base:
+            self.base, self.counted = share, 0
+
+    def expect(self, width: float) -> None:
+        """From now on a draw takes another share of the training."""
+        self.share = self.base = min(self.now, 1.0)
+        self.draws = self.counted = 0
+        self.width = width
+
+    def begin(self) -> None:
+        """A new mask is drawn."""
+        if self.taken:
+            self.averaged += 1
+            self.mean += (self.taken - self.mean) * RECENT / (self.averaged + RECENT - 1)
+        self.draws, self.taken = self.draws + 1, 0.0
+
+    def number(self, curve: Curve, planned: float) -> float:
+        """The number of the present draw's nested mask; `planned` is the share of FLOPs it drops on average."""
+        left = max(1, 1 + round((1 - self.now) / self.width))
+        owed = self.owed / (self.mean * left) if self.mean else 0.0
+        return curve.number(planned + owed, left)
+
+    def note(self, planned: float, dropped: float, seen: float) -> None:
+        """FLOPs of a forward: those that the rates foresee to be dropped, those that were, all."""
+        self.owed += planned - dropped
+        self.taken += seen
