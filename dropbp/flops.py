@@ -1,8 +1,10 @@
-"""FLOPs of each branch as a function of the shapes a step sees.
+"""FLOPs of a model as a function of the shapes a step sees.
 
 Counted, never typed in: the operators of a recorded forward are summed with PyTorch's own formulas
-(`torch.utils.flop_counter`). For text models the same forward is recorded at two lengths; per row of the batch a
-branch costs `a*s + b*s**2` FLOPs for `s` tokens (projections and attention), so two counts give every length.
+(`torch.utils.flop_counter`). The same forward is recorded at several lengths, and a polynomial is put through the
+counts. Per row of the batch a branch costs `a*s + b*s**2` FLOPs for `s` tokens (projections and attention); where an
+encoder reads `s` tokens and a decoder writes `t`, cross-attention adds `s*t`; what reads an image or a sound beside the
+text costs in proportion to that.
 
 Sliding windows count as full attention, which is what PyTorch's attention with a mask computes; a kernel that skips
 what lies outside of the window does less.
@@ -16,62 +18,155 @@ from typing import Any
 
 import torch
 
-TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+TOKENS = ("input_ids", "inputs_embeds")
+SOUND = ("input_features", "input_values")
+MEDIA = (*SOUND, "pixel_values", "pixel_values_videos", "images")
+TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Rows and tokens per row of one step's batch. `sequence_length` is 0 where there are no tokens to count."""
+    """Rows of one step's batch, and how much is in a row.
+
+    Attributes:
+        batch_size: rows.
+        sequence_length: tokens per row, of the encoder where there are two; 0 where there are none to count.
+        target_length: tokens per row of a decoder that reads another length; 0 where it is the same.
+        media_size: numbers per row of the images and sounds that come beside the tokens.
+    """
 
     batch_size: int
     sequence_length: int = 0
+    target_length: int = 0
+    media_size: int = 0
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of what the encoder reads and of what the decoder does."""
+        return self.sequence_length, self.target_length or self.sequence_length
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """What the cost of a row is made of."""
+        s, t = self.lengths
+        return {"1": 1, "s": s, "ss": s * s, "t": t, "tt": t * t, "st": s * t, "m": self.media_size}
 
 
 @dataclasses.dataclass(frozen=True)
 class FlopsModel:
-    """FLOPs of one row: `linear[i] * s + quadratic[i] * s**2`, or `constant[i]` where only one shape was counted."""
+    """FLOPs of one row of each branch: a coefficient for each of `Shape.terms` that counts."""
 
-    linear: tuple[float, ...]
-    quadratic: tuple[float, ...]
-    constant: tuple[float, ...]
+    coefficients: tuple[Mapping[str, float], ...]
 
     def at(self, shape: Shape) -> tuple[int, ...]:
-        """FLOPs of one forward of every branch, at least 1 (a branch must weigh something)."""
-        rows, s = shape.batch_size, shape.sequence_length
-        each = zip(self.linear, self.quadratic, self.constant, strict=True)
-        return tuple(max(1, round(rows * (a * s + b * s * s + c))) for a, b, c in each)
+        """FLOPs of every branch, at least 1 (a branch must weigh something)."""
+        rows, terms = shape.batch_size, shape.terms
+        counts = (rows * sum(factor * terms[name] for name, factor in each.items()) for each in self.coefficients)
+        return tuple(max(1, round(count)) for count in counts)
 
 
-def fitted(short: Sequence[int], long: Sequence[int], short_shape: Shape, long_shape: Shape) -> FlopsModel:
-    """From counts at two lengths.
+def fitted(counts: Mapping[Shape, Sequence[int]]) -> FlopsModel:
+    """From counts of every branch at several shapes, the largest last.
+
+    They are one (costs are then taken as proportional to the length), some that differ in one of the lengths, or all
+    combinations of two source and two target lengths.
 
     A branch that costs less per token at the longer length pads short inputs to a chunk (linear attention): it is taken
     as proportional, at the cost per token of the longer one.
     """
-    s, t = short_shape.sequence_length, long_shape.sequence_length
-    per_token = [
-        (x / (short_shape.batch_size * s), y / (long_shape.batch_size * t)) for x, y in zip(short, long, strict=True)
-    ]
-    quadratic = tuple(max(0.0, (y - x) / (t - s)) for x, y in per_token)
-    linear = tuple(max(0.0, y - q * t) for (_, y), q in zip(per_token, quadratic, strict=True))
-    return FlopsModel(linear, quadratic, (0.0,) * len(linear))
+    branches = zip(*counts.values(), strict=True)
+    return FlopsModel(tuple(_coefficients(dict(zip(counts, each, strict=True))) for each in branches))
 
 
-def counted_once(counts: Sequence[int], shape: Shape) -> FlopsModel:
-    """From counts at one shape: proportional to the rows, whatever else changes."""
-    zeros = (0.0,) * len(counts)
-    return FlopsModel(zeros, zeros, tuple(count / max(1, shape.batch_size) for count in counts))
+def _coefficients(counts: Mapping[Shape, int]) -> dict[str, float]:
+    """Of one branch."""
+    per_row = {shape: count / shape.batch_size for shape, count in counts.items()}
+    last = list(per_row)[-1]
+    constant = "m" if last.media_size else "1"
+    sources, targets = ({shape.lengths[i] for shape in per_row} for i in (0, 1))
+    if len(per_row) == 1:
+        term = "1" if last.media_size or not last.sequence_length else "s"
+        return {term: per_row[last] / last.terms[term]}
+    if len(sources) > 1 and len(targets) > 1 and not all(s == t for s, t in (shape.lengths for shape in per_row)):
+        basis = _basis_of_two(per_row)
+    else:
+        length = "s" if len(sources) > 1 else "t"
+        basis = ([constant] if len(per_row) > 2 else []) + [length, 2 * length]
+    found = _solved(per_row, basis)
+    if min(found.values()) < 0:
+        return {basis[-1][0]: per_row[last] / last.terms[basis[-1][0]]}
+    return found
+
+
+def _basis_of_two(per_row: Mapping[Shape, float]) -> list[str]:
+    """An encoder's branch costs the same whatever the decoder reads; a decoder's may look at what the encoder made."""
+    by_source, by_target = (
+        any(
+            per_row[one] != per_row[other]
+            for one in per_row
+            for other in per_row
+            if one.lengths[1 - axis] == other.lengths[1 - axis]
+        )
+        for axis in (0, 1)
+    )
+    if by_source and by_target:
+        return ["s", "st", "t", "tt"]
+    return ["t", "tt"] if by_target else ["s", "ss"]
+
+
+def _solved(per_row: Mapping[Shape, float], basis: Sequence[str]) -> dict[str, float]:
+    table = torch.tensor([[shape.terms[name] for name in basis] for shape in per_row], dtype=torch.float64)
+    values = torch.tensor(list(per_row.values()), dtype=torch.float64)
+    scale = table.abs().amax(dim=0)
+    solution = torch.linalg.lstsq(table / scale, values[:, None]).solution[:, 0]
+    noise = _ROUNDING * float(values.abs().max())
+    each = zip(basis, solution.tolist(), scale.tolist(), strict=True)
+    return {name: 0.0 if abs(value) <= noise else value / factor for name, value, factor in each}
 
 
 def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
-    """Rows and tokens of a batch, from the arguments of a forward."""
-    for name in TOKEN_ARGUMENTS:
-        value = kwargs.get(name)
-        if isinstance(value, torch.Tensor) and value.dim() >= 2:
-            return Shape(int(value.shape[0]), int(value.shape[1]))
+    """Rows and lengths of a batch, from the arguments of a forward."""
+    tokens, sound, target = (_first(names, kwargs) for names in (TOKENS, SOUND, TARGETS))
+    source = tokens or sound or target
+    if source is None:
+        return _unnamed(args, kwargs)
+    rows, length = int(kwargs[source].shape[0]), length_of(source, kwargs[source])
+    other = length if target is None or kwargs[target].shape[0] != rows else length_of(target, kwargs[target])
+    return Shape(rows, length, 0 if other == length else other, _media(kwargs, rows) if tokens else 0)
+
+
+def _first(names: Sequence[str], kwargs: Mapping[str, Any]) -> str | None:
+    """The first of these arguments that is given and has rows and a length."""
+    values = {name: kwargs.get(name) for name in names}
+    return next((name for name, v in values.items() if isinstance(v, torch.Tensor) and v.dim() >= 2), None)
+
+
+def length_axis(name: str, value: torch.Tensor) -> int:
+    """Where the tokens are; of a spectrum, `(rows, bins, frames)` or the other way round, the longer side."""
+    return 2 if name == "input_features" and value.dim() == 3 and value.shape[2] > value.shape[1] else 1
+
+
+def length_of(name: str, value: torch.Tensor) -> int:
+    """Tokens, samples or frames per row."""
+    return int(value.shape[length_axis(name, value)])
+
+
+def _media(kwargs: Mapping[str, Any], rows: int) -> int:
+    values = (kwargs.get(name) for name in MEDIA)
+    return sum(v.numel() for v in values if isinstance(v, torch.Tensor)) // rows
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether an argument may be tokens, or vectors for tokens."""
+    return isinstance(value, torch.Tensor) and value.dim() == (3 if value.is_floating_point() else 2)
+
+
+def _unnamed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
+    """Of arguments whose names say nothing: the first has the rows; if it is a sequence, so may the next be."""
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() >= 1]
-    if not tensors:
-        return Shape(1)
-    first = tensors[0]
-    tokens = int(first.shape[1]) if first.dim() == 2 and not first.is_floating_point() else 0
-    return Shape(int(first.shape[0]), tokens)
+    rows = int(tensors[0].shape[0]) if tensors else 1
+    if not tensors or not is_sequence(tensors[0]):
+        return Shape(rows)
+    lengths = [int(v.shape[1]) for v in tensors if is_sequence(v)]
+    return Shape(rows, lengths[0], next((length for length in lengths if length != lengths[0]), 0))

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from dropbp.errors import DiscoveryError
+from dropbp.flops import SOUND, length_axis, shape_of
 
 FIRST_TOKEN = 5
+MORE = 16  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,40 @@ def as_inputs(example_inputs: Any) -> Inputs:
     if isinstance(example_inputs, (tuple, list)):
         return Inputs(args=tuple(example_inputs))
     return Inputs(args=(example_inputs,))
+
+
+def longer(model: nn.Module, given: Inputs, source: bool, target: bool) -> Inputs:
+    """The inputs with `MORE` tokens more, or twice the sound, in what the encoder reads, the decoder, or both.
+
+    A model without a decoder of its own has only a source, and its labels go with it.
+    """
+    shape = shape_of(given.args, given.kwargs)
+    s, t = shape.lengths
+    two = has_decoder(model, given)
+
+    def grown(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() < 2 or name in ("pixel_values", "images"):
+            return value
+        axis = length_axis(name, value)
+        of_target = two and (name.startswith("decoder_") or name == "labels")
+        if two and not name:
+            of_target = s != t and value.shape[axis] == t
+        if value.shape[axis] != (t if of_target else s) or not (target if of_target else source):
+            return value
+        more = MORE if of_target or name not in SOUND else s
+        places = torch.arange(value.shape[axis] + more, device=value.device).clamp(max=value.shape[axis] - 1)
+        return value.index_select(axis, places)
+
+    args = tuple(grown("", value) for value in given.args)
+    return Inputs(args, {name: grown(name, value) for name, value in given.kwargs.items()})
+
+
+def has_decoder(model: nn.Module, given: Inputs) -> bool:
+    """Whether two lengths may differ: what an encoder reads, and what a decoder does."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return True
+    shape = shape_of(given.args, given.kwargs)
+    return bool(shape.target_length) or any(name.startswith("decoder_") for name in given.kwargs)
 
 
 def can_build(model: nn.Module) -> bool:

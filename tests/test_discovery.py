@@ -33,11 +33,11 @@ REPRESENTATIVE = {
     "GraniteForCausalLM": ("causal-lm", 6),  # scaled
     "MixtralForCausalLM": ("causal-lm", 6),  # experts
     "Qwen2MoeForCausalLM": ("causal-lm", 6),  # experts, and shared ones with a gate
-    "LongcatFlashForCausalLM": ("causal-lm", 10),  # experts added one sublayer late
+    "LongcatFlashForCausalLM": ("causal-lm", 15),  # experts added one sublayer late
     "DogeForCausalLM": ("causal-lm", 6),  # attention masks made from the input
     "AlbertForMaskedLM": ("masked-lm", 6),  # one layer's weights for all
-    "T5ForConditionalGeneration": ("encoder-decoder", 12),
-    "BartForConditionalGeneration": ("encoder-decoder", 12),
+    "T5ForConditionalGeneration": ("encoder-decoder", 15),
+    "BartForConditionalGeneration": ("encoder-decoder", 15),
     "ViTForImageClassification": ("vision", 6),
     "SwinForImageClassification": ("vision", 6),  # relative position biases
     "ConvNextForImageClassification": ("vision", 6),  # scales that belong to no module of the branch
@@ -423,5 +423,5 @@ def test_a_sliding_window_counts_as_the_full_attention_that_is_computed() -> Non
 
 
 def test_a_branch_that_pads_to_chunks_is_taken_as_proportional() -> None:
-    model = fitted([640], [640], Shape(1, 16), Shape(1, 32))
+    model = fitted({Shape(1, 16): [640], Shape(1, 32): [640]})
     assert model.at(Shape(2, 1000)) == (2 * 1000 * 20,)

@@ -5,35 +5,40 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from dropbp import inputs as example
 from dropbp.checks import listed, short
 from dropbp.discovery.record import record
 from dropbp.discovery.structure import Branch, Structure, analyse, analyse_named
+from dropbp.discovery.weights import Weights
 from dropbp.errors import ConfigError, DiscoveryError
-from dropbp.flops import FlopsModel, Shape, counted_once, fitted, shape_of
+from dropbp.flops import TOKENS, FlopsModel, Shape, fitted, shape_of
 
 logger = logging.getLogger(__name__)
 
 Names = Sequence[str | Sequence[str]]
-SHORT, LONG = 16, 32
+SHORT = 16
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the recording of one small forward (two, for text) tells about a model.
+    """What the recordings of a few small forwards tell about a model.
 
     Attributes:
         structure: the branches and all that is done when they are dropped.
-        flops: of each branch, for any shape.
+        flops: of each branch's forward, for any shape.
+        weights: of each branch in the budget, for any shape: the FLOPs of the backward that it has.
         shape: for which they were counted.
     """
 
     structure: Structure
     flops: FlopsModel
+    weights: Weights
     shape: Shape
 
     @property
@@ -54,16 +59,12 @@ def discover(model: nn.Module, example_inputs: Any = None, branches: Names | Non
 
 def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings:
     """What `discover` and `enable` need to know. Raises DiscoveryError as `discover` does."""
-    if example_inputs is not None:
-        given = example.as_inputs(example_inputs)
-        structure = _structure(model, given, named)
-        shape = shape_of(given.args, given.kwargs)
-        return Findings(structure, counted_once([b.flops for b in structure.branches], shape), shape)
-    short = _structure(model, example.build(model, 1, SHORT), named)
-    counts = [b.flops for b in short.branches]
-    if not example.takes_text(model):
-        return Findings(short, counted_once(counts, Shape(1)), Shape(1))
-    return Findings(short, _flops_by_length(model, counts, named), Shape(1, SHORT))
+    given = example.build(model, 1, SHORT) if example_inputs is None else example.as_inputs(example_inputs)
+    shape, structure = shape_of(given.args, given.kwargs), _structure(model, given, named)
+    found = {shape: structure, **_at_other_lengths(model, given, structure, named)}
+    flops = fitted({shape: [b.flops for b in each.branches] for shape, each in found.items()})
+    works = {shape: each.work for shape, each in found.items()}
+    return Findings(structure, flops, Weights(works, dict(model.named_parameters())), shape)
 
 
 def checked_module(model: Any) -> nn.Module:
@@ -79,13 +80,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _flops_by_length(model: nn.Module, counts: Sequence[int], named: Names | None) -> FlopsModel:
-    try:
-        long = _structure(model, example.build(model, 1, LONG), named)
-    except DiscoveryError as error:
-        logger.debug("FLOPs are taken as proportional to the length: %s", error)
-        return fitted(counts, [2 * c for c in counts], Shape(1, SHORT), Shape(1, 2 * SHORT))
-    return fitted(counts, [b.flops for b in long.branches], Shape(1, SHORT), Shape(1, LONG))
+def _at_other_lengths(
+    model: nn.Module, given: example.Inputs, structure: Structure, named: Names | None
+) -> dict[Shape, Structure]:
+    """The same branches recorded at more lengths, the longest last: as many as the fit of their FLOPs needs."""
+
+    def recorded(given: example.Inputs) -> dict[Shape, Structure]:
+        shape = shape_of(given.args, given.kwargs)
+        try:
+            found = _structure(model, given, named)
+        except DiscoveryError as error:
+            logger.debug("FLOPs are not counted at %s: %s", shape, error)
+            return {}
+        return {shape: found} if len(found.branches) == len(structure.branches) else {}
+
+    if not shape_of(given.args, given.kwargs).sequence_length:
+        return {}
+    longer = partial(example.longer, model)
+    by_source = recorded(longer(given, source=True, target=False))
+    if not example.has_decoder(model, given):
+        again = not by_source or _only_text(given)
+        return by_source if again else {**by_source, **recorded(longer(longer(given, True, False), True, False))}
+    more = longer(given, source=False, target=True)
+    by_target = recorded(more)
+    if by_source and by_target:
+        return {**by_source, **by_target, **recorded(longer(given, source=True, target=True))}
+    return {**by_source, **by_target, **recorded(longer(more, source=False, target=bool(by_target)))}
+
+
+def _only_text(given: example.Inputs) -> bool:
+    """Whether every branch reads tokens, and so has a cost that grows with their number."""
+    tensors = [(name, value) for name, value in given.kwargs.items() if isinstance(value, torch.Tensor)]
+    return not given.args and all(name in TOKENS or not value.is_floating_point() for name, value in tensors)
 
 
 def _structure(model: nn.Module, given: example.Inputs, named: Names | None) -> Structure:

@@ -24,6 +24,7 @@ from dropbp.discovery.graph import Edge, Graph, Join, joins, other_sums, outermo
 from dropbp.discovery.liveness import ALIVE, Cover, Group, exact_groups, needs
 from dropbp.discovery.record import Call, Trace
 from dropbp.discovery.stem import stem_calls
+from dropbp.discovery.weights import NO_WORK, Work, work_of
 from dropbp.errors import DiscoveryError
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Structure:
     `blocks` and `parameters` map a qualified name to the branches that lie in the block, and to those that must all be
     dropped for the parameter to get no gradient; `coverage` is the share of the model's FLOPs that lies in branches;
     `stems` maps modules before the first branch of a stream to that branch; `named` are the modules of branches that
-    were given by name.
+    were given by name; `work` is what their backward would cost.
     """
 
     branches: tuple[Branch, ...]
@@ -108,6 +109,7 @@ class Structure:
     coverage: float
     stems: Mapping[str, int] = dataclasses.field(default_factory=dict)
     named: tuple[tuple[str, ...], ...] = ()
+    work: Work = NO_WORK
 
 
 def analyse(trace: Trace, model: nn.Module) -> Structure:
@@ -175,7 +177,8 @@ def _found(graph: Graph) -> list[_Found]:
 
 def _structure(graph: Graph, model: nn.Module, groups: Sequence[Group], unexplained: Iterable[int] = ()) -> Structure:
     need = needs(graph, groups)
-    return _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
+    structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
+    return dataclasses.replace(structure, work=work_of(graph, need, len(groups)))
 
 
 class _Builder:

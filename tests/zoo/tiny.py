@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,8 +34,8 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 64, "n_inner": 64, "ffn_dim": 64, "d_ff": 64, "ffn_hidden_size": 64, "d_inner": 64,
     "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "moe_shared_expert_intermediate_size": 32, "shared_intermediate_size": 64, "feed_forward_proj_dim": 64,
-    "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "num_layers": LAYERS, "encoder_layers": 2,
-    "decoder_layers": 2, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_block_layers": LAYERS,
+    "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "num_layers": LAYERS, "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS, "num_encoder_layers": LAYERS, "num_decoder_layers": LAYERS, "num_block_layers": LAYERS,
     "num_attention_heads": HEADS, "n_head": HEADS, "n_heads": HEADS, "num_heads": HEADS, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2,
     "num_key_value_heads": 2, "num_kv_heads": 2, "multi_query_group_num": 2,
@@ -214,8 +215,8 @@ WINDOWS = {
     "hidden_size": DROP,
 }  # fmt: skip
 GEMMA4 = {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-DECODER = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
-RECURRENT = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+DECODER = {"decoder_layers": LAYERS, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+RECURRENT = {"num_hidden_layers": LAYERS, "layer_types": HYBRID_LAYERS}
 
 UNAVAILABLE = {"MraForMaskedLM": "its attention is a CUDA kernel; without it the attention returns zeros"}
 # Chains of convolutions: to say that there is no residual branch is right.
@@ -241,7 +242,7 @@ REFORMER = {
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("AXK1Config", "AXK2Config", "DeepseekV2Config", "DeepseekV3Config", "DeepseekV32Config"), LATENT),
     **dict.fromkeys(("Glm4MoeLiteConfig", "GlmMoeDsaConfig", "MiniCPM3Config", "YoutuConfig"), LATENT),
-    "LongcatFlashConfig": {**LATENT, "num_layers": 2, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+    "LongcatFlashConfig": {**LATENT, "num_layers": LAYERS, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
     "KimiLinearConfig": {**LATENT, **RECURRENT, "linear_head_dim": 8, "linear_num_heads": 2},
     "Dots3NoteTextConfig": {
         **LATENT, "num_attention_heads": HEADS,
@@ -303,7 +304,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "FunnelConfig": {
         "block_sizes": [2, 2], "block_repeats": [1, 1], "d_head": 8, "num_hidden_layers": DROP, "num_blocks": DROP,
     },
-    "LEDConfig": {"attention_window": [8, 8]},
+    "LEDConfig": {"attention_window": [8, 8, 8]},
     "LongformerConfig": {"attention_window": [8, 8, 8]},
     "PegasusXConfig": {"block_size": 8, "num_global_tokens": 4},
     "PoolFormerConfig": {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 24, WIDTH], "hidden_size": DROP},
@@ -377,6 +378,22 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "PerceiverForImageClassificationFourier": _image_as_inputs,
     "PerceiverForImageClassificationConvProcessing": _image_as_inputs,
 }
+
+
+def batches_to_train_on(model: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a training loop might pass, the most realistic first: with labels, and decoders at another length."""
+    rows = next(iter(batch.values())).shape[0]
+    classes = torch.arange(rows) % max(1, int(getattr(model.config, "num_labels", 2) or 2))
+    if "labels" in inspect.signature(model.forward).parameters:
+        alone = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
+        if getattr(model.config, "is_encoder_decoder", False):
+            yield {**alone, "labels": torch.arange(5, 5 + 7 * rows).reshape(rows, 7)}
+        if "input_ids" in batch:
+            yield {**batch, "labels": batch["input_ids"].clone()}
+        yield {**batch, "labels": classes}
+        yield {**batch, "labels": torch.nn.functional.one_hot(classes, max(2, model.config.num_labels)).float()}
+        yield {**alone, "labels": torch.arange(5, 5 + 4 * rows).reshape(rows, 4)}
+    yield dict(batch)
 
 
 def case(name: str, family: str) -> Case:
