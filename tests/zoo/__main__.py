@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import json
 import logging
@@ -26,7 +27,7 @@ import transformers
 from tqdm import tqdm
 
 import dropbp
-from tests.zoo import report
+from tests.zoo import report, training
 from tests.zoo.check import Verdict, check_model
 from tests.zoo.tiny import FAMILIES, WITHOUT_RESIDUAL, Case, cases
 
@@ -36,7 +37,7 @@ LIMIT_S = 120
 ENOUGH_RIGHT = 0.98
 
 
-class TooSlow(Exception):
+class TooSlow(BaseException):
     """One architecture took more processor time than the limit."""
 
 
@@ -46,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet()
     chosen = [case for family in options.family or FAMILIES for case in cases(family)]
     chosen = [case for case in chosen if not options.name or case.name in options.name]
-    verdicts = list(run(tqdm(chosen, unit="model", disable=options.json, dynamic_ncols=True)))
+    known = _read(options.resume)
+    fresh = [case for case in chosen if case.name not in known]
+    for verdict in run(tqdm(fresh, unit="model", disable=options.json, dynamic_ncols=True)):
+        known[verdict.name] = verdict
+        _append(options.resume, verdict)
+    verdicts = [known[case.name] for case in chosen]
     complete = not options.family and not options.name
     results = report.results(verdicts, _versions())
     if complete or options.write_docs:
@@ -68,7 +74,22 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--family", action="append", choices=tuple(FAMILIES), help="may be given several times")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
     parser.add_argument("--write-docs", action="store_true", help="write the files even if only a part was run")
+    parser.add_argument("--resume", type=Path, help="a file that takes each verdict as it comes, and is read at first")
     return parser.parse_args(arguments)
+
+
+def _read(path: Path | None) -> dict[str, Verdict]:
+    """The verdicts of a run that was broken off."""
+    if path is None or not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {verdict.name: verdict for verdict in (Verdict(**json.loads(line)) for line in lines)}
+
+
+def _append(path: Path | None, verdict: Verdict) -> None:
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(verdict)) + "\n")
 
 
 def _quiet() -> None:
@@ -92,7 +113,7 @@ def examine(case: Case) -> Verdict:
     try:
         with _time_limit(LIMIT_S):
             verdict = _built_and_checked(case)
-    except Exception as error:
+    except (Exception, TooSlow) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         detail = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         verdict = Verdict(case.name, case.family, "crashed", detail)
@@ -103,11 +124,12 @@ def examine(case: Case) -> Verdict:
 def _built_and_checked(case: Case) -> Verdict:
     try:
         model = case.build()
-    except TooSlow:
-        raise
     except Exception as error:
         return Verdict(case.name, case.family, "unbuilt", str(error))
     verdict = check_model(case.name, case.family, model, case.inputs(model))
+    if verdict.verdict == "right":
+        found = training.problems(case.build(), case.inputs(model))
+        verdict.verdict, verdict.detail = ("wrong" if found else "right"), " | ".join(found)
     if case.name in WITHOUT_RESIDUAL and verdict.detail.startswith("No residual branch was found"):
         verdict.verdict = "none"
     return verdict
