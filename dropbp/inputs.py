@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,32 @@ def has_decoder(model: nn.Module, given: Inputs) -> bool:
         return True
     shape = shape_of(given.args, given.kwargs)
     return bool(shape.target_length) or any(name.startswith("decoder_") for name in given.kwargs)
+
+
+def argument_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of the model's forward that may be given by their places."""
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, parameter in _parameters(model).items() if parameter.kind in places)
+
+
+Asked = frozenset[tuple[str, Any]]
+
+
+def asked(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:
+    """What a call of a model asks for: the names of the arguments it gives, and its flags with their values.
+
+    Args:
+        names: of the arguments by their places.
+        args: those of the call.
+        kwargs: likewise.
+    """
+    placed = zip((*names, *map(str, range(len(names), len(args)))), args, strict=False)
+    given = (*placed, *kwargs.items())
+    return frozenset((name, _flag(value)) for name, value in given if value is not None)
+
+
+def _flag(value: Any) -> Any:
+    return value if isinstance(value, (bool, str)) else None
 
 
 def can_build(model: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from dropbp.config import Config, make_config
 from dropbp.device import Device, get_device
 from dropbp.discovery.discover import Findings, checked_module, find, unwrapped
 from dropbp.discovery.structure import Branch
+from dropbp.engine.calls import Calls
 from dropbp.engine.checkpointing import CheckpointBypass
 from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
 from dropbp.engine.install import put_in_place, rehearsal
@@ -143,6 +144,7 @@ class Handle:
             trains=self._parameters.train,
         )
         self._runtime = Runtime(model)
+        self._calls = Calls(model, self._structure, findings.asked)
         self._bypass = CheckpointBypass(model, self._structure, self._runtime)
         self._cut = Cut(model, self._runtime, self._bypass, self._stream_may_end())
         self._blocks = [model.get_submodule(name) for name in self._structure.blocks]
@@ -431,7 +433,7 @@ class Handle:
         """Called before every training forward of the root: what it drops, and how kept gradients are scaled."""
         self._watch.check()
         if self._measuring is not None:
-            return ForwardPlan(bits(self._measuring))
+            return self._calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
             schedule = self._schedule
             self._bypass.refresh()
@@ -448,7 +450,7 @@ class Handle:
         if plan.dropped and self._zero_fills:
             boundary = self.device.step_boundary if self._boundary() != "none" else None
             self._parameters.fill(plan.dropped, rests, boundary)
-        return plan
+        return self._calls.plan(plan, args, kwargs)
 
     def _checkpointed(self, dropped: int) -> int:
         """Blocks whose kept branches are recomputed under a mask, as a bit mask of branches."""

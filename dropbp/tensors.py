@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,6 +31,49 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 def is_differentiable(x: torch.Tensor) -> bool:
     """Whether autograd can follow tensors of this type."""
     return x.is_floating_point() or x.is_complex()
+
+
+def outputs_by_key(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every floating-point tensor of a model's outputs, with the name or the place of the output it came in.
+
+    Places in lists inside of an output are left out: how many layers or images there are is no other kind of output.
+    """
+    for key, output in _entries(value):
+        for tensor in tensors_in(output):
+            if is_differentiable(tensor):
+                yield key, tensor
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return ((str(key), item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        names = getattr(value, "_fields", range(len(value)))
+        return ((str(name), item) for name, item in zip(names, value, strict=True))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    return iter([("output", value)])
+
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_LONG_LIST = 1000
+
+
+def held_by_modules(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Floating-point tensors that modules hold as attributes, neither parameters nor buffers, each with its name."""
+    for name, module in model.named_modules():
+        for attribute, value in module.__dict__.items():
+            if attribute in _OF_EVERY_MODULE or not _may_hold_tensors(value):
+                continue
+            for tensor in tensors_in(value):
+                if tensor.is_floating_point():
+                    yield f"{name}.{attribute}".lstrip("."), tensor
+
+
+def _may_hold_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return len(value) < _LONG_LIST
+    return isinstance(value, torch.Tensor)
 
 
 def map_tensors(value: Any, function: TensorMap) -> Any:

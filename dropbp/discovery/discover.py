@@ -34,12 +34,14 @@ class Findings:
         flops: of each branch's forward, for any shape.
         weights: of each branch in the budget, for any shape: the FLOPs of the backward that it has.
         shape: for which they were counted.
+        asked: what the recorded call asked for; see `dropbp.inputs.asked`.
     """
 
     structure: Structure
     flops: FlopsModel
     weights: Weights
     shape: Shape
+    asked: example.Asked = frozenset()
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -64,7 +66,8 @@ def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings
     found = {shape: structure, **_at_other_lengths(model, given, structure, named)}
     flops = fitted({shape: [b.flops for b in each.branches] for shape, each in found.items()})
     works = {shape: each.work for shape, each in found.items()}
-    return Findings(structure, flops, Weights(works, dict(model.named_parameters())), shape)
+    asked = example.asked(example.argument_names(model), given.args, given.kwargs)
+    return Findings(structure, flops, Weights(works, dict(model.named_parameters())), shape, asked)
 
 
 def checked_module(model: Any) -> nn.Module:

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from dropbp._torch import compiled_code_off
 from dropbp.device import random_state_kept
 from dropbp.errors import DiscoveryError
-from dropbp.tensors import tensors_in
+from dropbp.tensors import held_by_modules, is_differentiable, outputs_by_key, tensors_in
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
@@ -50,7 +50,8 @@ class Node:
 class Call:
     """One call of one module: the nodes it made are those with `start <= sequence < end`.
 
-    `reshapes`: its first tensor came out in another shape than it went in.
+    `reshapes`: its first tensor came out in another shape than it went in; `outputs`: the numbers of the nodes that
+    made its differentiable outputs, -1 for one that no node made.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Call:
     end: int
     parent: int
     reshapes: bool = False
+    outputs: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Trace:
 
     `flops` are filed under the number of the node being made; `learned_masks` holds, for calls that ran an attention
     kernel with a mask made from parameters, the ids of those; `stand_ins` names, by id, tensors that were computed with
-    in the place of sharded parameters.
+    in the place of sharded parameters. `outputs` holds the nodes of the model's outputs by their keys; `holds`: modules
+    hold differentiable tensors afterwards, losses of routers, say, that the training loop picks up.
     """
 
     nodes: tuple[Node, ...]
@@ -77,6 +80,8 @@ class Trace:
     call_of: Mapping[int, int]
     learned_masks: Mapping[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     stand_ins: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
+    holds: bool = False
 
     def consumers(self) -> list[list[int]]:
         """For every node, the nodes that consumed one of its outputs."""
@@ -276,7 +281,9 @@ class Recorder:
             call, reshapes = self.calls[index], _first_shape(output) != shape
             if self.modes and len(self.flops.records) == counted:
                 self._count_opaque(module, output)
-            self.calls[index] = dataclasses.replace(call, start=start, end=_next_sequence(), reshapes=reshapes)
+            made = _made_by(output if connected is None else connected)
+            end = _next_sequence()
+            self.calls[index] = dataclasses.replace(call, start=start, end=end, reshapes=reshapes, outputs=made)
             return connected
 
         return leave
@@ -308,7 +315,21 @@ class Recorder:
         nodes, roots, self.functions = _collect(functions)
         call_of = _innermost_call(nodes, self.calls)
         flops = _sum_by_key(self.flops.records)
-        return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, self.stand_ins)
+        index = {function: node.index for function, node in zip(self.functions, nodes, strict=True)}
+        by_key: dict[str, set[int]] = {}
+        for key, tensor in outputs_by_key(outputs):
+            if tensor.grad_fn is not None:
+                by_key.setdefault(key, set()).add(index[tensor.grad_fn])
+        keys = {key: frozenset(made) for key, made in by_key.items()}
+        first = min((call.start for call in self.calls), default=0)
+        holds = any(t.grad_fn is not None and _sequence(t.grad_fn) >= first for _, t in held_by_modules(self.model))
+        return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, self.stand_ins, keys, holds)
+
+
+def _made_by(output: Any) -> tuple[int, ...]:
+    """The numbers of the nodes that made the differentiable tensors of an output, in their order."""
+    tensors = filter(is_differentiable, tensors_in(output))
+    return tuple(-1 if t.grad_fn is None else _sequence(t.grad_fn) for t in tensors)
 
 
 def _first_shape(value: Any) -> torch.Size | None:

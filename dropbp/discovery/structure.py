@@ -81,11 +81,16 @@ class LooseParameter:
 
 @dataclasses.dataclass(frozen=True)
 class Exit:
-    """A module whose output is the last of branch `branch`: scaling its gradient scales the branch's whole backward."""
+    """A module whose output is the last of branch `branch`: scaling its gradient scales the branch's whole backward.
+
+    `places`: which of its differentiable outputs those are; `users`: how many operations take one of them.
+    """
 
     module: str
     calls: tuple[int, ...]
     branch: int
+    places: tuple[int, ...] = ()
+    users: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,8 @@ class Structure:
     `blocks` and `parameters` map a qualified name to the branches that lie in the block, and to those that must all be
     dropped for the parameter to get no gradient; `coverage` is the share of the model's FLOPs that lies in branches;
     `stems` maps modules before the first branch of a stream to that branch; `named` are the modules of branches that
-    were given by name; `work` is what their backward would cost.
+    were given by name; `work` is what their backward would cost; `outputs` are the keys of the model's outputs, each
+    with whether something that trains leads to it; `aside`: outputs come out of branches by other ways than the stream.
     """
 
     branches: tuple[Branch, ...]
@@ -110,6 +116,8 @@ class Structure:
     stems: Mapping[str, int] = dataclasses.field(default_factory=dict)
     named: tuple[tuple[str, ...], ...] = ()
     work: Work = NO_WORK
+    outputs: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    aside: bool = False
 
 
 def analyse(trace: Trace, model: nn.Module) -> Structure:
@@ -118,6 +126,7 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
     Raises:
         DiscoveryError: no branch was found, or a block was not understood; the message names it.
     """
+    trace, aside = _by_the_stream(trace, model)
     graph = Graph(trace, model)
     found = [branch for branch in _found(graph) if branch.group is not None]
     if not found:
@@ -127,7 +136,39 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
         )
     unexplained = other_sums(graph, {branch.edge for branch in found})
     structure = _structure(graph, model, [branch.group or () for branch in found], unexplained)
-    return dataclasses.replace(structure, stems=stem_calls(graph, [branch.join for branch in found]))
+    stems = stem_calls(graph, [branch.join for branch in found])
+    return dataclasses.replace(structure, stems=stems, outputs=_trained_outputs(trace), aside=aside)
+
+
+def _by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
+    """The trace as the output at the end of the stream sees it, and whether others come out of branches.
+
+    An output from inside a branch (the scores of a router, attention maps) would keep the branch from being dropped.
+    What leads to it is recorded all the same where it is asked for: see `dropbp.engine.calls`.
+    """
+    keys = trace.outputs if len(trace.outputs) > 1 else {}
+    best, most = trace, _whole_branches(trace, model) if keys else 0
+    for roots in keys.values():
+        alone = dataclasses.replace(trace, roots=roots)
+        whole = _whole_branches(alone, model)
+        if whole > most:
+            best, most = alone, whole
+    return best, best is not trace or trace.holds
+
+
+def _whole_branches(trace: Trace, model: nn.Module) -> int:
+    """How many branches are dropped by cutting them where they are added."""
+    return sum(found.group == [found.edge] for found in _found(Graph(trace, model)))
+
+
+def _trained_outputs(trace: Trace) -> dict[str, bool]:
+    """The outputs by their keys, and whether a parameter that trains leads to each."""
+    trained = [False] * len(trace.nodes)
+    for node in trace.nodes:
+        leaf = node.leaf
+        own = isinstance(leaf, nn.Parameter) and leaf.requires_grad
+        trained[node.index] = own or any(trained[source] for source in node.inputs)
+    return {key: any(trained[root] for root in roots) for key, roots in trace.outputs.items()}
 
 
 def analyse_named(trace: Trace, model: nn.Module, named: Sequence[Sequence[str]]) -> Structure:
@@ -138,7 +179,8 @@ def analyse_named(trace: Trace, model: nn.Module, named: Sequence[Sequence[str]]
     _check_exact(named, groups)
     structure = _structure(graph, model, [group for group in groups if group is not None])
     _check_stream_survives(graph, named)
-    return dataclasses.replace(structure, named=tuple(tuple(names) for names in named))
+    modules = tuple(tuple(names) for names in named)
+    return dataclasses.replace(structure, named=modules, outputs=_trained_outputs(trace), aside=trace.holds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,11 +356,23 @@ class _Builder:
         return {next(c for c in self.cover.top_of[n] if not self.cover.call_need[c.index] & ~own) for n in met}
 
     def _exits_of(self, branch: int, met: Iterable[int]) -> list[Exit]:
+        made = {self.graph.nodes[number].sequence for number in met}
+        users = max((self._users_outside(number) for number in met), default=1)
         by_module: dict[str, list[int]] = {}
+        places: dict[str, set[int]] = {}
         for call in self._exit_calls(branch, met):
             same = [c.index for c in self.graph.calls if c.name == call.name]
             by_module.setdefault(call.name, []).append(same.index(call.index))
-        return [Exit(name, tuple(sorted(calls)), branch) for name, calls in by_module.items()]
+            places.setdefault(call.name, set()).update(i for i, number in enumerate(call.outputs) if number in made)
+        return [
+            Exit(name, tuple(sorted(calls)), branch, tuple(sorted(places[name])), users)
+            for name, calls in by_module.items()
+        ]
+
+    def _users_outside(self, number: int) -> int:
+        """How many nodes outside of the module that made this one take its output."""
+        inside = {n for call in self.cover.top_of[number] for n in self.graph.numbers_in_call[call.index]}
+        return sum(user not in inside for user in self.graph.consumers[number])
 
     def _why_unscalable(self, branch: int, glue: set[int], met: set[int]) -> str:
         if any(self.graph.nodes[n].is_leaf for n in glue):

@@ -24,12 +24,13 @@ import torch
 from torch import nn
 
 from dropbp._torch import never_compile, pause, resume, resumed
-from dropbp.device import dynamo_graph_count
+from dropbp.device import dynamo_graph_count, random_state
+from dropbp.engine.calls import CallPlan
 from dropbp.engine.patch import Attachment, Forward
 from dropbp.engine.skip import Connect
 from dropbp.errors import StateError
 from dropbp.masks.schedule import WHOLE, ForwardPlan
-from dropbp.tensors import map_tensors, tensors_in
+from dropbp.tensors import map_tensors, outputs_by_key, tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ is_compiling = torch.compiler.is_dynamo_compiling
 
 REMEMBERED_FORWARDS = 4096
 REMEMBERED_THREADS = 64
+EVERY = -1
 
 
 @dataclasses.dataclass
@@ -52,12 +54,12 @@ class ForwardRecord:
 
 
 class Flag:
-    """Whether all branches of `need` are dropped now: what compiled code reads."""
+    """Whether all branches of `need` are dropped now, and whether recorded: what compiled code reads."""
 
-    __slots__ = ("dropped", "need")
+    __slots__ = ("detached", "dropped", "need")
 
     def __init__(self, need: int) -> None:
-        self.need, self.dropped = need, False
+        self.need, self.dropped, self.detached = need, False, False
 
 
 class Runtime:
@@ -77,7 +79,7 @@ class Runtime:
         self._flags_by_branch: collections.defaultdict[int, list[Flag]] = collections.defaultdict(list)
         self.split = False
         self.watchers: list[Callable[[Any, int], None]] = []
-        self._shown = 0
+        self._shown = (0, 0)
         self._anchor: torch.Tensor | None = None
         self._warned = False
         self.unrecorded_block = False
@@ -167,22 +169,39 @@ class Runtime:
 
     def run(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         """Run a training forward with the plan's branches dropped."""
+        outputs = self._observed(forward, plan) if isinstance(plan, CallPlan) else self._recorded(forward, plan)
+        return outputs if plan.trained == EVERY else self._connected(outputs, plan)
+
+    def _observed(self, forward: Callable[[], Any], plan: CallPlan) -> Any:
+        """Run the forward, and look at its outputs; where one is new run it again, with dropped branches recorded."""
+        kind = plan.kind
+        fresh = kind.fresh and plan.dropped != 0
+        kind.fresh = kind.fresh and not fresh
+        restore = random_state(self.model) if fresh else None
         outputs = self._recorded(forward, plan)
-        return self._connected(outputs) if plan.dropped else outputs
+        if plan.observation is None and plan.dropped and kind.has_new(outputs, self.model if fresh else None):
+            logger.info("%s has outputs that were not there before: this forward runs again", type(self.model).__name__)
+            plan = kind.reopened(plan)
+            if restore is not None:
+                restore()
+            outputs = self._recorded(forward, plan)
+        if plan.observation is not None and not transforming():
+            kind.learn(plan, plan.observation, outputs, self.model)
+        return outputs
 
     def run_whole(self, forward: Callable[[], Any]) -> Any:
         """Run a forward in which nothing is dropped and nothing is drawn: evaluation, `no_grad`."""
         return self._recorded(forward, WHOLE) if torch.is_grad_enabled() else self._run_with(forward, WHOLE)
 
     def _recorded(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
-        record = ForwardRecord(_next_sequence(), plan)
+        record = ForwardRecord(next_sequence(), plan)
         self._own_records().append(record)
         try:
             outputs = self._run_with(forward, plan)
         finally:
-            record.end = _next_sequence()
+            record.end = next_sequence()
         if dynamo_graph_count():
-            self._show_flags_in_backward(outputs, plan.dropped)
+            self._show_flags_in_backward(outputs, plan)
         for watch in self.watchers:
             watch(outputs, plan.dropped)
         return outputs
@@ -203,38 +222,52 @@ class Runtime:
     def _run_with(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         before = self.running.get()
         running, calls = self.running.set(plan), self.calls.set({})
-        self.show_flags(plan.dropped)
+        self.show_flags(plan)
         try:
             return forward()
         finally:
             self.running.reset(running)
             self.calls.reset(calls)
             if before is not None:
-                self.show_flags(before.dropped)
+                self.show_flags(before)
 
-    def show_flags(self, dropped: int) -> None:
+    def show_flags(self, plan: ForwardPlan) -> None:
         """Set the flags that compiled code reads."""
-        if dropped == self._shown or "torch._dynamo" not in sys.modules:
+        show = plan.dropped, plan.detached
+        if show == self._shown or "torch._dynamo" not in sys.modules:
             return
-        kept, changed, self._shown = ~dropped, dropped ^ self._shown, dropped
+        changed, self._shown = (show[0] ^ self._shown[0]) | (show[1] ^ self._shown[1]), show
         for branch in ones(changed):
             for flag in self._flags_by_branch[branch]:
-                flag.dropped = not flag.need & kept
+                flag.dropped = not flag.need & plan.kept
+                flag.detached = not (flag.dropped or flag.need & plan.trained)
 
-    def _show_flags_in_backward(self, outputs: Any, dropped: int) -> None:
+    def _show_flags_in_backward(self, outputs: Any, plan: ForwardPlan) -> None:
         """Compiled code under gradient checkpointing is recomputed in backward: its flags must be of this forward."""
         for tensor in tensors_in(outputs):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda gradients: self.show_flags(dropped))
+                tensor.grad_fn.register_prehook(lambda gradients: self.show_flags(plan))
 
-    def _connected(self, outputs: Any) -> Any:
+    def _connected(self, outputs: Any, plan: ForwardPlan) -> Any:
         """Outputs that `backward` accepts, though every trainable parameter was skipped."""
         if not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in tensors_in(outputs)):
             return outputs
-        if not any(p.requires_grad for p in self.model.parameters()):
+        if transforming() or not any(p.requires_grad for p in self.model.parameters()):
             return outputs
+        trained = plan.kind.outputs if isinstance(plan, CallPlan) else {}
+        asking = {id(tensor) for key, tensor in outputs_by_key(outputs) if trained.get(key)}
         alone = not any(tensor.requires_grad for tensor in tensors_in(outputs))
-        return map_tensors(outputs, functools.partial(self.connect, alone=alone))
+        return map_tensors(outputs, lambda tensor: self.connect(tensor, alone or id(tensor) in asking))
+
+    def detached(self, tensor: torch.Tensor, plan: ForwardPlan, module: str, users: int) -> torch.Tensor:
+        """A branch's last tensor, cut off from it; in an observed forward it can be found in the graph."""
+        if not tensor.requires_grad:
+            return tensor
+        end = tensor.detach()
+        if isinstance(plan, CallPlan) and plan.observation is not None and not transforming():
+            end = self.connect(end, alone=True)
+            plan.observation.note_end(end, module, users)
+        return end
 
     def reconnected(self, output: Any) -> Any:
         """A dropped module's output; a reentrant checkpoint insists that what it recomputes leads somewhere."""
@@ -250,6 +283,11 @@ class Runtime:
             self._anchor = torch.zeros((), requires_grad=True)
         connected: torch.Tensor = Connect.apply(tensor, self._anchor)
         return connected
+
+
+def transforming() -> bool:
+    """Whether a transform of `torch.func` is at work: it has no graph to look at, and asks for no connected one."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _latest(records: Reversible[ForwardRecord], sequence: int) -> ForwardRecord | None:
@@ -270,7 +308,8 @@ def current_node() -> Any:
     return torch._C._current_autograd_node()
 
 
-def _next_sequence() -> int:
+def next_sequence() -> int:
+    """The number that the next autograd node of this thread will have."""
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 

@@ -7,6 +7,7 @@ Each is looked up on the class of its module's `forward`, reads the plan of the 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,11 +18,12 @@ from dropbp._torch import never_compile, pause, resume
 from dropbp.discovery.liveness import ALIVE
 from dropbp.discovery.structure import Exit, LooseParameter, Site, Structure
 from dropbp.engine.attention import MaskState, mask_forward
+from dropbp.engine.calls import CallPlan
 from dropbp.engine.patch import Attachment, Forward, Interception
-from dropbp.engine.runtime import RootState, Runtime, is_compiling, named_forward, root_forward
+from dropbp.engine.runtime import RootState, Runtime, is_compiling, named_forward, next_sequence, root_forward
 from dropbp.engine.skip import ScaleGradient, StepBoundary
 from dropbp.masks.schedule import ForwardPlan
-from dropbp.tensors import is_differentiable, map_tensors
+from dropbp.tensors import TensorMap, is_differentiable, map_tensors
 
 T = TypeVar("T")
 
@@ -34,20 +36,42 @@ set_autocast_cache_enabled = torch.set_autocast_cache_enabled
 class SiteState(Attachment):
     """A module that runs without recording when all branches it needs dropped are dropped."""
 
-    __slots__ = ("flag", "module", "need", "needs", "per_call", "running", "runtime", "site")
+    __slots__ = ("ends", "flag", "module", "need", "needs", "per_call", "running", "runtime", "site", "users")
 
-    def __init__(self, site: Site, module: nn.Module, runtime: Runtime) -> None:
+    def __init__(self, site: Site, module: nn.Module, runtime: Runtime, exits: Sequence[Exit] = ()) -> None:
         self.site, self.module, self.runtime = site, module, runtime
         self.needs = site.needs
         self.per_call = site.per_call
         self.need = functools.reduce(lambda a, b: a | b, site.needs)
         self.running = runtime.running.get
         self.flag = runtime.flag(self.need)
+        self.ends = {(1 << entry.branch): entry.places for entry in exits}
+        self.users = max((entry.users for entry in exits), default=1)
 
     def is_dropped(self) -> bool:
-        plan = self.running() or self.runtime.plan_recomputed()
-        need = self._need_of_this_call() if self.per_call and plan.dropped else self.need
+        plan, need = self.this_call()
         return not need & plan.kept
+
+    def this_call(self) -> tuple[ForwardPlan, int]:
+        """The plan, and the branches that must all be dropped for this call of the module to be."""
+        plan = self.running() or self.runtime.plan_recomputed()
+        return plan, self._need_of_this_call() if self.per_call and plan.trained != ALIVE else self.need
+
+    def run_detached(self, plan: ForwardPlan, need: int, forward: Callable[[], Any]) -> Any:
+        """Run recorded, and cut off what the branches of `need` add to the stream."""
+        start = next_sequence()
+        output = forward()
+        if isinstance(plan, CallPlan) and plan.observation is not None:
+            plan.observation.note(need, start, next_sequence())
+        return self.cut(output, need, lambda tensor: self.runtime.detached(tensor, plan, self.site.module, self.users))
+
+    def cut(self, output: Any, need: int, function: TensorMap) -> Any:
+        """The output with the function applied to those of its tensors that are the last of a branch."""
+        places = self.ends.get(need)
+        if not places:
+            return output
+        place = itertools.count()
+        return map_tensors(output, lambda tensor: function(tensor) if next(place) in places else tensor)
 
     def resting_plan(self) -> ForwardPlan | None:
         """For a stem: the plan, if it drops the stem, and not by a mask that names branches only."""
@@ -68,13 +92,13 @@ def site_forward(original: Forward) -> Forward:
         if site is None or site.original is not original:
             return original(self, *args, **kwargs)
         if is_compiling():
+            if site.flag.detached:
+                return site.cut(original(self, *args, **kwargs), site.need, torch.Tensor.detach)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not site.flag.dropped):
                 return original(self, *args, **kwargs)
         plan = site.running()
-        if plan is None:
-            if not site.is_dropped():
-                return original(self, *args, **kwargs)
-            return site.runtime.reconnected(_unrecorded(original, self, args, kwargs))
+        if plan is None or site.need & plan.detached:
+            return _run_as_planned(site, original, self, args, kwargs)
         if site.need & plan.kept:
             return original(self, *args, **kwargs)
         recording, cache = is_grad_enabled(), is_autocast_cache_enabled()  # as _unrecorded does
@@ -116,12 +140,25 @@ def shared_site_forward(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         site: SiteState | None = self._dropbp_site
-        if site is not None and site.original is original and _uncompiled(site.is_dropped):
-            return site.runtime.reconnected(_unrecorded(original, self, args, kwargs))
+        if site is not None and site.original is original:
+            return _run_as_planned(site, original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     never_compile(forward)
     return named_forward(forward)
+
+
+def _run_as_planned(site: SiteState, original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Run as the plan says: that of the running forward, or of the one that is recomputed."""
+    plan, need = _uncompiled(site.this_call)
+    if not need & plan.kept:
+        return site.runtime.reconnected(_unrecorded(original, module, args, kwargs))
+    if need & plan.trained:
+        return original(module, *args, **kwargs)
+    return site.run_detached(plan, need, functools.partial(original, module, *args, **kwargs))
+
+
+never_compile(_run_as_planned)
 
 
 def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -156,8 +193,8 @@ class LooseState(Attachment):
         self.entries = [(*_owner(model, entry.name), entry.need) for entry in loose]
 
     def frozen(self) -> list[nn.Parameter]:
-        dropped = self.runtime.plan_now().dropped
-        held = [(m._parameters[a], need) for m, a, need in self.entries if need & dropped == need]
+        trained = self.runtime.plan_now().trained
+        held = [(m._parameters[a], need) for m, a, need in self.entries if not need & trained]
         return [p for p, _ in held if p is not None and p.requires_grad]
 
 
@@ -295,17 +332,17 @@ def _with_boundary(
 def install(model: nn.Module, structure: Structure, runtime: Runtime, root: RootState) -> list[Interception]:
     """Put all functions in place; the innermost first, so that removal in reverse order is exact."""
     return [
-        *_install_sites(model, structure.sites, runtime),
+        *_install_sites(model, structure, runtime),
         *_install_loose(model, structure.loose, runtime),
         Interception(model, "_dropbp_root", root, root_forward),
     ]
 
 
-def _install_sites(model: nn.Module, sites: Iterable[Site], runtime: Runtime) -> list[Interception]:
+def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> list[Interception]:
     made = []
-    for site in sites:
+    for site in structure.sites:
         module = model.get_submodule(site.module)
-        state = SiteState(site, module, runtime)
+        state = SiteState(site, module, runtime, [entry for entry in structure.exits if entry.module == site.module])
         if site.learned_mask:
             mask = MaskState(
                 [_owner(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)

@@ -60,7 +60,9 @@ class ForwardPlan:
         checkpointed: branches whose blocks are recomputed in the backward instead of kept.
         stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
         stream_ends: whether the stream then asks for no gradient below the lowest kept branch.
-        kept: the branches it does not drop.
+        detached: branches whose backward it drops too, recorded all the same; see `dropbp.engine.calls`.
+        kept: the branches that run recorded.
+        trained: the branches whose backward it does not drop.
         watched: branches in whose blocks there is more to do than to call the branches.
     """
 
@@ -69,11 +71,14 @@ class ForwardPlan:
     checkpointed: int = 0
     stem_rests: bool = False
     stream_ends: bool = False
+    detached: int = 0
     kept: int = dataclasses.field(init=False)
+    trained: int = dataclasses.field(init=False)
     watched: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", ~self.dropped)
+        object.__setattr__(self, "trained", ~(self.dropped | self.detached))
         object.__setattr__(self, "watched", self.checkpointed | (self.kept if self.stream_ends else 0))
 
 

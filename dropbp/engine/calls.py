@@ -1,0 +1,271 @@
+"""Outputs that a call asks for and the recording at `enable` did not: router scores, attention maps, further losses.
+
+The idea: a dropped branch runs without recording, because all that its inside leads to is the stream. Where a call asks
+for more (a flag, a changed setting, another argument, an output not seen before), that is not known. So in the first
+forwards of each kind of call dropped branches are recorded, and cut off where they are added to the stream: the
+gradient is that of `x + f(x).detach()`, whatever else comes out. After such a forward its graph is looked at: a branch
+whose nodes no output leads to is run without recording from then on, one that an output leads to stays recorded.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp.discovery.structure import Exit, Structure
+from dropbp.errors import StateError
+from dropbp.inputs import Asked, argument_names, asked
+from dropbp.masks.schedule import ForwardPlan
+from dropbp.tensors import held_by_modules, outputs_by_key
+
+# Arguments of transformers that change no output but the loss of the logits.
+_ORDINARY = frozenset({
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "cache_position", "labels",
+    "shift_labels", "num_items_in_batch", "logits_to_keep", "use_cache", "past_key_values", "decoder_input_ids",
+    "decoder_attention_mask",
+})  # fmt: skip
+_CACHES = frozenset({"past_key_values", "cache_params", "mems", "past_buckets_states", "rnn_state", "state"})
+_REMEMBERED = 512
+_EVERY = -1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CallPlan(ForwardPlan):
+    """What a forward of one kind of call does; `observation`: what it shows of its detached branches."""
+
+    kind: Kind
+    observation: Observation | None = None
+
+
+class Kind:
+    """Calls that ask for the same outputs.
+
+    Attributes:
+        uncuttable: branches, as bits, that can only be dropped by not recording them.
+        closed: branches whose inside no output leads to but by the stream.
+        opened: those known to be otherwise.
+        outputs: keys of the outputs seen, each with whether it asks for a gradient.
+        held: names of the tensors that modules hold.
+        fresh: no forward of this kind has run without recording a branch.
+    """
+
+    def __init__(self, uncuttable: int, outputs: Mapping[str, bool] | None = None, held: Iterable[str] = ()) -> None:
+        self.uncuttable, self.closed, self.opened = uncuttable, uncuttable, 0
+        self.outputs, self.held = dict(outputs or {}), frozenset(held)
+        self.fresh = True
+        self._plans: dict[int, tuple[ForwardPlan, CallPlan]] = {}
+
+    def plan(self, plan: ForwardPlan) -> CallPlan:
+        """What a forward of this kind does under a plan made for any."""
+        detached = plan.dropped & ~self.closed
+        if detached & ~self.opened:
+            return self._observing(plan, detached)
+        known = self._plans.get(id(plan))
+        if known is None:
+            if len(self._plans) >= _REMEMBERED:
+                self._plans.clear()
+            known = self._plans[id(plan)] = plan, self._of(plan, detached, plan.stream_ends, None)
+        return known[1]
+
+    def _observing(self, plan: ForwardPlan, detached: int) -> CallPlan:
+        """The stream does not end: an output below its end would look like one that never asks for a gradient."""
+        return self._of(plan, detached, False, Observation())
+
+    def _of(self, plan: ForwardPlan, detached: int, ends: bool, observation: Observation | None) -> CallPlan:
+        rest = plan.factors, plan.checkpointed, plan.stem_rests, ends
+        return CallPlan(plan.dropped & ~detached, *rest, detached, kind=self, observation=observation)
+
+    def reopened(self, plan: ForwardPlan) -> CallPlan:
+        """The plan again, with nothing taken for known."""
+        self.closed, self.opened = self.uncuttable, 0
+        self._plans.clear()
+        return self._observing(plan, (plan.dropped | plan.detached) & ~self.uncuttable)
+
+    def has_new(self, outputs: Any, model: nn.Module | None) -> bool:
+        """Whether there is an output that was not there before, or a tensor that a module of this model holds."""
+        if any(key not in self.outputs for key, _ in outputs_by_key(outputs)):
+            return True
+        return model is not None and not self.held.issuperset(name for name, _ in held_by_modules(model))
+
+    def learn(self, plan: ForwardPlan, observation: Observation, outputs: Any, model: nn.Module) -> None:
+        """Take over what an observed forward showed.
+
+        Raises:
+            StateError: what a dropped branch adds to the stream is an output itself, or leads to one by another way.
+        """
+        live = observation.live(outputs, model)
+        self.opened |= live & plan.detached
+        self.closed = (self.closed | observation.noted & plan.detached) & ~self.opened
+        self._plans.clear()
+        for key, tensor in outputs_by_key(outputs):
+            self.outputs[key] = self.outputs.get(key, False) or tensor.requires_grad
+
+
+class Calls:
+    """The kinds of calls of one model.
+
+    Args:
+        model: the root.
+        structure: its branches.
+        recorded: what the recorded call asked for.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, recorded: Asked) -> None:
+        self._names = argument_names(model)
+        self._ordinary = _ORDINARY if _is_of_transformers(model) else frozenset[str]()
+        self._settings = _Settings(model)
+        self._uncuttable = ~_cuttable(structure.exits)
+        outputs = {**structure.outputs, **({"loss": True} if self._ordinary else {})}
+        base = Kind(self._uncuttable, outputs, [name for name, _ in held_by_modules(model)])
+        base.closed = self._uncuttable if structure.aside else _EVERY
+        self._kinds = {(self._key(recorded), self._settings.changed()): base}
+
+    def plan(self, plan: ForwardPlan, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallPlan:
+        """What this call does under a plan made for any."""
+        key = self._key(asked(self._names, args, kwargs)), self._settings.changed()
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = Kind(self._uncuttable)
+        return kind.plan(plan)
+
+    def _key(self, asked_for: Asked) -> Asked:
+        return frozenset(
+            entry for entry in asked_for if entry[0] not in self._ordinary and not self._says_nothing(*entry)
+        )
+
+    def _says_nothing(self, name: str, value: Any) -> bool:
+        """Whether the argument is what the model takes where it is not given."""
+        return (name == "return_dict" and value is True) or (value is False and not self._settings.has_on(name))
+
+
+class _Settings:
+    """Flags and names in the configurations of a model, in the style of transformers: what calls ask for by default."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = {id(c): vars(c) for c in _configurations(model)}
+        self._now = list(found.values())
+        self._before = [dict(_flags(values)) for values in self._now]
+
+    def changed(self) -> Asked:
+        """Those that were changed since, with their values."""
+        pairs = zip(self._before, self._now, strict=True)
+        if all(before.items() <= now.items() for before, now in pairs):
+            return frozenset()
+        return frozenset(
+            (f"{place}.{name}", now.get(name))
+            for place, (before, now) in enumerate(zip(self._before, self._now, strict=True))
+            for name, value in before.items()
+            if now.get(name) != value
+        )
+
+    def has_on(self, name: str) -> bool:
+        return any(values.get(name) is True for values in self._now)
+
+
+def _configurations(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if hasattr(config, "to_dict") and hasattr(config, "__dict__"):
+            yield config
+
+
+def _flags(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return (
+        (n, v)
+        for n, v in values.items()
+        if n not in ("use_cache", "dtype") and (v is None or isinstance(v, (bool, str)))
+    )
+
+
+def _is_of_transformers(model: Any) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__module__.startswith("transformers.")
+
+
+def _cuttable(exits: Sequence[Exit]) -> int:
+    """The branches all of whose last outputs are known."""
+    every, missing = 0, 0
+    for entry in exits:
+        every |= 1 << entry.branch
+        missing |= 0 if entry.places else 1 << entry.branch
+    return every & ~missing
+
+
+class Observation:
+    """What one forward with recorded dropped branches shows: the numbers of the nodes that each made, and its ends."""
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self._made: list[tuple[int, int, int]] = []
+        self._ends: dict[Any, tuple[str, int]] = {}
+
+    def note(self, need: int, start: int, end: int) -> None:
+        """A module of these branches made the nodes with numbers from `start` to below `end`."""
+        self.noted |= need
+        self._made.append((need, start, end))
+
+    def note_end(self, tensor: torch.Tensor, module: str, users: int) -> None:
+        """A tensor that a branch adds to the stream, and how many operations take it."""
+        self._ends[tensor.grad_fn] = module, users
+
+    def live(self, outputs: Any, model: nn.Module) -> int:
+        """The branches, as bits, whose inside an output leads to, or a tensor that a module holds.
+
+        Raises:
+            StateError: an end of a branch leads to an output by another way than the stream.
+        """
+        asked_for = ((key, tensor) for key, tensor in outputs_by_key(outputs) if key not in _CACHES)
+        ends = ((tensor.grad_fn, name) for name, tensor in (*held_by_modules(model), *asked_for))
+        roots = {node: name for node, name in ends if node is not None}
+        users = _users(roots)
+        for end, (module, expected) in self._ends.items():
+            self._check_end(end, module, expected, users, roots)
+        numbers = sorted(node._sequence_nr() for node in users)
+        found = 0
+        for need, start, end_number in self._made:
+            place = bisect.bisect_left(numbers, start)
+            if place < len(numbers) and numbers[place] < end_number:
+                found |= need
+        self._made, self._ends = [], {}
+        return found
+
+    def _check_end(
+        self, node: Any, module: str, expected: int, users: Mapping[Any, list[Any]], roots: Mapping[Any, str]
+    ) -> None:
+        """Follow what a branch adds to the stream up to the addition."""
+        while node in users:
+            if node in roots or len(users[node]) > expected:
+                raise StateError(
+                    f"The output {roots.get(node, 'or a loss in it')} depends on what {module} adds to the residual "
+                    "stream by another way than the stream, and that gradient would be lost where its branch is "
+                    "dropped. Do not ask for this output, or name the branches to drop without this one: "
+                    "dropbp.enable(model, branches=[...])."
+                )
+            if len(users[node]) != 1 or "Add" in users[node][0].name() or _operands(users[node][0]) != 1:
+                return
+            node, expected = users[node][0], 1
+
+
+def _operands(node: Any) -> int:
+    return sum(source is not None for source, _ in node.next_functions)
+
+
+def _users(roots: Mapping[Any, str]) -> dict[Any, list[Any]]:
+    """Every node that the roots lead to, with those that take its outputs."""
+    users: dict[Any, list[Any]] = {root: [] for root in roots}
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        for source, _ in node.next_functions:
+            if source is None:
+                continue
+            if source not in users:
+                users[source] = []
+                pending.append(source)
+            users[source].append(node)
+    return users
