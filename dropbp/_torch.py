@@ -1,7 +1,8 @@
-"""Keeping bookkeeping out of compiled code, without importing the compiler, which takes seconds.
+"""What is asked of PyTorch beside its public interface.
 
 `torch.compile` works frame by frame: a frame is traced, or it is skipped and the frames it calls are looked at in turn.
-The functions here tell it to skip a function of ours, and switch it off while ours decide what a step drops.
+Functions here tell it to skip a function of ours, and switch it off while ours decide what a step drops. The compiler
+is not imported for it, as that takes seconds.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 
 Callback = Any
 _frames: Any = torch._C._dynamo.eval_frame
@@ -82,6 +84,13 @@ def compiled_code_off() -> AbstractContextManager[None]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
         return contextlib.nullcontext()
     return _compiled_code_off
+
+
+def attention_mask(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The mask of a call of PyTorch's attention; None if there is none, or for any other function."""
+    if func is not nn.functional.scaled_dot_product_attention:
+        return None
+    return args[3] if len(args) > 3 else kwargs.get("attn_mask")
 
 
 for _own in (pause, resume, resumed):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from dropbp.discovery.record import Call, Node, Trace
+from dropbp.discovery.trace import Call, Node, Trace
 
 Edge = tuple[int, int]  # (the node that consumes, the node that is consumed)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from dropbp.discovery.graph import Edge, Graph
-from dropbp.discovery.record import Call
+from dropbp.discovery.trace import Call
 
 ALIVE = -1
 Group = Sequence[Edge]  # the edges that are cut to drop one branch

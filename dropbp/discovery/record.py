@@ -11,85 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
-from dropbp._torch import compiled_code_off
-from dropbp.device import random_state_kept
+from dropbp._torch import attention_mask
+from dropbp.discovery.trace import Call, Trace, collect, innermost_call, sequence_of
+from dropbp.discovery.untouched import every_parameter_recorded, forgotten, is_plain, sharded_again, undisturbed
 from dropbp.errors import DiscoveryError
 from dropbp.tensors import held_by_modules, is_differentiable, outputs_by_key, tensors_in
-
-ACCUMULATE = "torch::autograd::AccumulateGrad"
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """One autograd node: `inputs` are the indices of the nodes whose outputs it consumed."""
-
-    index: int
-    name: str
-    sequence: int
-    inputs: tuple[int, ...]
-    leaf: torch.Tensor | None
-
-    @property
-    def is_leaf(self) -> bool:
-        return self.leaf is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call of one module: the nodes it made are those with `start <= sequence < end`.
-
-    `reshapes`: its first tensor came out in another shape than it went in; `outputs`: the numbers of the nodes that
-    made its differentiable outputs, -1 for one that no node made.
-    """
-
-    index: int
-    name: str
-    start: int
-    end: int
-    parent: int
-    reshapes: bool = False
-    outputs: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """The record of one forward. `nodes` come in the order of creation, leaves first.
-
-    `flops` are filed under the number of the node being made; `learned_masks` holds, for calls that ran an attention
-    kernel with a mask made from parameters, the ids of those; `stand_ins` names, by id, tensors that were computed with
-    in the place of sharded parameters. `outputs` holds the nodes of the model's outputs by their keys; `holds`: modules
-    hold differentiable tensors afterwards, losses of routers, say, that the training loop picks up.
-    """
-
-    nodes: tuple[Node, ...]
-    calls: tuple[Call, ...]
-    roots: frozenset[int]
-    flops: Mapping[int, int]
-    call_of: Mapping[int, int]
-    learned_masks: Mapping[int, frozenset[int]] = dataclasses.field(default_factory=dict)
-    stand_ins: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    outputs: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
-    holds: bool = False
-
-    def consumers(self) -> list[list[int]]:
-        """For every node, the nodes that consumed one of its outputs."""
-        consumers: list[list[int]] = [[] for _ in self.nodes]
-        for node in self.nodes:
-            for source in node.inputs:
-                consumers[source].append(node.index)
-        return consumers
 
 
 def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
@@ -103,8 +39,8 @@ def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
         for guard in (
             sharded_again(model),
             forgotten(model),
-            _undisturbed(model),
-            _every_parameter_recorded(model),
+            undisturbed(model),
+            every_parameter_recorded(model),
             recorder,
         ):
             stack.enter_context(guard)
@@ -188,17 +124,10 @@ class _MaskMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def attention_mask(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The mask of a call of PyTorch's attention; None if there is none, or for any other function."""
-    if func is not nn.functional.scaled_dot_product_attention:
-        return None
-    return args[3] if len(args) > 3 else kwargs.get("attn_mask")
-
-
 def _leaf_ids(tensor: torch.Tensor) -> frozenset[int]:
     if tensor.grad_fn is None:
         return frozenset([id(tensor)])
-    nodes, _, _ = _collect([tensor.grad_fn])
+    nodes, _, _ = collect([tensor.grad_fn])
     return frozenset(id(node.leaf) for node in nodes if node.is_leaf)
 
 
@@ -271,7 +200,7 @@ class Recorder:
         return note
 
     def _record_frozen(self, parameter: torch.Tensor) -> None:
-        if self.modes and not parameter.requires_grad and parameter.is_floating_point() and _is_plain(parameter):
+        if self.modes and not parameter.requires_grad and parameter.is_floating_point() and is_plain(parameter):
             self.frozen.append(parameter.requires_grad_(True))
 
     def _exit_hook(self, has_state: bool) -> Any:
@@ -292,7 +221,7 @@ class Recorder:
         """A linear layer none of whose operators is known (packed weights, others' kernels) does a product's FLOPs."""
         width, function = getattr(module, "in_features", None), getattr(output, "grad_fn", None)
         if isinstance(width, int) and function is not None and hasattr(module, "out_features"):
-            self.flops.records.append((_sequence(function), 2 * output.numel() * width))
+            self.flops.records.append((sequence_of(function), 2 * output.numel() * width))
 
     def _connected(self, output: Any) -> Any:
         """The output with a node of its own, where frozen parameters kept it from one (frozen embeddings)."""
@@ -312,8 +241,8 @@ class Recorder:
                 f"No output of {type(self.model).__name__}.forward depends on a differentiable tensor, so there is no "
                 "residual stream to follow. Does the forward run under torch.no_grad, or return no tensors?"
             )
-        nodes, roots, self.functions = _collect(functions)
-        call_of = _innermost_call(nodes, self.calls)
+        nodes, roots, self.functions = collect(functions)
+        call_of = innermost_call(nodes, self.calls)
         flops = _sum_by_key(self.flops.records)
         index = {function: node.index for function, node in zip(self.functions, nodes, strict=True)}
         by_key: dict[str, set[int]] = {}
@@ -322,14 +251,14 @@ class Recorder:
                 by_key.setdefault(key, set()).add(index[tensor.grad_fn])
         keys = {key: frozenset(made) for key, made in by_key.items()}
         first = min((call.start for call in self.calls), default=0)
-        holds = any(t.grad_fn is not None and _sequence(t.grad_fn) >= first for _, t in held_by_modules(self.model))
+        holds = any(t.grad_fn is not None and sequence_of(t.grad_fn) >= first for _, t in held_by_modules(self.model))
         return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, self.stand_ins, keys, holds)
 
 
 def _made_by(output: Any) -> tuple[int, ...]:
     """The numbers of the nodes that made the differentiable tensors of an output, in their order."""
     tensors = filter(is_differentiable, tensors_in(output))
-    return tuple(-1 if t.grad_fn is None else _sequence(t.grad_fn) for t in tensors)
+    return tuple(-1 if t.grad_fn is None else sequence_of(t.grad_fn) for t in tensors)
 
 
 def _first_shape(value: Any) -> torch.Size | None:
@@ -340,138 +269,8 @@ def _has_state(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
 
 
-def _collect(functions: Sequence[Any]) -> tuple[tuple[Node, ...], frozenset[int], tuple[Any, ...]]:
-    """All nodes reachable from the outputs, leaves first, then in the order of creation; the roots; the functions."""
-    found: dict[Any, None] = dict.fromkeys(functions)
-    pending = list(found)
-    while pending:
-        for source, _ in pending.pop().next_functions:
-            if source is not None and source not in found:
-                found[source] = None
-                pending.append(source)
-    ordered = sorted(found, key=_sequence)
-    index = {function: i for i, function in enumerate(ordered)}
-    nodes = tuple(_node(function, index) for function in ordered)
-    return nodes, frozenset(index[function] for function in functions), tuple(ordered)
-
-
-def _node(function: Any, index: Mapping[Any, int]) -> Node:
-    inputs = tuple(index[source] for source, _ in function.next_functions if source is not None)
-    leaf = function.variable if _is_leaf(function) else None
-    return Node(index[function], function.name(), _sequence(function), inputs, leaf)
-
-
-def _is_leaf(function: Any) -> bool:
-    return bool(function.name() == ACCUMULATE)
-
-
-def _sequence(function: Any) -> int:
-    return -1 if _is_leaf(function) else int(function._sequence_nr())
-
-
-def _innermost_call(nodes: Sequence[Node], calls: Sequence[Call]) -> dict[int, int]:
-    """Which call made each node: later calls of the list lie inside earlier ones, so the last match wins."""
-    owner: dict[int, int] = {}
-    for call in calls:
-        for sequence in range(call.start, call.end):
-            owner[sequence] = call.index
-    return {node.index: owner.get(node.sequence, -1) for node in nodes}
-
-
 def _sum_by_key(records: Sequence[tuple[int, int]]) -> dict[int, int]:
     total: dict[int, int] = {}
     for key, count in records:
         total[key] = total.get(key, 0) + count
     return total
-
-
-# Random state and attention kernels are settings of the process: overlapping threads would restore each other's.
-_one_at_a_time = threading.RLock()
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, own random state, no compiled code, no cached casts; everything put back afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
-    cache = torch.is_autocast_cache_enabled()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_one_at_a_time)
-        stack.enter_context(random_state_kept(model))
-        stack.enter_context(compiled_code_off())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_discard, _never_unpacked))
-        stack.enter_context(torch.enable_grad())
-        try:
-            torch.set_autocast_cache_enabled(False)
-            for module, _ in training:
-                module.training = False
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cache)
-            for module, mode in training:
-                module.training = mode
-            _restore_buffers(buffers)
-
-
-@contextlib.contextmanager
-def sharded_again(model: nn.Module) -> Iterator[None]:
-    """Modules under `fully_shard` are sharded afterwards: a forward without a backward leaves the root's gathered, and
-    optimizers made then would hold the gathered tensors in the place of the parameters.
-    """
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            if hasattr(module, "set_unshard_in_backward"):
-                cast(Any, module).reshard()
-
-
-@contextlib.contextmanager
-def forgotten(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed ZeRO-3 lets go of what a forward without a backward left gathered, and forgets the order of modules.
-
-    It would gather parameters ahead in that order; where the training calls other modules, as a loss does that takes
-    the head's weight by itself, its backward would meet what was left.
-    """
-    try:
-        yield
-    finally:
-        optimizers: Iterator[Any] = (getattr(parameter, "_z3_optimizer", None) for parameter in model.parameters())
-        offload: Any = next((o.parameter_offload for o in optimizers if hasattr(o, "parameter_offload")), None)
-        if offload is not None:
-            offload.empty_partition_cache()
-            if not offload.get_param_coordinator().is_invalid_trace():
-                offload.get_param_coordinator()._invalidate_trace()
-
-
-def _restore_buffers(buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
-    for buffer, version, copy in buffers:
-        if buffer._version != version:
-            with torch.no_grad():
-                buffer.copy_(copy)
-
-
-def _discard(tensor: torch.Tensor) -> None:
-    return None
-
-
-def _never_unpacked(_: None) -> torch.Tensor:
-    raise DiscoveryError("The graph of the recording forward was run backward; it is only meant to be looked at.")
-
-
-@contextlib.contextmanager
-def _every_parameter_recorded(model: nn.Module) -> Iterator[None]:
-    """Frozen floating-point parameters require gradients for the length of the recording, so that no path is missed."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and _is_plain(p)]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def _is_plain(parameter: torch.Tensor) -> bool:
-    return not hasattr(parameter, "device_mesh")

@@ -22,8 +22,8 @@ from torch import nn
 
 from dropbp.discovery.graph import Edge, Graph, Join, joins, other_sums, outermost
 from dropbp.discovery.liveness import ALIVE, Cover, Group, exact_groups, needs
-from dropbp.discovery.record import Call, Trace
 from dropbp.discovery.stem import stem_calls
+from dropbp.discovery.trace import Call, Trace
 from dropbp.discovery.weights import NO_WORK, Work, work_of
 from dropbp.errors import DiscoveryError
 

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from dropbp.discovery.graph import Graph
-from dropbp.discovery.record import Node
+from dropbp.discovery.trace import Node
 from dropbp.flops import Shape, fitted
 
 

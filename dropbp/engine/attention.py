@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dropbp.discovery.record import attention_mask
+from dropbp._torch import attention_mask
 from dropbp.engine.patch import Attachment, Forward
 
 

@@ -1,0 +1,111 @@
+"""The record of one forward as data: autograd nodes, the module calls that made them, and FLOPs, on one axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One autograd node: `inputs` are the indices of the nodes whose outputs it consumed."""
+
+    index: int
+    name: str
+    sequence: int
+    inputs: tuple[int, ...]
+    leaf: torch.Tensor | None
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.leaf is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of one module: the nodes it made are those with `start <= sequence < end`.
+
+    `reshapes`: its first tensor came out in another shape than it went in; `outputs`: the numbers of the nodes that
+    made its differentiable outputs, -1 for one that no node made.
+    """
+
+    index: int
+    name: str
+    start: int
+    end: int
+    parent: int
+    reshapes: bool = False
+    outputs: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The record of one forward. `nodes` come in the order of creation, leaves first.
+
+    `flops` are filed under the number of the node being made; `learned_masks` holds, for calls that ran an attention
+    kernel with a mask made from parameters, the ids of those; `stand_ins` names, by id, tensors that were computed with
+    in the place of sharded parameters. `outputs` holds the nodes of the model's outputs by their keys; `holds`: modules
+    hold differentiable tensors afterwards, losses of routers, say, that the training loop picks up.
+    """
+
+    nodes: tuple[Node, ...]
+    calls: tuple[Call, ...]
+    roots: frozenset[int]
+    flops: Mapping[int, int]
+    call_of: Mapping[int, int]
+    learned_masks: Mapping[int, frozenset[int]] = dataclasses.field(default_factory=dict)
+    stand_ins: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
+    holds: bool = False
+
+    def consumers(self) -> list[list[int]]:
+        """For every node, the nodes that consumed one of its outputs."""
+        consumers: list[list[int]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            for source in node.inputs:
+                consumers[source].append(node.index)
+        return consumers
+
+
+def collect(functions: Sequence[Any]) -> tuple[tuple[Node, ...], frozenset[int], tuple[Any, ...]]:
+    """All nodes reachable from the outputs, leaves first, then in the order of creation; the roots; the functions."""
+    found: dict[Any, None] = dict.fromkeys(functions)
+    pending = list(found)
+    while pending:
+        for source, _ in pending.pop().next_functions:
+            if source is not None and source not in found:
+                found[source] = None
+                pending.append(source)
+    ordered = sorted(found, key=sequence_of)
+    index = {function: i for i, function in enumerate(ordered)}
+    nodes = tuple(_node(function, index) for function in ordered)
+    return nodes, frozenset(index[function] for function in functions), tuple(ordered)
+
+
+def _node(function: Any, index: Mapping[Any, int]) -> Node:
+    inputs = tuple(index[source] for source, _ in function.next_functions if source is not None)
+    leaf = function.variable if _is_leaf(function) else None
+    return Node(index[function], function.name(), sequence_of(function), inputs, leaf)
+
+
+def _is_leaf(function: Any) -> bool:
+    return bool(function.name() == ACCUMULATE)
+
+
+def sequence_of(function: Any) -> int:
+    """The number of an autograd node in the order of creation; leaves come before all others."""
+    return -1 if _is_leaf(function) else int(function._sequence_nr())
+
+
+def innermost_call(nodes: Sequence[Node], calls: Sequence[Call]) -> dict[int, int]:
+    """Which call made each node: later calls of the list lie inside earlier ones, so the last match wins."""
+    owner: dict[int, int] = {}
+    for call in calls:
+        for sequence in range(call.start, call.end):
+            owner[sequence] = call.index
+    return {node.index: owner.get(node.sequence, -1) for node in nodes}

@@ -1,0 +1,108 @@
+"""What a recording forward must not leave behind: each guard puts one thing back."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dropbp._torch import compiled_code_off
+from dropbp.device import random_state_kept
+from dropbp.errors import DiscoveryError
+
+# Random state and attention kernels are settings of the process: overlapping threads would restore each other's.
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, own random state, no compiled code, no cached casts; everything put back afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    cache = torch.is_autocast_cache_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
+        stack.enter_context(random_state_kept(model))
+        stack.enter_context(compiled_code_off())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_discard, _never_unpacked))
+        stack.enter_context(torch.enable_grad())
+        try:
+            torch.set_autocast_cache_enabled(False)
+            for module, _ in training:
+                module.training = False
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cache)
+            for module, mode in training:
+                module.training = mode
+            _restore_buffers(buffers)
+
+
+@contextlib.contextmanager
+def sharded_again(model: nn.Module) -> Iterator[None]:
+    """Modules under `fully_shard` are sharded afterwards: a forward without a backward leaves the root's gathered, and
+    optimizers made then would hold the gathered tensors in the place of the parameters.
+    """
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if hasattr(module, "set_unshard_in_backward"):
+                cast(Any, module).reshard()
+
+
+@contextlib.contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed ZeRO-3 lets go of what a forward without a backward left gathered, and forgets the order of modules.
+
+    It would gather parameters ahead in that order; where the training calls other modules, as a loss does that takes
+    the head's weight by itself, its backward would meet what was left.
+    """
+    try:
+        yield
+    finally:
+        optimizers: Iterator[Any] = (getattr(parameter, "_z3_optimizer", None) for parameter in model.parameters())
+        offload: Any = next((o.parameter_offload for o in optimizers if hasattr(o, "parameter_offload")), None)
+        if offload is not None:
+            offload.empty_partition_cache()
+            if not offload.get_param_coordinator().is_invalid_trace():
+                offload.get_param_coordinator()._invalidate_trace()
+
+
+def _restore_buffers(buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
+    for buffer, version, copy in buffers:
+        if buffer._version != version:
+            with torch.no_grad():
+                buffer.copy_(copy)
+
+
+def _discard(tensor: torch.Tensor) -> None:
+    return None
+
+
+def _never_unpacked(_: None) -> torch.Tensor:
+    raise DiscoveryError("The graph of the recording forward was run backward; it is only meant to be looked at.")
+
+
+@contextlib.contextmanager
+def every_parameter_recorded(model: nn.Module) -> Iterator[None]:
+    """Frozen floating-point parameters require gradients for the length of the recording, so that no path is missed."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and is_plain(p)]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def is_plain(parameter: torch.Tensor) -> bool:
+    """Whether this is no part of a sharded parameter."""
+    return not hasattr(parameter, "device_mesh")
