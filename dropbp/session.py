@@ -135,12 +135,15 @@ class Handle:
         self._parameters = Parameters(model, self._structure, self._stem_rests())
         self._check_scaling()
         names = [branch.name for branch in self._structure.branches]
+        from_the_top = config.masks == "nested" and self._stream_may_end()
+        self._weights = findings.weights.counted_from_the_top() if from_the_top else findings.weights
         self._schedule = Schedule(
             config,
             names,
             self._structure.blocks.values(),
             findings.flops,
             findings.shape,
+            weights=self._weights,
             trains=self._parameters.train,
         )
         self._runtime = Runtime(model)
@@ -377,8 +380,9 @@ class Handle:
     def report(self) -> dict[str, Any]:
         """What was dropped so far: plain numbers, lists and strings, ready for JSON.
 
-        `realised_drop_rate` and `flops_saved_share` are shares of the branches' forward FLOPs over all training
-        forwards and over those after the warm-up; `flops_skipped` counts forward FLOPs whose backward was skipped.
+        `realised_drop_rate` is the share of the branches' backward FLOPs that was skipped in all training forwards;
+        `flops_skipped` counts forward FLOPs whose backward was skipped. A branch's `weight` is what dropping it saves,
+        in the same unit: 0 where it has no backward, as neither it nor anything below it is trained.
         """
         schedule, done = self._schedule, self._schedule.statistics
         return {
@@ -392,7 +396,10 @@ class Handle:
             "draws": schedule.draws,
             "device": self.device.name,
             "shape": dataclasses.asdict(schedule.shape),
-            "branches": [done.of_branch(i, branch) for i, branch in enumerate(self.branches)],
+            "branches": [
+                {**done.of_branch(i, branch), "weight": weight}
+                for i, (branch, weight) in enumerate(zip(self.branches, schedule.seen.weights, strict=True))
+            ],
         }
 
     def summary(self) -> str:
@@ -436,6 +443,8 @@ class Handle:
             return self._calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
             schedule = self._schedule
+            if self._weights.renew():
+                schedule.reweigh()
             self._bypass.refresh()
             rests = self._rests_now()
             conditions = Conditions(

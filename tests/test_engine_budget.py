@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from tests.engine_models import tiny_llama, tokens
+from tests.zoo.tiny import case
+from tests.zoo.training import UNCOUNTED, counted_backward
 
 STEPS = 400
 
@@ -89,3 +96,95 @@ def test_rates_that_were_set_stay_at_any_length():
     ids = torch.randint(32, (1, 24))
     model(input_ids=ids, labels=ids)
     assert handle.rates == (0.9, 0.6, 0.3, 0.1)
+
+
+def frozen_encoder() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = case("T5ForConditionalGeneration", "encoder-decoder").build()
+    model.config.decoder_start_token_id = 0
+    model.get_encoder().requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(False)
+    return model, {"input_ids": ids(40), "labels": ids(6)}
+
+
+def frozen_lower_half() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = tiny_llama(8)
+    for module in (model.model.embed_tokens, *model.model.layers[:4]):
+        module.requires_grad_(False)
+    return model, {"input_ids": ids(12), "labels": ids(12)}
+
+
+def lora_on_some_layers() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    config = LoraConfig(target_modules=targets, r=2, layers_to_transform=[3, 4, 5, 6, 7])
+    return get_peft_model(tiny_llama(8), config), {"input_ids": ids(12), "labels": ids(12)}
+
+
+def long_source() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return case("PegasusForConditionalGeneration", "encoder-decoder").build(), {"input_ids": ids(100), "labels": ids(4)}
+
+
+def long_target() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return case("PegasusForConditionalGeneration", "encoder-decoder").build(), {"input_ids": ids(4), "labels": ids(100)}
+
+
+def ids(length: int) -> torch.Tensor:
+    return torch.arange(2 * length).reshape(2, length) % 20 + 5
+
+
+MADE = (frozen_encoder, frozen_lower_half, lora_on_some_layers, long_source, long_target)
+# Any set of branches may save more than each by itself: the gradient of the lowest one's input, or an encoder's whole
+# backward where all that looks at it is dropped.
+ANY_SET = (frozen_encoder, frozen_lower_half, long_target)
+
+
+@pytest.mark.parametrize(
+    ("made", "masks"), [*((made, "nested") for made in MADE), *((made, "exact") for made in ANY_SET)]
+)
+def test_the_flops_that_are_really_skipped_are_the_drop_rate(made: Callable[[], Any], masks: str) -> None:
+    """Counted in the backward of every step by PyTorch's own counter, against that of plain steps."""
+    model, batch = made()
+    handle = dropbp.enable(model.train(), 0.5, masks=masks, steps=64, max_activations=None)
+    model(**batch)  # the first forward looks whether the stream may end
+    steps = [flops_of_backward(model(**batch).loss) for _ in range(64)]
+    idle = [branch["weight"] == 0 for branch in handle.report()["branches"]]
+    whole, least = (counted_backward(handle, batch, [drop and not none for none in idle]) for drop in (False, True))
+    realised = (whole - sum(steps) / len(steps)) / (whole - (least or head(model)))
+    assert realised == pytest.approx(0.5, abs=0.02)
+    assert handle.report()["realised_drop_rate"] == pytest.approx(realised, abs=0.02)
+
+
+def flops_of_backward(loss: torch.Tensor) -> int:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        loss.backward()
+    return int(counter.get_total_flops())
+
+
+def head(model: Any) -> int:
+    """Where every step that drops all has no backward at all, the head's goes with it."""
+    return 2 * 2 * 12 * model.config.hidden_size * model.config.vocab_size
+
+
+def test_branches_without_a_backward_are_never_dropped_and_reported_as_such() -> None:
+    model, batch = frozen_lower_half()
+    handle = dropbp.enable(model.train(), 0.5)
+    for _ in range(8):
+        model(**batch).loss.backward()
+    entries = handle.report()["branches"]
+    assert [entry["weight"] == 0 for entry in entries] == [True] * 8 + [False] * 8
+    assert not any(entry["dropped"] for entry in entries[:8])
+    assert "8 branches have no backward to skip" in handle.summary()
+
+
+def test_the_budget_follows_gradual_unfreezing() -> None:
+    model, batch = frozen_lower_half()
+    handle = dropbp.enable(model.train(), 0.5, masks="exact")
+    model(**batch).loss.backward()
+    assert not any(handle.mask[:8])
+    for layer in model.model.layers:
+        layer.requires_grad_(True)
+    seen = []
+    for _ in range(20):
+        model(**batch).loss.backward()
+        seen.append(handle.mask)
+    assert any(any(mask[:8]) for mask in seen)
+    assert all(entry["weight"] for entry in handle.report()["branches"])

@@ -13,6 +13,7 @@ from torch import nn
 
 import dropbp
 from dropbp.discovery.discover import find
+from dropbp.discovery.weights import BACKWARD
 from dropbp.flops import Shape, shape_of
 from tests.zoo.tiny import case
 from tests.zoo.training import backward_flops, counted_backward
@@ -172,7 +173,7 @@ def test_weights_are_the_flops_of_the_backward_that_each_branch_really_has(way: 
     if not outside:  # where nothing else is trained, the head's backward ends with the last branch
         counted[-1] -= 2 * 2 * 24 * model.config.hidden_size * model.config.vocab_size
     assert min(counted) >= 0 and sum(counted) > 0
-    assert weights == pytest.approx(counted, rel=0.01)
+    assert weights == pytest.approx([count / BACKWARD for count in counted], rel=0.01)
     assert sum(found.weights.at(shape_of((), batch))) == pytest.approx(sum(weights), rel=1e-3)
 
 
@@ -209,7 +210,7 @@ def test_a_branch_without_products_weighs_something_while_a_gradient_flows_throu
 
     model = Scaled()
     found = find(model, torch.ones(2, 4), None)
-    assert found.weights.at(found.shape) == (1, 1)
+    assert min(found.weights.at(found.shape)) > 0
 
 
 def test_weights_follow_what_is_unfrozen_later() -> None:

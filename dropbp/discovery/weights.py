@@ -22,6 +22,8 @@ from dropbp.discovery.graph import Graph
 from dropbp.discovery.trace import Node
 from dropbp.flops import Shape, fitted
 
+BACKWARD = 2  # times the forward, where everything is trained
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -87,7 +89,9 @@ def _operands(node: Node) -> tuple[int, ...]:
 
 
 class Weights:
-    """FLOPs of each branch's backward, for any shape, with the parameters that are trained now.
+    """What each branch's backward costs, for any shape, with the parameters that are trained now.
+
+    Counted in FLOPs of a forward: a branch that is trained whole weighs as many as its forward has.
 
     Args:
         works: of the same branches at several shapes.
@@ -126,7 +130,7 @@ class Weights:
                 counts[above] -= to_input[above]
         return [max(count, cost > 0) for count, cost in zip(counts, costs, strict=True)]
 
-    def at(self, shape: Shape) -> tuple[int, ...]:
-        """FLOPs of every branch's backward; 0 for a branch through which no gradient flows."""
+    def at(self, shape: Shape) -> tuple[float, ...]:
+        """Of every branch; 0 for one through which no gradient flows."""
         counts = zip(self._model.at(shape), self._live, strict=True)
-        return tuple(count if live else 0 for count, live in counts)
+        return tuple(count / BACKWARD if live else 0.0 for count, live in counts)

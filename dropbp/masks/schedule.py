@@ -45,9 +45,9 @@ T = TypeVar("T")
 
 
 class CountsFlops(Protocol):
-    """FLOPs of one forward of every branch at a shape."""
+    """FLOPs of every branch at a shape."""
 
-    def at(self, shape: Shape) -> tuple[int, ...]: ...
+    def at(self, shape: Shape) -> tuple[float, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,8 +117,8 @@ class AtShape:
         course: for masks that an annealed run takes in order, the curve that it follows and each of its masks.
     """
 
-    def __init__(self, flops: Sequence[int], weights: Sequence[float], rates: Rates, config: Config) -> None:
-        self.flops, self.weights, self.rates, self.config = tuple(flops), tuple(weights), rates, config
+    def __init__(self, flops: Sequence[float], weights: Sequence[float], rates: Rates, config: Config) -> None:
+        self.flops, self.weights, self.rates, self.config = tuple(map(int, flops)), tuple(weights), rates, config
         self.total = sum(self.weights)
         self.planned = sum(weight * rate for weight, rate in zip(self.weights, rates, strict=True))
         self.live = tuple(weight > 0 for weight in self.weights)
@@ -152,8 +152,8 @@ class Schedule:
         blocks: each block's branches as a bit mask, nearest the input first.
         flops: counts FLOPs at a shape.
         shape: of the forwards to come; on several ranks, the one that all masks are drawn for.
-        weights: by which each branch's FLOPs count in the budget; 0 for branches without a backward, whose dropping
-            saves nothing. They are never dropped. None: each by 1.
+        weights: counts in the same way what dropping a branch saves; 0 for branches without a backward, which are never
+            dropped. None: as much as its FLOPs.
         trains: whether a step that drops these branches, as bits, leaves something with a gradient.
 
     Raises:
@@ -168,13 +168,13 @@ class Schedule:
         flops: CountsFlops,
         shape: Shape,
         *,
-        weights: Sequence[float] | None = None,
+        weights: CountsFlops | None = None,
         trains: Callable[[int], bool] = lambda dropped: True,
     ) -> None:
         self.config, self.names, self.blocks = config, tuple(names), tuple(blocks)
         self._reference, self._ranks = shape, False
         self._count, self._trains = flops, trains
-        self._factor = (1.0,) * len(self.names) if weights is None else tuple(weights)
+        self._weigh = flops if weights is None else weights
         self._given = self._initial_rates()
         self._known: dict[Shape, AtShape] = {}
         self._training: dict[int, bool] = {}
@@ -234,8 +234,7 @@ class Schedule:
         if found is None:
             if len(self._known) >= MAX_SHAPES:
                 self._known.clear()
-            flops = self._count.at(shape)
-            weights = [f * factor for f, factor in zip(flops, self._factor, strict=True)]
+            flops, weights = self._count.at(shape), self._weigh.at(shape)
             found = self._known[shape] = AtShape(flops, weights, self._rates(weights), self.config)
         return found
 
@@ -262,7 +261,12 @@ class Schedule:
     def set_rates(self, rates: Rates | None) -> None:
         """The next mask is drawn from these rates; None: from those of the configuration."""
         self._given = self._initial_rates() if rates is None else rates
+        self.reweigh()
+
+    def reweigh(self) -> None:
+        """What branches weigh is asked anew: other parameters are trained than before."""
         self._known.clear()
+        self._training.clear()
         self.seen = self.at(self.shape)
         self.here = self.at(self._reference) if self._ranks else self.seen
 
@@ -340,7 +344,9 @@ class Schedule:
 
     def checkpointed(self, dropped: int, limit: float | None) -> int:
         """Blocks nearest the input whose kept branches are more than a step may keep, as a bit mask of branches."""
-        return 0 if limit is None else beyond_limit(self.blocks, self.here.weights, limit, dropped)
+        here = self.here
+        kept = [f if live else 0 for f, live in zip(here.flops, here.live, strict=True)]
+        return 0 if limit is None or not any(kept) else beyond_limit(self.blocks, kept, limit, dropped)
 
     def trains(self, mask: Mask) -> bool:
         """Whether a step under this mask leaves something with a gradient."""

@@ -77,7 +77,7 @@ def table(report: Mapping[str, Any]) -> str:
     head = f"{'branch':<{width}}  {'share of FLOPs':>14}  {'parameters':>12}  {'rate':>6}  {'realised':>8}"
     rows = [
         f"{entry['name']:<{width}}  {entry['flops'] / total:>14.2%}  {entry['parameters']:>12,}  "
-        f"{entry['rate']:>6.3f}  {entry['realised_rate']:>8.3f}"
+        + (f"{entry['rate']:>6.3f}  {entry['realised_rate']:>8.3f}" if entry["weight"] else "     no backward")
         for entry in branches
     ]
     never = sum(entry["rate"] == 1 for entry in branches)
@@ -85,6 +85,9 @@ def table(report: Mapping[str, Any]) -> str:
         f"{len(branches)} branches hold {report['branch_flops_share']:.1%} of the forward's FLOPs; target drop "
         f"rate {report['drop_rate']:g}, realised {report['realised_drop_rate']:.4f} in {report['forwards']} forwards"
     )
+    idle = sum(not entry["weight"] for entry in branches)
+    if idle:
+        foot += f"; {idle} branches have no backward to skip: nothing in them or below them is trained"
     if never:
         foot += f"; {never} branches are never trained (rate 1)"
     return "\n".join([head, *rows, foot])
