@@ -2,14 +2,18 @@
 
 Written for the A100 class and later (compute capability 8.0 and up); older ones work where PyTorch does.
 
-Random masks and captured graphs: a CUDA graph is one fixed sequence of kernels, and a whole compiled model one fixed
-graph, so each *different* mask costs a capture or a compilation. Compile by region, where a dropped region is merely
-one called without gradients, or choose a coupling with few masks: `nested` has N+1 for N branches, `pool` as many as
-it is told.
+Random masks and captured graphs: a CUDA graph is one fixed sequence of kernels and would repeat the mask of its
+recording, so models with captured modules are refused, and so is a capture of a training forward, but for one under a
+fixed mask. A whole compiled model is one fixed graph for each mask: compile by region, where a dropped region is merely
+one called without gradients.
+
+Streams: nothing here waits for a stream or makes one. Dropped and kept branches run in the stream that is current, as
+they would without DropBP, and autograd runs a backward in the stream of its forward.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropbp.device import JSON, Availability, DeviceDefaults, dynamo_graph_count
+from dropbp.device import CAPTURE_ADVICE, JSON, Availability, DeviceDefaults, dynamo_graph_count, replayed_modules
+from dropbp.errors import DeviceError
 
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+_AMD_DRIVER_VERSION = Path("/sys/module/amdgpu/version")
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # such as expandable_segments:True
 _FULL_SUPPORT_FROM = (8, 0)
+_GRAPHS_MODULE = "torch.cuda.graphs"
 
 
 def create_device(index: int | None) -> CudaDevice:
@@ -39,9 +47,9 @@ class CudaDevice:
     def is_available(self) -> Availability:
         """Whether PyTorch sees this GPU; else whether the build, the driver or the index is to blame."""
         if torch.version.cuda is None and torch.version.hip is None:
-            return Availability(False, f"PyTorch {torch.__version__} is built without CUDA")
+            return Availability(False, f"PyTorch {torch.__version__} is built without CUDA or ROCm")
         if not torch.cuda.is_available():
-            return Availability(False, "PyTorch is built with CUDA and finds no usable GPU or driver")
+            return Availability(False, f"PyTorch is built with {platform()} and finds no usable GPU or driver")
         count = torch.cuda.device_count()
         if self.index is not None and self.index >= count:
             return Availability(False, f"index {self.index} was asked for; there are {count} GPUs, counted from 0")
@@ -71,8 +79,8 @@ class CudaDevice:
         return torch.cuda.max_memory_reserved(self.index)
 
     def memory_limit_bytes(self) -> int:
-        """The GPU's memory."""
-        return int(self._properties().total_memory)
+        """The GPU's memory, or the share of it that this process may use (`set_per_process_memory_fraction`)."""
+        return int(self._properties().total_memory * torch.cuda.get_per_process_memory_fraction(self.index))
 
     def reset_peak_memory(self) -> None:
         """Start measuring the peak anew."""
@@ -84,6 +92,7 @@ class CudaDevice:
         capability = (int(properties.major), int(properties.minor))
         return {
             "name": self.name,
+            "platform": platform(),
             "index": self._index(),
             "generation": str(properties.name),
             "compute_capability": f"{capability[0]}.{capability[1]}",
@@ -95,6 +104,8 @@ class CudaDevice:
             "rocm": torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),
             "driver": driver_version(),
+            "allocator": torch.cuda.get_allocator_backend(),
+            "allocator_settings": next(filter(None, map(os.environ.get, _ALLOCATOR_SETTINGS)), None),
             "memory_limit_bytes": self.memory_limit_bytes(),
             "memory_is": "tensors alive, by the caching allocator",
         }
@@ -116,7 +127,16 @@ class CudaDevice:
         return DeviceDefaults()
 
     def check_model(self, model: nn.Module) -> None:
-        """Nothing: every model will do."""
+        """Refuse modules that run through `make_graphed_callables`.
+
+        Raises:
+            DeviceError: there is one; the message names it.
+        """
+        replayed = replayed_modules(model, _GRAPHS_MODULE)
+        if replayed:
+            raise DeviceError(
+                f"module {replayed[0]!r} runs as a CUDA graph ({len(replayed)} such modules). {CAPTURE_ADVICE}"
+            )
 
     def elapsed_s(self, fn: Callable[[], object]) -> float:
         """Seconds that this GPU takes for what `fn` launches there, from events in its current stream."""
@@ -134,9 +154,16 @@ class CudaDevice:
         return torch.cuda.get_device_properties(self._index())
 
 
+def platform() -> str:
+    """What this build of PyTorch means by `cuda`."""
+    return "CUDA" if torch.version.hip is None else "ROCm"
+
+
 def driver_version() -> str | None:
-    """The NVIDIA driver's version as its kernel module reports it; None where it does not."""
+    """The driver's version as its kernel module reports it; None where it does not."""
     try:
+        if torch.version.hip is not None:
+            return _AMD_DRIVER_VERSION.read_text(encoding="utf-8", errors="replace").strip()
         words = _DRIVER_VERSION.read_text(encoding="utf-8", errors="replace").splitlines()[0].split()
     except (OSError, IndexError):
         return None

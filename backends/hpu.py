@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dropbp.device import JSON, Availability, DeviceDefaults
+from dropbp.device import JSON, Availability, DeviceDefaults, replayed_modules
 from dropbp.errors import DeviceError
 
 # Lazy: with marks around each layer, and the optimizer and clipping cut by branch (`dropbp.lazy.grouping`), no graph
@@ -142,7 +141,7 @@ def refuse_hpu_graphs(model: nn.Module) -> None:
         DeviceError: the model, or a module in it, runs through `wrap_in_hpu_graph`, `ModuleCacher` or
             `make_graphed_callables`.
     """
-    wrapped = find_hpu_graphs(model)
+    wrapped = replayed_modules(model, _GRAPHS_MODULE)
     if wrapped:
         raise DeviceError(
             f"module {wrapped[0]!r} runs as an HPU graph ({len(wrapped)} such modules in the model). An HPU graph "
@@ -151,26 +150,6 @@ def refuse_hpu_graphs(model: nn.Module) -> None:
             "wrap_in_hpu_graph, ModuleCacher or make_graphed_callables (GaudiTrainer: use_hpu_graphs_for_training="
             "False), or train without DropBP."
         )
-
-
-def find_hpu_graphs(model: nn.Module) -> list[str]:
-    """Qualified names of the modules that run as HPU graphs; the model itself is `<model>`."""
-    return [name or "<model>" for name, module in model.named_modules() if _is_hpu_graph(module)]
-
-
-def _is_hpu_graph(module: nn.Module) -> bool:
-    return type(module).__module__ == _GRAPHS_MODULE or any(map(_comes_from_graphs, vars(module).values()))
-
-
-def _comes_from_graphs(value: Any) -> bool:
-    """Whether a function put on a module was written in Gaudi's graphs module, seen through wrappers of others."""
-    function: Callable[..., Any] | None = getattr(value, "__func__", value)
-    while function is not None:
-        # not __module__: functools.wraps gives a wrapper the name of what it wraps
-        if getattr(function, "__globals__", {}).get("__name__") == _GRAPHS_MODULE:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def _torch_hpu() -> Any:

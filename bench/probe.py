@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import dropbp
-from dropbp.device import Device, get_device
+from dropbp.device import Device, get_device, known_bytes
 from dropbp.memory import track_tensor_bytes
 
 from .bisection import largest
@@ -270,20 +270,20 @@ def main() -> None:
 def guess_tried(device: Device, fits: Callable[[int], bool], step: int, most: int) -> int | None:
     """About the largest size that trains, from what two small ones take of the device; None if they tell nothing.
 
-    On CPU memory is what the whole process holds, which says little about a step.
+    On CPU memory is what the whole process holds, which says little about a step; other devices may not say anything.
     """
-    if device.name == "cpu":
+    if device.name == "cpu" or None in (device.max_memory_allocated_bytes(), device.memory_limit_bytes()):
         return None
     peaks: list[int] = []
     for size in (step, min(4 * step, most)):
         device.reset_peak_memory()
         if not fits(size):
             return None
-        peaks.append(device.max_memory_allocated_bytes())
+        peaks.append(known_bytes(device.max_memory_allocated_bytes(), device))
     slope = (peaks[1] - peaks[0]) / (3 * step)
     if slope <= 0:
         return None
-    usable_bytes = ALLOCATOR_SHARE * device.memory_limit_bytes()
+    usable_bytes = ALLOCATOR_SHARE * known_bytes(device.memory_limit_bytes(), device)
     return min(max(int(step + (usable_bytes - peaks[0]) / slope) // step * step, step), most)
 
 

@@ -222,8 +222,9 @@ def versions_of(python: Path) -> dict[str, str | None]:
     if python == Path(sys.executable):
         return versions()
     code = (
-        "import importlib.metadata as m, json, platform; names = ['dropbp', 'torch', 'transformers', 'peft', "
-        "'optimum-habana']; print(json.dumps({'python': platform.python_version()} | {n: m.version(n) for n in names}))"
+        "import importlib.metadata as m, json, platform, torch; names = ['dropbp', 'torch', 'transformers', 'peft', "
+        "'optimum-habana']; found = {'python': platform.python_version()} | {n: m.version(n) for n in names}; "
+        "print(json.dumps(found | {'torch': str(torch.__version__)}))"
     )
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))

@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dropbp.device import Device
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
@@ -124,13 +126,16 @@ def read_unfinished(root: Path, kind: str) -> list[Record]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a figure depends on; None where it is not installed."""
+    """Versions of what a figure depends on; None where it is not installed.
+
+    That of torch is its own: a wheel's metadata need not say which build it is (2.13.0 for 2.13.0+cu130).
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         found[package] = None
         with suppress(PackageNotFoundError):
             found[package] = version(package)
-    return found
+    return found | {"torch": str(torch.__version__)}
 
 
 def describe_error(error: BaseException) -> dict[str, str]:

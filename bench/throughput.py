@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dropbp.device import Device, get_device
+from dropbp.device import Device, get_device, known_bytes
 from dropbp.errors import ConfigError, MissingDependencyError
 from dropbp.memory import track_tensor_bytes
 
@@ -231,7 +231,7 @@ class Bench:
 
     def _peak_with(self, lane: Lane, mask: Sequence[bool] | None) -> dict[str, Any]:
         with lane.masked(mask):
-            if self.device.name != "cpu":
+            if self.device.name != "cpu" and self.device.max_memory_allocated_bytes() is not None:
                 self.device.reset_peak_memory()
                 resident_bytes = self.device.memory_allocated_bytes()
                 self.step(lane)
@@ -328,7 +328,7 @@ def _grow(name: str, preset: ThroughputPreset, training: Training, device: Devic
             record["batch_sizes"][variant.name] = (
                 largest_batch_tried(preset, training, variant, device.name, share_s)
                 if place is None
-                else largest_batch(preset, place, variant, budget_bytes)
+                else largest_batch(preset, place, variant, known_bytes(budget_bytes, device))
             )
         record["steps"] = {}
         _time_grown(record, preset, training, variants, device, limit)

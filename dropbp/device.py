@@ -16,6 +16,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -27,7 +28,15 @@ from dropbp.errors import DeviceError
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "dropbp.backends"
+CAPTURE_ADVICE = (
+    "A CUDA graph replays one recorded sequence of kernels, so it would repeat the mask of its recording at every step "
+    "and DropBP would do nothing it is asked for. Train without capture (dropbp.compile_blocks saves launches too), or "
+    "capture one graph for each mask, under handle.fixed(mask)."
+)
 BUILT_IN_DEVICES = ("cpu", "cuda", "hpu", "meta")
+ACCELERATORS = ("mlu", "mps", "mtia", "musa", "neuron", "npu", "sdaa", "tpu", "xla", "xpu")  # one adapter for all
+
+_OTHER_NAMES = dict.fromkeys(("amd", "hip", "rocm"), "PyTorch calls AMD's GPUs 'cuda', with ROCm too. ")
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Boundary: TypeAlias = Literal["none", "layer", "sublayer"]
@@ -67,7 +76,7 @@ class Device(Protocol):
 
     @property
     def name(self) -> str:
-        """The name by which the adapter is found: `cpu`, `cuda`, `hpu`, or a third party's."""
+        """The name by which the adapter is found: `cpu`, `cuda`, `hpu`, another of PyTorch's, or a third party's."""
         ...
 
     def is_available(self) -> Availability:
@@ -86,16 +95,16 @@ class Device(Protocol):
         """Whether operations are recorded and run later, at a step boundary."""
         ...
 
-    def memory_allocated_bytes(self) -> int:
-        """Bytes in use now."""
+    def memory_allocated_bytes(self) -> int | None:
+        """Bytes in use now; None where the device does not say."""
         ...
 
-    def max_memory_allocated_bytes(self) -> int:
-        """The most bytes in use at once since `reset_peak_memory`."""
+    def max_memory_allocated_bytes(self) -> int | None:
+        """The most bytes in use at once since `reset_peak_memory`; None where the device does not say."""
         ...
 
-    def memory_limit_bytes(self) -> int:
-        """Bytes that could be in use."""
+    def memory_limit_bytes(self) -> int | None:
+        """Bytes that could be in use; None where the device does not say."""
         ...
 
     def reset_peak_memory(self) -> None:
@@ -163,8 +172,9 @@ def available_devices() -> dict[str, Availability]:
 
 
 def known_devices() -> tuple[str, ...]:
-    """Names that `get_device` understands: those built in, then those of other packages."""
-    return BUILT_IN_DEVICES + tuple(sorted(set(_third_party_adapters()) - set(BUILT_IN_DEVICES)))
+    """Names that `get_device` understands: those built in, those that PyTorch knows, then those of other packages."""
+    ours = (*BUILT_IN_DEVICES, *ACCELERATORS)
+    return (*ours, *sorted({*_third_party_adapters(), *_registered_backend()} - {*ours}))
 
 
 def model_device(model: nn.Module | None) -> torch.device:
@@ -216,6 +226,53 @@ def devices_of(model: nn.Module) -> list[torch.device]:
     return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
 
 
+def replayed_modules(model: nn.Module, graphs_module: str) -> list[str]:
+    """Qualified names of the modules that run as recorded graphs; the model itself is `<model>`.
+
+    Args:
+        model: the root.
+        graphs_module: where a vendor keeps what records a module and replays it, as `torch.cuda.graphs`.
+    """
+    return [name or "<model>" for name, module in model.named_modules() if _is_replayed(module, graphs_module)]
+
+
+def _is_replayed(module: nn.Module, graphs_module: str) -> bool:
+    comes_from = (_comes_from(value, graphs_module) for value in vars(module).values())
+    return type(module).__module__ == graphs_module or any(comes_from)
+
+
+def _comes_from(value: Any, graphs_module: str) -> bool:
+    """Whether a function put on a module was written in that module of Python, seen through wrappers of others."""
+    function: Callable[..., Any] | None = getattr(value, "__func__", value)
+    while function is not None:
+        # not __module__: functools.wraps gives a wrapper the name of what it wraps
+        if getattr(function, "__globals__", {}).get("__name__") == graphs_module:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def known_bytes(found: int | None, device: Device) -> int:
+    """A figure of a device's memory.
+
+    Raises:
+        DeviceError: the device does not give it.
+    """
+    if found is None:
+        raise DeviceError(f"Device {device.name!r} has no memory statistics, so what is asked here cannot be measured.")
+    return found
+
+
+def refuse_capture() -> None:
+    """Do nothing, unless what is called now is recorded as a CUDA graph (also on ROCm).
+
+    Raises:
+        DeviceError: it is.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise DeviceError(f"A training forward of an enabled model is being captured as a CUDA graph. {CAPTURE_ADVICE}")
+
+
 def dynamo_graph_count() -> int:
     """Graphs that `torch.compile` has captured so far in this process, recompilations included.
 
@@ -253,12 +310,30 @@ def _factory(name: str) -> DeviceFactory:
         adapter: Any = importlib.import_module(f"dropbp.backends.{name}")
     elif name in third_party:
         adapter = _load_third_party(name, third_party[name])
+    elif name in ACCELERATORS or name in _registered_backend() or _is_device_of_torch(name):
+        return partial(importlib.import_module("dropbp.backends.accelerator").create_device, name)
     else:
         raise DeviceError(
-            f"no adapter for device {name!r}. {_known_sentence()} A package can add one by an entry point "
+            f"no adapter for device {name!r}. {_known_sentence()} "
+            f"{_OTHER_NAMES.get(name, '')}A package can add one by an entry point "
             f"{name!r} in the group {ENTRY_POINT_GROUP!r}."
         )
     return cast(DeviceFactory, getattr(adapter, "create_device", adapter))
+
+
+def _registered_backend() -> tuple[str, ...]:
+    """The device that another package has added to PyTorch in this process, if one has."""
+    name = str(torch._C._get_privateuse1_backend_name())
+    return () if name == "privateuseone" else (name,)
+
+
+def _is_device_of_torch(name: str) -> bool:
+    if name in _OTHER_NAMES:
+        return False
+    try:
+        return torch.device(name).type == name
+    except RuntimeError:
+        return False
 
 
 def _third_party_adapters() -> Mapping[str, EntryPoint]:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dropbp.checks import check_lengths, checked_rates, checked_share, listed, short
 from dropbp.config import Config, make_config
-from dropbp.device import Device, get_device
+from dropbp.device import Device, get_device, refuse_capture
 from dropbp.discovery.discover import Findings, checked_module, find, unwrapped
 from dropbp.discovery.structure import Branch
 from dropbp.engine.calls import Calls
@@ -130,6 +130,7 @@ class Handle:
         self.model, self.config, self.device = model, config, device
         self._findings, self._structure = findings, findings.structure
         self._lock = threading.Lock()
+        self._looked_for_graphs = False
         self._measuring: Mask | None = None
         self._zero_fills = (device.defaults().fill if config.fill == "auto" else config.fill) == "zero"
         self._parameters = Parameters(model, self._structure, self._stem_rests())
@@ -439,6 +440,11 @@ class Handle:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """Called before every training forward of the root: what it drops, and how kept gradients are scaled."""
         self._watch.check()
+        if not self._looked_for_graphs:  # made after `enable`: they replay the forward as it was
+            self.device.check_model(self.model)
+            self._looked_for_graphs = True
+        if not self._schedule.fixed:
+            refuse_capture()
         if self._measuring is not None:
             return self._calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:

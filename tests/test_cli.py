@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import pytest
 
 import dropbp
 from dropbp.cli import main as cli
+from dropbp.cli.unused import _uses_bitsandbytes, _uses_deepspeed
 from dropbp.errors import ConfigError
 from tests.tiny import save_model
 
@@ -161,3 +164,52 @@ def test_inspect_refuses_what_it_cannot_read(
     assert cli.main(["inspect", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1]
+
+
+# --- packages that a command has no use for
+
+PREPARES_A_TRAINER = """
+import sys
+from dropbp.cli.unused import leave_out_unused
+if sys.argv[1:]:
+    leave_out_unused(sys.argv[1:])
+import peft, torch, transformers
+from accelerate.utils import extract_model_from_parallel
+transformers.Trainer
+extract_model_from_parallel(torch.nn.Linear(1, 1))
+print("imported:", *(name for name in ("bitsandbytes", "deepspeed") if sys.modules.get(name)))
+"""
+
+
+def imported_by_a_trainer(*arguments: str, **environment: str) -> list[str]:
+    """The two packages, of those installed, that are imported once a trainer is prepared, and all other output."""
+    command = [sys.executable, "-c", PREPARES_A_TRAINER, *arguments]
+    variables = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280, env=variables)
+    *other, names = done.stdout.splitlines()
+    return names.split()[1:] + (other + done.stderr.splitlines() if arguments else [])
+
+
+@pytest.mark.skipif(not find_spec("bitsandbytes") or not find_spec("deepspeed"), reason="they are not installed")
+def test_a_command_imports_no_package_that_it_has_no_use_for() -> None:
+    assert imported_by_a_trainer() == ["bitsandbytes", "deepspeed"]  # what would be imported
+    assert imported_by_a_trainer("finetune", "--max-steps", "4") == []
+
+
+def test_packages_that_a_command_may_need_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, quantised = tmp_path / "plain", tmp_path / "quantised"
+    for folder, config in ((plain, "{}"), (quantised, '{"quantization_config": {"quant_method": "bitsandbytes"}}')):
+        folder.mkdir()
+        folder.joinpath("config.json").write_text(config)
+    for arguments, used in (
+        (["finetune"], False),
+        (["finetune", "--model", str(plain), "--dataset", "rows.json"], False),
+        (["finetune", f"--model={quantised}"], True),
+        (["finetune", "--model", "someone/model"], True),
+        (["plan", str(plain / "config.json")], False),
+        (["inspect", str(quantised)], True),
+        (["bench", "all"], True),
+    ):
+        assert _uses_bitsandbytes(arguments) is used, arguments
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert _uses_deepspeed(["finetune"])

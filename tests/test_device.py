@@ -17,6 +17,8 @@ from torch import nn
 
 import dropbp.device
 from dropbp.device import (
+    ACCELERATORS,
+    BUILT_IN_DEVICES,
     Availability,
     Device,
     DeviceDefaults,
@@ -27,6 +29,7 @@ from dropbp.device import (
     random_state_kept,
 )
 from dropbp.errors import DeviceError
+from tests.engine_models import plain_batch, plain_net
 
 MIB = 2**20
 
@@ -118,7 +121,7 @@ def test_unavailable_device_object_is_refused() -> None:
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch is built with CUDA here")
 def test_missing_device_is_refused_with_reason_and_known_devices() -> None:
-    with pytest.raises(DeviceError, match=r"'cuda'.*built without CUDA.*Known devices: cpu, cuda, hpu, meta"):
+    with pytest.raises(DeviceError, match=r"'cuda'.*built without CUDA or ROCm.*Known devices: cpu, cuda, hpu, meta, "):
         get_device("cuda")
 
 
@@ -129,8 +132,8 @@ def test_explicit_device_is_not_overridden_by_the_model() -> None:
 
 
 def test_unknown_device_is_refused_with_the_way_to_add_one() -> None:
-    with pytest.raises(DeviceError, match=r"no adapter for device 'npu'.*Known devices: cpu.*dropbp\.backends"):
-        get_device("npu")
+    with pytest.raises(DeviceError, match=r"no adapter for device 'abacus'.*Known devices: cpu.*dropbp\.backends"):
+        get_device("abacus")
 
 
 @pytest.mark.parametrize("device", ["", "cuda:first", "cuda:-1"])
@@ -148,7 +151,7 @@ def test_every_known_device_is_probed_and_every_refusal_has_a_reason() -> None:
 
 @pytest.mark.usefixtures("toy")
 def test_third_party_device_is_found_by_entry_point() -> None:
-    assert known_devices() == ("cpu", "cuda", "hpu", "meta", "toy", "toy_function")
+    assert known_devices() == (*BUILT_IN_DEVICES, *ACCELERATORS, "toy", "toy_function")
     assert isinstance(get_device("toy"), ToyDevice)
     assert isinstance(get_device("toy_function"), ToyDevice)
     with pytest.raises(DeviceError, match="there is no toy 7"):
@@ -264,7 +267,9 @@ def test_compile_count_grows_with_each_graph_and_not_with_each_call() -> None:
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Two GPUs of the A100 class, as far as PyTorch's Python functions go."""
-    seen = types.SimpleNamespace(calls=[], states=[torch.arange(16, dtype=torch.uint8), torch.zeros(16).byte()])
+    seen = types.SimpleNamespace(
+        calls=[], fraction=1.0, states=[torch.arange(16, dtype=torch.uint8), torch.zeros(16).byte()]
+    )
     properties = types.SimpleNamespace(
         name="NVIDIA A100-SXM4-80GB", major=8, minor=0, total_memory=80 * 1024**3, multi_processor_count=108
     )
@@ -273,6 +278,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         "device_count": lambda: 2,
         "current_device": lambda: 0,
         "get_device_properties": lambda _: properties,
+        "get_allocator_backend": lambda: "native",
+        "get_per_process_memory_fraction": lambda _: seen.fraction,
         "synchronize": lambda index: seen.calls.append(("synchronize", index)),
         "memory_allocated": lambda index: 5 + (index or 0),
         "max_memory_allocated": lambda index: 7 + (index or 0),
@@ -300,6 +307,8 @@ def test_cuda_speaks_of_the_gpu_that_was_asked_for(gpus: types.SimpleNamespace) 
     assert gpus.calls == [("synchronize", 1), ("reset", 1)]
     assert (device.memory_allocated_bytes(), device.max_memory_allocated_bytes()) == (6, 8)
     assert device.memory_limit_bytes() == 80 * 1024**3
+    gpus.fraction = 0.5
+    assert device.memory_limit_bytes() == 40 * 1024**3
     assert not device.is_lazy()
 
 
@@ -310,6 +319,20 @@ def test_cuda_describes_its_class() -> None:
     assert description["a100_class_or_later"] is True
     assert description["devices"] == 2
     assert description["cuda"] == "12.8"
+
+
+def test_rocm_is_named_as_such(monkeypatch: pytest.MonkeyPatch, gpus: types.SimpleNamespace) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    description = get_device("cuda").describe()
+    assert (description["platform"], description["rocm"]) == ("ROCm", "7.0")
+    assert description["a100_class_or_later"] is False
+    assert description["allocator_settings"] == "expandable_segments:True"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="built with ROCm and finds no usable GPU"):
+        get_device("cuda")
+    with pytest.raises(DeviceError, match=r"no adapter for device 'rocm'.*calls AMD's GPUs 'cuda'"):
+        get_device("rocm")
 
 
 @pytest.mark.usefixtures("gpus")
@@ -357,6 +380,47 @@ def test_random_state_is_read_and_put_back_on_the_gpus_of_the_model_alone(gpus: 
     assert torch.equal(gpus.states[1], before) and gpus.states[0] is other and torch.equal(torch.get_rng_state(), host)
 
 
+def graphed(module: nn.Module) -> nn.Module:
+    """As `torch.cuda.make_graphed_callables` leaves a module: its forward is a function of that module of Python."""
+
+    def replay(*_: object) -> None:
+        raise AssertionError("replayed")
+
+    module.forward = types.FunctionType(replay.__code__, {"__name__": "torch.cuda.graphs"})
+    return module
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> dropbp.Handle:
+    """A model of the CPU, enabled with CUDA's adapter, which is told that it may."""
+    device = dropbp.device._factory("cuda")(None)
+    monkeypatch.setattr(type(device), "is_available", lambda self: Availability(True))
+    return dropbp.enable(model, 0.5, device=device, masks="exact", example_inputs=plain_batch())
+
+
+def test_modules_that_run_as_cuda_graphs_are_refused_before_and_after_enable(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = plain_net(), plain_net()
+    graphed(before.blocks[0])
+    with pytest.raises(DeviceError, match=r"'blocks\.0' runs as a CUDA graph.*repeat the mask.*handle\.fixed"):
+        on_cuda(monkeypatch, before)
+    with on_cuda(monkeypatch, after):
+        graphed(after.blocks[0])
+        with pytest.raises(DeviceError, match=r"'blocks\.0' runs as a CUDA graph"):
+            after(plain_batch())
+
+
+def test_a_captured_training_forward_is_refused_but_under_a_fixed_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain_net()
+    with on_cuda(monkeypatch, model) as handle:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(DeviceError, match=r"is being captured as a CUDA graph.*handle\.fixed"):
+            model(plain_batch())
+        with handle.fixed([True] * len(handle.branches)):
+            model(plain_batch())
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        model(plain_batch())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_cuda_on_a_real_gpu() -> None:
     device = get_device("cuda")
@@ -370,6 +434,151 @@ def test_cuda_on_a_real_gpu() -> None:
     device.set_generator_state(state)
     assert torch.equal(torch.rand(3, device="cuda"), drawn)
     assert device.elapsed_s(lambda: torch.ones(MIB, device="cuda").sum()) > 0  # type: ignore[attr-defined]
+
+
+# --- every other device of PyTorch, with a stand-in for its module and for torch.accelerator
+
+
+class Backend(types.SimpleNamespace):
+    """What a backend puts into PyTorch as its module, at the least."""
+
+    def __init__(self, **functions: Any) -> None:
+        super().__init__(is_available=lambda: True, device_count=lambda: 2, **functions)
+
+
+def put_in(monkeypatch: pytest.MonkeyPatch, name: str, module: Any, **accelerator: Any) -> None:
+    """Let the module be the device's, and the device be PyTorch's accelerator with these functions."""
+    monkeypatch.setattr(torch, name, module, raising=False)
+    monkeypatch.setattr(PACKAGES_MODULE, "PACKAGES", {})
+    found = types.SimpleNamespace(type=name)
+    monkeypatch.setattr(torch, "accelerator", types.SimpleNamespace(current_accelerator=lambda: found, **accelerator))
+    monkeypatch.setattr(torch, "device", lambda name, index=None: (name, index))
+
+
+PACKAGES_MODULE = sys.modules[dropbp.device._factory("xpu")(None).__module__]
+
+
+def test_every_device_that_transformers_and_accelerate_know_has_an_adapter() -> None:
+    """A device that is not here is refused with what is missing, and never for lack of an adapter."""
+    for name in (*ACCELERATORS, "cuda", "hpu", "cpu", "meta"):
+        adapter = dropbp.device._factory(name)(None)
+        assert isinstance(adapter, Device) and adapter.name == name
+        availability = adapter.is_available()
+        assert availability or name in availability.reason.lower() or "software" in availability.reason, name
+    with pytest.raises(DeviceError, match=r"'npu' was asked for.*needs the package torch_npu, which is not installed"):
+        get_device("npu:1")
+
+
+@pytest.mark.parametrize("name", sorted(set(ACCELERATORS) - {"xla"}))
+def test_a_backend_with_statistics_tells_them_for_the_device_asked_for(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    calls: list[Any] = []
+    states = {1: torch.arange(3)}
+    module = Backend(
+        synchronize=lambda device: calls.append(("synchronize", device)),
+        memory_allocated=lambda device: 5,
+        max_memory_allocated=lambda device: 7,
+        mem_get_info=lambda device: (10, 99),
+        reset_peak_memory_stats=lambda device: calls.append(("reset", device)),
+        get_rng_state=lambda device: states[device[1]],
+        set_rng_state=lambda state, device: states.__setitem__(device[1], state),
+        get_device_name=lambda device: "Model T",
+    )
+    put_in(monkeypatch, name, module)
+    device = get_device(f"{name}:1")
+    device.synchronize()
+    device.reset_peak_memory()
+    assert calls == [("synchronize", (name, 1)), ("reset", (name, 1))]
+    assert (device.memory_allocated_bytes(), device.max_memory_allocated_bytes()) == (5, 7)
+    assert device.memory_limit_bytes() == 99
+    before = device.generator_state()
+    states[1] = torch.zeros(3)
+    device.set_generator_state(before)
+    assert torch.equal(states[1], torch.arange(3))
+    assert device.describe()["generation"] == "Model T" and device.describe()["devices"] == 2
+    with pytest.raises(DeviceError, match="index 2 was asked for; the number of devices is 2"):
+        get_device(f"{name}:2")
+
+
+def test_what_a_backend_does_not_say_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No statistics, no random state, and functions that are there and refuse."""
+
+    def refuses(*_: object) -> int:
+        raise RuntimeError("Allocator for musa is not a DeviceAllocator.")
+
+    waited: list[Any] = []
+    put_in(monkeypatch, "musa", Backend(), synchronize=waited.append, memory_allocated=refuses, get_memory_info=refuses)
+    device = get_device("musa")
+    device.synchronize()
+    device.reset_peak_memory()
+    assert len(waited) == 1
+    assert device.memory_allocated_bytes() is device.max_memory_allocated_bytes() is device.memory_limit_bytes() is None
+    assert device.generator_state().numel() == 0
+    device.set_generator_state(device.generator_state())
+    assert str(device.describe()["memory_is"]).startswith("not known")
+    assert device.defaults() == DeviceDefaults() and not device.is_lazy()
+
+
+def test_statistics_of_torch_accelerator_are_taken_where_the_module_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in(
+        monkeypatch,
+        "neuron",
+        Backend(),
+        synchronize=lambda device: None,
+        memory_allocated=lambda device: 3,
+        max_memory_allocated=lambda device: 4,
+        get_memory_info=lambda device: (1, 8),
+    )
+    device = get_device("neuron:0")
+    assert (device.memory_allocated_bytes(), device.max_memory_allocated_bytes()) == (3, 4)
+    assert device.memory_limit_bytes() == 8
+
+
+def test_functions_without_a_device_are_called_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of Apple's GPUs, of which there is one."""
+    module = Backend(synchronize=lambda: None, current_allocated_memory=lambda: 5, recommended_max_memory=lambda: 9)
+    put_in(monkeypatch, "mps", module)
+    device = get_device("mps:0")
+    device.synchronize()
+    assert (device.memory_allocated_bytes(), device.memory_limit_bytes()) == (5, 9)
+    assert device.max_memory_allocated_bytes() is None
+
+
+def test_xla_is_lazy_and_asked_through_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    made = {
+        "torch_xla": types.SimpleNamespace(
+            device_count=lambda: 1, sync=lambda: calls.append("sync"), device=lambda index: "xla:0", __version__="2.9"
+        ),
+        "torch_xla.core.xla_model": types.SimpleNamespace(
+            wait_device_ops=lambda: calls.append("wait"),
+            get_rng_state=lambda: 17,
+            set_rng_state=lambda seed: calls.append(f"seed {seed}"),
+            get_memory_info=lambda device: {"bytes_used": 5, "bytes_limit": 9},
+        ),
+        "torch_xla.debug.metrics": types.SimpleNamespace(metric_data=lambda name: (3, 0.5, ())),
+    }
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(PACKAGES_MODULE, "find_spec", lambda name: object())
+    device = get_device("xla")
+    device.synchronize()
+    device.set_generator_state(device.generator_state())
+    assert calls == ["sync", "wait", "seed 17"]
+    assert (device.memory_allocated_bytes(), device.memory_limit_bytes(), device.compile_count()) == (5, 9, 3)
+    assert device.is_lazy() and device.defaults().boundary == "layer" and device.describe()["name"] == "xla"
+    with pytest.raises(DeviceError, match="index 1 was asked for"):
+        get_device("xla:1")
+
+
+def test_a_model_trains_with_a_backend_that_says_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = dropbp.device._factory("xpu")(None)
+    monkeypatch.setattr(type(device), "is_available", lambda self: Availability(True))
+    model = plain_net()
+    with dropbp.enable(model, 0.5, device=device, example_inputs=plain_batch()) as handle:
+        model(plain_batch()).sum().backward()
+        assert handle.device is device and handle.report()["forwards"] == 1
 
 
 # --- hpu, with a habana_frameworks of a few lines, in a process of its own: it puts a module into torch

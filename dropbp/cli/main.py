@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dropbp import __version__
+from dropbp.cli.unused import leave_out_unused
 from dropbp.errors import DropBPError, ResourceError, as_resource_error
 
 EXIT_EXHAUSTED = 1
@@ -40,13 +41,15 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `dropbp` with these arguments.
+    """Run `dropbp` with these arguments; None takes those of the process, which then is the command's own.
 
     Returns:
         The exit status: 0, and after one line on standard error 1 when memory or disk space ran out, 2 after bad input,
         130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        leave_out_unused(arguments)
     try:
         return _dispatch(arguments)
     except DropBPError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropbp.device import get_device
+from dropbp.device import get_device, known_bytes
 from dropbp.memory import track_tensor_bytes
 from dropbp.session import Handle, enable
 
@@ -58,16 +58,16 @@ def count_flops(step: Callable[[], None]) -> int:
 
 
 def peak_bytes(trainer: Trainer, step: Callable[[], None]) -> int:
-    """The most memory in use during a step: of tensors, exactly, on CPU; as the device reports it elsewhere."""
+    """The most memory in use during a step: as the device reports it; else, and on CPU, of tensors, exactly."""
     device = get_device(trainer.args.device)
-    if device.name == "cpu":
+    if device.name == "cpu" or device.max_memory_allocated_bytes() is None:
         with track_tensor_bytes(trainer.model, trainer.optimizer) as tracked:
             step()
         return tracked.peak_bytes
     device.reset_peak_memory()
     step()
     device.synchronize()
-    return device.max_memory_allocated_bytes()
+    return known_bytes(device.max_memory_allocated_bytes(), device)
 
 
 @contextmanager

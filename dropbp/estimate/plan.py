@@ -167,6 +167,8 @@ def plan(
     check_callables(loss=loss, clock=clock, progress=progress)
     _check(model, accumulation, memory_limit)
     limit = adapter.memory_limit_bytes() if memory_limit is None else memory_limit
+    if limit is None:
+        raise ConfigError(f"Device {adapter.name!r} does not say how much memory it has; give memory_limit, in bytes.")
     planner = _Planner(
         Workload(model, given, loss, precision_of(precision)), shape, adapter, optimizer, limit, accumulation,
         {"masks": masks, "device": adapter, "example_inputs": example_inputs, **_stem_at_rest(masks, options)},

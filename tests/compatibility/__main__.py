@@ -53,7 +53,7 @@ def _write(cells: dict[str, Any]) -> None:
         "command": "python -m tests.compatibility --write-docs",
         "steps": STEPS,
         "compiler": COMPILER,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},
         "cells": cells,
     }
     page.RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

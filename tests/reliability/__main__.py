@@ -51,7 +51,7 @@ def _record(found: dict[str, Any]) -> None:
     """After each check, so that a run that is broken off keeps what it has; other checks keep their figures."""
     old = json.loads(RESULTS.read_text(encoding="utf-8"))["checks"] if RESULTS.is_file() else {}
     checks = {name: {**old, **found}[name] for name in CHECKS if name in {**old, **found}}
-    record = {"schema": 1, "torch": torch.__version__.partition("+")[0], "checks": checks}
+    record = {"schema": 1, "torch": str(torch.__version__), "checks": checks}
     write_text(RESULTS, json.dumps(record, indent=1) + "\n")
     write_text(PAGE, page(record))
 

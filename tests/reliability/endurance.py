@@ -162,13 +162,18 @@ def _drift(step_s: list[float]) -> dict[str, float]:
 
 
 def _memory() -> tuple[int, int]:
-    """Python objects and memory, without the records of the last forwards, of which a bounded number is kept."""
+    """Python objects and memory, without the records of the last forwards, of which a bounded number is kept.
+
+    Before Python 3.11 the attributes of each record are an object of their own, a dict.
+    """
     MetadataPathFinder().invalidate_caches()  # Python's, which grows when a folder it searches changes
     gc.collect()
     objects = gc.get_objects()
-    records = sum(type(each) in (ForwardRecord, Plan) for each in objects)
-    assert records <= 2 * REMEMBERED_FORWARDS, f"{records} records of forwards"
-    return len(objects) - records, int(psutil.Process().memory_info().rss)
+    records = [each for each in objects if type(each) in (ForwardRecord, Plan)]
+    assert len(records) <= 2 * REMEMBERED_FORWARDS, f"{len(records)} records of forwards"
+    attributes = {id(vars(each)) for each in records if isinstance(each, ForwardRecord)}
+    held = len(records) + sum(id(each) in attributes for each in objects)
+    return len(objects) - held, int(psutil.Process().memory_info().rss)
 
 
 def _flat(figures: list[tuple[int, int]]) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""For the command line: a command imports nothing that it has no use for, though a library below would.
+
+PEFT imports bitsandbytes and accelerate imports DeepSpeed wherever they are installed. Both look for a GPU, and where
+there is none the first lines of a run are their warnings. Both are left out by Python's own means: a module that is
+None in `sys.modules` counts as not installed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+CONFIG_FILE = "config.json"
+
+
+def leave_out_unused(arguments: Sequence[str]) -> None:
+    """Let the packages that this command has no use for look as if they were not installed.
+
+    Only in a process that belongs to the command: libraries remember what is not installed.
+    """
+    for name, is_used in _IS_USED.items():
+        if not is_used(arguments):
+            sys.modules.setdefault(name, cast(ModuleType, None))
+
+
+def _uses_deepspeed(arguments: Sequence[str]) -> bool:
+    """`accelerate launch` says so in this variable."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("", "0", "false", "no")
+
+
+def _uses_bitsandbytes(arguments: Sequence[str]) -> bool:
+    """The bench for QLoRA; other commands for a model that is quantised with it, which may be any model of the Hub."""
+    words = [word for argument in arguments for word in argument.split("=")]
+    if words[:1] == ["bench"]:
+        return True
+    if words[:1] == ["finetune"] and not any(word.startswith("--mo") for word in words):
+        return False  # the embedded example
+    files = [file for word in words for file in (Path(word), Path(word, CONFIG_FILE)) if file.name == CONFIG_FILE]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    return not texts or any("bitsandbytes" in text for text in texts)
+
+
+_IS_USED: Mapping[str, Callable[[Sequence[str]], bool]] = {
+    "bitsandbytes": _uses_bitsandbytes,
+    "deepspeed": _uses_deepspeed,
+}
