@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
@@ -104,7 +104,9 @@ def disable(model: nn.Module) -> None:
 def _checked_model(model: Any) -> nn.Module:
     refuse_wrapper(checked_module(model))
     model = unwrapped(model)
-    if handle_of(model) is not None or any(m.__dict__.get("_dropbp_site") is not None for m in model.modules()):
+    earlier = handle_of(model)
+    enabled = earlier is not None and not earlier.abandoned()
+    if enabled or any(m.__dict__.get("_dropbp_site") is not None for m in model.modules()):
         raise StateError(
             f"{type(model).__name__} is enabled already. Change it through its handle (set_rates, fixed), or call "
             "handle.remove() or dropbp.disable(model) first."
@@ -147,6 +149,7 @@ class Handle:
             weights=self._weights,
             trains=self._parameters.train,
         )
+        self.is_abandoned: Callable[[], bool] | None = None
         self._runtime = Runtime(model)
         self._calls = Calls(model, self._structure, findings.asked)
         self._bypass = CheckpointBypass(model, self._structure, self._runtime)
@@ -425,6 +428,10 @@ class Handle:
 
     # -- inside
 
+    def abandoned(self) -> bool:
+        """Whether the run that this handle is for ended without removing it; who made it may say so, and remove it."""
+        return False if self.is_abandoned is None else self.is_abandoned()
+
     def _check_enabled(self) -> None:
         if not self.enabled:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
@@ -439,6 +446,8 @@ class Handle:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """Called before every training forward of the root: what it drops, and how kept gradients are scaled."""
+        if self.abandoned():
+            return ForwardPlan()
         self._watch.check()
         if not self._looked_for_graphs:  # made after `enable`: they replay the forward as it was
             self.device.check_model(self.model)
@@ -465,6 +474,8 @@ class Handle:
         if plan.dropped and self._zero_fills:
             boundary = self.device.step_boundary if self._boundary() != "none" else None
             self._parameters.fill(plan.dropped, rests, boundary)
+        elif plan.dropped:
+            self._parameters.forget_zeros(plan.dropped)
         return self._calls.plan(plan, args, kwargs)
 
     def _checkpointed(self, dropped: int) -> int:

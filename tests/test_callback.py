@@ -227,6 +227,30 @@ def test_training_again_after_an_exception_starts_anew(tmp_path: Path) -> None:
     assert callback.report()["forwards"] == 4
 
 
+def test_a_plain_training_after_an_interrupted_one_moves_every_parameter(tmp_path: Path) -> None:
+    callback = DropBPCallback(0.875)
+    trainer = make_trainer(tmp_path, [callback, Watcher(callback, fail_at=2)])
+    with pytest.raises(RuntimeError, match="on fire"):
+        trainer.train()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    plain = make_trainer(tmp_path, [], max_steps=2)
+    plain.model = plain.model_wrapped = trainer.model
+    plain.train()
+    assert not any(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    assert callback.handle is None
+
+
+def test_another_callback_takes_over_a_model_whose_training_was_interrupted(tmp_path: Path) -> None:
+    callback, other = DropBPCallback(0.5), DropBPCallback(0.5)
+    trainer = make_trainer(tmp_path, [callback, Watcher(callback, fail_at=2)])
+    with pytest.raises(RuntimeError, match="on fire"):
+        trainer.train()
+    again = make_trainer(tmp_path, [other], max_steps=2)
+    again.model = again.model_wrapped = trainer.model
+    again.train()
+    assert other.report()["forwards"] == 2
+
+
 def test_evaluation_inside_training_is_not_touched(tmp_path: Path) -> None:
     callback = DropBPCallback(0.0, calibrate_at=None)
     plain, _ = trained(tmp_path / "a", callback, eval_strategy="steps", eval_steps=2, max_steps=2)

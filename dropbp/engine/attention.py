@@ -2,7 +2,9 @@
 
 PyTorch's attention takes another kernel where its mask requires a gradient (relative position biases, masks computed
 from the input), and kernels differ in the last bits. A branch that runs without recording must take the kernel of the
-recorded run, so the mask is handed over as one that requires a gradient wherever the recorded one would.
+recorded run, so the mask is handed over as one that requires a gradient wherever the recorded one would. Modules that
+ask themselves whether gradients are recorded (`nn.MultiheadAttention` in evaluation mode, recurrent layers) record
+also where their branch is dropped, and what they return is cut off.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from dropbp._torch import attention_mask
 from dropbp.engine.patch import Attachment, Forward
+from dropbp.tensors import map_tensors
 
 
 class MaskState(Attachment):
@@ -45,6 +48,33 @@ class SameKernel(TorchFunctionMode):
         if len(args) > 3:
             return func(*args[:3], marked, *args[4:], **kwargs)
         return func(*args, **{**kwargs, "attn_mask": marked})
+
+
+KERNEL_BY_MODE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
+
+
+class KernelState(Attachment):
+    """A module that takes another kernel where nothing is recorded; `dropping()` tells whether it runs dropped now."""
+
+    def __init__(self, dropping: Callable[[], bool]) -> None:
+        self.dropping = dropping
+
+
+def kernel_forward(original: Forward) -> Forward:
+    """Around such a module."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: KernelState | None = self._dropbp_kernel
+        if state is None or state.original is not original or torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        if torch.is_grad_enabled() or not state.dropping():
+            return original(self, *args, **kwargs)
+        with torch.enable_grad():
+            return map_tensors(original(self, *args, **kwargs), torch.Tensor.detach)
+
+    forward.__name__ = "forward"
+    return forward
 
 
 def mask_forward(original: Forward) -> Forward:

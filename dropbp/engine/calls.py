@@ -144,7 +144,7 @@ class Calls:
 
 
 class _Settings:
-    """Flags and names in the configurations of a model, in the style of transformers: what calls ask for by default."""
+    """Flags in the configurations of a model, in the style of transformers: what calls ask for by default."""
 
     def __init__(self, model: nn.Module) -> None:
         found = {id(c): vars(c) for c in _configurations(model)}
@@ -160,7 +160,7 @@ class _Settings:
             (f"{place}.{name}", now.get(name))
             for place, (before, now) in enumerate(zip(self._before, self._now, strict=True))
             for name, value in before.items()
-            if now.get(name) != value
+            if isinstance(now.get(name), bool) and now[name] != value
         )
 
     def has_on(self, name: str) -> bool:
@@ -175,11 +175,8 @@ def _configurations(model: nn.Module) -> Iterator[Any]:
 
 
 def _flags(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    return (
-        (n, v)
-        for n, v in values.items()
-        if n not in ("use_cache", "dtype") and (v is None or isinstance(v, (bool, str)))
-    )
+    """None may be a flag that was not set."""
+    return ((n, v) for n, v in values.items() if n != "use_cache" and (v is None or isinstance(v, bool)))
 
 
 def _is_of_transformers(model: Any) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable
+from typing import cast
 
+import torch
 from torch import nn
 
 from dropbp.discovery.structure import Structure
@@ -25,6 +27,7 @@ class Parameters:
     def __init__(self, model: nn.Module, structure: Structure, stem_rests: bool) -> None:
         self.model, self.structure = model, structure
         self.stems = structure.stems if stem_rests else {}
+        self._probes = self._smallest()
 
     def need_of(self, name: str) -> int:
         """The branches that a parameter belongs to, as bits."""
@@ -33,6 +36,31 @@ class Parameters:
     def needs(self) -> dict[nn.Parameter, int]:
         """Those of branches."""
         return {self.model.get_parameter(name): need for name, need in self.structure.parameters.items()}
+
+    def forget_zeros(self, dropped: int) -> None:
+        """Gradients of these branches that are zero all over become None: left by `zero_grad(set_to_none=False)`.
+
+        An optimizer would move parameters whose gradients are zero, by decay and momentum.
+        """
+        for need, (module, attribute) in self._probes.items():
+            probe = module._parameters.get(attribute)
+            if need & ~dropped or not isinstance(probe, nn.Parameter) or probe.grad is None or probe.grad.any():
+                continue
+            own = [p for p, of in self.needs().items() if of == need and p.grad is not None]
+            if not any(bool(cast(torch.Tensor, p.grad).any()) for p in own):
+                for parameter in own:
+                    parameter.grad = None
+
+    def _smallest(self) -> dict[int, tuple[nn.Module, str]]:
+        """One parameter of each set of branches, the smallest that trains, where it is held."""
+        found: dict[int, tuple[int, nn.Module, str]] = {}
+        for name, need in self.structure.parameters.items():
+            parameter = self.model.get_parameter(name)
+            path, _, attribute = name.rpartition(".")
+            smaller = need not in found or parameter.numel() < found[need][0]
+            if parameter.requires_grad and smaller and not hasattr(parameter, "ds_id"):
+                found[need] = parameter.numel(), self.model.get_submodule(path), attribute
+        return {need: (module, attribute) for need, (_, module, attribute) in found.items()}
 
     def with_gradient(self) -> int:
         """The branches whose parameters have gradients now, from an earlier micro-batch of this step."""

@@ -277,7 +277,7 @@ class Runtime:
 
     def connect(self, tensor: torch.Tensor, alone: bool) -> torch.Tensor:
         """Where other outputs are connected already, only a loss is: masks and the like never asked for gradients."""
-        if tensor.requires_grad or not (alone or tensor.dim() == 0):
+        if tensor.requires_grad or not (alone or tensor.dim() == 0) or transforming():
             return tensor
         if self._anchor is None:
             self._anchor = torch.zeros((), requires_grad=True)

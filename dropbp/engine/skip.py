@@ -16,29 +16,47 @@ import torch
 class ScaleGradient(torch.autograd.Function):
     """Identity; multiplies the gradient by a constant. Scaling a branch's output scales its whole backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.factor = factor
+    def forward(x: torch.Tensor, factor: float) -> torch.Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
+        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient * ctx.factor, None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, _: None) -> torch.Tensor:
+        return tangent.view_as(tangent)
+
 
 class StepBoundary(torch.autograd.Function):
     """Identity; calls `boundary()` when the forward and when the backward pass through it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
-        ctx.boundary = boundary
+    def forward(x: torch.Tensor, boundary: Callable[[], None]) -> torch.Tensor:
         boundary()
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, Callable[[], None]], output: torch.Tensor) -> None:
+        ctx.boundary = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.boundary()
         return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, _: None) -> torch.Tensor:
+        return tangent.view_as(tangent)
 
 
 class Connect(torch.autograd.Function):

@@ -13,14 +13,24 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from dropbp._torch import never_compile, pause, resume
 from dropbp.discovery.liveness import ALIVE
 from dropbp.discovery.structure import Exit, LooseParameter, Site, Structure
-from dropbp.engine.attention import MaskState, mask_forward
+from dropbp.engine.attention import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.patch import Attachment, Forward, Interception
-from dropbp.engine.runtime import RootState, Runtime, is_compiling, named_forward, next_sequence, root_forward
+from dropbp.engine.runtime import (
+    RootState,
+    Runtime,
+    current_node,
+    is_compiling,
+    named_forward,
+    next_sequence,
+    root_forward,
+    transforming,
+)
 from dropbp.engine.skip import ScaleGradient, StepBoundary
 from dropbp.masks.schedule import ForwardPlan
 from dropbp.tensors import TensorMap, is_differentiable, map_tensors
@@ -75,7 +85,10 @@ class SiteState(Attachment):
 
     def resting_plan(self) -> ForwardPlan | None:
         """For a stem: the plan, if it drops the stem, and not by a mask that names branches only."""
-        plan = self.running() or self.runtime.plan_recomputed()
+        plan = self.running()
+        if plan is None and current_node() is None:
+            return None  # called by itself, to look an embedding up
+        plan = plan or self.runtime.plan_recomputed()
         return plan if plan.stem_rests and self.is_dropped() else None
 
     def _need_of_this_call(self) -> int:
@@ -101,14 +114,7 @@ def site_forward(original: Forward) -> Forward:
             return _run_as_planned(site, original, self, args, kwargs)
         if site.need & plan.kept:
             return original(self, *args, **kwargs)
-        recording, cache = is_grad_enabled(), is_autocast_cache_enabled()  # as _unrecorded does
-        set_grad_enabled(False)
-        set_autocast_cache_enabled(False)
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            set_autocast_cache_enabled(cache)
-            set_grad_enabled(recording)
+        return _unrecorded(original, self, args, kwargs)
 
     return named_forward(forward)
 
@@ -162,15 +168,25 @@ never_compile(_run_as_planned)
 
 
 def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Run under `no_grad`, and keep autocast from caching casts that carry no gradient for later, kept branches."""
-    recording, cache = is_grad_enabled(), is_autocast_cache_enabled()
+    """Run under `no_grad`, and keep caches (of casts, of parametrizations) from what carries no gradient: kept branches
+    would take it later.
+    """
+    recording, cache, weights = is_grad_enabled(), is_autocast_cache_enabled(), parametrize._cache_enabled
     set_grad_enabled(False)
     set_autocast_cache_enabled(False)
+    parametrize._cache_enabled = 0
     try:
-        return original(module, *args, **kwargs)
+        output = original(module, *args, **kwargs)
     finally:
+        parametrize._cache_enabled = weights
         set_autocast_cache_enabled(cache)
         set_grad_enabled(recording)
+    return _no_view(output) if isinstance(output, torch.Tensor) else output
+
+
+def _no_view(output: torch.Tensor) -> torch.Tensor:
+    """Autograd forbids `output += x` where the output is a view that was made without recording."""
+    return output.detach() if output._is_view() and not output.requires_grad else output
 
 
 def _uncompiled(function: Callable[[], T]) -> T:
@@ -192,10 +208,11 @@ class LooseState(Attachment):
         self.runtime = runtime
         self.entries = [(*_owner(model, entry.name), entry.need) for entry in loose]
 
-    def frozen(self) -> list[nn.Parameter]:
+    def frozen(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+        """The parameters, each with the table and the name it is held by."""
         trained = self.runtime.plan_now().trained
-        held = [(m._parameters[a], need) for m, a, need in self.entries if not need & trained]
-        return [p for p, _ in held if p is not None and p.requires_grad]
+        held = [(m._parameters, a, m._parameters[a]) for m, a, need in self.entries if not need & trained]
+        return [(table, a, p) for table, a, p in held if p is not None and p.requires_grad]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -206,13 +223,24 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function while the parameters of dropped branches are frozen."""
     frozen = _uncompiled(state.frozen)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    for table, name, parameter in frozen:
+        if _is_own(parameter):
+            parameter.requires_grad_(False)
+        else:
+            table[name] = parameter.detach()
     try:
         return function(*args, **kwargs)
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for table, name, parameter in frozen:
+            if _is_own(parameter):
+                parameter.requires_grad_(True)
+            else:
+                table[name] = parameter
+
+
+def _is_own(parameter: torch.Tensor) -> bool:
+    """Whether it is the model's own, and not what `torch.func` put in its place: that cannot be frozen."""
+    return isinstance(parameter, nn.Parameter) and parameter.is_leaf and not transforming()
 
 
 never_compile(run_frozen)
@@ -348,6 +376,11 @@ def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> 
                 [_owner(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)
             )
             made.append(Interception(module, "_dropbp_mask", mask, mask_forward))
+        made += [
+            Interception(inner, "_dropbp_kernel", KernelState(state.is_dropped), kernel_forward)
+            for inner in module.modules()
+            if isinstance(inner, KERNEL_BY_MODE) and not site.per_call and "_dropbp_kernel" not in inner.__dict__
+        ]
         wrap = shared_site_forward if site.per_call else site_forward
         made.append(Interception(module, "_dropbp_site", state, wrap))
     return made

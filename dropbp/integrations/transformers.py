@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,6 +114,8 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._compiled: list[nn.Module] = []
         self._last_report: dict[str, Any] = {}
         self._clock = _StepClock()
+        self._train: FrameType | None = None
+        self._thread = threading.get_ident()
 
     @property
     def handle(self) -> Handle | None:
@@ -127,6 +130,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def close(self) -> None:
         """Remove DropBP from the model; nothing if it is not enabled."""
+        self._train = None
         if self._replay is not None:
             self._replay.release()
             self._replay = None
@@ -227,9 +231,22 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             **self.options,
         }
         self._handle = self._enabled(model, options, loader)
+        self._train, self._thread = _frame_of_train(self), threading.get_ident()
+        self._handle.is_abandoned = self._closed_as_train_ended
         if self.compile_blocks is not None:
             names = compile_blocks(self._handle, **self.compile_blocks)
             self._compiled = [self._handle.model.get_submodule(name) for name in names]
+
+    def _closed_as_train_ended(self) -> bool:
+        """Asked before each forward: where `train()` is no longer running, an exception broke it off."""
+        if self._train is None or self._thread != threading.get_ident():
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._train:
+            frame = frame.f_back
+        if frame is None:
+            self.close()
+        return frame is None
 
     def _enabled(self, model: nn.Module, options: dict[str, Any], loader: Any) -> Handle:
         """Where the model does not say what it takes, or takes more than it says, a batch of the run shows it."""
@@ -421,6 +438,18 @@ def _calling_handler(callback: DropBPCallback) -> CallbackHandler | None:
             return caller
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _frame_of_train(callback: DropBPCallback) -> FrameType | None:
+    """The outermost frame of the trainer that is training: its `train()`."""
+    trainer = _calling_trainer(_calling_handler(callback))
+    frame: FrameType | None = sys._getframe() if trainer is not None else None
+    found = None
+    while frame is not None:
+        if frame.f_locals.get("self") is trainer:
+            found = frame
+        frame = frame.f_back
+    return found
 
 
 def _calling_trainer(handler: CallbackHandler | None) -> Any:

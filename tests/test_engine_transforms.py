@@ -1,0 +1,209 @@
+"""Transforms, caches, kernels and left-overs: what surrounds a forward changes nothing of what a mask promises."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+
+import dropbp
+from tests.engine_models import llama_loss, plain_batch, plain_loss, plain_net, take_gradients, tiny_llama, tokens
+
+MASK = (True, False, True, False, False, True)
+
+
+class LayerScaled(nn.Module):
+    """Branches with a parameter that the root multiplies in."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Linear(width, width)
+        self.bodies = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(6))
+        self.scales = nn.ParameterList(nn.Parameter(torch.full((width,), 0.7)) for _ in range(6))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.stem(x_BSD)
+        for body, scale in zip(self.bodies, self.scales, strict=True):
+            x_BSD = x_BSD + scale * body(x_BSD)
+        return x_BSD
+
+
+def enabled(kind: str) -> tuple[nn.Module, dropbp.Handle]:
+    torch.manual_seed(1)
+    model: nn.Module = LayerScaled().train() if kind == "loose" else plain_net()
+    scaling = "unbiased" if kind == "scaled" else "none"
+    masks = "independent" if kind == "scaled" else "exact"
+    return model, dropbp.enable(model, 0.5, masks=masks, scaling=scaling, example_inputs=plain_batch())
+
+
+def loss_by_row(model: nn.Module, parameters: dict[str, Tensor], x_BSD: Tensor) -> Tensor:
+    return torch.func.functional_call(model, parameters, (x_BSD,)).square().mean((1, 2))
+
+
+def transformed(way: str, model: nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the mean loss by one of the transforms."""
+    x = plain_batch()
+    if way == "grad":
+        return torch.func.grad(lambda p: loss_by_row(model, p, x).mean())(own)
+    if way == "vmap of grad":
+        one = torch.func.grad(lambda p, row: loss_by_row(model, p, row[None]).mean())
+        return {name: g.mean(0) for name, g in torch.func.vmap(one, in_dims=(None, 0))(own, x).items()}
+    if way == "jacrev":
+        return {n: g.mean(0) for n, g in torch.func.jacrev(lambda p: loss_by_row(model, p, x))(own).items()}
+    other = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    loss_by_row(model, {name: p * 1.0 for name, p in other.items()}, x).mean().backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in other.items()}
+
+
+@pytest.mark.parametrize("way", ["grad", "vmap of grad", "jacrev", "other parameters"])
+@pytest.mark.parametrize("kind", ["plain", "scaled", "loose"])
+@pytest.mark.parametrize("mask", [MASK, (True,) * 6])
+def test_a_transform_gives_the_gradient_of_a_backward(way: str, kind: str, mask: tuple[bool, ...]) -> None:
+    model, handle = enabled(kind)
+    with handle.fixed(mask):
+        expected = take_gradients(model, plain_loss(model))
+        model.zero_grad()
+        got = transformed(way, model, dict(model.named_parameters()))
+    for name, gradient in expected.items():
+        other = torch.zeros_like(got[name]) if gradient is None else gradient
+        torch.testing.assert_close(got[name], other, rtol=1e-4, atol=1e-7)
+
+
+class Shared(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.shared = nn.Linear(width, width), weight_norm(nn.Linear(width, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.stem(x_BSD)
+        for norm in self.norms:
+            x_BSD = x_BSD + self.shared(norm(x_BSD))
+        return x_BSD
+
+
+def test_a_dropped_call_leaves_nothing_in_the_cache_of_parametrizations() -> None:
+    torch.manual_seed(0)
+    model = Shared().train()
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    with handle.fixed((True, False, False)):
+        expected = take_gradients(model, plain_loss(model))
+        with parametrize.cached():
+            got = take_gradients(model, plain_loss(model))
+    for name, gradient in expected.items():
+        assert (got[name] is None) == (gradient is None), name
+        if gradient is not None:
+            torch.testing.assert_close(got[name], gradient)
+
+
+class ViewBranch(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm, self.body = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.body(self.norm(x_BSD)).flatten(0, 1).unflatten(0, x_BSD.shape[:2])
+
+
+class AddedInPlace(nn.Module):
+    in_place = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(8, 8), nn.ModuleList(ViewBranch() for _ in range(3))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.stem(x_BSD)
+        for block in self.blocks:
+            h_BSD = block(x_BSD)
+            if self.in_place:
+                h_BSD += x_BSD
+            else:
+                h_BSD = h_BSD + x_BSD
+            x_BSD = h_BSD
+        return x_BSD
+
+
+def test_the_stream_may_be_added_in_place_to_a_view_that_a_dropped_branch_made() -> None:
+    torch.manual_seed(0)
+    model = AddedInPlace().train()
+    model.in_place = False
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    with handle.fixed((True, False, True)):
+        expected = take_gradients(model, plain_loss(model))
+        model.in_place = True
+        got = take_gradients(model, plain_loss(model))
+    assert all((got[n] is None) == (g is None) and (g is None or torch.equal(got[n], g)) for n, g in expected.items())
+
+
+class Kernels(nn.Module):
+    """Modules that ask whether gradients are recorded, in evaluation mode under a root that trains."""
+
+    def __init__(self, kind: str, width: int = 8) -> None:
+        super().__init__()
+        made = {
+            "encoder": lambda: nn.TransformerEncoderLayer(width, 2, 16, batch_first=True),
+            "attention": lambda: nn.MultiheadAttention(width, 2, batch_first=True),
+            "lstm": lambda: nn.LSTM(width, width, batch_first=True),
+            "gru": lambda: nn.GRU(width, width, batch_first=True),
+        }
+        self.kind, self.stem = kind, nn.Linear(width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.bodies = nn.ModuleList(made[kind]().eval() for _ in range(3))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.stem(x_BSD)
+        for norm, body in zip(self.norms, self.bodies, strict=True):
+            h_BSD = norm(x_BSD)
+            out: Any = body(h_BSD, h_BSD, h_BSD) if self.kind == "attention" else body(h_BSD)
+            x_BSD = x_BSD + (out[0] if isinstance(out, tuple) else out)
+        return x_BSD
+
+
+@pytest.mark.parametrize("kind", ["encoder", "attention", "lstm", "gru"])
+def test_a_kernel_chosen_by_grad_mode_is_that_of_the_recorded_run(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Kernels(kind), torch.randn(4, 16, 8)
+    expected = model(x)
+    named = [f"bodies.{i}" for i in range(3)] if kind == "encoder" else None
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=x, branches=named)
+    for mask in [(True, True, True), (False, True, False)]:
+        with handle.fixed(mask):
+            out = model(x)
+            assert torch.equal(out, expected)
+        gradients = take_gradients(model, out.square().mean())
+        for i, dropped in enumerate(mask):
+            assert all((gradients[n] is None) == dropped for n in gradients if n.startswith(f"bodies.{i}."))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_gradients_set_to_zero_move_no_dropped_branch(accumulate: int) -> None:
+    model = plain_net()
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    parts = [f"blocks.{i}.{part}" for i in range(3) for part in ("mix", "mlp")]
+    for _ in range(12):
+        optimizer.zero_grad(set_to_none=False)
+        dropped = [True] * len(parts)
+        for _ in range(accumulate):
+            plain_loss(model).backward()
+            dropped = [a and b for a, b in zip(dropped, handle.mask or (), strict=True)]
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        for part, never in zip(parts, dropped, strict=True):
+            moved = not torch.equal(model.get_parameter(f"{part}.0.weight"), before[f"{part}.0.weight"])
+            assert moved != never, part
+
+
+def test_looking_up_embeddings_outside_of_the_forward_is_no_cause_for_a_warning(caplog: Any) -> None:
+    model = tiny_llama()
+    dropbp.enable(model, 0.5)
+    with caplog.at_level(logging.WARNING):
+        model.get_input_embeddings()(tokens())
+        llama_loss(model).backward()
+    assert not caplog.records
