@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from dropbp.errors import StateError as StateError
     from dropbp.estimate.plan import plan as plan
     from dropbp.masks.rates import allocate as allocate
-    from dropbp.regional import compile_blocks as compile_blocks
     from dropbp.session import Handle as Handle
+    from dropbp.session import compile_blocks as compile_blocks
     from dropbp.session import disable as disable
     from dropbp.session import enable as enable
 
@@ -42,7 +42,7 @@ _HOMES = {
     "ResourceError": "dropbp.errors",
     "StateError": "dropbp.errors",
     "plan": "dropbp.estimate.plan",
-    "compile_blocks": "dropbp.regional",
+    "compile_blocks": "dropbp.session",
     "Handle": "dropbp.session",
     "disable": "dropbp.session",
     "discover": "dropbp.discovery.discover",

@@ -32,6 +32,7 @@ from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, cl
 from dropbp.engine.install import put_in_place, rehearsal
 from dropbp.engine.integrity import Watch, last_modules
 from dropbp.engine.parameters import Parameters
+from dropbp.engine.regional import compile_each
 from dropbp.engine.runtime import RootState, Runtime
 from dropbp.engine.truncation import Cut
 from dropbp.errors import ConfigError, StateError
@@ -117,6 +118,32 @@ def _checked_model(model: Any) -> nn.Module:
             "to skip. Unfreeze parameters or add adapters first."
         )
     return cast(nn.Module, model)
+
+
+def compile_blocks(enabled: Handle | nn.Module, **options: Any) -> tuple[str, ...]:
+    """Compile every block of an enabled model in place, `module.compile(**options)`.
+
+    Names, classes and `state_dict` keys stay. Each combination of a block's branches that a step drops makes one graph
+    the first time it is met, so all compilation lies in the first steps.
+
+    Args:
+        enabled: the handle that `dropbp.enable` returned, or the model it was given.
+        **options: of `torch.compile`: backend, mode, fullgraph, dynamic, options.
+
+    Returns:
+        Qualified names of the blocks that were compiled.
+
+    Raises:
+        StateError: the model is not enabled.
+        ConfigError: no block repeats in it; compile the whole model with `masks="nested"` or `masks="pool"` instead.
+    """
+    handle = enabled if isinstance(enabled, Handle) else handle_of(enabled)
+    if handle is None or not handle.enabled:
+        raise StateError(
+            "compile_blocks needs a model that is enabled: handle = dropbp.enable(model, ...), then "
+            "dropbp.compile_blocks(handle)."
+        )
+    return compile_each(handle.model, handle.branches, options)
 
 
 def handle_of(model: nn.Module) -> Handle | None:

@@ -25,8 +25,7 @@ from dropbp.files import write_text
 from dropbp.integrations.batches import first_batch
 from dropbp.integrations.by_branch import ByBranch, is_sharded
 from dropbp.integrations.replay import LossReplay
-from dropbp.regional import compile_blocks
-from dropbp.session import Handle, enable
+from dropbp.session import Handle, compile_blocks, enable
 
 try:
     from transformers.trainer_callback import (

@@ -1,0 +1,54 @@
+"""Compiling a model block by block: the recommended way to use `torch.compile` with dropped branches.
+
+The idea: a block of two branches has four masks, so four graphs serve every block of its kind and every step, whatever
+the depth. Compiled as a whole the same model has a graph for each mask of all branches that it ever meets. The graphs
+of one kind of block are shared by its instances, so the number does not grow with the depth either.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp.discovery.structure import Branch
+from dropbp.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+OTHER_GRAPHS = 1  # a block's graph without gradients, for evaluation
+
+
+def compile_each(model: nn.Module, branches: Sequence[Branch], options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Compile every block that holds some of these branches, in place; their names. See `dropbp.compile_blocks`."""
+    blocks = {branch.block: model.get_submodule(branch.block) for branch in branches if branch.block}
+    if not blocks:
+        raise ConfigError(
+            f"{type(model).__name__} has no repeated blocks to compile one by one. Use torch.compile on all of it with "
+            "masks='nested' or masks='pool', which keep the number of different masks small."
+        )
+    for module in set(blocks.values()):
+        module.compile(**options)
+    _warn_of_limit(graphs_needed(branches, blocks))
+    return tuple(blocks)
+
+
+def graphs_needed(branches: Sequence[Branch], blocks: Mapping[str, nn.Module]) -> int:
+    """An upper bound of the graphs of all blocks, taking blocks of one class to be of one kind."""
+    count = Counter(branch.block for branch in branches)
+    of_class = {type(module): 2 ** count[name] + OTHER_GRAPHS for name, module in blocks.items()}
+    return sum(of_class.values())
+
+
+def _warn_of_limit(needed: int) -> None:
+    limit = getattr(torch._dynamo.config, "recompile_limit", None)
+    if limit is not None and needed > limit:
+        logger.warning(
+            "up to %d graphs are needed; torch._dynamo.config.recompile_limit is %d, what is over it runs uncompiled",
+            needed,
+            limit,
+        )
