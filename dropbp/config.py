@@ -34,8 +34,9 @@ class Config:
             stream's first branch, `rest`: its gradient would be that of the bare stream. `auto`: rests under masks
             drawn by `nested`, trains under those given by `handle.fixed(mask)`.
         max_activations: share of the branches' activations, by FLOPs, that a step may keep for its backward; blocks
-            beyond it, nearest the input first, are checkpointed in that step. None: no limit; `auto`: 1 - drop_rate
-            under `nested`, whose deepest steps would need the memory of a whole backward, else None.
+            beyond it, nearest the input first, are recomputed in that step's backward, where nothing speaks against
+            it: see `dropbp.engine.recompute`. None: no limit; `auto`: 1 - drop_rate under `nested`, whose deepest steps
+            would need the memory of a whole backward, else None.
         warmup: number of training forwards at the beginning in which nothing is dropped.
         steps: number of training forwards of the whole run after its warm-up (with `resample="step"` of optimizer
             steps), where it is known. Nested masks then recede: steps reach deepest at first and least deep at last,

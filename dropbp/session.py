@@ -32,6 +32,7 @@ from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, cl
 from dropbp.engine.install import put_in_place, rehearsal
 from dropbp.engine.integrity import Watch, last_modules
 from dropbp.engine.parameters import Parameters
+from dropbp.engine.recompute import Recomputation
 from dropbp.engine.regional import compile_each
 from dropbp.engine.runtime import RootState, Runtime
 from dropbp.engine.truncation import Cut
@@ -177,6 +178,7 @@ class Handle:
             trains=self._parameters.train,
         )
         self.is_abandoned: Callable[[], bool] | None = None
+        self._recomputation = Recomputation(model, self._structure.blocks, self._structure.repeated)
         self._runtime = Runtime(model)
         self._calls = Calls(model, self._structure, findings.asked)
         self._bypass = CheckpointBypass(model, self._structure, self._runtime)
@@ -189,12 +191,15 @@ class Handle:
             self._structure,
             self._runtime,
             RootState(self._begin, self._runtime),
+            self._recomputation,
             scales=config.scaling != "none",
             stem_rests=self._stem_rests(),
             boundary=self._boundary(),
             step_boundary=device.step_boundary,
         )
         self._watch = Watch(model, last_modules(self._structure))
+        if (self._activations_limit() or 1) < 1:
+            self._recomputation.tell()
         if config.rehearse:
             self._schedule.rehearsal = rehearsal(model, self._structure, self._stem_rests(), self._checkpointed)
 
@@ -414,6 +419,7 @@ class Handle:
         `realised_drop_rate` is the share of the branches' backward FLOPs that was skipped in all training forwards;
         `flops_skipped` counts forward FLOPs whose backward was skipped. A branch's `weight` is what dropping it saves,
         in the same unit: 0 where it has no backward, as neither it nor anything below it is trained.
+        `not_recomputed` names blocks that keep all activations in deep steps, and says why.
         """
         schedule, done = self._schedule, self._schedule.statistics
         return {
@@ -425,6 +431,7 @@ class Handle:
             "seed": self.config.seed,
             "forwards": done.forwards,
             "draws": schedule.draws,
+            "not_recomputed": dict(self._recomputation.reasons),
             "device": self.device.name,
             "shape": dataclasses.asdict(schedule.shape),
             "branches": [
@@ -495,6 +502,7 @@ class Handle:
                 rests and self._cut.ends(),
                 many_ranks(),
                 self._parameters.with_gradient,
+                self._recomputation.left_alone,
             )
             plan = schedule.next(shape_of(args, kwargs), conditions)
             self._refresh_engines(schedule.mask or ())
@@ -506,8 +514,9 @@ class Handle:
         return self._calls.plan(plan, args, kwargs)
 
     def _checkpointed(self, dropped: int) -> int:
-        """Blocks whose kept branches are recomputed under a mask, as a bit mask of branches."""
-        return self._schedule.checkpointed(dropped, self._activations_limit())
+        """Blocks whose kept branches are recomputed under a mask, as far as is known, as a bit mask of branches."""
+        limit, recomputation = self._activations_limit(), self._recomputation
+        return self._schedule.checkpointed(dropped, limit, recomputation.left_alone) & ~recomputation.refused
 
     def _activations_limit(self) -> float | None:
         """Share of all activations that a step may keep; None where no block is to be recomputed for its sake."""

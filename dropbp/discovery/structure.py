@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -102,7 +103,8 @@ class Structure:
     dropped for the parameter to get no gradient; `coverage` is the share of the model's FLOPs that lies in branches;
     `stems` maps modules before the first branch of a stream to that branch; `named` are the modules of branches that
     were given by name; `work` is what their backward would cost; `outputs` are the keys of the model's outputs, each
-    with whether something that trains leads to it; `aside`: outputs come out of branches by other ways than the stream.
+    with whether something that trains leads to it; `aside`: outputs come out of branches by other ways than the stream;
+    `repeated` names blocks that run more than once in a forward, or share a module with others, with the reason.
     """
 
     branches: tuple[Branch, ...]
@@ -118,6 +120,7 @@ class Structure:
     work: Work = NO_WORK
     outputs: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     aside: bool = False
+    repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def analyse(trace: Trace, model: nn.Module) -> Structure:
@@ -249,7 +252,8 @@ class _Builder:
         blocks = self._block_masks(branches)
         coverage = self._coverage()
         self._check_blocks(branches)
-        return Structure(branches, sites, self._loose(), exits, unscalable, blocks, self._parameter_needs(), coverage)
+        found = Structure(branches, sites, self._loose(), exits, unscalable, blocks, self._parameter_needs(), coverage)
+        return dataclasses.replace(found, repeated=self._repeated(blocks, sites))
 
     def _sites(self) -> tuple[Site, ...]:
         calls: dict[str, list[Call]] = {}
@@ -395,6 +399,18 @@ class _Builder:
             if branch.block:
                 masks[branch.block] = masks.get(branch.block, 0) | 1 << i
         return masks
+
+    def _repeated(self, blocks: Iterable[str], sites: Iterable[Site]) -> dict[str, str]:
+        """Blocks that ran more than once in the forward, or that hold a module which several branches share."""
+        shared = {self.modules[site.module] for site in sites if site.per_call}
+        calls = Counter(call.name for call in self.graph.calls)
+        reasons = {}
+        for name in blocks:
+            if calls[name] > 1:
+                reasons[name] = "it runs more than once in a forward"
+            elif shared.intersection(self.modules[name].modules()):
+                reasons[name] = "several branches share a module of it"
+        return reasons
 
     def _coverage(self) -> float:
         """Share of the counted FLOPs that lies in branches."""

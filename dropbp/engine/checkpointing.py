@@ -13,17 +13,16 @@ branches has four different masks, the whole model 2**N.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from dropbp.discovery.structure import Structure
 from dropbp.engine.patch import Attachment, Forward, Interception
+from dropbp.engine.recompute import Recomputation, RecomputedBlock, inside_checkpoint
 from dropbp.engine.runtime import Runtime, current_node, is_compiling, named_forward
 from dropbp.engine.wrappers import run_frozen
 from dropbp.masks.schedule import ForwardPlan
@@ -36,8 +35,8 @@ _FUNCTION = "_gradient_checkpointing_func"
 class BlockState(Attachment):
     """A block, the branches in it, and whether it only adds them to its input (None until that was seen)."""
 
-    def __init__(self, module: nn.Module, need: int, runtime: Runtime) -> None:
-        self.module, self.need, self.runtime = module, need, runtime
+    def __init__(self, module: nn.Module, need: int, runtime: Runtime, recomputed: RecomputedBlock) -> None:
+        self.module, self.need, self.runtime, self.recomputed = module, need, runtime, recomputed
         self.running = runtime.running.get
         self.only_adds: bool | None = None
 
@@ -49,16 +48,12 @@ class BlockState(Attachment):
             return False
         return not self.need & ~self.runtime.plan_recomputed().dropped
 
-    def plan_of_outer_checkpoint(self) -> ForwardPlan | None:
-        """The plan, if a user's checkpoint recomputes the block: what is saved must be the same as in the forward."""
-        node = current_node()
-        return None if node is None or hasattr(node, "run_function") else self.runtime.plan_recomputed()
-
     def run_watched(self, plan: ForwardPlan, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block as its plan says: perhaps recomputed in the backward, and looked at whether it records."""
         if torch.is_grad_enabled():
-            if plan.checkpointed & self.need:
-                return checkpoint(_SameCaches(forward, args, kwargs), *args, use_reentrant=False, **kwargs)
+            if plan.checkpointed & self.need and not inside_checkpoint():
+                calls = self.runtime.count_call(self.recomputed.name)
+                return self.recomputed.run(forward, args, kwargs, again=calls > 0)
         elif plan.stream_ends:
             self.runtime.note_unrecorded_block(self.module)
         return forward(*args, **kwargs)
@@ -114,61 +109,33 @@ def block_forward(original: Forward) -> Forward:
         if plan is None:
             if block.recomputes_in_vain():
                 return block.recompute(functools.partial(original, self, *args, **kwargs), args)
-            plan = block.plan_of_outer_checkpoint()
-        if plan is None or not plan.watched & block.need:
+            return original(self, *args, **kwargs)
+        if not plan.watched & block.need:
             return original(self, *args, **kwargs)
         return block.run_watched(plan, functools.partial(original, self), args, kwargs)
 
     return named_forward(forward)
 
 
-class _SameCaches:
-    """A block's forward, of which a recomputation meets key-value caches as the forward met them.
-
-    A block appends to the cache it is given, so that recomputed with the same one it would see its keys twice. Caches
-    are those of transformers, known by what they can do.
-    """
-
-    def __init__(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.function, self.runs = function, 0
-        values = [*args, *kwargs.values()]
-        self.before = {id(value): _snapshot(value) for value in values if hasattr(value, "get_seq_length")}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.runs += 1
-        if self.runs == 1 or not self.before:
-            return self.function(*args, **kwargs)
-        again = {key: self._as_before(value) for key, value in kwargs.items()}
-        return self.function(*map(self._as_before, args), **again)
-
-    def _as_before(self, value: Any) -> Any:
-        return _snapshot(self.before[id(value)]) if id(value) in self.before else value
-
-
-def _snapshot(cache: Any) -> Any:
-    """A copy that shares tensors but not the lists they are put into."""
-    same = copy.copy(cache)
-    for name, value in vars(cache).items():
-        if isinstance(value, list):
-            setattr(same, name, [entry if isinstance(entry, torch.Tensor) else copy.copy(entry) for entry in value])
-    return same
-
-
-def install_blocks(model: nn.Module, blocks: Mapping[str, int], runtime: Runtime) -> list[Interception]:
+def install_blocks(
+    model: nn.Module, blocks: Mapping[str, int], runtime: Runtime, recomputation: Recomputation
+) -> list[Interception]:
     """Put `block_forward` around every block."""
-    return [
-        Interception(module, "_dropbp_block", BlockState(module, need, runtime), block_forward)
-        for module, need in _modules(model, blocks).items()
-    ]
+    made = []
+    for module, (name, need) in _modules(model, blocks).items():
+        state = BlockState(module, need, runtime, RecomputedBlock(name, module, recomputation))
+        made.append(Interception(module, "_dropbp_block", state, block_forward))
+    return made
 
 
-def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, int]:
-    """Several names may be one module."""
-    needs: dict[nn.Module, int] = {}
+def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, tuple[str, int]]:
+    """Each block with its first name and its branches: several names may be one module."""
+    found: dict[nn.Module, tuple[str, int]] = {}
     for name, need in blocks.items():
         module = model.get_submodule(name)
-        needs[module] = needs.get(module, 0) | need
-    return needs
+        first, others = found.get(module, (name, 0))
+        found[module] = first, others | need
+    return found
 
 
 class CheckpointBypass:
@@ -181,7 +148,7 @@ class CheckpointBypass:
     def __init__(self, model: nn.Module, structure: Structure, runtime: Runtime) -> None:
         self.runtime = runtime
         self.hosts = [m.__dict__ for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.need = _modules(model, structure.blocks)
+        self.need = {module: need for module, (_, need) in _modules(model, structure.blocks).items()}
 
     def refresh(self) -> None:
         """Find checkpoint functions that were set since the last time."""

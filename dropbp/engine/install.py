@@ -10,6 +10,7 @@ from torch import nn
 from dropbp.discovery.structure import Structure
 from dropbp.engine.checkpointing import install_blocks
 from dropbp.engine.patch import Interception
+from dropbp.engine.recompute import Recomputation
 from dropbp.engine.runtime import RootState, Runtime
 from dropbp.engine.wrappers import install, install_boundaries, install_exits, install_stems
 from dropbp.lazy.warmup import Layer, Rehearsal
@@ -20,6 +21,7 @@ def put_in_place(
     structure: Structure,
     runtime: Runtime,
     root: RootState,
+    recomputation: Recomputation,
     *,
     scales: bool,
     stem_rests: bool,
@@ -33,6 +35,7 @@ def put_in_place(
         structure: what to intercept in it.
         runtime: the state that all interceptions share.
         root: what runs the root's forward.
+        recomputation: of the blocks, in the backward.
         scales: whether gradients of kept branches are scaled.
         stem_rests: whether what feeds the stream rests in steps that drop its first branch.
         boundary: `none`, `layer` or `sublayer`: where a lazy device is told that a step ends.
@@ -41,12 +44,13 @@ def put_in_place(
     made = install(model, structure, runtime, root)
     if stem_rests:
         made += install_stems(model, structure.stems, runtime)
-    made += install_blocks(model, structure.blocks, runtime)
+    made += install_blocks(model, structure.blocks, runtime, recomputation)
     if scales:
         made += install_exits(model, structure, runtime)
     if boundary != "none":
         made += install_boundaries(model, _starts(structure, boundary), step_boundary)
         made += install_boundaries(model, _last_blocks(structure), step_boundary, after=True)
+    recomputation.look()
     return made
 
 

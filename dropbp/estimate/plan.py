@@ -29,6 +29,7 @@ from dropbp.estimate.stepcost import (
     Timing,
     counted_flops,
     rescaled_flops,
+    see_what_recomputes,
 )
 from dropbp.estimate.table import plan_table
 from dropbp.estimate.workload import Loss, Workload, in_training, is_count, precision_of, shape_asked_for
@@ -220,7 +221,9 @@ class _Planner:
         """Past its first step, which is like no other: see `dropbp.engine.truncation`."""
         model = self.workload.model
         with enable(model, drop_rate, **{**self.enabling, **options}) as handle:
-            self.workload.step(self.workload.batch(self.probe.smallest))
+            smallest = self.workload.batch(self.probe.smallest)
+            see_what_recomputes(handle, lambda: self.workload.step(smallest))
+            self.workload.step(smallest)
             model.zero_grad(set_to_none=True)
             yield handle
 

@@ -207,6 +207,13 @@ class Timing:
         return self.clock() - start
 
 
+def see_what_recomputes(handle: Handle, step: Callable[[], None]) -> None:
+    """Run a step in which every block is to be recomputed, where any ever is: it shows which of them can be."""
+    if (handle._activations_limit() or 1) < 1:
+        with _checkpointing(handle), handle.fixed((False,) * len(handle.branches)):
+            step()
+
+
 @contextlib.contextmanager
 def _checkpointing(handle: Handle) -> Iterator[None]:
     """Inside, steps keep as good as no activations: their blocks are recomputed."""

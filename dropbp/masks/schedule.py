@@ -95,6 +95,7 @@ class Conditions:
         stream_ends: whether the stream then asks for no gradient below the lowest kept branch.
         ranks: whether other ranks run the same forward on batches of their own.
         held: tells which branches' parameters have gradients now, as bits; asked by a rehearsal only.
+        left_alone: branches of the blocks that must not be recomputed, as bits.
     """
 
     limit: float | None = None
@@ -102,6 +103,7 @@ class Conditions:
     stream_ends: bool = False
     ranks: bool = False
     held: Callable[[], int] = int
+    left_alone: int = 0
 
 
 class AtShape:
@@ -342,11 +344,14 @@ class Schedule:
             )
         return checked
 
-    def checkpointed(self, dropped: int, limit: float | None) -> int:
+    def checkpointed(self, dropped: int, limit: float | None, left_alone: int = 0) -> int:
         """Blocks nearest the input whose kept branches are more than a step may keep, as a bit mask of branches."""
         here = self.here
         kept = [f if live else 0 for f, live in zip(here.flops, here.live, strict=True)]
-        return 0 if limit is None or not any(kept) else beyond_limit(self.blocks, kept, limit, dropped)
+        if limit is None or not any(kept):
+            return 0
+        blocks = [branches for branches in self.blocks if not branches & left_alone]
+        return beyond_limit(blocks, kept, limit, dropped)
 
     def trains(self, mask: Mask) -> bool:
         """Whether a step under this mask leaves something with a gradient."""
@@ -358,13 +363,14 @@ class Schedule:
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
         """Worked out once for each mask: few masks come again and again."""
         limit, rests, ends = conditions.limit, conditions.stem_rests, conditions.stream_ends
-        key, plans = (mask, scaled, limit, rests, ends), self.here.plans
+        alone = conditions.left_alone
+        key, plans = (mask, scaled, limit, rests, ends, alone), self.here.plans
         plan = plans.get(key)
         if plan is None:
             if len(plans) >= MAX_PLANS:
                 plans.clear()
             dropped, factors = bits(mask), self._factors() if scaled else ()
-            plan = plans[key] = ForwardPlan(dropped, factors, self.checkpointed(dropped, limit), rests, ends)
+            plan = plans[key] = ForwardPlan(dropped, factors, self.checkpointed(dropped, limit, alone), rests, ends)
         return plan
 
     # -- the mask
@@ -611,7 +617,7 @@ def beyond_limit(blocks: Iterable[int], flops: Sequence[float], limit: float, dr
     """Branches of the blocks nearest the input whose activations are more than a step may keep, as a bit mask.
 
     Args:
-        blocks: each block's branches as a bit mask, nearest the input first.
+        blocks: the branches, as a bit mask, of each block that may be recomputed, nearest the input first.
         flops: of each branch; activations are taken to be in proportion.
         limit: share of all branches' activations that may be kept. One branch more is allowed.
         dropped: branches that keep nothing, as a bit mask.

@@ -90,4 +90,8 @@ def table(report: Mapping[str, Any]) -> str:
         foot += f"; {idle} branches have no backward to skip: nothing in them or below them is trained"
     if never:
         foot += f"; {never} branches are never trained (rate 1)"
+    kept = report["not_recomputed"]
+    if kept:
+        name, reason = next(iter(kept.items()))
+        foot += f"; {len(kept)} blocks keep all activations in deep steps: {name}, as {reason}"
     return "\n".join([head, *rows, foot])

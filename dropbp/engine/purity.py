@@ -1,0 +1,227 @@
+"""Evidence that a block is a pure function: that a call read nothing and changed nothing but tensors it was given.
+
+A block may be run again in the backward only where that repeats what its forward did. Python does not say whether a
+function is pure, so a call is looked at from outside. What the forward can reach is noted before and after it: buffers
+and attributes of the modules, the values that classes, closures and referenced globals hold, generators of random
+numbers. A call that changed any of it is not repeated, nor is one that was given something that can be changed, as a
+cache.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+
+from dropbp.tensors import tensors_in
+
+CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+CODE = (
+    type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, property, staticmethod,
+    classmethod, logging.Logger, nn.Module,
+)  # fmt: skip
+CONTAINERS = (list, tuple, set, frozenset, deque)
+INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
+KNOWN_HOOKS = ("torch", "transformers", "accelerate", "deepspeed", "peft", "dropbp")
+DEPTH = 3
+
+
+def changeable(value: Any) -> Any:
+    """The first part of an argument that a call may change or keep, other than a tensor; None if there is none."""
+    if isinstance(value, (torch.Tensor, *CONSTANTS)):
+        return None
+    if isinstance(value, tuple):
+        return next((found for item in value if (found := changeable(item)) is not None), None)
+    return value
+
+
+def versions(values: Any) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [_version(tensor) for tensor in tensors_in(values)]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class State:
+    """What a block's forward can reach beside its arguments. Values are held, so that none is taken for another."""
+
+    def __init__(self, reach: Reach) -> None:
+        self.modes = [module.training for module in reach.modules]
+        self.parameters = [parameter for module in reach.modules for parameter in module._parameters.values()]
+        self._versions = [None if parameter is None else _version(parameter) for parameter in self.parameters]
+        self._found: list[Any] = []
+        self._seen: set[int] = set()
+        for value in reach.values():
+            self._add(value, DEPTH)
+
+    def resembles(self, other: State) -> bool:
+        """Whether all is the same, but for the values of parameters, which an optimizer changes."""
+        return _same(self.parameters, other.parameters) and _same(self._found, other._found)
+
+    def equals(self, other: State) -> bool:
+        """Whether all is the same."""
+        return self._versions == other._versions and self.resembles(other)
+
+    def _add(self, value: Any, depth: int) -> None:
+        self._found.append(value)
+        kind = _kinds[type(value)]
+        if kind is None:
+            return
+        if kind is torch.Tensor:
+            self._found.append(_version(value))
+        elif kind is torch.Generator:
+            self._found.append(bytes(value.get_state().tolist()))
+        elif kind is random.Random:
+            self._found.append(hash(value.getstate()))
+        elif depth and id(value) not in self._seen:
+            self._seen.add(id(value))
+            for part in _parts(value, kind):
+                self._add(part, depth - 1)
+
+
+class Reach:
+    """The places where a block's forward may keep something: worked out once, read before and after each call."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.modules = list(block.modules())
+        self._cells: list[Any] = []
+        self._named: list[tuple[Mapping[str, Any], tuple[str, ...]]] = []
+        self._functions: set[int] = set()
+        for module in self.modules:
+            own = vars(module)
+            self._named.append((own, tuple(n for n in own if n not in INTERNAL and not n.startswith("_dropbp"))))
+            self._add_function(getattr(module.forward, "__func__", module.forward))
+        for kind in dict.fromkeys(kind for module in self.modules for kind in type(module).__mro__):
+            if not kind.__module__.startswith("torch.") and kind is not object:
+                self._add_names(vars(kind), (name for name in vars(kind) if not name.startswith("__")))
+
+    def _add_function(self, function: Any) -> None:
+        """What a function, and those it was wrapped around, hold in closures and name among their globals."""
+        while isinstance(function, types.FunctionType) and id(function) not in self._functions:
+            self._functions.add(id(function))
+            self._cells += [cell for cell in function.__closure__ or () if not _is_code(_content(cell))]
+            self._add_names(function.__globals__, function.__code__.co_names)
+            function = getattr(function, "__wrapped__", None)
+
+    def _add_names(self, values: Mapping[str, Any], names: Iterable[str]) -> None:
+        kept = tuple(name for name in names if name in values and not _is_code(values[name]))
+        if kept:
+            self._named.append((values, kept))
+
+    def values(self) -> Iterator[Any]:
+        """All that is found there now."""
+        for module in self.modules:
+            yield from module._buffers.values()
+            yield from module._modules.values()
+            yield len(vars(module))
+        for values, names in self._named:
+            for name in names:
+                yield values.get(name)
+        yield from map(_content, self._cells)
+
+
+class _Kinds(dict[type, Any]):
+    """How values of a type are looked at; None where the value itself is all there is."""
+
+    def __missing__(self, kind: type) -> Any:
+        known = (torch.Tensor, torch.Generator, random.Random, dict, CONTAINERS)
+        plain = issubclass(kind, (*CONSTANTS, *CODE))
+        self[kind] = None if plain else next((entry for entry in known if issubclass(kind, entry)), object)
+        return self[kind]
+
+
+_kinds = _Kinds()
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, CODE)
+
+
+def _parts(value: Any, kind: Any) -> Iterable[Any]:
+    if kind is dict:
+        return (*value, *value.values())
+    if kind is CONTAINERS:
+        return tuple(value)
+    if hasattr(value, "tobytes"):  # an array of NumPy
+        return (value.tobytes(),)
+    return tuple(getattr(value, "__dict__", {}).values())
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty so far
+        return None
+
+
+def other_generators() -> list[Any]:
+    """States of the global generators that PyTorch's checkpointing does not put back."""
+    states: list[Any] = [hash(random.getstate())]
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        _, key, position, *_ = numpy.get_state()
+        states += [key.tobytes(), position]
+    return states
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(map(_equal, one, other))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, CONSTANTS) and bool(a == b))
+
+
+def copied_buffers(block: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every buffer and its present values: what is written through `.data` or by a kernel counts no new version."""
+    return [(buffer, buffer.detach().clone()) for buffer in block.buffers() if not buffer.is_meta]
+
+
+def any_differs(copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether a buffer has other values than its copy."""
+    return not all(torch.equal(buffer, copy) for buffer, copy in copies)
+
+
+def known_effect(block: nn.Module) -> str | None:
+    """What is known to happen in each training forward of a block beside its outputs; None if nothing is known."""
+    for module in block.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats and module.training:
+            return f"{type(module).__name__} keeps running statistics"
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if module is not block and any(map(_is_unknown, hooks)):
+            return f"a forward hook of {type(module).__name__} would run twice"
+    everywhere = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
+    if any(map(_is_unknown, everywhere)):
+        return "a global forward hook would run twice"
+    return None
+
+
+def _is_unknown(hook: Callable[..., Any]) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] not in KNOWN_HOOKS
+
+
+def passing_circumstance(modes_at_first: int) -> str | None:
+    """What holds now and may not hold in the backward; None if nothing is known."""
+    if parametrize._cache_enabled:
+        return "parametrizations are cached"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it runs under a transform of torch.func"
+    if torch._C._len_torch_function_stack() > modes_at_first:
+        return "a torch function mode is on"
+    return None

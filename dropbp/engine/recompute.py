@@ -1,0 +1,265 @@
+"""Blocks that are recomputed in the backward for the sake of memory, and those that are left alone.
+
+The library decides by itself to recompute, so it must not fail where a plain backward works. Whatever a block saves for
+its backward is therefore kept until its forward has returned. If the call changed nothing, as far as
+`dropbp.engine.purity` can see, the saved tensors are released, and PyTorch's non-reentrant checkpointing makes them
+again in the backward. If the call changed anything, they stay: the backward is the plain one, and the block is left
+alone from then on. So the activations of one block are held at a time, as they are when it is recomputed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint as torchs
+
+from dropbp.engine.purity import (
+    Reach,
+    State,
+    any_differs,
+    changeable,
+    copied_buffers,
+    known_effect,
+    other_generators,
+    passing_circumstance,
+    versions,
+)
+from dropbp.errors import StateError
+
+logger = logging.getLogger(__name__)
+
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+Forward = Callable[..., Any]
+
+_top_hooks: Callable[[bool], Hooks | None] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
+
+
+class Recomputation:
+    """The blocks of one model that may be recomputed, and the reasons why others are not.
+
+    Attributes:
+        reasons: by name of the block, why its last call was not recomputed although it should have been.
+        left_alone: branches of the blocks that will not be recomputed in calls to come, as a bit mask.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, int], repeated: Mapping[str, str]) -> None:
+        self.blocks, self.reasons = dict(blocks), dict(repeated)
+        self.left_alone = self._branches_of(repeated)
+        self.function_modes = torch._C._len_torch_function_stack()
+        self.sharded = any(hasattr(module, "set_unshard_in_backward") for module in model.modules())
+        self.members: list[RecomputedBlock] = []
+        self._told = False
+
+    @property
+    def refused(self) -> int:
+        """Branches of the blocks whose last call was not recomputed, as a bit mask."""
+        return self._branches_of(self.reasons)
+
+    def look(self) -> None:
+        """Take the blocks for what they are once all functions are in place."""
+        for member in self.members:
+            member.look()
+
+    def note(self, name: str, reason: str | None, for_good: bool = False) -> None:
+        """What became of a block's last call; a reason says why it is not recomputed."""
+        if reason is None:
+            self.reasons.pop(name, None)
+            return
+        self.reasons[name] = reason
+        if for_good:
+            self.left_alone |= self.blocks[name]
+        self.tell()
+
+    def tell(self) -> None:
+        """Say once that there are blocks which are not recomputed."""
+        if self.reasons and not self._told:
+            self._told = True
+            name, reason = next(iter(self.reasons.items()))
+            logger.warning(
+                "%s is not recomputed in the backward, as %s. Training steps that reach deep keep all activations of "
+                "such blocks, which max_activations was to avoid. handle.report()['not_recomputed'] names them all.",
+                name,
+                reason,
+            )
+
+    def _branches_of(self, names: Mapping[str, str]) -> int:
+        return functools.reduce(int.__or__, (self.blocks[name] for name in names), 0)
+
+
+class RecomputedBlock:
+    """Runs one block so that it can be recomputed, where that is known to be safe."""
+
+    def __init__(self, name: str, module: nn.Module, shared: Recomputation) -> None:
+        self.name, self.module, self.shared = name, module, shared
+        shared.members.append(self)
+        self.look()
+        self.tried = False
+
+    def look(self) -> None:
+        """Take the block for what it is now."""
+        self.reach = Reach(self.module)
+        self.last = State(self.reach)
+        self.parameters = self.last.parameters
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
+        """Run it; `again` says that it ran before in the same forward of the root."""
+        effect = _missing_hooks() or known_effect(self.module)
+        if effect is not None:
+            return self._refuse(effect, forward, args, kwargs, for_good=True)
+        before = State(self.reach)
+        reason = "it runs more than once in a forward" if again else self._passing_reason(before, args, kwargs)
+        if reason is not None:
+            return self._refuse(reason, forward, args, kwargs)
+        run = _Run(self, forward, len(args), tuple(kwargs), before)
+        return torchs.checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
+
+    def _refuse(
+        self, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], for_good: bool = False
+    ) -> Any:
+        self.shared.note(self.name, reason, for_good)
+        return forward(*args, **kwargs)
+
+    def _passing_reason(self, before: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What speaks against recomputing this call, and may not against the next."""
+        given = changeable((*args, *kwargs.values()))
+        if given is not None:
+            return f"it is given a {type(given).__name__}, which a call may change (of a cache: pass use_cache=False)"
+        if not self.shared.sharded and any(map(operator.is_not, before.parameters, self.parameters)):
+            return "it runs with other parameters than those it had in dropbp.enable"
+        if not before.resembles(self.last):
+            self.reach = Reach(self.module)
+            self.last = State(self.reach)
+            return "its attributes were changed since its last call"
+        return passing_circumstance(self.shared.function_modes)
+
+    def passed(self, before: State, same_tensors: bool) -> bool:
+        """Whether the call that has just returned changed nothing."""
+        pure = same_tensors and before.equals(State(self.reach))
+        self.shared.note(self.name, None if pure else "its forward changes more than its outputs", for_good=True)
+        return pure
+
+
+def _missing_hooks() -> str | None:
+    return "PyTorch before 2.8 cannot keep what it saves until the forward is done" if _top_hooks is None else None
+
+
+class _Run:
+    """One call of a block: the first time as it is, then in the backward as it was."""
+
+    def __init__(
+        self, block: RecomputedBlock, forward: Forward, positional: int, names: tuple[str, ...], before: State
+    ) -> None:
+        self.block, self.forward, self.positional, self.names = block, forward, positional, names
+        self.before, self.reach, self.kernels = before, block.reach, _allowed_kernels()
+        self.versions: list[int] = []
+        self.done = False
+
+    def __call__(self, *values: Any) -> Any:
+        args, kwargs = values[: self.positional], dict(zip(self.names, values[self.positional :], strict=True))
+        forward = functools.partial(self.forward, *args, **kwargs)
+        if self.done:
+            return self._again(forward, values)
+        self.done, self.versions = True, versions(values)
+        return self._first(forward, values)
+
+    def _first(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
+        copies = [] if self.block.tried else copied_buffers(self.block.module)
+        generators = other_generators()
+        with _keeping() as kept:
+            output = forward()
+        same = versions(values) == self.versions and generators == other_generators() and not any_differs(copies)
+        self.block.tried = True
+        if self.block.passed(self.before, same):
+            for saved in kept:
+                saved.tensor = None
+        return output
+
+    def _again(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
+        if versions(values) != self.versions or not State(self.reach).resembles(self.before):
+            raise StateError(
+                f"{self.block.name} was to be recomputed in the backward, and what its forward read was changed after "
+                "it. Enable the model with max_activations=None, so that nothing is recomputed."
+            )
+        with _modes(self.reach.modules, self.before.modes), sdpa_kernel(self.kernels):
+            return forward()
+
+
+class _Saved:
+    """A saved tensor as PyTorch's checkpointing knows it, and the tensor itself for as long as it is kept."""
+
+    __slots__ = ("packed", "tensor", "version")
+
+    def __init__(self, packed: Any, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None
+        self.packed, self.tensor, self.version = packed, tensor, versions(tensor)
+
+    def checked(self) -> torch.Tensor:
+        """The tensor. PyTorch does not look for itself whether it was changed where hooks are set."""
+        assert self.tensor is not None
+        if versions(self.tensor) != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of shape {list(self.tensor.shape)}."
+            )
+        return self.tensor
+
+
+@contextlib.contextmanager
+def _keeping() -> Iterator[list[_Saved]]:
+    """Inside, what is saved is kept besides being handed to the hooks that are there."""
+    assert _top_hooks is not None
+    hooks = _top_hooks(False)
+    assert hooks is not None, "PyTorch's checkpointing has hooks"
+    pack, unpack = hooks
+    kept: list[_Saved] = []
+
+    def keep(tensor: torch.Tensor) -> _Saved:
+        kept.append(_Saved(pack(tensor), tensor))
+        return kept[-1]
+
+    def give(saved: _Saved) -> torch.Tensor:
+        return unpack(saved.packed) if saved.tensor is None else saved.checked()
+
+    with saved_tensors_hooks(keep, give):
+        yield kept
+
+
+def inside_checkpoint() -> bool:
+    """Whether a checkpoint is recording or recomputing what runs now: one in another would recompute it twice."""
+    hooks = None if _top_hooks is None else _top_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) in (torchs.__name__, __name__)
+
+
+@contextlib.contextmanager
+def _modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None]:
+    """Modules are in the modes in which their forward ran."""
+    present = [module.training for module in modules]
+    try:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        yield
+    finally:
+        for module, mode in zip(modules, present, strict=True):
+            module.training = mode
+
+
+def _allowed_kernels() -> list[SDPBackend]:
+    """The kernels of attention that may be used now."""
+    allowed = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    return [kernel for kernel, on in allowed.items() if on]
