@@ -100,6 +100,22 @@ def test_peak_memory_at_other_rates_is_within_5_percent():
     assert_memory_is_foretold(MODELS["llama"], rates=(0.0, 0.875))
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.75, 0.875])
+def test_states_of_what_never_trains_in_the_run_are_not_counted(rate):
+    found = dropbp.plan(MODELS["llama"](), ROWS, LENGTH, drop_rates=(rate,), measure=False, steps=16)
+    model = MODELS["llama"]()
+    dropbp.enable(model, rate, steps=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    peaks = []
+    for _ in range(16):
+        optimizer.zero_grad()
+        with track_tensor_bytes(model, optimizer) as tracked:
+            trained.loss_of(model, batch()).backward()
+            optimizer.step()
+        peaks.append(tracked.peak_bytes)
+    assert found.at(rate).peak_bytes == pytest.approx(max(peaks), rel=0.05)
+
+
 def test_peak_memory_under_accumulation_is_within_5_percent():
     assert_memory_is_foretold(MODELS["llama"], accumulation=3)
 
@@ -346,6 +362,13 @@ def test_the_command_prints_and_writes_json(folder, tmp_path, capsys):
     [
         (["--batch-size", "0"], "--batch-size 0 must be 1 or more"),
         (["--memory-limit", "0"], "--memory-limit 0.0 must be above 0"),
+        (["--memory-limit", "inf"], "--memory-limit inf must be above 0, and finite"),
+        (["--memory-limit", "1e308"], "--memory-limit 1e+308 must be a number of GiB"),
+        (["--batch-size", "9" * 30], "must be 16,777,216 at most"),
+        (["--steps", "0"], "--steps 0 must be 1 or more"),
+        (["--plot", "plan.svg"], "--plot plan.svg must end in .png"),
+        (["--output", "/dev/null/plan.json"], "/dev/null is not a folder"),
+        (["--output", "/"], "--output / is a folder; name a file in it"),
         (["--device", "tpu"], "no adapter for device 'tpu'"),
     ],
 )

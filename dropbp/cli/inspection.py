@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dropbp.cli.options import check_counts
 from dropbp.cli.quiet import quiet
-from dropbp.errors import ConfigError
 
 if TYPE_CHECKING:
     from dropbp.discovery.structure import Branch
@@ -33,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DropBPError: the model cannot be built, or its branches cannot be found.
     """
-    for name in ("batch_size", "sequence_length"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more.")
+    check_counts(args, ("batch_size", "sequence_length"))
     with quiet():
         found = inspect_model(args.model, args.batch_size, args.sequence_length)
     sys.stdout.write((json.dumps(found, indent=1) if args.json else tree(found)) + "\n")

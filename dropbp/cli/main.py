@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except Exception as error:
-        exhausted = as_resource_error(error)
-        if exhausted is None:
+        message, status = _explained(error)
+        if message is None:
             raise
-        return _fail(str(exhausted), EXIT_EXHAUSTED)
+        return _fail(message, status)
 
 
 def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
@@ -95,12 +95,22 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
+def _explained(error: Exception) -> tuple[str | None, int]:
+    """What to say of an error that is not ours, and the exit status; None where it is a fault of the program."""
+    exhausted = as_resource_error(error)
+    if exhausted is not None:
+        return str(exhausted), EXIT_EXHAUSTED
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be read or written: {error.strerror}.", EXIT_BAD_INPUT
+    return None, EXIT_BAD_INPUT
+
+
 def _load(name: str) -> Any:
     return importlib.import_module(COMMANDS[name].module)
 
 
 def _hint(missing: str) -> str:
-    extras = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "datasets": "hf", "matplotlib": "bench"}
+    extras = {**dict.fromkeys(("transformers", "peft", "accelerate", "datasets", "gguf"), "hf"), "matplotlib": "bench"}
     extra = extras.get(missing.partition(".")[0])
     return "" if extra is None else f"; install it with: pip install 'dropbp[{extra}]'"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropbp.cli.figures import new_figure, save_figure
+from dropbp.cli.options import check_amounts, check_counts, check_file
 from dropbp.cli.quiet import quiet
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
@@ -138,12 +139,12 @@ def _model(args: argparse.Namespace) -> nn.Module:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("batch_size", "sequence_length", "gradient_accumulation"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
-    if args.memory_limit is not None and not args.memory_limit > 0:
-        raise ConfigError(f"--memory-limit {args.memory_limit} must be above 0: GiB.")
+    check_counts(args, ("batch_size", "sequence_length", "gradient_accumulation", "steps"))
+    check_amounts(args, ("memory_limit",))
+    if args.memory_limit is not None and not 1 <= args.memory_limit * GIB <= sys.float_info.max:
+        raise ConfigError(f"--memory-limit {args.memory_limit} must be a number of GiB, at least one byte.")
+    check_file("--output", args.output)
+    check_file("--plot", args.plot, ".png")
 
 
 def progress_note() -> Callable[[str], None] | None:

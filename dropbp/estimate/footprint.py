@@ -178,7 +178,19 @@ class OptimizerBytes:
             self._give_gradients(self._parameters)
             self._optimizer.step()
         with self._mode, track_tensor_bytes(self._optimizer) as tracked:
-            self.state_bytes = tracked.live_bytes
+            self._all_bytes = tracked.live_bytes
+
+    def state_bytes(self, trained: Iterable[str]) -> int:
+        """Bytes of the states of these parameters: one that is never given a gradient gets none."""
+        never = self._parameters.keys() - set(trained)
+        states = (self._optimizer.state.get(self._parameters[name], {}) for name in never)
+        tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        return self._all_bytes - sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that may be trained."""
+        return list(self._parameters)
 
     def step_bytes(self, trained: Iterable[str]) -> int:
         """Bytes beyond states, parameters and gradients at the worst moment of a step that moves these parameters."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -208,7 +209,7 @@ class _Planner:
         """Predictions in the order of the rates, and the shape that was timed."""
         with self._enabled(0.0, max_activations=None) as handle:
             flops = self._flops(handle)
-            plain = self._memory(handle, (False,) * len(handle.branches))
+            plain = self._memory(handle, (False,) * len(handle.branches), None)
             timed_at, seconds, optimizer_s = None, None, None
             if clock is not None:
                 timed_at = self._affordable(plain)
@@ -254,7 +255,7 @@ class _Planner:
 
     def _memories(self, handle: Handle, mix: MaskMix, mask: Mask) -> list[Memory]:
         """Of steps under a mask, one for each set of gradients that earlier micro-batches may have left."""
-        alone = self._memory(handle, mask)
+        alone = self._memory(handle, mask, mix)
         if self.accumulation == 1:
             return [alone]
         sizes = {n: p.numel() * p.element_size() for n, p in handle.model.named_parameters() if p.requires_grad}
@@ -267,10 +268,12 @@ class _Planner:
             found.append(Memory(limits, alone.state_bytes, self.optimizer_bytes.step_bytes(both)))
         return found
 
-    def _memory(self, handle: Handle, mask: Mask) -> Memory:
+    def _memory(self, handle: Handle, mask: Mask, mix: MaskMix | None) -> Memory:
+        """Of steps under a mask, beside the states of all that the masks of the run train; None is this mask alone."""
         footprint = self._footprint(handle, mask)
+        ever = footprint.trained if mix is None else mix.trained(mix.every, self.optimizer_bytes.names)
         step_bytes = self.optimizer_bytes.step_bytes(footprint.trained)
-        return Memory((Held(footprint, 0),), self.optimizer_bytes.state_bytes, step_bytes)
+        return Memory((Held(footprint, 0),), self.optimizer_bytes.state_bytes(ever), step_bytes)
 
     def _footprint(self, handle: Handle, mask: Mask, held_gradients: bool = False) -> Footprint:
         def run(shape: Shape) -> None:
@@ -371,7 +374,7 @@ def _positions(model: nn.Module) -> int | None:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 0
+    return isinstance(value, (int, float)) and 0 < value <= sys.float_info.max
 
 
 def _check(model: nn.Module, accumulation: int, memory_limit: int | None) -> None:
