@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import subprocess
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dropbp.cli import causal_lm, corpus, demo, embedded, report, training
-from dropbp.cli.examples import IGNORED, Encoder, Example, collate, encode_rows, pack
+from dropbp.cli import causal_lm, choices, corpus, demo, embedded, registry, report, smollm, training
+from dropbp.cli.examples import IGNORED, Encoder, Example, collate, collate_answers, encode_rows, pack
 from dropbp.cli.main import main
 from dropbp.cli.rows import read_rows
 from dropbp.errors import ConfigError
-from tests.tiny import CHAT_TEMPLATE, make_tokenizer, save_model, sums, write_jsonl
+from tests.tiny import CHAT_TEMPLATE, make_model, make_tokenizer, save_model, sums, write_jsonl
 
 SMALL = ["--batch-size", "2", "--gradient-accumulation", "2", "--max-length", "128", "--device", "cpu"]
 
@@ -441,6 +444,12 @@ def test_checkpointing_and_bf16_train(model_folder: Path, data: Path, tmp_path: 
         (["--device", "abacus"], "abacus"),
         (["--max-steps", "0"], "--max-steps 0 must be above 0"),
         (["--eval-fraction", "1"], "--eval-fraction 1.0 must be in [0, 1)"),
+        (["--epochs", "inf"], "--epochs inf must be above 0, and finite"),
+        (["--learning-rate", "inf"], "--learning-rate inf must be above 0, and finite"),
+        (["--seed", "-1"], "--seed -1 must be from 0"),
+        (["--warmup-steps", "-1"], "--warmup-steps -1 must be from 0"),
+        (["--batch-size", "9" * 30], "must be 16,777,216 at most"),
+        (["--output", "/dev/null/x"], "/dev/null is not a folder"),
         (["--resume"], "holds no checkpoint"),
         (["--dataset", "missing.jsonl"], "--dataset missing.jsonl is not a file"),
         (["--model", "./missing"], "./missing does not exist"),
@@ -479,26 +488,194 @@ def test_splitting_keeps_every_example_once() -> None:
         causal_lm.split(examples[:1], 0.2, seed=1)
 
 
-# -- the embedded example
+# -- the demo
+
+QUESTIONS = [
+    choices.Question(f"Add {n} and 1.\nA. {n + 1}\nB. {n + 2}", f"A. {n + 1}" if n % 2 else f"B. {n + 2}")
+    for n in range(60)
+]
+RECIPE = demo.Recipe(steps=4, batch_size=2, held_out=8, evaluations=2)
 
 
-def test_the_embedded_example_compares_two_runs_and_trains_its_base_once(
+def chat_model(layers: int = 4) -> tuple[Any, Any]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return make_model(layers), tokenizer
+
+
+def demo_of_tiny_things(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "Recipe", lambda: RECIPE)
+    monkeypatch.setattr(demo, "load_smollm", chat_model)
+    monkeypatch.setattr(demo, "choice_questions", lambda held_out, seed: (QUESTIONS[held_out:], QUESTIONS[:held_out]))
+
+
+def test_the_demo_shows_answers_costs_losses_and_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    base = embedded.Base(layers=2, width=32, heads=2, sequence_length=32, batch_size=2, steps=3, corpus_bytes=9000)
-    monkeypatch.setattr(demo, "Recipe", lambda: embedded.Recipe(base, corpus_bytes=9000, batch_size=2, steps=4))
-    assert main(["finetune", "--output", str(tmp_path / "a")]) == 0
-    text = capsys.readouterr()
-    assert "base (once)" in text.err
-    assert "validation loss" in text.out
-    assert main(["finetune", "--output", str(tmp_path / "b")]) == 0
-    assert "base (once)" not in capsys.readouterr().err
-    plain, dropped = result_of(tmp_path / "a")["runs"]
+    demo_of_tiny_things(monkeypatch)
+    assert main(["finetune", "--output", str(tmp_path), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    for question in QUESTIONS[:3]:
+        assert question.text in text
+    for words in ("right", "before", "validation loss", "after the same time", "last loss", "Right answers to 8"):
+        assert words in text
+    result = result_of(tmp_path)
+    plain, dropped = result["runs"]
     assert plain["evaluations"][0]["loss"] == dropped["evaluations"][0]["loss"]
-    assert plain["tokens"] == dropped["tokens"]
-    assert dropped["flops_per_token"] < plain["flops_per_token"] == dropped["plain_flops_per_token"]
-    assert dropped["peak_bytes"] < plain["peak_bytes"]
+    assert (plain["steps"], dropped["steps"]) == (4, 6)  # at p = .5 six steps cost the FLOPs of four
+    assert dropped["flops_per_token"] < plain["flops_per_token"]
+    assert len(result["before"]["answers"]) == len(plain["answers"]) == len(dropped["answers"]) == 3
+
+
+def test_the_demo_takes_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo_of_tiny_things(monkeypatch)
+    monkeypatch.setattr(demo, "load_smollm", None)
+    folder, output = save_model(tmp_path / "model", chat=True), tmp_path / "out"
+    assert main(["finetune", "--model", str(folder), "--plain", "--output", str(output), "--device", "cpu"]) == 0
+    assert len(result_of(output)["runs"]) == 1
+
+
+def test_logits_of_the_answers_alone_give_the_loss_of_all() -> None:
+    model, tokenizer = chat_model()
+    rows = [question.row for question in QUESTIONS[7:12]]
+    examples = encode_rows(rows, Encoder(tokenizer, 256), iter).examples
+    whole, ends = collate(examples, 0), collate_answers(examples, 0)
+    assert ends["logits_to_keep"] == ends["labels"].shape[1] < whole["labels"].shape[1]
+    assert model(**ends).loss.item() == pytest.approx(model(**whole).loss.item(), rel=1e-5)
+
+
+def test_accuracy_counts_the_letters_that_are_likeliest() -> None:
+    model, tokenizer = chat_model()
+    right = 0
+    for question in QUESTIONS:
+        text = tokenizer.apply_chat_template(question.prompt, tokenize=False, add_generation_prompt=True)
+        logits = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
+        a, b = (float(logits[tokenizer(letter)["input_ids"][0]]) for letter in "AB")
+        right += ("A" if a > b else "B") == question.answer[0]
+    assert choices.accuracy(model, tokenizer, QUESTIONS, batch_size=7) == right / len(QUESTIONS)
+
+
+def test_questions_are_split_by_their_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"passage": "P.", "question": f"Q{n}?", "options": "\nA. a\nB. b ", "answer": "A. a"} for n in range(10)]
+    places = {str(n): write_jsonl(tmp_path / f"{n}.jsonl", rows[n:]) for n in range(2)}
+    monkeypatch.setattr(choices, "package_files", lambda package: places)
+    train, held_out = choices.choice_questions(4, seed=1)
+    assert (train, held_out) == choices.choice_questions(4, seed=1) != choices.choice_questions(4, seed=2)
+    assert len(train) + len(held_out) == len(set(train) | set(held_out))  # though the same are in both sets
+    assert {question.text for question in train + held_out} <= {f"P. Q{n}?\nA. a\nB. b" for n in range(10)}
+
+
+# -- files from the registry
+
+CONTENT = b"what is wanted"
+PACKAGE = registry.Package("dropbp-sample", "1.0", {"sample/a.txt": hashlib.sha256(CONTENT).hexdigest()})
+
+
+def pip_that_gives(content: bytes | None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[list[str]]:
+    """A registry with one wheel in it; None is one that is not reached. The calls are noted."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        if content is None:
+            return subprocess.CompletedProcess(command, 1, "", "ERROR: no route\nERROR: No matching distribution\n")
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "sample-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("sample/a.txt", content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(registry, "_call", run)
+    return calls
+
+
+def test_files_are_fetched_once_and_again_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = pip_that_gives(CONTENT, monkeypatch, tmp_path)
+    (place,) = registry.package_files(PACKAGE).values()
+    assert place.read_bytes() == CONTENT
+    assert place.is_relative_to(tmp_path)
+    assert registry.package_files(PACKAGE) == {"sample/a.txt": place}
+    assert len(calls) == 1
+    assert {"download", "--no-deps"} < set(calls[0])
+    assert calls[0][-1] == "dropbp-sample==1.0"
+    place.write_bytes(b"half")
+    assert registry.package_files(PACKAGE)["sample/a.txt"].read_bytes() == CONTENT
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "did not come from the package registry (ERROR: No matching distribution)"),
+        (b"another", "sample/a.txt of dropbp-sample 1.0 is not the known file"),
+    ],
+)
+def test_a_registry_that_fails_or_lies_is_named(
+    content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip_that_gives(content, monkeypatch, tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        registry.package_files(PACKAGE)
+    assert message in str(caught.value)
+    assert not list(tmp_path.rglob("a.txt"))
+
+
+def test_a_gguf_file_gives_the_model_and_tokenizer_it_was_made_of(tmp_path: Path) -> None:
+    model, tokenizer = chat_model(2)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    write_gguf(model, tokenizer, tmp_path / "tiny.gguf")
+    read, words = smollm.read_gguf(tmp_path / "tiny.gguf")
+    ids = torch.arange(1, 40)[None]
+    assert torch.allclose(read.eval()(ids).logits, model.eval()(ids).logits, atol=1e-5)
+    assert words("Add the numbers")["input_ids"] == tokenizer("Add the numbers")["input_ids"]
+    assert words.chat_template == CHAT_TEMPLATE
+    assert words.eos_token == "</s>"
+
+
+def write_gguf(model: Any, tokenizer: Any, path: Path) -> None:
+    import gguf
+
+    config, vocabulary = model.config, tokenizer.get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__)]
+    tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<") and len(token) > 2 else 1 for token in tokens])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id, writer.add_unk_token_id):
+        add(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    for name, weight in model.state_dict().items():
+        if name != "lm_head.weight":
+            writer.add_tensor(*as_llama_cpp(name, weight, config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def as_llama_cpp(name: str, weight: torch.Tensor, config: Any) -> tuple[str, Any]:
+    """Names and the order of rows in queries and keys, as convert_hf_to_gguf.py of llama.cpp has them."""
+    names = {theirs: ours for ours, theirs in smollm._NAMES.items()}
+    module, kind = name.rsplit(".", 1)
+    _, where, *rest = module.split(".")
+    ours, block = (names[".".join(rest[1:])], f"blk.{rest[0]}.") if where == "layers" else (names[module], "")
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(ours)
+    if heads is not None:
+        weight = weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+    return f"{block}{ours}.{kind}", weight.contiguous().numpy()
+
+
+# -- the embedded base
 
 
 def test_the_byte_tokenizer_gives_back_every_text() -> None:
@@ -574,6 +751,41 @@ def test_the_verdict_distrusts_times_of_a_busy_machine() -> None:
 def test_the_verdict_says_so_when_dropbp_is_better() -> None:
     result = {"runs": [make_run("plain", 0.0, 2.0, 1.0), make_run("dropbp", 0.5, 1.0, 1.5)]}
     assert "DropBP is lower by 0.5000" in report.verdict(result)[2]
+
+
+def demo_result(dropped_loss: float) -> dict[str, Any]:
+    runs = [make_run("plain", 0.0, 2.0, 1.0), make_run("dropbp", 0.5, 1.0, dropped_loss)]
+    for run, share in zip(runs, (0.5, 0.75), strict=True):
+        run |= {"accuracy": share, "answers": [run["name"].upper()]}
+    before = {"accuracy": 0.25, "answers": ["B. 2"]}
+    asked = [{"text": "1+2?\nA. 3\nB. 2", "answer": "A. 3"}]
+    return {"runs": runs, "before": before, "questions": asked, "config": {"recipe": {"held_out": 8}}}
+
+
+@pytest.mark.parametrize(
+    ("dropped_loss", "sentence"),
+    [
+        (0.0, "Plain training's last loss 1.0000: plain after 8 s, DropBP after 3 s."),
+        (1.5, "Plain training's last loss 1.0000, after 8 s, was not reached by DropBP."),
+    ],
+)
+def test_the_demos_verdict_says_when_plains_loss_was_reached_and_how_many_are_right(
+    dropped_loss: float, sentence: str
+) -> None:
+    *_, reached, right = report.verdict(demo_result(dropped_loss))
+    assert reached == sentence
+    assert right == "Right answers to 8 questions held out: 25% before, plain 50%, DropBP 75%."
+
+
+def test_answers_are_shown_before_and_after() -> None:
+    lines = report.shown_answers(demo_result(0.0)).splitlines()
+    assert lines[:3] == ["1+2?", "A. 3", "B. 2"]
+    assert [line.split(maxsplit=1) for line in lines[3:]] == [
+        ["right", "A. 3"],
+        ["before", "B. 2"],
+        ["plain", "PLAIN"],
+        ["dropbp", "DROPBP"],
+    ]
 
 
 def test_one_run_has_a_table_and_no_verdict() -> None:

@@ -1,26 +1,49 @@
-"""The embedded comparison: one small model, fine-tuned plainly and with DropBP on the same batches."""
+"""The demo: a chat model is fine-tuned on questions with options, plainly and with DropBP, for about the same time.
+
+Model and questions come from a package registry, or the model from anywhere that `--model` names. Both runs see the
+same examples in the same order, under the same learning rate that decays to zero at their ends; the run with DropBP
+takes as many steps as cost the FLOPs of the plain run.
+"""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import tempfile
-from dataclasses import asdict, replace
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dropbp.cli.corpus import digest, english_prose, source_code
-from dropbp.cli.embedded import Base, Recipe, base_folder, byte_tokenizer, cached_base, new_model
-from dropbp.cli.examples import Example, pack
+import torch
+
+from dropbp.cli.choices import Question, accuracy, answers, choice_questions
+from dropbp.cli.examples import Encoder, Example, encode_rows
+from dropbp.cli.models import load_model, load_tokenizer
 from dropbp.cli.report import new_result
+from dropbp.cli.smollm import load_smollm
 from dropbp.cli.training import Job, Settings, train
 from dropbp.integrations.transformers import DropBPCallback
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OUTPUT = Path("runs/demo")
-_EVALUATION_EXAMPLES = 32
+_SHOWN = 3  # questions whose answers are shown
+_Model = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the demo is made of. Steps are those of the plain run."""
+
+    steps: int = 28
+    batch_size: int = 8
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 3
+    held_out: int = 64
+    evaluations: int = 3
+    seed: int = 0
 
 
 def run_demo(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
@@ -28,17 +51,25 @@ def run_demo(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
     Returns:
         The result and the folder it belongs into.
+
+    Raises:
+        ConfigError: model or questions cannot be had.
     """
-    recipe = _recipe(args)
-    output = args.output or OUTPUT
-    base = _base(recipe.base, args.device)
-    settings = _settings(recipe, output, args)
-    jobs = [_job("plain", base, recipe), _job(f"dropbp p={args.drop_rate:g}", base, recipe)]
-    runs = [train(jobs[0], settings)]
-    if not args.plain:
+    recipe, output = _recipe(args), args.output or OUTPUT
+    load = _loader(args)
+    questions, held_out = choice_questions(recipe.held_out, recipe.seed)
+    model, tokenizer = load()
+    before = _measured(model, tokenizer, held_out, args)
+    runs = [_run("plain", (model, tokenizer), None, recipe, (questions, held_out), args)]
+    if not args.plain and args.drop_rate:
+        del model
+        gc.collect()
         callback = DropBPCallback(args.drop_rate, masks=args.masks, seed=recipe.seed)
-        runs.append(train(jobs[1], settings, callback))
-    return new_result({**vars(args), "recipe": asdict(recipe)}, args.device, runs), output
+        longer = replace(recipe, steps=_equal_steps(recipe.steps, args.drop_rate))
+        name = f"dropbp p={args.drop_rate:g}"
+        runs.append(_run(name, load(), callback, longer, (questions, held_out), args))
+    result = new_result({**vars(args), "recipe": asdict(recipe)}, args.device, runs)
+    return {**result, "before": before, "questions": [asdict(question) for question in held_out[:_SHOWN]]}, output
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -51,57 +82,68 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return replace(Recipe(), **{name: value for name, value in chosen.items() if value is not None})
 
 
-def _base(base: Base, device: str | None) -> LlamaForCausalLM:
-    code = source_code(base.corpus_bytes)
-    return cached_base(base_folder(base, digest(code)), lambda: _train_base(base, code, device))
+def _loader(args: argparse.Namespace) -> Callable[[], _Model]:
+    """Gives the same model each time it is called."""
+    if args.model is None:
+        return load_smollm
+    return lambda: (load_model(args.model, torch.float32), load_tokenizer(args.model))
 
 
-def _train_base(base: Base, code: str, device: str | None) -> LlamaForCausalLM:
-    model = new_model(base)
-    job = Job("base (once)", model, byte_tokenizer(), _examples(code, base))
-    with tempfile.TemporaryDirectory() as folder:
-        train(job, _base_settings(base, Path(folder), device))
-    return model
+def _equal_steps(steps: int, drop_rate: float) -> int:
+    """Steps that cost the FLOPs of so many plain ones: a backward costs two forwards, and a part of it is dropped."""
+    return max(1, round(steps * 3 / (3 - 2 * drop_rate)))
 
 
-def _base_settings(base: Base, folder: Path, device: str | None) -> Settings:
+def _run(
+    name: str,
+    loaded: _Model,
+    callback: DropBPCallback | None,
+    recipe: Recipe,
+    data: tuple[list[Question], list[Question]],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    model, tokenizer = loaded
+    questions, held_out = data
+    needed = recipe.steps * recipe.batch_size * (args.gradient_accumulation or 1)
+    examples = _examples(questions[:needed], tokenizer, args.max_length)
+    job = Job(name, model, tokenizer, examples, _examples(held_out, tokenizer, args.max_length), answers_last=True)
+    run = train(job, _settings(recipe, args), callback)
+    return {**run, **_measured(model, tokenizer, held_out, args)}
+
+
+def _examples(questions: list[Question], tokenizer: Any, max_length: int) -> list[Example]:
+    return encode_rows([question.row for question in questions], Encoder(tokenizer, max_length), iter).examples
+
+
+def _measured(model: Any, tokenizer: Any, held_out: list[Question], args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy on all questions that were held out, and answers to the first of them."""
+    model.eval()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=_bf16(args)):
+        return {
+            "accuracy": accuracy(model, tokenizer, held_out),
+            "answers": answers(model, tokenizer, held_out[:_SHOWN]),
+        }
+
+
+def _settings(recipe: Recipe, args: argparse.Namespace) -> Settings:
     return Settings(
-        output=folder,
-        learning_rate=base.learning_rate,
-        weight_decay=0.01,
-        batch_size=base.batch_size,
-        max_steps=base.steps,
-        keep_checkpoints=False,
-        seed=base.seed,
-        device=device,
-    )
-
-
-def _settings(recipe: Recipe, output: Path, args: argparse.Namespace) -> Settings:
-    return Settings(
-        output=output,
+        output=args.output or OUTPUT,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         batch_size=recipe.batch_size,
         gradient_accumulation=args.gradient_accumulation or 1,
         max_steps=recipe.steps,
-        warmup_steps=args.warmup_steps,
-        schedule="constant_with_warmup",  # a decaying rate would favour the run that ends first at equal times
+        warmup_steps=recipe.warmup_steps,
         keep_checkpoints=False,
         gradient_checkpointing=args.gradient_checkpointing,
-        bf16=args.bf16,
+        bf16=_bf16(args),
         seed=recipe.seed,
         device=args.device,
-        eval_steps=args.eval_steps or max(1, recipe.steps // 5),
+        eval_steps=args.eval_steps or max(1, -(-recipe.steps // recipe.evaluations)),
     )
 
 
-def _job(name: str, base: LlamaForCausalLM, recipe: Recipe) -> Job:
-    examples = _examples(english_prose(recipe.corpus_bytes), recipe.base)
-    held_out = max(1, min(_EVALUATION_EXAMPLES, len(examples) // 10))
-    return Job(name, copy.deepcopy(base), byte_tokenizer(), examples[:-held_out], examples[-held_out:])
-
-
-def _examples(text: str, base: Base) -> list[Example]:
-    ids: list[int] = byte_tokenizer()(text)["input_ids"]
-    return pack(ids, base.sequence_length)
+def _bf16(args: argparse.Namespace) -> bool:
+    """Mixed precision where it is asked for, and where the processor computes in it: elsewhere it is slower."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(args.bf16 or (args.device in (None, "cpu") and known is not None and known()))

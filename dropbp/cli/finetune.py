@@ -1,7 +1,7 @@
-"""The command `dropbp finetune`: the embedded comparison without arguments, a real fine-tuning with them.
+"""The command `dropbp finetune`: the demo without a data set, a fine-tuning of one's own with it.
 
-Without `--model` a small Llama over bytes is fine-tuned twice, plainly and with DropBP, and compared. With `--model`
-and `--dataset` one model is fine-tuned, evaluated and saved. Defaults are those of the paper (arXiv:2402.17812).
+The demo fine-tunes a small chat model twice, plainly and with DropBP, and compares. With `--model` and `--dataset` one
+model is fine-tuned, evaluated and saved. Defaults are those of the paper (arXiv:2402.17812).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dropbp.cli.options import MOST, check_amounts, check_counts, check_folder, check_seed, check_shares
 from dropbp.cli.quiet import quiet
 from dropbp.errors import ConfigError
 
 RESULT_FILE, PLOT_FILE = "result.json", "result.png"
+_COUNTS = ("max_length", "max_steps", "batch_size", "gradient_accumulation", "save_steps", "eval_steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +38,16 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     with quiet():
-        result, output = _run_embedded(args) if args.model is None else _run_real(args)
+        result, output = _run_demo(args) if args.dataset is None else _run_real(args)
     _show(result, output, args.json)
     return 0
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and data", "none of them: a small embedded example, without downloads")
-    group.add_argument("--model", metavar="DIR_OR_HUB_ID", help="causal language model")
+    group = parser.add_argument_group("model and data", "without a data set the demo runs, on questions with options")
+    group.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="causal language model (of the demo: SmolLM2-135M-Instruct)"
+    )
     group.add_argument(
         "--dataset",
         metavar="FILE_OR_HUB_ID",
@@ -89,31 +93,21 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if (args.model is None) != (args.dataset is None):
-        raise ConfigError("--model and --dataset go together; without both the embedded example runs.")
-    if args.model is None and args.resume:
-        raise ConfigError("--resume needs --model and --dataset; the embedded example keeps no checkpoints.")
-    if not 0 <= args.drop_rate < 1:
-        raise ConfigError(f"--drop-rate {args.drop_rate} must be in [0, 1).")
-    if not 0 <= args.eval_fraction < 1:
-        raise ConfigError(f"--eval-fraction {args.eval_fraction} must be in [0, 1).")
-    positive = (
-        "max_length",
-        "max_steps",
-        "epochs",
-        "batch_size",
-        "gradient_accumulation",
-        "learning_rate",
-        "save_steps",
-        "eval_steps",
-    )
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be above 0.")
+    if args.model is None and args.dataset is not None:
+        raise ConfigError("--dataset needs --model; without --dataset the demo runs, on questions of its own.")
+    if args.dataset is None and args.resume:
+        raise ConfigError("--resume needs --model and --dataset; the demo keeps no checkpoints.")
+    check_shares(args, ("drop_rate", "eval_fraction"))
+    check_amounts(args, ("epochs", "learning_rate", *_COUNTS))
+    check_counts(args, _COUNTS)
+    check_seed(args.seed)
+    if not 0 <= args.warmup_steps <= MOST:
+        raise ConfigError(f"--warmup-steps {args.warmup_steps} must be from 0 to {MOST:,}.")
+    if args.output is not None:
+        check_folder("--output", args.output)
 
 
-def _run_embedded(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+def _run_demo(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     from dropbp.cli.demo import run_demo
 
     return run_demo(args)
@@ -139,5 +133,10 @@ def _text(result: dict[str, Any], output: Path) -> str:
 
     plot = output / PLOT_FILE if find_spec("matplotlib") else "needs matplotlib: pip install 'dropbp[bench]'"
     paths = [f"result  {output / RESULT_FILE}", f"plot    {plot}"]
-    parts = [report.table(result), "\n".join(report.verdict(result)), "\n".join(paths)]
+    parts = [
+        report.shown_answers(result),
+        report.table(result),
+        "\n".join(report.verdict(result)),
+        "\n".join(paths),
+    ]
     return "\n" + "\n\n".join(filter(None, parts)) + "\n"

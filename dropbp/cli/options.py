@@ -11,15 +11,16 @@ from pathlib import Path
 from dropbp.errors import ConfigError
 
 MOST = 2**24  # rows, tokens, steps: far above what is trained, far below what overflows
+MOST_MICRO_BATCHES = 2**14  # a mask is drawn for each
 MOST_SEED = 2**32 - 1  # numpy's, which every trainer seeds
 
 
-def check_counts(args: argparse.Namespace, names: Iterable[str]) -> None:
-    """Raises ConfigError for an option that is given and no whole number from 1 to 2**24."""
+def check_counts(args: argparse.Namespace, names: Iterable[str], most: int = MOST) -> None:
+    """Raises ConfigError for an option that is given and no whole number from 1 to `most`."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not 1 <= value <= MOST:
-            raise ConfigError(f"{_option(name)} {value} must be {'1 or more' if value < 1 else f'{MOST:,} at most'}.")
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"{_option(name)} {value} must be {'1 or more' if value < 1 else f'{most:,} at most'}.")
 
 
 def check_amounts(args: argparse.Namespace, names: Iterable[str]) -> None:

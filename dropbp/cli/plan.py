@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropbp.cli.figures import new_figure, save_figure
-from dropbp.cli.options import check_amounts, check_counts, check_file
+from dropbp.cli.options import MOST_MICRO_BATCHES, check_amounts, check_counts, check_file
 from dropbp.cli.quiet import quiet
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
@@ -139,7 +139,8 @@ def _model(args: argparse.Namespace) -> nn.Module:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_counts(args, ("batch_size", "sequence_length", "gradient_accumulation", "steps"))
+    check_counts(args, ("batch_size", "sequence_length", "steps"))
+    check_counts(args, ("gradient_accumulation",), MOST_MICRO_BATCHES)
     check_amounts(args, ("memory_limit",))
     if args.memory_limit is not None and not 1 <= args.memory_limit * GIB <= sys.float_info.max:
         raise ConfigError(f"--memory-limit {args.memory_limit} must be a number of GiB, at least one byte.")

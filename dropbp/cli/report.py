@@ -73,7 +73,21 @@ def verdict(result: Result) -> list[str]:
             _loss_sentence(f"after the same time{_amount(plain, dropped)}", *_at_equal(plain, dropped, "train_s")),
             _loss_sentence("after the same FLOPs", *_at_equal(plain, dropped, "flops")),
         ]
+    if "before" in result:
+        sentences += [*_reached_sentence(plain, dropped), _accuracy_sentence(result, plain, dropped)]
     return sentences
+
+
+def shown_answers(result: Result) -> str:
+    """What the model answered to the questions that a result holds, before and after; empty where it holds none."""
+    lines = []
+    for index, question in enumerate(result.get("questions", ())):
+        given = {"right": question["answer"], "before": result["before"]["answers"][index]}
+        given |= {run["name"]: run["answers"][index] for run in result["runs"]}
+        width = max(map(len, given))
+        lines += [question["text"], *(f"  {name:<{width}}  {' '.join(text.split())}" for name, text in given.items())]
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def plot(result: Result, path: Path) -> None:
@@ -166,6 +180,25 @@ def _interpolated(run: Run, axis: str, amount: float) -> float:
             share = (amount - before[axis]) / (after[axis] - before[axis])
             return float(before["loss"] + share * (after["loss"] - before["loss"]))
     return float(points[-1]["loss"])
+
+
+def _reached_sentence(plain: Run, dropped: Run) -> list[str]:
+    """When DropBP was first at the loss with which plain training ended."""
+    if not (plain["evaluations"] and dropped["evaluations"]):
+        return []
+    goal, needed_s = float(_points(plain)[-1]["loss"]), _last(plain, "train_s")
+    for before, after in pairwise(_points(dropped)):
+        if after["loss"] <= goal < before["loss"]:
+            share = (before["loss"] - goal) / (before["loss"] - after["loss"])
+            at_s = before["train_s"] + share * (after["train_s"] - before["train_s"])
+            return [f"Plain training's last loss {goal:.4f}: plain after {needed_s:.0f} s, DropBP after {at_s:.0f} s."]
+    return [f"Plain training's last loss {goal:.4f}, after {needed_s:.0f} s, was not reached by DropBP."]
+
+
+def _accuracy_sentence(result: Result, plain: Run, dropped: Run) -> str:
+    before, count = result["before"]["accuracy"], result["config"]["recipe"]["held_out"]
+    shares = f"{before:.0%} before, plain {plain['accuracy']:.0%}, DropBP {dropped['accuracy']:.0%}"
+    return f"Right answers to {count} questions held out: {shares}."
 
 
 def _amount(plain: Run, dropped: Run) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
-from dropbp.cli.examples import Example, collate
+from dropbp.cli.examples import Example, collate, collate_answers
 from dropbp.cli.probe import probe_step
 from dropbp.device import Device, get_device
 from dropbp.errors import ConfigError, DeviceError, DropBPError
@@ -58,13 +59,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A model and the data to train it on; no `evaluation` means no evaluation."""
+    """A model and the data to train it on; no `evaluation` means no evaluation.
+
+    `answers_last` computes logits for the ends of the examples only, where the answers are, if the model can.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     train: Sequence[Example]
     evaluation: Sequence[Example] = ()
+    answers_last: bool = False
 
 
 def train(
@@ -184,12 +189,17 @@ def _trainer(job: Job, settings: Settings, callbacks: list[TrainerCallback], sta
             args=_arguments(settings, len(job.train), bool(job.evaluation), starts_anew),
             train_dataset=list(job.train),
             eval_dataset=list(job.evaluation) or None,
-            data_collator=partial(collate, padding_id=job.tokenizer.pad_token_id),
+            data_collator=partial(_collator(job), padding_id=job.tokenizer.pad_token_id),
             processing_class=job.tokenizer,
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)  # it prints every log line; the recorder's bar shows what matters
     return trainer
+
+
+def _collator(job: Job) -> Callable[..., dict[str, Any]]:
+    takes = inspect.signature(job.model.forward).parameters
+    return collate_answers if job.answers_last and "logits_to_keep" in takes else collate
 
 
 @contextmanager
