@@ -572,6 +572,29 @@ def test_xla_is_lazy_and_asked_through_its_package(monkeypatch: pytest.MonkeyPat
         get_device("xla:1")
 
 
+def test_a_device_that_another_package_adds_to_pytorch_is_known() -> None:
+    result = run_python("""
+        import types, torch
+        from dropbp.device import available_devices, get_device, known_devices
+        from dropbp.errors import DeviceError
+        try:
+            get_device("mychip")
+        except DeviceError as error:
+            assert "no adapter for device 'mychip'" in str(error), error
+        torch.utils.rename_privateuse1_backend("mychip")
+        try:
+            get_device("mychip")
+        except DeviceError as error:
+            assert "has no module torch.mychip" in str(error), error
+        chip = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
+        torch._register_device_module("mychip", chip)
+        assert "mychip" in known_devices() and available_devices()["mychip"]
+        device = get_device("mychip:0")
+        assert device.memory_allocated_bytes() is None and device.describe()["name"] == "mychip"
+    """)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_model_trains_with_a_backend_that_says_little(monkeypatch: pytest.MonkeyPatch) -> None:
     device = dropbp.device._factory("xpu")(None)
     monkeypatch.setattr(type(device), "is_available", lambda self: Availability(True))

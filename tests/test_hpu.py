@@ -5,6 +5,7 @@ The simulation is process-global, so each group of checks runs in a process of i
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -254,6 +255,29 @@ def check_calibration_leaves_the_random_state_alone_where_there_are_eight_device
         assert all(map(torch.equal, before, (hpu.get_rng_state(), torch.get_rng_state()))), method
 
 
+def check_the_adapter_of_every_other_device_serves_a_real_one() -> None:
+    """It knows nothing of Gaudi, and finds in `torch.hpu` and `torch.accelerator` all that it asks for."""
+    import dropbp
+
+    generic = importlib.import_module("dropbp.backends.accelerator")
+    device = generic.create_device("hpu", 0)
+    assert device.is_available() and not generic.create_device("hpu", 8).is_available()
+    device.reset_peak_memory()
+    before = device.memory_allocated_bytes()
+    tensor = torch.ones(1024, device="hpu")
+    device.synchronize()
+    assert device.memory_allocated_bytes() - before == tensor.nbytes <= device.max_memory_allocated_bytes()
+    assert device.memory_limit_bytes() == 96 * 2**30
+    state, first = device.generator_state(), torch.rand(3, device="hpu")
+    device.set_generator_state(state)
+    assert torch.equal(torch.rand(3, device="hpu").cpu(), first.cpu())
+    described = device.describe()
+    assert (described["generation"], described["devices"], described["package"]) == ("GAUDI2", 8, None)
+    with dropbp.enable(make_model(layers=2).to("hpu").train(), 0.5, device=device) as handle:
+        loss_of(handle.model, next(batches(1, "hpu"))).backward()
+        assert handle.report()["forwards"] == 1
+
+
 # --- lazy: recipes, host reads, memory
 
 
@@ -410,6 +434,7 @@ GROUPS = {
         check_hpu_graphs_are_refused_with_the_reason,
         check_a_cpu_model_is_not_taken_for_an_hpu_model,
         check_calibration_leaves_the_random_state_alone_where_there_are_eight_devices,
+        check_the_adapter_of_every_other_device_serves_a_real_one,
         check_no_recompile_after_warm_up,
         check_recipes_do_not_depend_on_depth,
         check_what_each_part_of_the_design_is_for,

@@ -248,7 +248,8 @@ def many_ranks() -> bool:
 def _over_ranks(values: torch.Tensor, device: torch.device, operation: str) -> torch.Tensor:
     if not many_ranks():
         return values
-    on_device = values.to(device, torch.float32 if device.type in ("mps", "hpu") else torch.float64)
+    wide = device.type in ("cpu", "cuda")  # many other devices have no float64
+    on_device = values.to(device, torch.float64 if wide else torch.float32)
     torch.distributed.all_reduce(on_device, getattr(torch.distributed.ReduceOp, operation))
     return on_device.cpu().double()
 
