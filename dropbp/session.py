@@ -274,6 +274,17 @@ class Handle:
         checked = checked_share("share", share, "a share of the training from 0 to 1", lambda x: 0 <= x <= 1)
         self._schedule.progress(checked, dropping)
 
+    def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Only what this optimizer holds counts as trained: each mask leaves some of it with a gradient.
+
+        Without it, whatever requires a gradient counts. The callback for transformers calls it for you.
+
+        Raises:
+            ConfigError: every step would drop all that the optimizer holds.
+        """
+        self._parameters.hold(p for group in optimizer.param_groups for p in group["params"])
+        self._schedule.forget_what_trains()
+
     def calibrate(
         self, closure: Closure | Sequence[Closure], *, method: str = "one-pass", set_rates: bool = True
     ) -> Calibration:

@@ -43,7 +43,9 @@ class Watcher(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def make_trainer(folder: Path, callbacks: list[TrainerCallback], **options: Any) -> Trainer:
+def make_trainer(
+    folder: Path, callbacks: list[TrainerCallback], *, kind: type[Trainer] = Trainer, rows: int = 32, **options: Any
+) -> Trainer:
     arguments = {
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
@@ -57,10 +59,10 @@ def make_trainer(folder: Path, callbacks: list[TrainerCallback], **options: Any)
         "dataloader_pin_memory": False,
         **options,
     }
-    return Trainer(
+    return kind(
         model=make_model(),
         args=TrainingArguments(output_dir=str(folder), **arguments),
-        train_dataset=random_examples(),
+        train_dataset=random_examples(rows),
         eval_dataset=random_examples(8, seed=1),
         data_collator=partial(collate, padding_id=0),
         callbacks=callbacks,
@@ -96,6 +98,88 @@ def test_resampling_per_step_keeps_one_mask_for_the_micro_batches_of_a_step(tmp_
     _, watcher = trained(tmp_path, callback, gradient_accumulation_steps=2, max_steps=6)
     assert watcher.masks[::2] == watcher.masks[1::2]
     assert len(set(watcher.masks)) > 1
+
+
+class TwoForwards(Trainer):
+    """R-Drop and its like."""
+
+    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Any:
+        return model(**inputs).loss + model(**inputs).loss
+
+
+LONG = {"save_strategy": "no", "max_steps": -1}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "rows"),
+    [
+        ({"max_steps": 50, "save_strategy": "no"}, Trainer, 32),
+        ({**LONG, "num_train_epochs": 12, "gradient_accumulation_steps": 8}, Trainer, 36),
+        ({**LONG, "num_train_epochs": 1, "gradient_accumulation_steps": 64}, Trainer, 200),
+        ({"max_steps": 30, "save_strategy": "no"}, TwoForwards, 32),
+        ({"max_steps": 60, "save_strategy": "no", "warmup_steps": 0}, Trainer, 32),
+    ],
+    ids=["plain", "short last accumulation", "one short step", "two forwards", "long"],
+)
+def test_the_budget_is_met_however_many_forwards_a_step_has(
+    tmp_path: Path, options: dict[str, Any], kind: type[Trainer], rows: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = DropBPCallback()
+    make_trainer(tmp_path, [callback], kind=kind, rows=rows, **options).train()
+    assert callback.report()["realised_drop_rate"] == pytest.approx(0.5, abs=0.02)
+    assert "missed its budget" not in caplog.text
+
+
+def test_a_training_that_stops_early_says_that_it_missed_its_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = DropBPCallback()
+    trained(tmp_path, callback, watch={"stop_at": 20}, max_steps=60, save_strategy="no")
+    assert callback.report()["realised_drop_rate"] < 0.48
+    assert caplog.text.count("DropBP missed its budget") == 1
+
+
+@pytest.mark.parametrize("change", [{"drop_rate": 0.875}, {"gradient_accumulation_steps": 4}, {"max_steps": 60}])
+def test_a_training_resumed_with_something_changed_meets_its_budget(tmp_path: Path, change: dict[str, Any]) -> None:
+    options = {"gradient_accumulation_steps": 2, "max_steps": 40, "save_steps": 20}
+    trained(tmp_path, DropBPCallback(0.5), watch={"stop_at": 20}, **options)
+    rate = change.get("drop_rate", 0.5)
+    callback = DropBPCallback(rate)
+    _, after = trained(
+        tmp_path, callback, str(tmp_path / "checkpoint-20"), **{**options, **{k: change[k] for k in change if k in {
+            "gradient_accumulation_steps", "max_steps"}}},
+    )  # fmt: skip
+    assert len(set(after.masks)) > 1
+    done = callback.snapshot["handle"]["statistics"]
+    whole = done["flops_dropped"] / done["flops_seen"]
+    assert whole == pytest.approx(rate if rate == 0.5 else (0.42 + 0.875) / 2, abs=0.02 if rate == 0.5 else 0.05)
+
+
+def test_an_optimizer_that_holds_only_what_rests_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [DropBPCallback()])
+    embedding = trainer.model.get_input_embeddings().weight
+    trainer.optimizer = torch.optim.AdamW([embedding], lr=1e-3)
+    with pytest.raises(ConfigError, match=r"nothing would train.*stem='train'"):
+        trainer.train()
+    assert not any("forward" in module.__dict__ for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize(("masks", "drop_rate"), [("nested", 0.5), ("independent", 0.875)])
+def test_each_mask_leaves_a_gradient_to_what_the_optimizer_holds(tmp_path: Path, masks: str, drop_rate: float) -> None:
+    callback = DropBPCallback(drop_rate, masks=masks, calibrate_at=None, steps=None)
+    trainer = make_trainer(tmp_path, [callback], max_steps=30, save_strategy="no")
+    held = [p for n, p in trainer.model.named_parameters() if n.endswith(("q_proj.weight", "v_proj.weight"))]
+    trainer.optimizer = torch.optim.AdamW(held, lr=1e-3)
+    counts = []
+
+    class Counter(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            counts.append(sum(parameter.grad is not None for parameter in held))
+
+    trainer.add_callback(Counter())
+    trainer.train()
+    assert min(counts) > 0
+    assert len(counts) == 30
 
 
 def test_training_end_leaves_no_trace_on_the_model(tmp_path: Path) -> None:

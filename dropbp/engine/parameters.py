@@ -28,6 +28,7 @@ class Parameters:
         self.model, self.structure = model, structure
         self.stems = structure.stems if stem_rests else {}
         self._probes = self._smallest()
+        self.held: frozenset[str] | None = None
 
     def need_of(self, name: str) -> int:
         """The branches that a parameter belongs to, as bits."""
@@ -67,11 +68,20 @@ class Parameters:
         held = (need for parameter, need in self.needs().items() if parameter.grad is not None)
         return functools.reduce(operator.or_, held, 0)
 
+    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Only these are trained. Where an engine has put others in their place, nothing is known and all count."""
+        ids = set(map(id, parameters))
+        names = frozenset(name for name, parameter in self.model.named_parameters() if id(parameter) in ids)
+        self.held = names or None
+
     def train(self, dropped: int) -> bool:
-        """Whether a step that drops these branches leaves a parameter with a gradient."""
+        """Whether a step that drops these branches leaves a trained parameter with a gradient."""
         asleep = tuple(f"{name}." for name, need in self.stems.items() if not need & ~dropped)
         return any(
-            parameter.requires_grad and self.need_of(name) & ~dropped and not name.startswith(asleep)
+            parameter.requires_grad
+            and self.need_of(name) & ~dropped
+            and (self.held is None or name in self.held)
+            and not name.startswith(asleep)
             for name, parameter in self.model.named_parameters()
         )
 

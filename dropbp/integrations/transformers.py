@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from dropbp.device import get_device
-from dropbp.errors import ConfigError, DiscoveryError, MissingDependencyError, StateError
+from dropbp.errors import ConfigError, DiscoveryError, DropBPError, MissingDependencyError, StateError
 from dropbp.files import write_text
 from dropbp.integrations.batches import first_batch
 from dropbp.integrations.by_branch import ByBranch, is_sharded
@@ -71,9 +71,9 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             nothing new for a new mask; None asks the device. The result is the same.
         log: add `dropbp_*` figures to the trainer's own log, and so to TensorBoard, W&B and the like.
         **options: passed on to `dropbp.enable`. Unless given, `rehearse` is on where the device is lazy, and `steps` is
-            the length of the training, so that nested masks recede; `steps=None` keeps them from it. Where a forward
-            needs `example_inputs`, they are the first rows of the training data; the run's own order and random states
-            stay as they are.
+            the length of the training, so that nested masks anneal by the trainer's own progress; `steps=None` keeps
+            them from it. Where a forward needs `example_inputs`, they are the first rows of the training data; the
+            run's own order and random states stay as they are.
 
     After an exception inside `train()` no trainer calls its callbacks; `close()`, leaving a `with` block around the
     callback, or the next `train()` then removes DropBP from the model.
@@ -115,6 +115,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._clock = _StepClock()
         self._train: FrameType | None = None
         self._thread = threading.get_ident()
+        self._position = _Position(1, 1, None)
 
     @property
     def handle(self) -> Handle | None:
@@ -164,10 +165,12 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.close()  # what an earlier training left that did not end
         _put_first(self)
         loader = kwargs.get("train_dataloader")
-        self._enable(_unwrapped(kwargs["model"]), args.gradient_accumulation_steps, state.max_steps, loader)
+        self._position = _Position(state.max_steps, args.gradient_accumulation_steps, _length(loader))
+        self._enable(_unwrapped(kwargs["model"]), loader)
         try:
             self._restore(_saved_snapshot(state) if state.global_step else None)
-        except StateError:
+            self._note_optimizer(kwargs.get("optimizer"))
+        except DropBPError:
             self.close()
             raise
         self._cut_by_branch()
@@ -180,11 +183,20 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Draw a mask for the step if asked to, and get ready to calibrate in it if it is time."""
         if self._handle is None:
             return
+        self._position.begin_step(state.global_step)
+        self._tell_progress()
         if self.resample == "step":
             self._handle.resample()
         if self._calibration_due(state.global_step + 1, state.max_steps):
             self._replay = LossReplay(_unwrapped(kwargs["model"]), CALIBRATION_BATCHES)
         self._clock.begin()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell how much of the training is done, between the micro-batches of a step too."""
+        self._position.end_micro_batch()
+        self._tell_progress()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Calibrate, if the step was chosen for it: the gradients are free now."""
@@ -220,12 +232,13 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Remove DropBP from the model."""
         self.close()
 
-    def _enable(self, model: nn.Module, forwards_per_step: int, max_steps: int, loader: Any = None) -> None:
+    def _enable(self, model: nn.Module, loader: Any) -> None:
         lazy = get_device(self.options.get("device"), model).is_lazy()
         options: dict[str, Any] = {
             "resample": self.resample,
-            "warmup": self.warmup_steps * forwards_per_step,
-            "steps": max(1, max_steps - self.warmup_steps) * (forwards_per_step if self.resample == "forward" else 1),
+            "steps": max(
+                1, self._position.draws(self.resample) - self._position.draws(self.resample, self.warmup_steps)
+            ),
             "rehearse": lazy,
             **self.options,
         }
@@ -257,6 +270,16 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             logger.debug("no branches found without a batch: %s", failure)
             options = {**options, "example_inputs": _batch_of(loader, model, failure)}
         return enable(model, self.drop_rate, masks=self.masks, **options)
+
+    def _tell_progress(self) -> None:
+        """Steps of the warm-up are no part of what the masks go by."""
+        if self._handle is not None:
+            share = self._position.share_after(self.warmup_steps)
+            self._handle.progress(max(0.0, share), dropping=share >= 0)
+
+    def _note_optimizer(self, optimizer: Any) -> None:
+        if self._handle is not None and getattr(optimizer, "param_groups", None):
+            self._handle.note_optimizer(optimizer)
 
     def _cut_by_branch(self) -> None:
         if self._handle is None or not self._wants_groups(self._handle):
@@ -326,6 +349,43 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         }
 
 
+class _Position:
+    """Where a trainer is: its optimizer steps, and the micro-batches of the present one.
+
+    Args:
+        max_steps: optimizer steps of the whole training.
+        accumulation: micro-batches of a step.
+        epoch: micro-batches of an epoch, whose last step has what is left; None where that is not known.
+    """
+
+    def __init__(self, max_steps: int, accumulation: int, epoch: int | None) -> None:
+        self.max_steps, self.accumulation = max(1, max_steps), accumulation
+        self.epoch = epoch or accumulation
+        self.steps = -(-self.epoch // accumulation)
+        self.step = self.done = 0
+
+    def begin_step(self, step: int) -> None:
+        self.step, self.done = step, 0
+
+    def end_micro_batch(self) -> None:
+        self.done += 1
+
+    def draws(self, resample: str, steps: int | None = None) -> int:
+        """Masks drawn in so many optimizer steps, or in all, if the model runs once for each micro-batch."""
+        count = self.max_steps if steps is None else steps
+        if resample == "step":
+            return count
+        epochs, rest = divmod(count, self.steps)
+        return epochs * self.epoch + min(rest * self.accumulation, self.epoch)
+
+    def share_after(self, warmup: int) -> float:
+        """The share of the steps after a warm-up that is done; below 0 in the warm-up."""
+        last = self.step % self.steps == self.steps - 1
+        expected = self.epoch - self.accumulation * (self.steps - 1) if last else self.accumulation
+        done = self.step + min(self.done / expected, 1.0) - warmup
+        return min(done / max(1, self.max_steps - warmup), 1.0)
+
+
 class _StepClock:
     """Mean time of the steps since it was last asked."""
 
@@ -366,6 +426,14 @@ def _calibration_point(calibrate_at: float | int | str | None, masks: str) -> fl
     if calibrate_at != "auto":
         raise ConfigError(f"calibrate_at={calibrate_at!r} must be 'auto', a share of training, a step, or None.")
     return None if masks == "nested" else 0.1
+
+
+def _length(loader: Any) -> int | None:
+    """Micro-batches of an epoch, None where a data set does not tell."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _as_steps(amount: float | int, max_steps: int) -> int:

@@ -257,7 +257,7 @@ class Schedule:
         if always and not self._trains(always):
             raise ConfigError(
                 "With these rates every step drops all that is trained, so nothing would train. Give the branches "
-                "that hold trained parameters rates below 1."
+                "that hold trained parameters rates below 1, or keep what feeds the stream awake with stem='train'."
             )
 
     def set_rates(self, rates: Rates | None) -> None:
@@ -359,6 +359,17 @@ class Schedule:
         if dropped not in self._training:
             self._training[dropped] = self._trains(dropped)
         return self._training[dropped]
+
+    def forget_what_trains(self) -> None:
+        """Something else is trained from now on.
+
+        Raises:
+            ConfigError: every step would drop all of it.
+        """
+        self._training.clear()
+        for at in (*self._known.values(), self.seen, self.here):
+            at.course = None
+        self.check_trains(self.rates)
 
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
         """Worked out once for each mask: few masks come again and again."""
