@@ -18,8 +18,10 @@ from . import everything
 from .everything import Part
 
 PARTS = {
-    "throughput": Part("time and memory of a step, share of the possible saving", ("cpu", "cuda", "hpu"), smoke=True),
-    "seqlen": Part("the longest sequence that trains", ("cpu", "cuda", "hpu"), ("cpu",), smoke=True),
+    "gpu": Part("what a borrowed GPU is worth its minutes for, in order, some minutes at a time", ("cuda",)),
+    "throughput": Part("time and memory of a step, share of the possible saving", ("cpu", "hpu"), smoke=True),
+    "seqlen": Part("the longest sequence that trains", ("cpu", "hpu"), ("cpu",), smoke=True),
+    "invariants": Part("forward, gradients, compilations and waits of a step, on the device itself"),
     "sensitivity": Part("cost and agreement of sensitivities, rates that follow", ("cpu",), smoke=True),
     "recipes": Part("compiled graphs and launches on the simulated HPU", ("cpu",), ("cpu",)),
     "learning": Part("loss at equal time, FLOPs and memory, against every rival", ("cpu",)),

@@ -6,9 +6,10 @@ import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .limits import Parts, limit_s, median_spread, share_of_possible_saving
+from .probe import is_border
 from .records import Record
 from .throughput import SPLIT, UNRECORDED
 
@@ -23,7 +24,8 @@ Steps = Sequence[dict[str, Any]]
 class Figures:
     """One variant of a run. A step is forward and backward; the optimizer is apart. Shares and ratios to plain.
 
-    Medians over the rounds; under nested masks, whose steps differ in depth by design, the mean.
+    Medians over the rounds; under nested masks, whose steps differ in depth by design, the mean. Where plain training
+    had not memory enough there is nothing to relate to: None.
     """
 
     name: str
@@ -35,8 +37,8 @@ class Figures:
     optimizer_s: float
     step_s: float
     step_spread_s: tuple[float, float]
-    ratio: float
-    limit_ratio: float
+    ratio: float | None
+    limit_ratio: float | None
     share: float | None
     tokens_per_s: float
     samples_per_s: float
@@ -50,19 +52,25 @@ def clocks_of(record: Record) -> tuple[str, ...]:
 
 
 def figures(record: Record, clock: str = "wall") -> list[Figures]:
-    """Every variant of a throughput run, in the order they were listed, with medians over the rounds."""
-    parts = parts_of(record, clock)
-    return [_figures(record, name, variant, parts, clock) for name, variant in record["variants"].items()]
+    """Every variant of a throughput run that had memory enough, in the order they were listed."""
+    parts, steps = parts_of(record, clock), record["steps"]
+    return [
+        _figures(record, name, variant, parts, clock) for name, variant in record["variants"].items() if steps.get(name)
+    ]
 
 
-def parts_of(record: Record, clock: str = "wall") -> Parts:
-    """Parts of the plain step. The split of the backward is timed on the wall, in the variant that has it."""
+def parts_of(record: Record, clock: str = "wall") -> Parts | None:
+    """Parts of the plain step, None if it had not memory enough.
+
+    The split of the backward is timed on the wall, in the variant that has it.
+    """
     return _parts(record["steps"], clock)
 
 
-def _parts(steps: Mapping[str, Steps], clock: str) -> Parts:
-    ending = CLOCKS[clock]
-    split = steps.get(SPLIT, steps["plain"])
+def _parts(steps: Mapping[str, Steps], clock: str) -> Parts | None:
+    ending, split = CLOCKS[clock], steps.get(SPLIT) or steps.get("plain")
+    if not split or not steps.get("plain") or not steps.get(UNRECORDED):
+        return None
     blocks_share = statistics.median(step["blocks_backward_s"] / step["backward_s"] for step in split)
     backward_s = _median(steps["plain"], f"backward{ending}")
     return Parts(
@@ -73,11 +81,11 @@ def _parts(steps: Mapping[str, Steps], clock: str) -> Parts:
     )
 
 
-def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts, clock: str) -> Figures:
+def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts | None, clock: str) -> Figures:
     steps, ending = record["steps"][name], CLOCKS[clock]
     first, _, third = median_spread(_seconds(steps, clock))
     step_s, dropped = _middle(_seconds(steps, clock), variant["how"]), _dropped(steps)
-    limit = limit_s(parts, dropped)
+    limit = None if parts is None else limit_s(parts, dropped)
     configuration = record["configuration"]
     samples_per_s = configuration["batch_size"] / step_s
     return Figures(
@@ -90,9 +98,9 @@ def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts, c
         optimizer_s=_median(steps, f"optimizer{ending}"),
         step_s=step_s,
         step_spread_s=(first, third),
-        ratio=step_s / parts.step_s,
-        limit_ratio=limit / parts.step_s,
-        share=share_of_possible_saving(parts.step_s, step_s, limit) if dropped else None,
+        ratio=None if parts is None else step_s / parts.step_s,
+        limit_ratio=None if parts is None or limit is None else limit / parts.step_s,
+        share=share_of_possible_saving(parts.step_s, step_s, limit) if parts and limit and dropped else None,
         tokens_per_s=samples_per_s * configuration["sequence_length"],
         samples_per_s=samples_per_s,
         peak_gib=_peak_gib(record, name),
@@ -105,6 +113,8 @@ def share_error(record: Record, name: str, clock: str) -> float | None:
     how, shares = record["variants"][name]["how"], []
     for steps in _resampled(record):
         parts, step_s = _parts(steps, clock), _middle(_seconds(steps[name], clock), how)
+        if parts is None:
+            return None
         shares.append(share_of_possible_saving(parts.step_s, step_s, limit_s(parts, _dropped(steps[name]))))
     known = [share for share in shares if share is not None]
     return statistics.stdev(known) if len(known) > 1 else None
@@ -116,8 +126,10 @@ def backward_shares(record: Record, how: str, clock: str) -> dict[float, tuple[f
     The forward, which no mask changes and which scatters as much as the rest, is left out, and the steps of all rates
     are put together: seconds of the backward over the share of FLOPs kept, as a straight line (Theil and Sen's).
     """
-    names = {name: v["drop_rate"] for name, v in record["variants"].items() if v["how"] == how and v["drop_rate"]}
-    if len(names) < 2:
+    steps = record["steps"]
+    variants = {name: variant for name, variant in record["variants"].items() if steps.get(name)}
+    names = {name: v["drop_rate"] for name, v in variants.items() if v["how"] == how and v["drop_rate"]}
+    if len(names) < 2 or parts_of(record, clock) is None:
         return {}
     again = [_backward_shares(steps, names, clock) for steps in _resampled(record)]
     found = _backward_shares(record["steps"], names, clock)
@@ -127,6 +139,7 @@ def backward_shares(record: Record, how: str, clock: str) -> dict[float, tuple[f
 
 def _backward_shares(steps: Mapping[str, Steps], names: Mapping[str, float], clock: str) -> dict[float, float]:
     key, parts = f"backward{CLOCKS[clock]}", _parts(steps, clock)
+    assert parts is not None  # the caller has seen to it
     points = [(1 - step["dropped_share"], step[key]) for name in names for step in steps[name]]
     slope = statistics.median(
         (y - b) / (x - a) for i, (a, b) in enumerate(points) for x, y in points[i + 1 :] if abs(x - a) > LEAST_STEP
@@ -138,7 +151,7 @@ def _backward_shares(steps: Mapping[str, Steps], names: Mapping[str, float], clo
 
 def _resampled(record: Record) -> Iterator[dict[str, Steps]]:
     """Its rounds drawn with replacement, many times. Rounds and not single steps: all variants met the same machine."""
-    by_round = {key: {step["round"]: step for step in steps} for key, steps in record["steps"].items()}
+    by_round = {key: {step["round"]: step for step in steps} for key, steps in record["steps"].items() if steps}
     rounds = sorted(set.intersection(*(set(steps) for steps in by_round.values())))
     chance = random.Random(0)
     for _ in range(RESAMPLES if len(rounds) > 1 else 0):
@@ -164,19 +177,24 @@ def _activations_ratio(record: Record, name: str) -> float | None:
     memory = record.get("memory", {})
     if name not in memory or name == "plain":
         return None
+    if "plain" not in memory:
+        return None
     above = {key: memory[key]["peak_bytes"] - memory[key]["resident_bytes"] for key in (name, "plain")}
     return float(above[name] / above["plain"])
 
 
 def grown(record: Record, clock: str = "wall") -> list[dict[str, Any]]:
-    """Each variant of a growth run: its micro-batch, tokens per second there, and the ratio to plain's."""
-    length = record["configuration"]["sequence_length"]
+    """Each variant of a growth run: its micro-batch, tokens per second there, the ratio to plain's.
+
+    `at_least` says that the search for the micro-batch was cut short, so that a larger one may fit.
+    """
+    length, timed_sizes = record["configuration"]["sequence_length"], record.get("timed_sizes", {})
     rows = []
     for name, variant in record["variants"].items():
-        size, steps = record["batch_sizes"][name]["batch_size"], record["steps"].get(name, [])
-        seconds = _seconds(steps, clock)
+        found, steps = record["batch_sizes"][name], record["steps"].get(name, [])
+        size, seconds = timed_sizes.get(name, found["batch_size"]), _seconds(steps, clock)
         speed = size * length / _middle(seconds, variant["how"]) if seconds else None
-        rows.append({**variant, "batch_size": size, "tokens_per_s": speed})
+        rows.append({**variant, "batch_size": size, "at_least": not is_border(found["asked"]), "tokens_per_s": speed})
     plain = rows[0]["tokens_per_s"]
     return [{**row, "ratio": row["tokens_per_s"] / plain if plain and row["tokens_per_s"] else None} for row in rows]
 
@@ -185,14 +203,35 @@ def _middle(seconds: Sequence[float], how: str) -> float:
     return statistics.fmean(seconds) if how == "nested" else statistics.median(seconds)
 
 
-def length_ratios(record: Record, how: str = "exact") -> dict[float, tuple[int, float | None]]:
-    """Drop rate -> (longest sequence, ratio to plain's) of a seqlen run, masks of one coupling; plain is rate 0."""
-    plain = record["lengths"]["plain"]["length"]
-    lengths = {0.0: plain}
+class Length(NamedTuple):
+    """A longest sequence, its ratio to plain's, and whether either search was cut short.
+
+    Then longer ones may fit, `at_least`; a ratio to a plain length that is no border would say too much, and is None.
+    """
+
+    length: int
+    ratio: float | None
+    at_least: bool
+
+
+def length_ratios(record: Record, how: str = "exact") -> dict[float, Length]:
+    """Drop rate -> longest sequence of a seqlen run, masks of one coupling; plain is rate 0. Not those that failed."""
+    entries = {0.0: record["lengths"].get("plain")}
     for name, entry in record["lengths"].items():
         if name.startswith(f"{how}-"):
-            lengths[float(name.partition("-")[2])] = entry["length"]
-    return {rate: (length, length / plain if plain else None) for rate, length in lengths.items()}
+            entries[float(name.partition("-")[2])] = entry
+    tried = {rate: entry for rate, entry in entries.items() if entry is not None and not _nothing_known(entry)}
+    plain = tried.get(0.0)
+    known = plain["length"] if plain is not None and is_border(plain["asked"]) else 0
+    return {
+        rate: Length(entry["length"], entry["length"] / known if known else None, not is_border(entry["asked"]))
+        for rate, entry in tried.items()
+    }
+
+
+def _nothing_known(entry: dict[str, Any]) -> bool:
+    """Nothing was tried before the search was cut short or its process died: 0 is then no length."""
+    return not is_border(entry["asked"]) and not any("size" in asked for asked in entry["asked"])
 
 
 def _median(steps: Steps, key: str) -> float:

@@ -7,13 +7,12 @@ shapes, compiled graphs) run last and side by side, each in a process of its own
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from dropbp.device import get_device
 from dropbp.errors import DropBPError
 
 from .options import device_name
+from .processes import Answer, Worker, stoppable
 from .records import FILES, RESULTS
 
-POLL_S = 0.2
 Main = Callable[[Sequence[str]], int]
 EPILOG = """\
 Finished runs are kept and not run again, so a run that was stopped goes on where it was. A checkout has the published
@@ -68,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser, parts: Mapping[str, Part]) ->
     parser.add_argument("--part", action="append", dest="parts", choices=names, help="only this part; may be repeated")
     parser.add_argument("--output", type=Path, metavar="DIR", help="result files (bench/results)")
     parser.add_argument("--again", action="store_true", help="also runs that are finished already")
-    parser.add_argument("--minutes", type=float, help="each run stops by then with what it has (10 on accelerators)")
+    parser.add_argument(
+        "--minutes", type=float,
+        help="each run stops by then with what it has (10 on accelerators); of the plan for a GPU, how much is done",
+    )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, some parts, results thrown away")
 
 
@@ -123,9 +125,10 @@ def options_of(name: str, args: argparse.Namespace, root: Path) -> list[str]:
     options = ["--output", str(root)]
     options += ["--again"] if args.again else []
     options += ["--smoke"] if args.smoke else []
-    if name in ("throughput", "seqlen"):
+    if name in ("throughput", "seqlen", "gpu"):
         options += ["--device", args.device]
-        options += ["--minutes", str(args.minutes)] if args.minutes is not None else []
+        minutes = "inf" if name == "gpu" and args.minutes is None else args.minutes
+        options += ["--minutes", str(minutes)] if minutes is not None else []
     if name == "recipes" and args.output is not None:
         options += ["--docs", str(root / "docs" / "recipes.md")]
     return options
@@ -160,26 +163,30 @@ def _guarded(name: str, work: Callable[[], int]) -> Outcome:
 
 
 def run_beside(commands: Mapping[str, Sequence[str]]) -> list[Outcome]:
-    """Parts with their options, each in a process of its own; all are ended if this one is interrupted."""
-    if commands:
-        _say(f"-- {', '.join(commands)}")
-    began_s, environment = time.perf_counter(), {**os.environ, "OMP_NUM_THREADS": "1"}
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    outcomes = []
-    try:
+    """Parts with their options, each in a process of its own; all are ended if this one is told to end.
+
+    Raises:
+        KeyboardInterrupt: this process was told to end (SIGINT, SIGTERM).
+    """
+    began_s, outcomes = time.perf_counter(), []
+    with ExitStack() as stack, stoppable() as stop:
+        if commands:
+            _say(f"-- {', '.join(commands)}")
+        running: dict[str, Iterator[Answer | None]] = {}
         for name, options in commands.items():
-            command = [sys.executable, "-m", "dropbp.bench", name, *options]
-            running[name] = subprocess.Popen(command, env=environment)
-        while running:
-            time.sleep(POLL_S)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                succeeded = running.pop(name).returncode == 0
-                outcomes.append(Outcome(name, succeeded, time.perf_counter() - began_s))
-    finally:
-        for process in running.values():
-            process.terminate()
-            process.wait()
+            worker = stack.enter_context(Worker("dropbp.bench.worker", {"OMP_NUM_THREADS": "1"}))
+            worker.ask([name, *options])
+            running[name] = worker.answers(math.inf, stop)
+        for name, answers in running.items():
+            answer = next(answers)
+            if answer is not None and answer["error"]:
+                _say(f"dropbp bench {name}: {answer['error']}")
+            outcomes.append(Outcome(name, _succeeded(answer), time.perf_counter() - began_s))
     return outcomes
+
+
+def _succeeded(answer: Answer | None) -> bool:
+    return answer is not None and answer["status"] == 0
 
 
 # -- what is said

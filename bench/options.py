@@ -7,6 +7,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from dropbp.errors import ConfigError
 
+from .presets import Training
 from .records import RESULTS
 
 RUN_MINUTES = 10.0
@@ -34,6 +36,13 @@ def add_time_limit(parser: argparse.ArgumentParser) -> None:
         "--minutes", type=float,
         help=f"a run, which is one result file, stops by then with what it has ({RUN_MINUTES:g} on an accelerator)",
     )  # fmt: skip
+
+
+def check_only(only: str | None, trainings: Iterable[Iterable[Training]]) -> None:
+    """Raises ConfigError if `--only` names none of these trainings."""
+    known = dict.fromkeys(training.name for each in trainings for training in each)
+    if only is not None and only not in known:
+        raise ConfigError(f"--only {only!r} is not in the preset; it has {', '.join(known)}.")
 
 
 def limit_of(args: argparse.Namespace) -> TimeLimit:

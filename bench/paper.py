@@ -15,8 +15,10 @@ from pathlib import Path
 
 from . import records
 from .derive import figures, grown, length_ratios
+from .probe import is_border
 
 P = 0.875
+REHEARSALS = ("smoke", "rehearsal")  # with tiny models, to see that everything works
 OURS = "exact"  # random sets of branches, as the published figures have
 NOT_RUN = "not run: needs {device}; `{command}`"
 
@@ -94,7 +96,8 @@ def _compare(published: Published, runs: Iterable[records.Record]) -> Comparison
 def _plainly_trained(run: records.Record) -> bool:
     configuration = run["configuration"]
     special = configuration["checkpointing"] or configuration["compiled"] or configuration["loss"] != "plain"
-    return not special and configuration["dtype"] == "bf16" and not run["name"].startswith("smoke")
+    special = special or "kernels" in configuration
+    return not special and configuration["dtype"] == "bf16" and not run["name"].startswith(REHEARSALS)
 
 
 def _best(published: Published, runs: Iterable[records.Record]) -> tuple[float | None, str]:
@@ -102,8 +105,15 @@ def _best(published: Published, runs: Iterable[records.Record]) -> tuple[float |
     for run in runs:
         value = _READERS[published.kind](run, published.unit)
         if value is not None:
-            return value, _place(run)
+            return value, _place(run) + (", at least: the search was cut short" if _cut_short(run) else "")
     return None, ""
+
+
+def _cut_short(run: records.Record) -> bool:
+    """Whether the length or micro-batch that the figure is made of is no border."""
+    sizes = run.get("lengths") or run.get("batch_sizes") or {}
+    name = f"{OURS}-{P:g}"
+    return name in sizes and not is_border(sizes[name]["asked"])
 
 
 def _place(run: records.Record) -> str:
@@ -121,7 +131,7 @@ def _reason(published: Published) -> str:
 
 def _read_throughput(run: records.Record, unit: str) -> float | None:
     clock = "cpu" if run["device"]["name"] == "cpu" else "wall"
-    ratios = [f.ratio for f in figures(run, clock) if f.how == OURS and f.drop_rate == P]
+    ratios = [f.ratio for f in figures(run, clock) if f.how == OURS and f.drop_rate == P and f.ratio is not None]
     if not ratios:
         return None
     return 100 * (1 - ratios[0]) if unit == "%" else 1 / ratios[0]
@@ -133,7 +143,8 @@ def _read_growth(run: records.Record, unit: str) -> float | None:
 
 
 def _read_seqlen(run: records.Record, unit: str) -> float | None:
-    return length_ratios(run).get(P, (0, None))[1]
+    entry = length_ratios(run).get(P)
+    return None if entry is None else entry.ratio
 
 
 _READERS: dict[str, Callable[[records.Record, str], float | None]] = {

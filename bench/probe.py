@@ -12,12 +12,11 @@ several micro-batches are summed: what DropBP spares there is activations alone.
 from __future__ import annotations
 
 import gc
-import json
 import math
-import os
-import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +24,12 @@ import torch
 
 import dropbp
 from dropbp.device import Device, get_device, known_bytes
+from dropbp.errors import DropBPError
 from dropbp.memory import track_tensor_bytes
 
 from .bisection import largest
 from .presets import ThroughputPreset, Training
+from .processes import Worker, answer, requests
 from .setup import Lane, Variant, build_batch, build_model, build_optimizer, loss_of
 
 MOST_BATCH = 4096
@@ -136,7 +137,7 @@ class Probe:
             return False
         finally:
             place.optimizer.zero_grad(set_to_none=True)
-            _release_memory()
+            release_memory()
         return True
 
     def _batch(self, batch_size: int, sequence_length: int) -> torch.Tensor:
@@ -199,72 +200,136 @@ def largest_batch(preset: ThroughputPreset, place: Workplace, variant: Variant, 
 
 
 def largest_batch_tried(
-    preset: ThroughputPreset, training: Training, variant: Variant, device: str, seconds: float
+    preset: ThroughputPreset,
+    training: Training,
+    variant: Variant,
+    device: str,
+    seconds: float,
+    known: Sequence[Found] = (),
+    note: Callable[[Found], None] | None = None,
 ) -> Found:
     """The largest micro-batch of a preset's length that trains on an accelerator, of those tried in so long."""
     task = {"vary": "batch_size", "fixed": preset.sequence_length, "step": 1, "most": MOST_BATCH, "accumulated": False}
-    size, asked = tried_in_a_process(preset.model, training, variant, device, task, seconds)
-    return {"batch_size": size, "asked": asked}
+
+    def found(size: int, asked: list[Found]) -> Found:
+        return {"batch_size": size, "asked": asked}
+
+    noted = None if note is None else lambda size, asked: note(found(size, asked))
+    return found(*tried_in_a_process(preset.model, training, variant, device, task, seconds, known, noted))
 
 
 def tried_in_a_process(
-    model: str, training: Training, variant: Variant, device: str, task: dict[str, Any], seconds: float = math.inf
-) -> tuple[int, list[dict[str, Any]]]:
+    model: str,
+    training: Training,
+    variant: Variant,
+    device: str,
+    task: dict[str, Any],
+    seconds: float = math.inf,
+    known: Sequence[Found] = (),
+    note: Callable[[int, list[Found]], None] | None = None,
+) -> tuple[int, list[Found]]:
     """The largest size that trains, tried in a process of its own, and all that were tried.
 
     If the process dies, or is ended when its seconds are over, the answer is the largest size of which it had said that
-    it fits, and the last entry says how it ended.
+    it fits, and the last entry says how it ended: that size is then no border (`is_border`).
+
+    Args:
+        model: its name.
+        training: how it is trained.
+        variant: plain, or with branches dropped.
+        device: the device's name.
+        task: what is varied, in which steps, up to which size.
+        seconds: how long may be tried.
+        known: what an earlier search found, which is not tried again.
+        note: called with the largest size so far and all entries, after each try.
+
+    Raises:
+        DropBPError: nothing could be tried, for this reason.
     """
-    _release_memory()
+    release_memory()
+    asked = [entry for entry in known if "fits" in entry]
     request = {"model": model, "training": asdict(training), "variant": asdict(variant), "device": device, **task}
-    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "dropbp.bench.probe"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True,
-    ) as process:  # fmt: skip
-        output, errors, ended = _conversation(process, json.dumps(request), seconds)
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
-    asked = [line for line in lines if "fits" in line]
-    fitting = max((line["size"] for line in asked if line["fits"]), default=0)
-    if ended:
-        asked.append({"ended_after_s": seconds})
-    elif process.returncode:
-        asked.append({"died": process.returncode, "message": errors.strip().splitlines()[-1:]})
-    return fitting, asked
+    until_s, error = time.monotonic() + seconds, None
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    with tempfile.TemporaryFile("w+") as errors, Worker("dropbp.bench.probe", environment, errors) as process:
+        process.ask({**request, "known": asked})
+        try:
+            for line in process.answers(until_s):
+                if line is None:
+                    errors.seek(0)
+                    asked.append({"died": process.end(), "message": errors.read().strip().splitlines()[-1:]})
+                elif "fits" not in line:
+                    error = line.get("error")
+                    break
+                else:
+                    asked.append(line)
+                    if note is not None:
+                        note(_fitting(asked), asked)
+        except TimeoutError:
+            asked.append({"ended_after_s": seconds})
+    if error is not None:
+        raise DropBPError(error)
+    return _fitting(asked), asked
 
 
-def _release_memory() -> None:
+def _fitting(asked: Sequence[Found]) -> int:
+    return max((entry["size"] for entry in asked if entry.get("fits")), default=0)
+
+
+def is_border(asked: Sequence[Found]) -> bool:
+    """Whether a search went on to its end: then no larger size fits. Else its time was over, or its process died."""
+    return not any("ended_after_s" in entry or "died" in entry for entry in asked)
+
+
+def release_memory() -> None:
     """Give back what earlier runs of this process left in its allocator, so that the other process has all of it."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-def _conversation(process: subprocess.Popen[str], request: str, seconds: float) -> tuple[str, str, bool]:
-    """(standard output, standard error, whether the process was ended because its time was over)."""
-    try:
-        return *process.communicate(request, timeout=max(seconds, 0) if math.isfinite(seconds) else None), False
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return *process.communicate(), True
-
-
 def main() -> None:
-    """The process: a request on standard input, one JSON line for each size that was tried."""
-    request = json.load(sys.stdin)
+    """The process: a request on standard input, one JSON line for each size that was tried, and one for the end."""
+    request = next(requests())
+    try:
+        _search(request)
+    except DropBPError as error:
+        answer({"error": str(error)}, sys.stdout)
+    else:
+        answer({"error": None}, sys.stdout)
+
+
+def _search(request: dict[str, Any]) -> None:
+    known = {entry["size"]: bool(entry["fits"]) for entry in request["known"]}
     training, variant = Training(**request["training"]), Variant(**request["variant"])
-    place = Workplace(request["model"], training, request["device"])
-    probe = Probe(place, variant, accumulated=request["accumulated"])
+    try:
+        place = Workplace(request["model"], training, request["device"])
+        probe = Probe(place, variant, accumulated=request["accumulated"])
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        answer({"size": 0, "fits": False}, sys.stdout)  # not even the model and its optimizer
+        return
 
     def fits(size: int) -> bool:
-        batch_size, length = (size, request["fixed"]) if request["vary"] == "batch_size" else (request["fixed"], size)
-        answer = probe.fits(batch_size, length)
-        sys.stdout.write(json.dumps({"size": size, "fits": answer}) + "\n")
-        sys.stdout.flush()
-        return answer
+        if size not in known:
+            batch_size, length = (
+                (size, request["fixed"]) if request["vary"] == "batch_size" else (request["fixed"], size)
+            )
+            known[size] = probe.fits(batch_size, length)
+            answer({"size": size, "fits": known[size]}, sys.stdout)
+        return known[size]
 
     step, most = request["step"], request["most"]
-    largest(fits, step=step, most=most, guess=guess_tried(place.device, fits, step, most))
+    guess = _guess_from(request["known"]) or guess_tried(place.device, fits, step, most)
+    largest(fits, step=step, most=most, guess=guess)
+
+
+def _guess_from(known: Sequence[Found]) -> int | None:
+    """About the border, where an earlier search left off; None if it found nothing that fits."""
+    fitting = _fitting(known)
+    beyond = min((entry["size"] for entry in known if not entry["fits"]), default=fitting)
+    return (fitting + beyond) // 2 or None
 
 
 def guess_tried(device: Device, fits: Callable[[int], bool], step: int, most: int) -> int | None:

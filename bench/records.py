@@ -1,7 +1,8 @@
 """One JSON file per run: configuration, versions, device, every raw step time, and how the run ended.
 
 A run is known by its kind and configuration. A finished one is a file of that name, written whole or not at all, and is
-not run again. One that failed or was cancelled goes, with what it had measured, into the folder `unfinished`.
+not run again. Until then its file lies in the folder `unfinished`, and is written anew with each figure (`save`), so
+that a run that was stopped, in whatever way, goes on where it was. One that failed stays there, and is begun anew.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 UNFINISHED = "unfinished"
 FILES = "[!.]*.json"  # what is being written has a dot in front
 ROUNDS = "rounds"
+STOPPED = ("running", "cancelled")  # "running" is what a killed process leaves behind
 _PACKAGES = ("dropbp", "torch", "transformers", "peft", "bitsandbytes")
 Record = dict[str, Any]
 
@@ -57,12 +59,25 @@ class Store:
         return record if done == asked else None
 
     @contextmanager
-    def run(self, name: str, configuration: Mapping[str, Any], device: Device) -> Iterator[Record]:
+    def run(
+        self, name: str, configuration: Mapping[str, Any], device: Device, *, goes_on: bool = False
+    ) -> Iterator[Record]:
         """A record to fill; it is written when the block ends, whatever its end, and errors go on.
 
         `failures`, a list in the record, is for parts that failed without ending the run.
+
+        Args:
+            name: of the run.
+            configuration: what makes it what it is.
+            device: where it runs.
+            goes_on: take up the record of a run of the same name, configuration, device and versions that was stopped,
+                if there is one. What it holds is measured; `continued` lists when it was taken up.
         """
         record = new_record(self.kind, name, configuration, device)
+        stopped = self._stopped(record) if goes_on else None
+        if stopped is not None:
+            record = {**stopped, "status": "running", "continued": [*stopped.get("continued", []), now()]}
+        path = self._unfinished_path(record)
         try:
             yield record
             record["status"] = "finished"
@@ -75,13 +90,33 @@ class Store:
             raise
         finally:
             record["ended"] = now()
-            _write(record, self._destination(record))
+            _write(record, self.path(name) if record["status"] == "finished" else path)
+            if record["status"] == "finished":
+                path.unlink(missing_ok=True)
 
-    def _destination(self, record: Record) -> Path:
-        if record["status"] == "finished":
-            return self.path(record["name"])
+    def save(self, record: Record) -> None:
+        """Write what a run that goes on has measured, so that it is not lost if the process is ended."""
+        _write(record, self._unfinished_path(record))
+
+    def _unfinished_path(self, record: Record) -> Path:
         started = re.sub(r"\W", "", record["started"])
         return self.folder / UNFINISHED / f"{_file_name(record['name'])}--{started}.json"
+
+    def _stopped(self, new: Record) -> Record | None:
+        """The latest stopped run that is the same as a new one, unless one was finished after it."""
+        path = self.path(new["name"])
+        finished = read(path) if path.is_file() else None
+        for record in reversed(read_unfinished(self.folder.parent, self.kind)):
+            same = all(record[key] == new[key] for key in ("name", "configuration", "versions"))
+            later = finished is None or record["started"] > finished["started"]
+            if same and later and record["status"] in STOPPED and _machine(record) == _machine(new):
+                return record
+        return None
+
+
+def _machine(record: Record) -> list[Any]:
+    """What a device is, without what a process decides about it."""
+    return [record["device"].get(key) for key in ("name", "generation", "memory_limit_bytes")]
 
 
 def new_record(kind: str, name: str, configuration: Mapping[str, Any], device: Device) -> Record:
@@ -94,7 +129,7 @@ def new_record(kind: str, name: str, configuration: Mapping[str, Any], device: D
         "started": now(),
         "configuration": _plain(configuration),
         "versions": versions(),
-        "device": device.describe(),
+        "device": _plain(device.describe()),
         "failures": [],
     }
 

@@ -6,6 +6,8 @@ So it pays for a graph that nobody uses, and for the transient memory that the g
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +26,20 @@ class DetachedBranches:
         self._sampler = Sampler("exact", rates, [branch.flops for branch in self.branches], seed)
         self._draws = 0
         self.mask: Mask | None = None
+        self._fixed: Mask | None = None
         self._hooks = [model.register_forward_pre_hook(self._draw)]
         for i, branch in enumerate(self.branches):
             last = model.get_submodule(branch.modules[-1])
             self._hooks.append(last.register_forward_hook(self._detacher(i)))
+
+    @contextmanager
+    def fixed(self, mask: Mask) -> Iterator[None]:
+        """Forwards inside the `with` have this mask and no drawn one."""
+        self._fixed = mask
+        try:
+            yield
+        finally:
+            self._fixed = None
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -36,8 +48,8 @@ class DetachedBranches:
 
     def _draw(self, module: nn.Module, args: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            self.mask = self._sampler.draw(self._draws)
-            self._draws += 1
+            self.mask = self._sampler.draw(self._draws) if self._fixed is None else self._fixed
+            self._draws += self._fixed is None
 
     def _detacher(self, index: int) -> Any:
         def detach(module: nn.Module, args: Any, output: Any) -> Any:

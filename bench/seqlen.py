@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dropbp.device import get_device
-from dropbp.errors import ConfigError
+from dropbp.errors import ConfigError, MissingDependencyError
 
 from . import records
-from .options import add_run_arguments, add_time_limit, device_name, limit_of, progress, settle
-from .presets import DEFAULT_SEQLEN, SEQLEN, SeqlenPreset, Training, chosen
-from .probe import Probe, Workplace, largest_counted, tried_in_a_process
-from .setup import COUPLINGS, PLAIN, Variant
+from .options import add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
+from .presets import DEFAULT_SEQLEN, ENDLESS, SEQLEN, SeqlenPreset, Training, chosen
+from .probe import Probe, Workplace, is_border, largest_counted, tried_in_a_process
+from .setup import COUPLINGS, PLAIN, Variant, check_packages
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,9 @@ GIB = 1 << 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--preset", action="append", choices=tuple(SEQLEN), help="what to run; may be repeated")
+    parser.add_argument("--only", metavar="TRAINING", help="only this training of the preset, such as full-bf16")
+    parser.add_argument("--drop-rates", type=float, nargs="+", metavar="P", help="only these drop rates, and plain")
+    parser.add_argument("--masks", nargs="+", choices=COUPLINGS, help="only these masks")
     parser.add_argument("--budget-gib", type=float, help="memory there is, in GiB; counted presets only")
     add_time_limit(parser)
     add_run_arguments(parser)
@@ -39,46 +42,96 @@ def run(args: argparse.Namespace) -> int:
     settle(args)
     kind = device_name(args)
     names = args.preset or (("smoke",) if args.smoke else DEFAULT_SEQLEN.get(kind, ("smoke",)))
-    for name in names:
-        preset = chosen("preset", SEQLEN, name)
-        if kind == "cpu" and not preset.counted:
-            counted = [known for known, other in SEQLEN.items() if other.counted]
-            raise ConfigError(f"preset {name!r} needs an accelerator; counted on shapes are {', '.join(counted)}.")
-        for training in preset.trainings:
-            _measure(name, preset, training, args)
-    return 0
+    presets = {name: chosen("preset", SEQLEN, name) for name in names}
+    check_only(args.only, (preset.trainings for preset in presets.values()))
+    failed = 0
+    for name, preset in presets.items():
+        _check_can_run(name, preset, kind)
+        trainings = [training for training in preset.trainings if args.only in (None, training.name)]
+        failed += sum(not _succeeds(name, preset, training, args) for training in trainings)
+    return 1 if failed else 0
 
 
-def _measure(name: str, preset: SeqlenPreset, training: Training, args: argparse.Namespace) -> None:
+def _check_can_run(name: str, preset: SeqlenPreset, kind: str) -> None:
+    """On CPU memory does not run out in sensible time: only a search with an end of its own is tried there."""
+    if kind == "cpu" and not preset.counted and preset.max_length == ENDLESS:
+        counted = [known for known, other in SEQLEN.items() if other.counted]
+        raise ConfigError(f"preset {name!r} needs an accelerator; counted on shapes are {', '.join(counted)}.")
+
+
+def _succeeds(name: str, preset: SeqlenPreset, training: Training, args: argparse.Namespace) -> bool:
+    """The other runs do not suffer from one that cannot be run."""
+    try:
+        return _measure(name, preset, training, args)
+    except MissingDependencyError as error:
+        logger.warning("%s %s was not run: %s", name, training.name, error)
+        return False
+
+
+def _measure(name: str, preset: SeqlenPreset, training: Training, args: argparse.Namespace) -> bool:
+    """Whether every variant's border was found, or the time was over."""
     device = get_device("meta" if preset.counted else device_name(args))
     budget_bytes = _budget_bytes(preset, args)
+    rates, couplings, narrowed = _narrowed(preset, args)
     configuration = {
         "model": preset.model,
-        **asdict(training),
+        **training.configuration(),
         "batch_size": 1,
-        "drop_rates": list(preset.drop_rates),
+        "drop_rates": list(rates),
         "step": preset.step,
         "max_length": preset.max_length,
         "device": device.name,
         "budget_bytes": budget_bytes,
         "masks": preset.masks,
+        **({"couplings": list(couplings)} if couplings != COUPLINGS else {}),
     }
-    store, run_name = records.Store(args.output, KIND), f"{name}--{device.name}--{training.name}"
+    store, run_name = records.Store(args.output, KIND), f"{name}--{device.name}--{training.name}{narrowed}"
     if not args.again and store.finished(run_name, configuration) is not None:
-        return
-    variants = [PLAIN, *(Variant(how, rate) for how in COUPLINGS for rate in preset.drop_rates)]
-    with store.run(run_name, configuration, device) as record, progress(len(variants), run_name) as bar:
+        return True
+    check_packages(training, device.name)
+    variants = [PLAIN, *(Variant(how, rate) for how in couplings for rate in rates)]
+    with (
+        store.run(run_name, configuration, device, goes_on=True) as record,
+        progress(len(variants), run_name) as bar,
+    ):
         record["budget_is"] = "tensor bytes, counted" if preset.counted else "memory of the device, tried"
-        record["lengths"] = {}
+        lengths: dict[str, Any] = record.setdefault("lengths", {})
         place, limit = Workplace(preset.model, training) if preset.counted else None, limit_of(args)
         for index, variant in enumerate(variants):
-            share_s = limit.left_s() / (len(variants) - index)
-            record["lengths"][variant.name] = (
-                longest_tried(preset, training, variant, device.name, share_s)
-                if place is None or budget_bytes is None
-                else longest_counted(preset, place, variant, budget_bytes)
-            )
+            known = lengths.get(variant.name, {}).get("asked", [])
+
+            def note(found: dict[str, Any], name: str = variant.name) -> None:
+                lengths[name] = {**found, "asked": [*found["asked"], {"ended_after_s": None}]}
+                store.save(record)
+
+            if not known or not is_border(known):
+                share_s = limit.left_s() / (len(variants) - index)
+                lengths[variant.name] = (
+                    longest_tried(preset, training, variant, device.name, share_s, known, note)
+                    if place is None or budget_bytes is None
+                    else longest_counted(preset, place, variant, budget_bytes)
+                )
+                store.save(record)
             bar.update()
+        died = [name for name, found in lengths.items() if "died" in (found["asked"] or [{}])[-1]]
+        record["failures"] += [{"variant": name, **_death(lengths[name]["asked"][-1])} for name in died]
+    return not died
+
+
+def _death(entry: dict[str, Any]) -> dict[str, str]:
+    return {"type": "the process died", "message": f"status {entry['died']} {' '.join(entry['message'])}", "where": ""}
+
+
+def _narrowed(preset: SeqlenPreset, args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[str, ...], str]:
+    """Drop rates, masks, and how the run's name says that it is not the whole preset."""
+    rates = preset.drop_rates if args.drop_rates is None else tuple(args.drop_rates)
+    couplings = tuple(args.masks or COUPLINGS)
+    for rate in rates:
+        if not 0 < rate < 1:
+            raise ConfigError(f"--drop-rates {rate:g} must be above 0 and below 1; plain is always run.")
+    words = [] if rates == preset.drop_rates else [f"p{rate:g}" for rate in rates]
+    words += [] if couplings == COUPLINGS else list(couplings)
+    return rates, couplings, "".join(f"--{word}" for word in words)
 
 
 def _budget_bytes(preset: SeqlenPreset, args: argparse.Namespace) -> int | None:
@@ -98,9 +151,19 @@ def longest_counted(preset: SeqlenPreset, place: Workplace, variant: Variant, bu
 
 
 def longest_tried(
-    preset: SeqlenPreset, training: Training, variant: Variant, device: str, seconds: float
+    preset: SeqlenPreset,
+    training: Training,
+    variant: Variant,
+    device: str,
+    seconds: float,
+    known: Sequence[dict[str, Any]] = (),
+    note: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The longest sequence that trains on an accelerator, of those that could be tried in so long, and all of them."""
-    task = {"vary": "sequence_length", "fixed": 1, "step": preset.step, "most": preset.max_length}
-    length, tried = tried_in_a_process(preset.model, training, variant, device, {**task, "accumulated": True}, seconds)
-    return {"length": length, "asked": tried}
+    task = {"vary": "sequence_length", "fixed": 1, "step": preset.step, "most": preset.max_length, "accumulated": True}
+
+    def found(length: int, asked: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"length": length, "asked": asked}
+
+    noted = None if note is None else lambda length, asked: note(found(length, asked))
+    return found(*tried_in_a_process(preset.model, training, variant, device, task, seconds, known, noted))

@@ -25,7 +25,7 @@ import dropbp
 from dropbp.device import Device
 from dropbp.errors import ConfigError, MissingDependencyError
 
-from .presets import MODELS, ModelShape, Training, chosen
+from .presets import MODELS, REHEARSED, ModelShape, Training, chosen
 from .reference_detach import DetachedBranches
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TUNINGS = ("full", "lora", "qlora")
 LOSSES = ("plain", "chunked")
+KERNELS = {"liger": "liger_kernel", "flash": "flash_attn"}  # what a training may name in `kernels`, and its package
 COUPLINGS = ("exact", "nested")  # a random set of branches, as in the paper; the top to a random depth, the default
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 LEARNING_RATE = {"full": 2e-5, "lora": 1e-4, "qlora": 1e-4}
@@ -69,6 +70,17 @@ def check_training(training: Training) -> None:
         value = getattr(training, field)
         if value not in values:
             raise ConfigError(f"{field} is {value!r}; allowed: {', '.join(values)}.")
+    if training.kernels != "torch" and not set(training.kernels.split("+")) <= set(KERNELS):
+        raise ConfigError(f"kernels is {training.kernels!r}; allowed: torch, or of {', '.join(KERNELS)} some with +.")
+
+
+def check_packages(training: Training, device: str) -> None:
+    """Raises MissingDependencyError, before a run begins, if what it needs is not installed."""
+    if training.tuning == "qlora" and device != "meta":
+        _package("bitsandbytes", "qlora")
+    for kernels in training.kernels.split("+"):
+        if kernels in KERNELS:
+            _package(KERNELS[kernels], f"kernels {kernels!r}")
 
 
 def build_model(model: str, training: Training, device: str, seed: int = 0) -> nn.Module:
@@ -90,6 +102,10 @@ def build_model(model: str, training: Training, device: str, seed: int = 0) -> n
             built = _with_lora(built)
     if training.loss == "chunked":
         _use_chunked_loss(built)
+    if "flash" in training.kernels:
+        built.set_attn_implementation("flash_attention_2")
+    if "liger" in training.kernels:
+        _package("liger_kernel.transformers", "liger").apply_liger_kernel_to_llama(model=built)
     if training.checkpointing:
         built.gradient_checkpointing_enable({"use_reentrant": False})
     return built.train()  # type: ignore[no-any-return]
@@ -108,6 +124,13 @@ def build_optimizer(model: nn.Module, tuning: str) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"fused": True} if kind in ("cpu", "cuda") else {"foreach": False}
     # A rate of 0 would do as much work; a small one keeps random weights finite however long a run is.
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE[tuning] / 100, weight_decay=WEIGHT_DECAY[tuning], **options)
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """Its name, and the type of its states, which is that of the parameters: half the bytes of float32 in bf16."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for group in optimizer.param_groups for p in group["params"]}
+    fused = ", fused" if optimizer.defaults.get("fused") else ""
+    return f"{type(optimizer).__name__}{fused}, states in {' and '.join(sorted(dtypes))}"
 
 
 def build_batch(model: str, batch_size: int, sequence_length: int, device: str, seed: int = 0) -> Tensor:
@@ -134,20 +157,28 @@ def twin(model: nn.Module) -> nn.Module:
 class Lane:
     """One variant, ready to run: a tree of modules over the shared parameters."""
 
-    def __init__(self, variant: Variant, model: nn.Module, device: Device, compiled: bool = False) -> None:
-        self.variant = variant
+    def __init__(
+        self,
+        variant: Variant,
+        model: nn.Module,
+        device: Device,
+        compiled: bool = False,
+        seed: int = 0,
+        backend: str = "inductor",
+    ) -> None:
+        self.variant, self.seed = variant, seed
         self.model = model if variant.how == "plain" else twin(model)
         self.handle = self._enabled(device)
         if compiled:
             for layer in decoder_layers(self.model):
-                layer.compile()
+                layer.compile(backend=backend)
 
     def _enabled(self, device: Device) -> dropbp.Handle | DetachedBranches | None:
         if self.variant.how == "plain":
             return None
         if self.variant.how == "detach":
-            return DetachedBranches(self.model, self.variant.drop_rate)
-        return dropbp.enable(self.model, self.variant.drop_rate, device=device, masks=self.variant.how)
+            return DetachedBranches(self.model, self.variant.drop_rate, self.seed)
+        return dropbp.enable(self.model, self.variant.drop_rate, device=device, masks=self.variant.how, seed=self.seed)
 
     @contextmanager
     def masked(self, mask: Sequence[bool] | None) -> Iterator[None]:
@@ -186,6 +217,11 @@ class Lane:
             return None
         flops = [branch.flops for branch in self.handle.branches]
         return sum(f for f, dropped in zip(flops, self.handle.mask, strict=True) if dropped) / sum(flops)
+
+
+def compiler_of(model: str) -> str:
+    """The backend of `torch.compile` for a model of that name."""
+    return "eager" if model == REHEARSED else "inductor"
 
 
 @contextmanager
@@ -252,7 +288,7 @@ def _replace_linear(model: Any, make: Any) -> None:
 
 
 def _four_bit(old: nn.Linear, device: str) -> nn.Module:
-    bnb = _bitsandbytes()
+    bnb = _package("bitsandbytes", "qlora")
     new: nn.Module = bnb.nn.Linear4bit(
         old.in_features, old.out_features, bias=False, compute_dtype=old.weight.dtype, quant_type="nf4", device="meta"
     )
@@ -261,12 +297,13 @@ def _four_bit(old: nn.Linear, device: str) -> nn.Module:
     return new
 
 
-def _bitsandbytes() -> Any:
+def _package(name: str, reason: str) -> Any:
     try:
-        return importlib.import_module("bitsandbytes")
+        return importlib.import_module(name)
     except ImportError as error:
+        known = name.replace("_", "-")
         raise MissingDependencyError(
-            "qlora needs bitsandbytes, which is not installed; install it with: pip install bitsandbytes"
+            f"{reason} needs {name}, which is not installed; install it with: pip install {known}"
         ) from error
 
 

@@ -15,7 +15,7 @@ from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
 from . import paper, records
-from .derive import Figures, backward_shares, clocks_of, figures, grown, length_ratios, share_error
+from .derive import Figures, Length, backward_shares, clocks_of, figures, grown, length_ratios, parts_of, share_error
 from .setup import COUPLINGS, TUNINGS
 from .throughput import GROWTH_KIND, KIND
 
@@ -58,6 +58,7 @@ THROUGHPUT_COLUMNS = (
     "peak GiB",
     "activations",
 )
+AT_LEAST = "≥ "  # the search was cut short by time, so this is no border
 CLOCK_NAMES = {"wall": "wall clock", "cpu": "CPU time"}
 
 INTRO = """# Results
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shown_runs(root: Path, kind: str) -> list[records.Record]:
-    runs = [run for run in records.read_all(root, kind) if not run["name"].startswith("smoke")]
+    runs = [run for run in records.read_all(root, kind) if not run["name"].startswith(paper.REHEARSALS)]
     return sorted(runs, key=lambda run: _place(run["configuration"])) if kind == KIND else runs
 
 
@@ -124,17 +125,19 @@ def page(root: Path, runs: dict[str, list[records.Record]], images: Sequence[str
         *[f"![{Path(image).stem}](img/{image})" for image in images if image.startswith("throughput")],
         *[throughput_section(run) for run in runs[KIND]],
         _if_any("## The largest micro-batch\n\n", runs[GROWTH_KIND], growth_section),
-        _if_any(
-            "## The longest sequence\n\nMicro-batch 1, gradients and optimizer states held.\n\n",
-            runs[SEQLEN_KIND],
-            None,
-        ),
+        _if_any(f"## The longest sequence\n\n{_how_long(runs[SEQLEN_KIND])}\n\n", runs[SEQLEN_KIND], None),
         *[f"![{Path(image).stem}](img/{image})" for image in images if image.startswith("seqlen")],
         seqlen_tables(runs[SEQLEN_KIND]),
         _unfinished_section(root),
         _other_pages(docs),
     ]
     return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
+
+
+def _how_long(runs: Iterable[records.Record]) -> str:
+    lengths = (length for run in runs for how in COUPLINGS for length in length_ratios(run, how).values())
+    cut_short = " ≥: the search was cut short." if any(length.at_least for length in lengths) else ""
+    return f"Micro-batch 1, gradients and optimizer states held.{cut_short}"
 
 
 def _if_any(title: str, runs: Sequence[records.Record], section: Any) -> str:
@@ -192,7 +195,7 @@ def _target_rows(run: records.Record) -> list[str]:
             str(run["configuration"]["sequence_length"]),
             f"{f.drop_rate:g}",
             _ratio_cell(run, f),
-            f"{f.limit_ratio:.3f}",
+            _fixed(f.limit_ratio),
             *[_share_cell(run, by_clock.get(clock, {}).get(f.name), clock) for clock in CLOCK_NAMES],
             _share_cell(run, by_clock["wall"].get(f"detach-{f.drop_rate:g}"), "wall"),
             _plus_minus(*backward.get(f.drop_rate, (None, None))),
@@ -203,8 +206,9 @@ def _target_rows(run: records.Record) -> list[str]:
 
 def _ratio_cell(run: records.Record, f: Figures) -> str:
     configuration = run["configuration"]
-    if not configuration["checkpointing"] or configuration["tuning"] != "full" or f.drop_rate != TARGET_RATE:
-        return f"{f.ratio:.3f}"
+    has_target = configuration["checkpointing"] and configuration["tuning"] == "full" and f.drop_rate == TARGET_RATE
+    if f.ratio is None or not has_target:
+        return _fixed(f.ratio)
     return f"{f.ratio:.3f} {_verdict(f.ratio <= TARGET_CHECKPOINTED_RATIO)}"
 
 
@@ -229,6 +233,10 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def _fixed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 # -- sections
 
 
@@ -251,13 +259,13 @@ def _figures_row(f: Figures) -> str:
         f"{f.optimizer_s:.3f}",
         f"{f.step_s + f.optimizer_s:.3f}",
         f"{f.step_s:.3f} ({f.step_spread_s[0]:.3f}-{f.step_spread_s[1]:.3f})",
-        f"{f.ratio:.3f}",
-        f"{f.limit_ratio:.3f}",
+        _fixed(f.ratio),
+        _fixed(f.limit_ratio),
         _percent(f.share),
         f"{f.tokens_per_s:.0f}",
         f"{f.samples_per_s:.2f}",
-        "-" if f.peak_gib is None else f"{f.peak_gib:.3f}",
-        "-" if f.activations_ratio is None else f"{f.activations_ratio:.3f}",
+        _fixed(f.peak_gib),
+        _fixed(f.activations_ratio),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -267,6 +275,7 @@ def _title(run: records.Record) -> str:
     words = [configuration["model"], configuration["tuning"], configuration["dtype"]]
     words += [word for word in ("checkpointing", "compiled") if configuration[word]]
     words += ["chunked loss"] if configuration["loss"] != "plain" else []
+    words += [configuration["kernels"]] if "kernels" in configuration else []
     return ", ".join(words)
 
 
@@ -306,7 +315,8 @@ def growth_section(run: records.Record) -> str:
     for row in grown(run, clock):
         speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.0f}"
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-        lines.append(f"| {row['how']} | {row['drop_rate']:g} | {row['batch_size']} | {speed} | {ratio} |")
+        size = f"{AT_LEAST if row['at_least'] else ''}{row['batch_size']}"
+        lines.append(f"| {row['how']} | {row['drop_rate']:g} | {size} | {speed} | {ratio} |")
     return "\n".join(lines)
 
 
@@ -336,11 +346,11 @@ def _seqlen_table(runs: Sequence[records.Record]) -> str:
     return "\n".join(lines)
 
 
-def _length_cell(entry: tuple[int, float | None] | None) -> str:
+def _length_cell(entry: Length | None) -> str:
     if entry is None:
         return "-"
-    length, ratio = entry
-    return f"{length}" if ratio is None or ratio == 1 else f"{length} ({ratio:.2f}x)"
+    text = f"{entry.length}" if entry.ratio is None or entry.ratio == 1 else f"{entry.length} ({entry.ratio:.2f}x)"
+    return f"{AT_LEAST}{text}" if entry.at_least else text
 
 
 def _unfinished_section(root: Path) -> str:
@@ -365,7 +375,8 @@ def _other_pages(docs: Path) -> str:
 def plot_all(runs: dict[str, list[records.Record]], folder: Path) -> list[str]:
     """All plots; returns their file names."""
     names = []
-    for model, group in _by_model(runs[KIND]).items():
+    related = [run for run in runs[KIND] if parts_of(run) is not None]
+    for model, group in _by_model(related).items():
         names.append(f"throughput-{model}.png")
         save_figure(_plot_throughput(group), folder / names[-1])
     for model, group in _by_model(runs[SEQLEN_KIND]).items():
@@ -426,7 +437,7 @@ def _plot_seqlen(runs: Sequence[records.Record]) -> Any:
     ax = figure.subplots()
     for index, run in enumerate(runs):
         for how, style in zip(COUPLINGS, ("-", ":"), strict=True):
-            lengths = {rate: length for rate, (length, _) in length_ratios(run, how).items()}
+            lengths = {rate: entry.length for rate, entry in length_ratios(run, how).items()}
             label = _title(run).partition(", ")[2] if how == COUPLINGS[0] else None
             ax.plot(list(lengths), list(lengths.values()), style, marker="o", color=f"C{index}", label=label)
     ax.set_xlabel(f"drop rate ({COUPLINGS[0]} masks; dotted: {COUPLINGS[1]})")

@@ -3,7 +3,8 @@
 Every round gives each variant one step with a new mask, so that a busy machine slows all of them alike. A step is timed
 in parts, the optimizer apart: with accumulation it is rare. Beside them runs a forward without recording, and the plain
 backward is split where the gradient enters and leaves the blocks: what is needed for the limit (`limits`). Memory is
-taken from an untimed step of each variant, in tensor bytes on CPU and from the allocator elsewhere.
+taken from an untimed step of each variant, in tensor bytes on CPU and from the allocator elsewhere. A variant that runs
+out of memory is left out from then on, and the record says so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +26,17 @@ from dropbp.errors import ConfigError, MissingDependencyError
 from dropbp.memory import track_tensor_bytes
 
 from . import records
-from .options import TimeLimit, add_run_arguments, add_time_limit, device_name, limit_of, progress, settle
+from .options import TimeLimit, add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
 from .presets import DEFAULT_THROUGHPUT, THROUGHPUT, ThroughputPreset, Training, chosen
-from .probe import Probe, Workplace, largest_batch, largest_batch_tried
+from .probe import (
+    Probe,
+    Workplace,
+    is_border,
+    is_out_of_memory,
+    largest_batch,
+    largest_batch_tried,
+    release_memory,
+)
 from .setup import (
     COUPLINGS,
     PLAIN,
@@ -35,7 +45,10 @@ from .setup import (
     build_batch,
     build_model,
     build_optimizer,
+    check_packages,
+    compiler_of,
     decoder_layers,
+    describe_optimizer,
     loss_of,
     many_compilations,
 )
@@ -45,7 +58,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 KIND, GROWTH_KIND = "throughput", "growth"
 SPLIT, UNRECORDED = "split", "unrecorded"
-ROUNDS_LEFT = 3  # the next one, and two steps of each variant for memory
+SMALLER, TRIES_AT_BORDER = 15 / 16, 4
 Timing = dict[str, Any]
 
 
@@ -54,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", action="append", choices=tuple(THROUGHPUT), help="what to run; may be repeated")
     parser.add_argument("--only", metavar="TRAINING", help="only this training of the preset, such as full-bf16")
     parser.add_argument("--rounds", type=int, help="timed steps of each variant")
-    parser.add_argument("--no-growth", action="store_true", help="leave out the largest micro-batches")
+    growth = parser.add_mutually_exclusive_group()
+    growth.add_argument("--no-growth", action="store_true", help="leave out the largest micro-batches")
+    growth.add_argument("--growth-only", action="store_true", help="the largest micro-batches alone")
     add_time_limit(parser)
     add_run_arguments(parser)
 
@@ -67,35 +82,34 @@ def run(args: argparse.Namespace) -> int:
     kind = device_name(args)
     names = args.preset or (("smoke",) if args.smoke else DEFAULT_THROUGHPUT.get(kind, ("smoke",)))
     presets = {name: chosen("preset", THROUGHPUT, name) for name in names}
-    _check_only(args.only, presets.values())
+    check_only(args.only, ((*preset.trainings, *preset.growth) for preset in presets.values()))
+    failed = 0
     for name, preset in presets.items():
-        run_preset(name, replace(preset, rounds=args.rounds or preset.rounds), args)
-    return 0
+        failed += run_preset(name, replace(preset, rounds=args.rounds or preset.rounds), args)
+    return 1 if failed else 0
 
 
-def _check_only(only: str | None, presets: Iterable[ThroughputPreset]) -> None:
-    known = dict.fromkeys(training.name for preset in presets for training in (*preset.trainings, *preset.growth))
-    if only is not None and only not in known:
-        raise ConfigError(f"--only {only!r} is not in the preset; it has {', '.join(known)}.")
-
-
-def run_preset(name: str, preset: ThroughputPreset, args: argparse.Namespace) -> None:
-    """All runs of a preset. One that fails is recorded, and the next is run."""
+def run_preset(name: str, preset: ThroughputPreset, args: argparse.Namespace) -> int:
+    """All runs of a preset. One that fails is recorded, and the next is run; returns how many failed."""
     device = get_device(device_name(args))
-    for training in preset.trainings:
+    measured = () if args.growth_only else preset.trainings
+    grown = () if args.no_growth else preset.growth
+    runs = [(_measure, training) for training in measured] + [(_grow, training) for training in grown]
+    failed = 0
+    for measure, training in runs:
         if args.only in (None, training.name):
-            _guarded(lambda t=training: _measure(name, preset, t, device, args))  # type: ignore[misc]
-    for training in () if args.no_growth else preset.growth:
-        if args.only in (None, training.name):
-            _guarded(lambda t=training: _grow(name, preset, t, device, args))  # type: ignore[misc]
+            failed += not _succeeds(partial(measure, name, preset, training, device, args))
+    return failed
 
 
-def _guarded(measure: Callable[[], None]) -> None:
+def _succeeds(measure: Callable[[], None]) -> bool:
     """The other runs do not suffer from one that fails; its record says what happened."""
     try:
         measure()
     except (RuntimeError, MissingDependencyError) as error:  # the first is what PyTorch raises, out of memory included
         logger.warning("a run failed: %s", error)
+        return False
+    return True
 
 
 # -- one run
@@ -111,15 +125,18 @@ def _measure(name: str, preset: ThroughputPreset, training: Training, device: De
     store, run_name = records.Store(args.output, KIND), f"{name}--{device.name}--{training.name}"
     if not args.again and store.finished(run_name, configuration) is not None:
         return
-    limit = limit_of(args)
-    with store.run(run_name, configuration, device) as record, _compiler(training):
-        bench = Bench(preset, training, variants, device)
+    check_packages(training, device.name)
+    limit, title = limit_of(args), f"{name} {training.name}"
+    with store.run(run_name, configuration, device, goes_on=True) as record, _compiler(training):
+        bench = Bench(preset, training, variants, device, record)
+        bench.save = lambda: store.save(record)
         record["parameters"] = sum(p.numel() for p in bench.model.parameters())
-        record["variants"] = {lane.variant.name: asdict(lane.variant) for lane in bench.lanes}
-        record["steps"], record["warmup_steps"] = bench.steps, bench.warmup_steps
-        graphs = bench.run_rounds(preset.warmup_rounds, preset.rounds, f"{name} {training.name}", limit)
-        record["compiled_graphs"], record["compiled_graphs_late"] = graphs
-        record["memory"] = {lane.variant.name: bench.peak(lane) for lane in bench.lanes}
+        record["optimizer"] = describe_optimizer(bench.optimizer)
+        record["variants"] = {variant.name: asdict(variant) for variant in variants}
+        record["compiled_graphs"], _ = bench.run_rounds(preset.warmup_rounds, 0, title, limit)
+        bench.measure_memory(record.setdefault("memory", {}))
+        _, late = bench.run_rounds(0, preset.rounds - bench.rounds_done, title, limit)
+        record["compiled_graphs_late"] = record.get("compiled_graphs_late", 0) + late
 
 
 def variants_of(preset: ThroughputPreset, training: Training) -> list[Variant]:
@@ -132,7 +149,7 @@ def configuration_of(preset: ThroughputPreset, training: Training, device: Devic
     """What makes a run what it is."""
     return {
         "model": preset.model,
-        **asdict(training),
+        **training.configuration(),
         "batch_size": preset.batch_size,
         "sequence_length": preset.sequence_length,
         "device": device.name,
@@ -145,46 +162,105 @@ def _compiler(training: Training) -> Any:
 
 
 class Bench:
-    """All variants over one set of parameters, and one optimizer."""
+    """All variants over one set of parameters, and one optimizer.
+
+    Given a record that holds rounds already, further ones go into it, with other masks.
+    """
 
     def __init__(
-        self, preset: ThroughputPreset, training: Training, variants: Sequence[Variant], device: Device
+        self,
+        preset: ThroughputPreset,
+        training: Training,
+        variants: Sequence[Variant],
+        device: Device,
+        record: records.Record | None = None,
     ) -> None:
+        record = {} if record is None else record
         self.device = device
+        self.save: Callable[[], None] = lambda: None
+        self.steps: dict[str, list[Timing]] = record.setdefault("steps", {})
+        self.warmup_steps: dict[str, list[Timing]] = record.setdefault("warmup_steps", {})
+        self.failures: list[dict[str, Any]] = record.setdefault("failures", [])
+        self.rounds_done = max((len(steps) for steps in self.steps.values()), default=0)
+        self.left_out = {failure["variant"] for failure in self.failures if "variant" in failure}
+        seed = len(record.get("continued", ()))
         self.model = build_model(preset.model, training, device.name)
-        self.lanes = [Lane(variant, self.model, device, training.compiled) for variant in variants]
+        backend = compiler_of(preset.model)
+        self.lanes = [Lane(variant, self.model, device, training.compiled, seed, backend) for variant in variants]
         self.optimizer = build_optimizer(self.model, training.tuning)
         self.ids_BS = build_batch(preset.model, preset.batch_size, preset.sequence_length, device.name)
         # Hooks that wait for the device would slow a plain step down; where waiting is free they cost nothing.
         self.splits_plain = device.name == "cpu"
-        self.steps: dict[str, list[Timing]] = {}
-        self.warmup_steps: dict[str, list[Timing]] = {}
 
     def run_rounds(self, warmup_rounds: int, rounds: int, title: str, limit: TimeLimit) -> tuple[int, int]:
         """Every round all variants, each time in another order, and what the limit of a step needs.
 
-        Rounds end early, after one that counts, where another one and the steps for memory would pass the time limit.
+        Rounds end early, after one that counts, where another one would pass the time limit.
 
         Returns:
             How many graphs the warm-up compiled, and how many the rounds after it.
+
+        Raises:
+            torch.OutOfMemoryError: no variant has memory enough.
         """
-        turns = self._turns()
-        names, counts = list(turns), [self.device.compile_count()]
+        turns, counts = self._turns(), [self.device.compile_count()]
         with progress((warmup_rounds + rounds) * len(turns), title) as bar:
-            for index in range(warmup_rounds + rounds):
-                if index == warmup_rounds:
-                    counts.append(self.device.compile_count())
-                before_s = limit.left_s()
-                kept = self.warmup_steps if index < warmup_rounds else self.steps
-                for name in [*names[index % len(names) :], *names[: index % len(names)]] if index else names:
-                    timing = turns[name]()
-                    kept.setdefault(name, []).append({"round": index, **timing})
-                    bar.update()
-                round_s = before_s - limit.left_s()
-                if index >= warmup_rounds and limit.left_s() < ROUNDS_LEFT * round_s:
-                    break
-        first, warm, last = (*counts, self.device.compile_count())
-        return warm - first, last - warm
+            self._rounds(turns, range(warmup_rounds), self.warmup_steps, TimeLimit(), bar)
+            counts.append(self.device.compile_count())
+            first = max(warmup_rounds, 1 + max(self._rounds_seen(), default=-1))
+            self._rounds(turns, range(first, first + rounds), self.steps, limit, bar)
+        start, warm, end = (*counts, self.device.compile_count())
+        return warm - start, end - warm
+
+    def _rounds_seen(self) -> Iterable[int]:
+        return (steps[-1]["round"] for kept in (self.warmup_steps, self.steps) for steps in kept.values() if steps)
+
+    def _rounds(
+        self,
+        turns: dict[str, Callable[[], Timing]],
+        numbers: range,
+        kept: dict[str, list[Timing]],
+        limit: TimeLimit,
+        bar: Any,
+    ) -> None:
+        names = list(turns)
+        for number in numbers:
+            before_s, found = limit.left_s(), {}
+            for name in [*names[number % len(names) :], *names[: number % len(names)]] if number else names:
+                if name not in self.left_out:
+                    with self.or_left_out(name):
+                        found[name] = turns[name]()
+                bar.update()
+            for name, timing in found.items():
+                kept.setdefault(name, []).append({"round": number, **timing})
+            if not any(lane.variant.name not in self.left_out for lane in self.lanes):
+                raise torch.OutOfMemoryError("no variant has memory enough for a step")
+            self.save()
+            if limit.left_s() < before_s - limit.left_s():
+                break
+
+    @contextmanager
+    def or_left_out(self, name: str) -> Iterator[None]:
+        """If memory is out, note it, give back what the step held, and leave the variant out from now on."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.failures.append({"variant": name, **records.describe_error(error)})
+            self.left_out.add(name)
+        if name in self.left_out:  # out of the `except`, whose error keeps the tensors of all its frames alive
+            self.optimizer.zero_grad(set_to_none=True)
+            release_memory()
+
+    def measure_memory(self, memory: dict[str, Any]) -> None:
+        """Peak memory of each variant that was not measured yet."""
+        for lane in self.lanes:
+            name = lane.variant.name
+            if name not in memory and name not in self.left_out:
+                with self.or_left_out(name):
+                    memory[name] = self.peak(lane)
+                self.save()
 
     def _turns(self) -> dict[str, Callable[[], Timing]]:
         turns: dict[str, Callable[[], Timing]] = {}
@@ -317,21 +393,30 @@ def _grow(name: str, preset: ThroughputPreset, training: Training, device: Devic
     store, run_name = records.Store(args.output, GROWTH_KIND), f"{name}--{device.name}--{training.name}"
     if not args.again and store.finished(run_name, configuration) is not None:
         return
-    with store.run(run_name, configuration, device) as record:
+    check_packages(training, device.name)
+    with store.run(run_name, configuration, device, goes_on=True) as record:
         place = Workplace(preset.model, training) if device.name == "cpu" else None
         budget_bytes = device.memory_limit_bytes() if place is None else _growth_budget_bytes(preset, place)
         record["budget_bytes"], record["budget_is"] = budget_bytes, _budget_is(device)
         record["variants"] = {variant.name: asdict(variant) for variant in variants}
-        record["batch_sizes"], limit = {}, limit_of(args)
+        sizes, limit = record.setdefault("batch_sizes", {}), limit_of(args)
         share_s = limit.left_s() / (2 * len(variants))  # half for sizes, half for steps
         for variant in variants:
-            record["batch_sizes"][variant.name] = (
-                largest_batch_tried(preset, training, variant, device.name, share_s)
+            known = sizes.get(variant.name, {}).get("asked", [])
+            if known and is_border(known):
+                continue
+
+            def note(found: dict[str, Any], name: str = variant.name) -> None:
+                sizes[name] = {**found, "asked": [*found["asked"], {"ended_after_s": None}]}
+                store.save(record)
+
+            sizes[variant.name] = (
+                largest_batch_tried(preset, training, variant, device.name, share_s, known, note)
                 if place is None
                 else largest_batch(preset, place, variant, known_bytes(budget_bytes, device))
             )
-        record["steps"] = {}
-        _time_grown(record, preset, training, variants, device, limit)
+            store.save(record)
+        _time_grown(record, preset, training, variants, device, limit, lambda: store.save(record))
 
 
 def _growth_budget_bytes(preset: ThroughputPreset, place: Workplace) -> int:
@@ -350,31 +435,38 @@ def _time_grown(
     variants: Sequence[Variant],
     device: Device,
     limit: TimeLimit,
+    save: Callable[[], None],
 ) -> None:
-    sizes = {name: found["batch_size"] for name, found in record["batch_sizes"].items()}
-    bench = Bench(preset, training, [v for v in variants if sizes[v.name]], device)
-    batches = {
-        name: build_batch(preset.model, size, preset.sequence_length, device.name)
-        for name, size in sizes.items()
-        if size
-    }
+    sizes = record.setdefault(
+        "timed_sizes", {name: found["batch_size"] for name, found in record["batch_sizes"].items()}
+    )
+    bench = Bench(preset, training, [v for v in variants if sizes[v.name]], device, record)
     rounds = preset.growth_rounds + 1  # the first warms up
     with progress(rounds * len(bench.lanes), f"{preset.model} {training.name} largest micro-batches") as bar:
-        for index in range(rounds):
+        for index in range(rounds - bench.rounds_done):
             before_s = limit.left_s()
             for lane in bench.lanes:
-                name = lane.variant.name
-                with _out_of_memory_recorded(record, name):
-                    timing = {"round": index, **bench.step(lane, ids_BS=batches[name])}
-                    record["steps"].setdefault(name, []).extend([timing] if index else [])
+                timing = _step_at_border(bench, lane, sizes, preset)
+                if timing is not None:
+                    timed = {"round": bench.rounds_done + index, **timing}
+                    bench.steps.setdefault(lane.variant.name, []).extend([timed] if index else [])
                 bar.update()
+            save()
             if index and limit.left_s() < before_s - limit.left_s():
                 break
 
 
-@contextmanager
-def _out_of_memory_recorded(record: records.Record, name: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        record["failures"].append({"variant": name, **records.describe_error(error)})
+def _step_at_border(bench: Bench, lane: Lane, sizes: dict[str, int], preset: ThroughputPreset) -> Timing | None:
+    """A step of the size found; a little smaller where other variants beside it leave the allocator in fragments."""
+    name = lane.variant.name
+    for _ in range(TRIES_AT_BORDER):
+        if name in bench.left_out:
+            return None
+        ids_BS = build_batch(preset.model, sizes[name], preset.sequence_length, bench.device.name)
+        with bench.or_left_out(name):
+            return bench.step(lane, ids_BS=ids_BS)
+        if sizes[name] > 1:
+            bench.left_out.discard(name)
+            sizes[name] = max(1, int(SMALLER * sizes[name]))
+    bench.left_out.add(name)
+    return None

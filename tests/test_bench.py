@@ -18,7 +18,7 @@ from dropbp.bench.bisection import largest
 from dropbp.bench.derive import backward_shares, figures, length_ratios, parts_of, share_error
 from dropbp.bench.limits import Parts, limit_s, median_spread, share_of_possible_saving
 from dropbp.bench.presets import MODELS, SeqlenPreset, ThroughputPreset, Training
-from dropbp.bench.probe import Probe, Workplace, is_out_of_memory, tried_in_a_process
+from dropbp.bench.probe import Probe, Workplace, is_border, is_out_of_memory, tried_in_a_process
 from dropbp.bench.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
 
 import dropbp
@@ -287,9 +287,16 @@ def test_size_is_tried_in_a_process_of_its_own() -> None:
 
 
 def test_process_that_dies_is_a_result() -> None:
+    task = {"vary": "batch_size", "fixed": -1, "step": 1, "most": 4, "accumulated": True}
+    found, asked = tried_in_a_process(TINY, Training(), PLAIN, "cpu", task)
+    assert found == 0 and asked[-1]["died"] == 1 and "negative dimension" in asked[-1]["message"][0]
+    assert not is_border(asked)
+
+
+def test_what_could_not_be_tried_at_all_is_an_error_and_no_length_of_zero() -> None:
     task = {"vary": "batch_size", "fixed": 16, "step": 1, "most": 4, "accumulated": True}
-    found, asked = tried_in_a_process("llama9", Training(), PLAIN, "cpu", task)
-    assert found == 0 and asked[-1]["died"] == 1 and "llama9" in asked[-1]["message"][0]
+    with pytest.raises(DropBPError, match="llama9"):
+        tried_in_a_process("llama9", Training(), PLAIN, "cpu", task)
 
 
 @pytest.mark.parametrize(
@@ -362,11 +369,7 @@ def test_throughput_record_holds_every_step_of_every_variant(measured: Path) -> 
     assert len(set(masks)) == 2
 
 
-def test_a_compiled_run_says_how_many_graphs_were_compiled_and_when(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+def test_a_compiled_run_says_how_many_graphs_were_compiled_and_when(tmp_path: Path) -> None:
     training = Training("lora", "fp32", checkpointing=True, compiled=True)
     preset = ThroughputPreset(TINY, (training,), (0.5, 0.875), 1, 24, 2, 3)
     throughput.run_preset("small", preset, throughput_args(tmp_path))
@@ -650,7 +653,7 @@ def test_bad_values_of_a_training_are_named() -> None:
 
 def test_part_that_is_not_there_is_an_error_that_lists_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(command.PARTS, "absent", command.Part("nothing"))
-    with pytest.raises(DropBPError, match="has no part 'absent'; the parts are throughput"):
+    with pytest.raises(DropBPError, match="has no part 'absent'; the parts are gpu, throughput"):
         command.main(["absent"])
 
 

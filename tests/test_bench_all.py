@@ -94,8 +94,8 @@ def test_accelerator_that_is_not_there_is_one_clear_error(called: Calls) -> None
 def test_accelerator_runs_its_parts_with_their_time_limit(called: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everything, "get_device", lambda name: None)
     command.main(["all", "--device", "cuda", "--minutes", "5"])
-    assert list(called) == ["throughput", "seqlen", "tables"]
-    assert called["seqlen"][-4:] == ["--device", "cuda", "--minutes", "5.0"]
+    assert list(called) == ["gpu", "tables"]
+    assert called["gpu"][-4:] == ["--device", "cuda", "--minutes", "5.0"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -123,21 +123,23 @@ def test_parts_side_by_side_report_their_own_end(tmp_path: Path) -> None:
     assert outcomes == {"recipes": False, "paper": True}
 
 
-def test_interruption_ends_the_parts_side_by_side(tmp_path: Path) -> None:
-    """No part goes on measuring, or writing, after the command that started it has ended."""
-    marker = tmp_path / "seqlen"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wait_s", [0.0, 0.05, 1.0])
+def test_interruption_ends_the_parts_side_by_side(tmp_path: Path, wait_s: float, number: signal.Signals) -> None:
+    """At any moment: no part goes on measuring, or writing, after the command that started it has ended."""
     code = (
         "from dropbp.bench import everything\n"
         f"everything.run_beside({{'seqlen': ['--preset', 'llama2-7b-80gib', '--output', {str(tmp_path)!r}]}})"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and process.stderr.readline() == "-- seqlen\n"
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) != 0
-    assert not list(marker.glob("*.json"))
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in listed
+        time.sleep(wait_s)
+        process.send_signal(number)
+        assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+        assert process.returncode != 0
+    assert not list((tmp_path / "seqlen").glob("*.json"))
+    listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in listed.splitlines() if line.split()[0] == str(process.pid)]
 
 
 def test_help_says_how_to_reproduce(capsys: pytest.CaptureFixture[str]) -> None:
