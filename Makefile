@@ -16,11 +16,15 @@ PY := $(BIN)/python
 INSTALLED := $(VENV)/.installed
 GAUDI_VENV := .venv-gaudi
 GAUDI_INSTALLED := $(GAUDI_VENV)/.installed
+OLDEST_VENV := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
+OLDEST_TESTS ?= $(wildcard tests/test_engine_*.py) tests/test_memory.py tests/test_masks.py tests/test_allocation.py \
+	tests/test_discovery.py tests/test_compile_blocks.py tests/test_peft.py tests/test_callback.py
 PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest
 PIP_OPTIONS := --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint zoo bench bench-gpu test-gaudi docs clean
+.PHONY: help setup demo test lint zoo bench bench-gpu test-gaudi test-oldest docs clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +73,13 @@ $(GAUDI_INSTALLED): pyproject.toml constraints-gaudi.txt tests/gaudi/setup_env.p
 
 test-gaudi: $(GAUDI_INSTALLED)  ## the unmodified GaudiTrainer on the simulated HPU, in an environment of its own
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(GAUDI_VENV)/bin/python -m pytest -n $(WORKERS) -m gaudi $(ARGS) tests/gaudi
+
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
+	$(call install,$(OLDEST_VENV),constraints-oldest.txt,-e '.[hf]' hypothesis pytest pytest-timeout pytest-xdist)
+	@touch $@
+
+test-oldest: $(OLDEST_INSTALLED)  ## the tests of the core with the oldest versions promised, in an environment of its own
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "$(MARKERS)" $(ARGS) $(OLDEST_TESTS)
 
 docs: $(INSTALLED)  ## the documentation as a site, with the API from the docstrings
 	$(PY) -m pip install $(PIP_OPTIONS) --quiet --no-build-isolation -c constraints.txt -e '.[docs]'

@@ -97,7 +97,7 @@ def test_wheel_names_its_licence_and_its_two_dependencies(wheel: Path) -> None:
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     lines = archive.read(metadata).decode().splitlines()
     required = {line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line}
-    assert required == {"Requires-Dist: torch>=2.6", "Requires-Dist: psutil>=5.9"}
+    assert required == {"Requires-Dist: torch>=2.10", "Requires-Dist: psutil>=5.9"}
     assert "License-Expression: Apache-2.0" in lines
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
 
