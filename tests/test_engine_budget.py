@@ -10,12 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from tests.engine_models import tiny_llama, tokens
 from tests.zoo.tiny import case
-from tests.zoo.training import UNCOUNTED, counted_backward
+from tests.zoo.training import counted_backward, flops_of_backward
 
 STEPS = 400
 
@@ -151,12 +150,6 @@ def test_the_flops_that_are_really_skipped_are_the_drop_rate(made: Callable[[], 
     realised = (whole - sum(steps) / len(steps)) / (whole - (least or head(model)))
     assert realised == pytest.approx(0.5, abs=0.02)
     assert handle.report()["realised_drop_rate"] == pytest.approx(realised, abs=0.02)
-
-
-def flops_of_backward(loss: torch.Tensor) -> int:
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-        loss.backward()
-    return int(counter.get_total_flops())
 
 
 def head(model: Any) -> int:

@@ -20,10 +20,16 @@ FAMILIES = {
     "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING",
     "encoder-decoder": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "vision": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "vision-language": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "speech-ctc": "MODEL_FOR_CTC_MAPPING",
+    "classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
 }
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 32, 4, 3, 128
 LARGEST = 20_000_000
+IMAGE_TOKEN = 100
+IMAGE_TOKENS = (16, 17, 4, 5, 1, 8, 9, 20, 32, 64)  # that models make of one image of 32 by 32
 
 DROP = object()
 
@@ -58,6 +64,7 @@ SIZES: dict[str, Any] = {
     "sliding_window": 8, "attention_window_size": 8, "local_attention": 8, "attention_chunk_size": 16,
     "dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "drop_path_rate": 0.0,
+    "image_token_id": IMAGE_TOKEN, "image_token_index": IMAGE_TOKEN,
     "rotary_dim": 4, "laurel_rank": 8, "altup_num_inputs": 2, "num_memory_blocks": 4,
 }  # fmt: skip
 
@@ -102,6 +109,8 @@ class Case:
     def inputs(self, model: Any) -> Inputs | None:
         """Where the library cannot make inputs for the model by itself: what a user would pass."""
         make = INPUTS.get(self.name)
+        if make is None and self.family == "vision-language":
+            return _images_and_text(model)
         return None if make is None else Inputs(kwargs=make(model))
 
     def _check_size(self, config: Any) -> None:
@@ -348,6 +357,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def _image_and_text(model: Any) -> dict[str, Any]:
     ids = torch.arange(5, 21).repeat(2, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _images_and_text(model: Any) -> Inputs | None:
+    """Two images, each with as many tokens as the model makes of it, and words; None where it wants them otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, SIZES["image_size"], SIZES["image_size"], generator=generator)
+    for count in IMAGE_TOKENS:
+        ids = torch.cat([torch.full((2, count), IMAGE_TOKEN), torch.arange(5, 29).reshape(2, 12)], dim=1)
+        given = Inputs(kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images})
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model)(**given.kwargs)
+        except Exception:
+            continue
+        return given
+    return None
 
 
 def _patches(model: Any) -> dict[str, Any]:
