@@ -45,7 +45,9 @@ class Parameters:
         """
         for need, (module, attribute) in self._probes.items():
             probe = module._parameters.get(attribute)
-            if need & ~dropped or not isinstance(probe, nn.Parameter) or probe.grad is None or probe.grad.any():
+            if need & ~dropped or not isinstance(probe, nn.Parameter) or probe.grad is None:
+                continue
+            if probe.grad.is_meta or probe.grad.any():  # on meta there are no values, so none that are all zero
                 continue
             own = [p for p, of in self.needs().items() if of == need and p.grad is not None]
             if not any(bool(cast(torch.Tensor, p.grad).any()) for p in own):
