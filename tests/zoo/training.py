@@ -13,10 +13,12 @@ import dataclasses
 import inspect
 import itertools
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
@@ -89,13 +91,20 @@ def _enabled(model: nn.Module, given: Any, steps: bool) -> Iterator[tuple[Any, n
 
 
 def _step(model: nn.Module, batch: Mapping[str, Any]) -> Step:
-    torch.manual_seed(1)
+    _seed()
     model.zero_grad(set_to_none=True)
     outputs = model(**copy.copy(dict(batch)))
     _loss(outputs, "labels" in batch and not any(name in batch for name in EXTRA_OUTPUTS)).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     return Step([t.detach() for t in tensors_in(outputs)], gradients, buffers)
+
+
+def _seed() -> None:
+    """Speech models mask frames by numbers of NumPy's."""
+    torch.manual_seed(1)
+    numpy.random.seed(1)  # noqa: NPY002
+    random.seed(1)
 
 
 def _loss(outputs: Any, labelled: bool) -> torch.Tensor:
@@ -255,7 +264,7 @@ def counted_backward(handle: Any, batch: Mapping[str, Any], mask: list[bool]) ->
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    torch.manual_seed(1)
+    _seed()
     model.zero_grad(set_to_none=True)
     return _loss(model(**copy.copy(dict(batch))), "labels" in batch)
 
