@@ -25,6 +25,7 @@ from dropbp.checks import check_lengths, checked_rates, checked_share, listed, s
 from dropbp.config import Config, make_config
 from dropbp.device import Device, get_device, refuse_capture
 from dropbp.discovery.discover import Findings, checked_module, find, unwrapped
+from dropbp.discovery.stem import Rests
 from dropbp.discovery.structure import Branch
 from dropbp.engine.calls import Calls
 from dropbp.engine.checkpointing import CheckpointBypass
@@ -35,6 +36,7 @@ from dropbp.engine.parameters import Parameters
 from dropbp.engine.recompute import Recomputation
 from dropbp.engine.regional import compile_each
 from dropbp.engine.runtime import RootState, Runtime
+from dropbp.engine.trained import Trained, figures, remarks, settled, tell
 from dropbp.engine.truncation import Cut
 from dropbp.errors import ConfigError, StateError
 from dropbp.flops import shape_of
@@ -44,6 +46,7 @@ from dropbp.masks.samplers import Mask, bits, couplings
 from dropbp.masks.schedule import Conditions, ForwardPlan, Schedule
 from dropbp.masks.statistics import table
 from dropbp.sensitivity.measure import Calibration, Closure, many_ranks, mean_over_ranks, measure, own_squares
+from dropbp.tensors import ask_for_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +96,9 @@ def enable(
     model = _checked_model(model)
     adapter = get_device(device, model)
     adapter.check_model(model)
-    return Handle(model, config, adapter, find(model, example_inputs, branches))
+    handle = Handle(model, config, adapter, find(model, example_inputs, branches))
+    tell(handle._trained, handle.config, handle.rates)
+    return handle
 
 
 def disable(model: nn.Module) -> None:
@@ -162,21 +167,16 @@ class Handle:
         self._lock = threading.Lock()
         self._looked_for_graphs = False
         self._measuring: Mask | None = None
+        self._inputs_told = False
         self._zero_fills = (device.defaults().fill if config.fill == "auto" else config.fill) == "zero"
-        self._parameters = Parameters(model, self._structure, self._stem_rests())
+        self._trained = Trained(model, self._structure, self._stem_rests())
+        self._rests = self._structure.rests if self._stem_rests() else Rests()
+        self._parameters = Parameters(model, self._structure, self._rests)
         self._check_scaling()
-        names = [branch.name for branch in self._structure.branches]
         from_the_top = config.masks == "nested" and self._stream_may_end()
         self._weights = findings.weights.counted_from_the_top() if from_the_top else findings.weights
-        self._schedule = Schedule(
-            config,
-            names,
-            self._structure.blocks.values(),
-            findings.flops,
-            findings.shape,
-            weights=self._weights,
-            trains=self._parameters.train,
-        )
+        self.config = config = settled(config, self._trained, lambda config: self._scheduled(config).rates)
+        self._schedule = self._scheduled(config, trains=self._parameters.train)
         self.is_abandoned: Callable[[], bool] | None = None
         self._recomputation = Recomputation(model, self._structure.blocks, self._structure.repeated)
         self._runtime = Runtime(model)
@@ -190,10 +190,10 @@ class Handle:
             model,
             self._structure,
             self._runtime,
-            RootState(self._begin, self._runtime),
+            lambda: RootState(self._begin, self._runtime),
             self._recomputation,
             scales=config.scaling != "none",
-            stem_rests=self._stem_rests(),
+            rests=self._rests,
             boundary=self._boundary(),
             step_boundary=device.step_boundary,
         )
@@ -201,7 +201,7 @@ class Handle:
         if (self._activations_limit() or 1) < 1:
             self._recomputation.tell()
         if config.rehearse:
-            self._schedule.rehearsal = rehearsal(model, self._structure, self._stem_rests(), self._checkpointed)
+            self._schedule.rehearsal = rehearsal(model, self._structure, self._rests, self._checkpointed)
 
     # -- what is there
 
@@ -248,6 +248,8 @@ class Handle:
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Set each branch's drop rate, 0..1; the next mask is drawn from them.
+
+        Under `nested` masks parallel branches are dropped together: each gets the mean of their rates.
 
         Raises:
             ConfigError: wrong number of rates, one outside 0..1, or rates with which nothing would train.
@@ -356,18 +358,12 @@ class Handle:
 
     @contextlib.contextmanager
     def _unbooked(self, mask: Sequence[bool]) -> Iterator[None]:
-        """What feeds the stream stays awake: its gradients say how the first branch matters to others, not to it."""
+        """Nothing rests beside the branches: the gradients below a branch say how it matters to others."""
         self._measuring = self._schedule.checked(mask)
-        stems = [self.model.get_submodule(name) for name in self._structure.stems] if self._stem_rests() else []
-        sites = [module.__dict__["_dropbp_site"] for module in stems]
         try:
-            for module in stems:
-                module.__dict__["_dropbp_site"] = None
             yield
         finally:
             self._measuring = None
-            for module, site in zip(stems, sites, strict=True):
-                module.__dict__["_dropbp_site"] = site
 
     def resample(self) -> None:
         """Draw a new mask at the next training forward (with `resample="step"`: call once per optimizer step)."""
@@ -445,6 +441,7 @@ class Handle:
             "not_recomputed": dict(self._recomputation.reasons),
             "device": self.device.name,
             "shape": dataclasses.asdict(schedule.shape),
+            **figures(self._trained, self.rates),
             "branches": [
                 {**done.of_branch(i, branch), "weight": weight}
                 for i, (branch, weight) in enumerate(zip(self.branches, schedule.seen.weights, strict=True))
@@ -453,7 +450,7 @@ class Handle:
 
     def summary(self) -> str:
         """A table of the branches with FLOPs, rates and how often each was dropped."""
-        return table(self.report())
+        return "\n".join([table(self.report()), *remarks(self._trained, self.config, self.rates)])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to draw the same masks: plain numbers, lists and strings."""
@@ -480,6 +477,11 @@ class Handle:
     def _check_enabled(self) -> None:
         if not self.enabled:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
+
+    def _scheduled(self, config: Config, **options: Any) -> Schedule:
+        structure, findings = self._structure, self._findings
+        names, blocks = [branch.name for branch in structure.branches], structure.blocks.values()
+        return Schedule(config, names, blocks, findings.flops, findings.shape, together=structure.together, **options)
 
     def _check_scaling(self) -> None:
         reasons = self._structure.unscalable
@@ -511,6 +513,7 @@ class Handle:
                 self._activations_limit(),
                 rests,
                 rests and self._cut.ends(),
+                self._needs_all(args, kwargs),
                 many_ranks(),
                 self._parameters.with_gradient,
                 self._recomputation.left_alone,
@@ -523,6 +526,20 @@ class Handle:
         elif plan.dropped:
             self._parameters.forget_zeros(plan.dropped)
         return self._calls.plan(plan, args, kwargs)
+
+    def _needs_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an input asks for a gradient, which comes through the whole stream and would be biased."""
+        if not self._stem_rests() or self._schedule.fixed or not ask_for_gradients(args, kwargs):
+            return False
+        if not self._inputs_told:
+            self._inputs_told = True
+            logger.warning(
+                "An input of %s asks for a gradient, which comes through all of its branches: such forwards drop "
+                "nothing, so that it is exact. Detach the input if its gradient is not needed, or take the paper's "
+                "biased gradient with masks='exact'.",
+                type(self.model).__name__,
+            )
+        return True
 
     def _checkpointed(self, dropped: int) -> int:
         """Blocks whose kept branches are recomputed under a mask, as far as is known, as a bit mask of branches."""

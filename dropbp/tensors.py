@@ -103,3 +103,21 @@ def _map_dataclass(value: Any, function: TensorMap) -> Any:
     for field in dataclasses.fields(value):
         object.__setattr__(changed, field.name, map_tensors(getattr(value, field.name), function))
     return changed
+
+
+def ask_for_gradients(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward's arguments hold a tensor that requires a gradient, key-value caches looked into as well."""
+    values = [*args, *kwargs.values()]
+    if any(tensor.requires_grad for tensor in tensors_in(values)):
+        return True
+    return any(_cache_asks(value) for value in values if hasattr(value, "get_seq_length"))
+
+
+def _cache_asks(cache: Any) -> bool:
+    """Caches are those of transformers: objects that hold tensors, or lists of objects that do."""
+    inside = list(vars(cache).values())
+    inside += [
+        vars(layer) for value in inside if isinstance(value, list) for layer in value if hasattr(layer, "__dict__")
+    ]
+    inside += [vars(value) for value in inside if hasattr(value, "get_seq_length") and value is not cache]
+    return any(tensor.requires_grad for tensor in tensors_in(inside))

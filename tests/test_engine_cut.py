@@ -47,7 +47,7 @@ def test_what_is_kept_has_the_gradient_of_a_plain_step(name, count):
     expected = take_gradients(plain, loss(plain))
     handle = looked_at(model, loss)
     asleep = {n for b in handle.branches[:count] for m in b.modules for n in names_under(model, m)}
-    asleep |= {n for stem in handle._structure.stems for n in names_under(model, stem)}
+    asleep |= {n for stem in handle._structure.rests.modules for n in names_under(model, stem)}
     with handle.fixed(bottom_dropped(count)):
         found = take_gradients(model, loss(model))
     assert_same_gradients(found, {n: None if n in asleep else gradient for n, gradient in expected.items()})

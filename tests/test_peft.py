@@ -20,6 +20,7 @@ from tests.engine_models import (
     tiny_llama,
     tokens,
 )
+from tests.promise import assert_equal
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -125,15 +126,75 @@ def test_learned_prompts_see_the_kept_branches_only(kind, when):
     plain = adapted(kind)
     names = branch_names(base())
     model = base()
-    handle = dropbp.enable(model) if when == "before" else None
+    handle = dropbp.enable(model, masks="exact") if when == "before" else None
     model = adapted(kind, model)
-    handle = handle or dropbp.enable(model)
+    handle = handle or dropbp.enable(model, masks="exact")
     names = [f"base_model.{name}" for name in names]
     for mask in [(False,) * 4, (True, False, False, True), (False, True, True, False)]:
         with handle.fixed(mask):
             got = take_gradients(model, llama_loss(model))
         expected = paper_gradients(plain, names, mask, llama_loss)
         assert_same_gradients(got, expected)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_learned_prompts_alone_get_their_exact_gradient_and_nothing_is_saved(kind, caplog):
+    model, plain = adapted(kind), adapted(kind)
+    handle = dropbp.enable(model, steps=6)
+    assert "the gradient of prompt_encoder" in caplog.text and "masks='exact'" in caplog.text
+    for _ in range(6):
+        got = take_gradients(model, llama_loss(model))
+        assert_same_gradients(got, take_gradients(plain, llama_loss(plain)))
+    assert handle.report()["realised_drop_rate"] == 0
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_learned_prompts_put_on_later_get_their_exact_gradient(kind, caplog):
+    model = base()
+    handle = dropbp.enable(model)
+    model, plain = adapted(kind, model), adapted(kind)
+    for _ in range(6):
+        got = take_gradients(model, llama_loss(model))
+        assert_same_gradients(got, take_gradients(plain, llama_loss(plain)))
+    assert handle.report()["realised_drop_rate"] == 0 and "An input of LlamaForCausalLM asks" in caplog.text
+
+
+CHOSEN = {
+    "LoRA on all layers": {},
+    "DoRA": {"use_dora": True},
+    "LoRA on the lower layers": {"layers_to_transform": [0, 1]},
+    "LoRA on the upper layers": {"layers_to_transform": [2, 3]},
+    "LoRA and saved modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "LoRA and an embedding": {"modules_to_save": ["embed_tokens"]},
+    "LoRA and a head": {"modules_to_save": ["lm_head"]},
+    "LoRA on the embedding too": {"target_modules": [*LINEAR, "embed_tokens"]},
+    "LoRA and new tokens": {"trainable_token_indices": [1, 2]},
+    "LoRA and biases": {"bias": "all"},
+}
+BELOW = ("embed_tokens",)
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_plain_training_moves_is_moved_or_named(kind, tied):
+    """And what was chosen below the branches is moved; gradients are a plain step's, or there are none."""
+    model = tiny_llama(4, tie_word_embeddings=tied).requires_grad_(False)
+    if kind == "LoRA and new tokens":
+        model.resize_token_embeddings(36, mean_resizing=False)
+    options = {"r": 2, "target_modules": LINEAR, "init_lora_weights": False, **CHOSEN[kind]}
+    model = peft.get_peft_model(model, peft.LoraConfig(**options, **TASK)).train()
+    plain = take_gradients(model, llama_loss(model))
+    handle = dropbp.enable(model, 0.5, steps=24)
+    counts = dict.fromkeys(plain, 0)
+    for _ in range(24):
+        for name, gradient in take_gradients(model, llama_loss(model)).items():
+            counts[name] += gradient is not None
+            if gradient is not None:
+                assert_equal(name, handle.mask, gradient, plain)
+    still = {name for name, gradient in plain.items() if gradient is not None and not counts[name]}
+    report = handle.report()
+    assert set(report["never_trained"]) <= still <= {*report["never_trained"], *report["seldom_trained"]}
+    assert not [name for name in still if any(part in name for part in BELOW)]
 
 
 @pytest.mark.parametrize(("kind", "when"), INJECTED_CASES)

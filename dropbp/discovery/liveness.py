@@ -51,6 +51,16 @@ def needs(graph: Graph, groups: Sequence[Group]) -> list[int]:
     return need
 
 
+def flows(graph: Graph, groups: Sequence[Group]) -> list[int]:
+    """For each node the branches, its own included, through which its gradient comes; no other changes it."""
+    cut = {edge: 1 << i for i, group in enumerate(groups) for edge in group}
+    flow = [0] * len(graph.nodes)
+    for node in reversed(graph.nodes):
+        for source in node.inputs:
+            flow[source] |= flow[node.index] | cut.get((node.index, source), 0)
+    return flow
+
+
 class Cover:
     """Which module calls run without recording, and whether that drops each branch exactly."""
 

@@ -1,69 +1,205 @@
-"""What feeds the residual stream before its first branch: embeddings, patch projections.
+"""What must rest in a step that drops branches, though it lies in none of them.
 
-Under masks that train the top of a model down to a cut, every branch above the cut gets its exact gradient. The stem
-lies below every cut but the deepest: what reaches it along the bare stream lacks the share of all dropped branches, and
-moves it the wrong way. So such masks let the stem rest whenever the stream's first branch is dropped; then nothing at
-all below the cut is recorded.
+A parameter's gradient is exact in a step that drops none of the branches which it flows through on its way from the
+parameter to the outputs. A branch's own parameters lie in the lowest of these. Others do not: embeddings, projectors,
+class tokens and positions feed the stream, the norm of a post-norm block stands in it, one position bias serves all
+layers, an encoder's last norm feeds every cross-attention. Where a branch above them is dropped, what still reaches
+them along the bare stream would move them the wrong way. Under masks that drop the bottom of a model, such a use of a
+parameter is exact as long as the lowest branch above it is kept, and rests when that branch is dropped.
+
+A module all of whose outputs rest together runs without recording. Elsewhere the parameter is frozen while the module
+runs that uses it. A parameter with several uses (tied embeddings, a block applied again and again) has its exact
+gradient where each use has: so it rests in all of them when the lowest branch above any of them is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
-from dropbp.discovery.graph import Graph, Join
-from dropbp.discovery.liveness import Cover, needs
+from torch import nn
+
+from dropbp.discovery.graph import Graph
+from dropbp.discovery.liveness import ALIVE, Group, flows, needs
+from dropbp.discovery.trace import Call
+
+EXACT = -1  # the border of a use whose gradient flows through no branch: norms and heads after the last
 
 
-def stem_calls(graph: Graph, found: Sequence[Join]) -> dict[str, int]:
-    """Names of the stem's modules with the branch, as a bit mask, whose dropping lets them rest.
+@dataclasses.dataclass(frozen=True)
+class LooseParameter:
+    """A parameter used outside every dropped module: frozen while `scope` runs with all branches in `need` dropped."""
 
-    A stem whose output is used beyond the first addition (skips from the input) is left out: it always trains.
+    name: str
+    scope: str
+    need: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rests:
+    """What rests when which branch is dropped.
+
+    Attributes:
+        modules: that run without recording, each with the branch as a bit.
+        parameters: that are frozen while the module in `scope` runs, with the branch as a bit.
+        borders: for every parameter the lowest branch above it, as an index; `EXACT` where there is none.
+        resting: parameters that are seen to here, as they do not lie in one branch.
+        shared: those of them that several branches use.
+        unseen: those of them that the recorded forward did not use; where they act is not known, so they count as if
+            all branches were above them.
     """
-    calls: dict[str, int] = {}
-    joined = {join.node for join in found}
-    for first, base in _starts(graph, found, joined).items():
-        edges = [(user, base) for user in graph.consumers[base]]
-        cover = Cover(graph, needs(graph, [edges]))
-        calls.update({call.name: 1 << first for call in cover.tops if _runs_once(graph, call.name)})
-    return calls
+
+    modules: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parameters: tuple[LooseParameter, ...] = ()
+    borders: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    resting: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+    unseen: tuple[str, ...] = ()
+
+    def bits(self) -> dict[str, int]:
+        """The resting parameters, each with its border as a bit."""
+        return {name: 1 << self.borders[name] for name in self.borders if name in self.resting}
 
 
-def _starts(graph: Graph, found: Sequence[Join], joined: set[int]) -> dict[int, int]:
-    """For each stream its first branch and the point where it starts."""
-    starts: dict[int, int] = {}
-    seen: set[int] = set()
-    for branch, join in enumerate(found):
-        if join.base in seen or _is_downstream(graph, join.base, joined):
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """A call that uses a parameter in its own forward, the lowest branch above (a bit, 0: none), and who sees to it."""
+
+    name: str
+    call: int
+    border: int
+    in_branch: bool
+
+
+class SiteLike(Protocol):
+    """What is needed of a site: its module, and for each of its calls the branches that must be dropped."""
+
+    @property
+    def module(self) -> str: ...
+
+    @property
+    def needs(self) -> tuple[int, ...]: ...
+
+
+def rests(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Rests:
+    """What must rest.
+
+    Args:
+        graph: of the recorded forward.
+        groups: for each branch the edges that are cut to drop it.
+        together: sets of branches, as bit masks, that are only dropped all at once.
+    """
+    by_name: dict[str, list[_Use]] = {}
+    for use in _uses(graph, groups, together):
+        by_name.setdefault(use.name, []).append(use)
+    places = _Places(graph, groups)
+    modules: dict[str, int] = {}
+    loose: dict[LooseParameter, None] = {}
+    for name, uses in by_name.items():
+        border = _border(uses)
+        for use in uses if _rests(uses) else ():
+            module = places.resting(use) if use.border else None
+            if module is not None:
+                modules[module.name] = use.border
+            if use.border != border or not (module or use.in_branch):
+                loose[LooseParameter(name, graph.calls[use.call].name, border)] = None
+        if any(not use.border for use in uses) and border:  # a fused loss takes the head's weight without the head
+            loose[LooseParameter(name, "", border)] = None
+    return Rests(
+        modules,
+        tuple(loose),
+        {name: _border(uses).bit_length() - 1 for name, uses in by_name.items()},
+        frozenset(name for name, uses in by_name.items() if _rests(uses)),
+        frozenset(name for name, uses in by_name.items() if len({u.border for u in uses if u.in_branch}) > 1),
+    )
+
+
+def _border(uses: Iterable[_Use]) -> int:
+    """The lowest branch above any of the uses, as a bit; 0 where there is none."""
+    return min((use.border for use in uses if use.border), default=0)
+
+
+def _rests(uses: Sequence[_Use]) -> bool:
+    """Whether the parameter does not simply lie in one branch, or above all of them."""
+    return len({use.border for use in uses}) > 1 or any(use.border and not use.in_branch for use in uses)
+
+
+def with_unseen(found: Rests, model: nn.Module, sites: Iterable[SiteLike]) -> Rests:
+    """The same with the parameters that the recorded forward did not use; those inside of a site are the site's."""
+    borders, unseen = dict(found.borders), []
+    by_module = {site.module: site.needs for site in sites}
+    for name, parameter in model.named_parameters():
+        if name in borders or not parameter.is_floating_point():
             continue
-        between = graph.ancestors(join.node, join.base)
-        if all(user in between for user in graph.consumers[join.base]):
-            seen.add(join.base)
-            starts[branch] = _last_of_chain(graph, join.base, between)
-    return starts
+        site = next((by_module[path] for path in _upwards(name) if path in by_module), None)
+        if site is None:
+            unseen.append(LooseParameter(name, name.rpartition(".")[0], 1))
+        borders[name] = min(lowest(need).bit_length() - 1 for need in site or (1,))
+    names = tuple(entry.name for entry in unseen)
+    return dataclasses.replace(
+        found,
+        parameters=(*found.parameters, *unseen),
+        borders=borders,
+        resting=found.resting.union(names),
+        unseen=names,
+    )
 
 
-def _last_of_chain(graph: Graph, base: int, between: set[int]) -> int:
-    """The stem may go on with a scaling, a shift or a view of what it made: it ends where the stream is first used."""
-    while True:
-        users = graph.consumers[base]
-        if len(users) != 1 or graph.base_of(users[0]) != graph.base_of(base):
-            return base
-        if not all(user in between for user in graph.consumers[users[0]]):
-            return base
-        base = users[0]
+def _upwards(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
-def _is_downstream(graph: Graph, base: int, joined: set[int]) -> bool:
-    seen, pending = {base}, [base]
-    while pending:
-        number = pending.pop()
-        if number in joined:
-            return True
-        fresh = [s for s in graph.nodes[number].inputs if s not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
+def _uses(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> list[_Use]:
+    cut = {edge: 1 << i for i, group in enumerate(groups) for edge in group}
+    need, flow = needs(graph, groups), flows(graph, groups)
+    found: dict[_Use, None] = {}
+    for leaf in graph.nodes:
+        name = graph.parameter_names.get(id(leaf.leaf)) if leaf.is_leaf else None
+        for user in graph.consumers[leaf.index] if name is not None else ():
+            own = cut.get((user, leaf.index), 0)
+            border = lowest(flow[user] | own)
+            covered = next((bits for bits in together if bits & border), border)
+            in_branch = not (own or need[user]) & ~covered
+            found[_Use(name or "", graph.trace.call_of[user], border, in_branch)] = None
+    return list(found)
 
 
-def _runs_once(graph: Graph, name: str) -> bool:
-    return sum(call.name == name for call in graph.calls) == 1
+def lowest(bits: int) -> int:
+    """The lowest set bit; 0 of 0."""
+    return bits & -bits
+
+
+class _Places:
+    """Decides for each use whether a whole module rests or the parameter is frozen."""
+
+    def __init__(self, graph: Graph, groups: Sequence[Group]) -> None:
+        self.graph = graph
+        self.need, self.flow = needs(graph, groups), flows(graph, groups)
+        self._exits: dict[int, int] = {}
+        self._runs: dict[str, int] = {}
+        for call in graph.calls:
+            self._runs[call.name] = self._runs.get(call.name, 0) + 1
+
+    def resting(self, use: _Use) -> Call | None:
+        """The outermost module around the use whose outputs all rest with it; None where its own module's do not."""
+        found, index = None, use.call
+        while index >= 0 and self._rests_at(index) == use.border:
+            found, index = self.graph.calls[index], self.graph.calls[index].parent
+        return found
+
+    def _rests_at(self, index: int) -> int:
+        """The branch, as a bit, whose dropping lets the call run unrecorded; 0 if none does."""
+        if index not in self._exits:
+            self._exits[index] = self._last_border(index)
+        return self._exits[index]
+
+    def _last_border(self, index: int) -> int:
+        made = set(self.graph.numbers_in_call[index])
+        if self._runs[self.graph.calls[index].name] > 1 or any(self.need[n] not in (0, ALIVE) for n in made):
+            return 0
+        outputs = [n for n in made if n in self.graph.trace.roots or not made.issuperset(self.graph.consumers[n])]
+        borders = [lowest(self.flow[n]) for n in outputs]
+        return max(borders) if borders and all(borders) else 0

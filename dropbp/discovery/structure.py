@@ -13,6 +13,7 @@ Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 from collections import Counter
@@ -23,7 +24,7 @@ from torch import nn
 
 from dropbp.discovery.graph import Edge, Graph, Join, joins, other_sums, outermost
 from dropbp.discovery.liveness import ALIVE, Cover, Group, exact_groups, needs
-from dropbp.discovery.stem import stem_calls
+from dropbp.discovery.stem import LooseParameter, Rests, rests, with_unseen
 from dropbp.discovery.trace import Call, Trace
 from dropbp.discovery.weights import NO_WORK, Work, work_of
 from dropbp.errors import DiscoveryError
@@ -72,15 +73,6 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class LooseParameter:
-    """A parameter used outside every dropped module: frozen while `scope` runs with all branches in `need` dropped."""
-
-    name: str
-    scope: str
-    need: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Exit:
     """A module whose output is the last of branch `branch`: scaling its gradient scales the branch's whole backward.
 
@@ -101,10 +93,12 @@ class Structure:
     `unscalable` names branches whose gradient cannot be scaled exactly at module outputs, each with the reason;
     `blocks` and `parameters` map a qualified name to the branches that lie in the block, and to those that must all be
     dropped for the parameter to get no gradient; `coverage` is the share of the model's FLOPs that lies in branches;
-    `stems` maps modules before the first branch of a stream to that branch; `named` are the modules of branches that
-    were given by name; `work` is what their backward would cost; `outputs` are the keys of the model's outputs, each
-    with whether something that trains leads to it; `aside`: outputs come out of branches by other ways than the stream;
-    `repeated` names blocks that run more than once in a forward, or share a module with others, with the reason.
+    `rests` says what rests beside the branches, under masks that drop the bottom of the model; `together` are branches,
+    as bits, that leave the stream at one point and join it at one: such masks drop all of them or none; `named` are the
+    modules of branches that were given by name; `work` is what their backward would cost; `outputs` are the keys of the
+    model's outputs, each with whether something that trains leads to it; `aside`: outputs come out of branches by other
+    ways than the stream; `repeated` names blocks that run more than once in a forward, or share a module with others,
+    with the reason.
     """
 
     branches: tuple[Branch, ...]
@@ -115,7 +109,8 @@ class Structure:
     blocks: Mapping[str, int]
     parameters: Mapping[str, int]
     coverage: float
-    stems: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rests: Rests = dataclasses.field(default_factory=Rests)
+    together: tuple[int, ...] = ()
     named: tuple[tuple[str, ...], ...] = ()
     work: Work = NO_WORK
     outputs: Mapping[str, bool] = dataclasses.field(default_factory=dict)
@@ -138,9 +133,8 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
             "modules. Name the branches yourself with branches=['layers.0.attention', ...]."
         )
     unexplained = other_sums(graph, {branch.edge for branch in found})
-    structure = _structure(graph, model, [branch.group or () for branch in found], unexplained)
-    stems = stem_calls(graph, [branch.join for branch in found])
-    return dataclasses.replace(structure, stems=stems, outputs=_trained_outputs(trace), aside=aside)
+    structure = _structure(graph, model, [branch.group or () for branch in found], unexplained, _together(found))
+    return dataclasses.replace(structure, outputs=_trained_outputs(trace), aside=aside)
 
 
 def _by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
@@ -195,6 +189,13 @@ class _Found:
     group: Group | None
 
 
+def _together(found: Sequence[_Found]) -> tuple[int, ...]:
+    """Branches next to each other that share where they leave the stream and where they join it, as bits."""
+    places = [(branch.join.node, dict(branch.join.branches)[branch.edge]) for branch in found]
+    runs = [list(run) for _, run in itertools.groupby(range(len(found)), key=places.__getitem__)]
+    return tuple(sum(1 << branch for branch in run) for run in runs if len(run) > 1)
+
+
 def branch_groups(graph: Graph) -> list[Group]:
     """For each branch the edges that are cut to drop it, in the order of the branches' outputs."""
     return [found.group for found in _found(graph) if found.group is not None]
@@ -220,10 +221,18 @@ def _found(graph: Graph) -> list[_Found]:
     return [_Found(edge, join, group) for (edge, join), group in zip(pairs, groups, strict=True)]
 
 
-def _structure(graph: Graph, model: nn.Module, groups: Sequence[Group], unexplained: Iterable[int] = ()) -> Structure:
+def _structure(
+    graph: Graph,
+    model: nn.Module,
+    groups: Sequence[Group],
+    unexplained: Iterable[int] = (),
+    together: tuple[int, ...] = (),
+) -> Structure:
     need = needs(graph, groups)
     structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
-    return dataclasses.replace(structure, work=work_of(graph, need, len(groups)))
+    found = with_unseen(rests(graph, groups, together), model, structure.sites)
+    work = work_of(graph, need, len(groups))
+    return dataclasses.replace(structure, rests=found, together=together, work=work)
 
 
 class _Builder:

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from dropbp.discovery.stem import Rests
 from dropbp.discovery.structure import Structure
 from dropbp.engine.distributed import NEEDED
 from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
@@ -20,13 +21,12 @@ class Parameters:
 
     Args:
         model: the root.
-        structure: its branches, and what feeds their streams.
-        stem_rests: whether what feeds a stream is skipped when the stream's first branch is dropped.
+        structure: its branches.
+        rests: what rests beside them.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, stem_rests: bool) -> None:
-        self.model, self.structure = model, structure
-        self.stems = structure.stems if stem_rests else {}
+    def __init__(self, model: nn.Module, structure: Structure, rests: Rests) -> None:
+        self.model, self.structure, self.rests = model, structure, rests
         self._probes = self._smallest()
         self.held: frozenset[str] | None = None
 
@@ -78,33 +78,45 @@ class Parameters:
 
     def train(self, dropped: int) -> bool:
         """Whether a step that drops these branches leaves a trained parameter with a gradient."""
-        asleep = tuple(f"{name}." for name, need in self.stems.items() if not need & ~dropped)
+        resting = self.resting()
         return any(
             parameter.requires_grad
             and self.need_of(name) & ~dropped
             and (self.held is None or name in self.held)
-            and not name.startswith(asleep)
+            and resting.get(name, NEEDED) & ~dropped
             for name, parameter in self.model.named_parameters()
         )
+
+    def resting(self) -> dict[str, int]:
+        """Parameters that rest as a whole when a branch is dropped, with that branch as a bit.
+
+        Adapters that were put into a resting module since the model was enabled rest with it.
+        """
+        found = self.rests.bits()
+        for path, border in self.rests.modules.items():
+            inside = (f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_parameters())
+            found |= {name: border for name in inside if name not in self.rests.borders}
+        return found
 
     def grouped(self, groups: Iterable[ParameterGroup] | None) -> list[ParameterGroup]:
         """See `Handle.group_parameters`."""
         if groups is None:
             groups = [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
         keys: dict[int, tuple[int, int]] = {id(parameter): (0, need) for parameter, need in self.needs().items()}
-        for parameter, need in self._feeding(self.structure.stems.items()):
-            keys.setdefault(id(parameter), (1, need))
+        for name, border in self.resting().items():
+            keys.setdefault(id(self.model.get_parameter(name)), (1, border))
         return split_groups(groups, lambda parameter: keys.get(id(parameter), (-1, 0)))
 
-    def fill(self, dropped: int, with_stems: bool, boundary: Callable[[], None] | None) -> None:
+    def fill(self, dropped: int, with_rests: bool, boundary: Callable[[], None] | None) -> None:
         """Zero gradients for parameters that this step skips, so that optimizers see the same set in every step.
 
         Args:
             dropped: the branches that the step drops, as bits.
-            with_stems: whether what feeds the streams may rest in this step.
+            with_rests: whether what rests beside the branches does so in this step.
             boundary: called after each branch's: all at once they would be another recording for each mask.
         """
-        needs = {**dict(self._feeding(self.stems.items() if with_stems else ())), **self.needs()}
+        resting = self.resting().items() if with_rests else ()
+        needs = {**self.needs(), **{self.model.get_parameter(name): need for name, need in resting}}
         by_need: dict[int, list[nn.Parameter]] = {}
         for parameter, need in needs.items():
             if not need & ~dropped and not hasattr(parameter, "ds_id"):
@@ -112,6 +124,3 @@ class Parameters:
         for parameters in by_need.values():
             if zero_fill_gradients(parameters) and boundary is not None:
                 boundary()
-
-    def _feeding(self, stems: Iterable[tuple[str, int]]) -> Iterable[tuple[nn.Parameter, int]]:
-        return ((parameter, need) for name, need in stems for parameter in self.model.get_submodule(name).parameters())

@@ -81,7 +81,7 @@ class Runtime:
         self.watchers: list[Callable[[Any, int], None]] = []
         self._shown = (0, 0)
         self._anchor: torch.Tensor | None = None
-        self._warned = False
+        self._warned = self._evaluated = False
         self.unrecorded_block = False
 
     def flag(self, need: int) -> Flag:
@@ -96,6 +96,13 @@ class Runtime:
         """The plan at this point: of the running forward, or of the forward being recomputed."""
         plan = self.running.get()
         return self.plan_recomputed() if plan is None else plan
+
+    def plan_here(self) -> ForwardPlan:
+        """The same for what may run alone, as an embedding that is asked for its rows: nothing is dropped then."""
+        plan = self.running.get()
+        if plan is not None:
+            return plan
+        return WHOLE if current_node() is None else self.plan_recomputed()
 
     def plan_recomputed(self) -> ForwardPlan:
         """The plan of the forward that made the autograd node this thread is working on."""
@@ -139,9 +146,22 @@ class Runtime:
     def _warn_outside(self) -> None:
         if not self._warned and self.model.training and torch.is_grad_enabled():
             self._warned = True
+            called = _outermost_call(self.model)
             logger.warning(
                 "A branch of %s ran outside the forward of the model given to dropbp.enable, so nothing is dropped "
-                "there. Enable the module whose forward your training loop calls.",
+                "there. Enable the module whose forward your training loop calls%s.",
+                type(self.model).__name__,
+                f": it calls {called}, so handle.remove(), then dropbp.enable(model.{called}, ...)" if called else "",
+            )
+
+    def note_evaluation(self, outputs: Any) -> None:
+        """A forward in evaluation mode whose outputs can be run backward: perhaps a training that forgot the mode."""
+        if not self._evaluated and any(tensor.requires_grad for tensor in tensors_in(outputs)):
+            self._evaluated = True
+            logger.warning(
+                "%s is in evaluation mode, as from_pretrained leaves a model, and its forward was recorded for a "
+                "backward: in this mode nothing is dropped. Call model.train() before training, or evaluate under "
+                "torch.no_grad().",
                 type(self.model).__name__,
             )
 
@@ -313,8 +333,22 @@ def next_sequence() -> int:
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
+def _outermost_call(model: nn.Module) -> str:
+    """The name of the outermost module of the model whose method is running now; empty if none is."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, frame = "", sys._getframe()
+    while frame is not None:
+        found = names.get(id(frame.f_locals.get("self")), "") or found
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
 class RootState(Attachment):
-    """Asks the handle for a plan and runs the root's forward with it."""
+    """Asks the handle for a plan and runs the root's forward with it.
+
+    The modules from the root down to the one that holds all blocks have one each: where a backbone is called instead
+    of the root, under a head of one's own, its forward is the training forward.
+    """
 
     def __init__(self, begin: Callable[[tuple[Any, ...], dict[str, Any]], ForwardPlan], runtime: Runtime) -> None:
         self.begin, self.runtime = begin, runtime
@@ -332,10 +366,16 @@ class RootState(Attachment):
         self, forward: Callable[[], Any], module: nn.Module, args: Any, kwargs: dict[str, Any], compiled: bool
     ) -> Any:
         training = module.training and torch.is_grad_enabled()
-        if training and self.runtime.running.get() is not None:
+        inside = self.runtime.running.get() is not None
+        if inside and (training or module is not self.runtime.model):
             return forward()
         self.runtime.split = compiled and training
-        return self.runtime.run(forward, self._plan(args, kwargs)) if training else self.runtime.run_whole(forward)
+        if training:
+            return self.runtime.run(forward, self._plan(args, kwargs))
+        outputs = self.runtime.run_whole(forward)
+        if not inside and current_node() is None and torch.is_grad_enabled():
+            self.runtime.note_evaluation(outputs)
+        return outputs
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """A new plan, unless this forward is the recomputation of an earlier one."""

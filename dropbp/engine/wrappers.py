@@ -17,18 +17,16 @@ from torch.nn.utils import parametrize
 
 from dropbp._torch import never_compile, pause, resume
 from dropbp.discovery.liveness import ALIVE
-from dropbp.discovery.structure import Exit, LooseParameter, Site, Structure
+from dropbp.discovery.stem import LooseParameter, Rests
+from dropbp.discovery.structure import Exit, Site, Structure
 from dropbp.engine.attention import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.patch import Attachment, Forward, Interception
 from dropbp.engine.runtime import (
-    RootState,
     Runtime,
-    current_node,
     is_compiling,
     named_forward,
     next_sequence,
-    root_forward,
     transforming,
 )
 from dropbp.engine.skip import ScaleGradient, StepBoundary
@@ -83,14 +81,6 @@ class SiteState(Attachment):
         place = itertools.count()
         return map_tensors(output, lambda tensor: function(tensor) if next(place) in places else tensor)
 
-    def resting_plan(self) -> ForwardPlan | None:
-        """For a stem: the plan, if it drops the stem, and not by a mask that names branches only."""
-        plan = self.running()
-        if plan is None and current_node() is None:
-            return None  # called by itself, to look an embedding up
-        plan = plan or self.runtime.plan_recomputed()
-        return plan if plan.stem_rests and self.is_dropped() else None
-
     def _need_of_this_call(self) -> int:
         call = self.runtime.count_call(self.site.module)
         return self.needs[call] if call < len(self.needs) else ALIVE
@@ -119,22 +109,36 @@ def site_forward(original: Forward) -> Forward:
     return named_forward(forward)
 
 
-def stem_forward(original: Forward) -> Forward:
-    """Around what feeds the stream: without recording when the stream's first branch is dropped.
+class RestState(Attachment):
+    """A module that rests, beside the branches, when branch `border` (a bit) is dropped."""
+
+    __slots__ = ("border", "runtime")
+
+    def __init__(self, border: int, runtime: Runtime) -> None:
+        self.border, self.runtime = border, runtime
+
+    def plan(self) -> ForwardPlan | None:
+        """The plan, if the module rests under it: not under masks that name branches only."""
+        plan = self.runtime.plan_here()
+        return plan if plan.stem_rests and not self.border & plan.trained else None
+
+
+def rest_forward(original: Forward) -> Forward:
+    """Around what feeds the stream or stands in it: without recording when a branch above it is dropped.
 
     Unless the stream may end there, it still asks for a gradient: see `dropbp.engine.truncation`.
     """
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        site: SiteState | None = self._dropbp_site
-        plan = None if site is None or site.original is not original else _uncompiled(site.resting_plan)
-        if site is None or plan is None:
+        state: RestState | None = self._dropbp_rest
+        plan = None if state is None or state.original is not original else _uncompiled(state.plan)
+        if state is None or plan is None:
             return original(self, *args, **kwargs)
         output = _unrecorded(original, self, args, kwargs)
         if plan.stream_ends:
             return output
-        return map_tensors(output, functools.partial(site.runtime.connect, alone=True))
+        return map_tensors(output, functools.partial(state.runtime.connect, alone=True))
 
     never_compile(forward)
     return named_forward(forward)
@@ -202,16 +206,24 @@ never_compile(_uncompiled)
 
 
 class LooseState(Attachment):
-    """Parameters frozen while their scope runs with their branches dropped."""
+    """Parameters frozen while their scope runs with their branches dropped, and those that rest beside the branches."""
 
-    def __init__(self, loose: Iterable[LooseParameter], model: nn.Module, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        loose: Iterable[LooseParameter],
+        resting: Iterable[LooseParameter],
+        model: nn.Module,
+        runtime: Runtime,
+    ) -> None:
         self.runtime = runtime
         self.entries = [(*_owner(model, entry.name), entry.need) for entry in loose]
+        self.resting = [(*_owner(model, entry.name), entry.need) for entry in resting]
 
     def frozen(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
         """The parameters, each with the table and the name it is held by."""
-        trained = self.runtime.plan_now().trained
-        held = [(m._parameters, a, m._parameters[a]) for m, a, need in self.entries if not need & trained]
+        plan = self.runtime.plan_here()
+        entries = [*self.entries, *self.resting] if plan.stem_rests else self.entries
+        held = [(m._parameters, a, m._parameters[a]) for m, a, need in entries if not need & plan.trained]
         return [(table, a, p) for table, a, p in held if p is not None and p.requires_grad]
 
 
@@ -357,12 +369,12 @@ def _with_boundary(
     return args, kwargs
 
 
-def install(model: nn.Module, structure: Structure, runtime: Runtime, root: RootState) -> list[Interception]:
-    """Put all functions in place; the innermost first, so that removal in reverse order is exact."""
+def install(model: nn.Module, structure: Structure, runtime: Runtime, rests: Rests) -> list[Interception]:
+    """Put the functions around branches and what rests in place; the innermost first, so that removal is exact."""
     return [
         *_install_sites(model, structure, runtime),
-        *_install_loose(model, structure.loose, runtime),
-        Interception(model, "_dropbp_root", root, root_forward),
+        *_install_rests(model, rests.modules, runtime),
+        *_install_loose(model, structure.loose, rests.parameters, runtime),
     ]
 
 
@@ -386,23 +398,24 @@ def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> 
     return made
 
 
-def install_stems(model: nn.Module, stems: Mapping[str, int], runtime: Runtime) -> list[Interception]:
-    """The functions that let what feeds the stream rest."""
-    made = []
-    for name, need in stems.items():
-        module = model.get_submodule(name)
-        state = SiteState(Site(name, (need,)), module, runtime)
-        made.append(Interception(module, "_dropbp_site", state, stem_forward))
-    return made
-
-
-def _install_loose(model: nn.Module, loose: Iterable[LooseParameter], runtime: Runtime) -> list[Interception]:
-    by_scope: dict[str, list[LooseParameter]] = {}
-    for entry in loose:
-        by_scope.setdefault(entry.scope, []).append(entry)
+def _install_rests(model: nn.Module, modules: Mapping[str, int], runtime: Runtime) -> list[Interception]:
     return [
-        Interception(model.get_submodule(scope), "_dropbp_loose", LooseState(entries, model, runtime), loose_forward)
-        for scope, entries in by_scope.items()
+        Interception(model.get_submodule(name), "_dropbp_rest", RestState(border, runtime), rest_forward)
+        for name, border in modules.items()
+    ]
+
+
+def _install_loose(
+    model: nn.Module, loose: Iterable[LooseParameter], resting: Iterable[LooseParameter], runtime: Runtime
+) -> list[Interception]:
+    by_scope: dict[str, tuple[list[LooseParameter], list[LooseParameter]]] = {}
+    for kind, entries in enumerate((loose, resting)):
+        for entry in entries:
+            by_scope.setdefault(entry.scope, ([], []))[kind].append(entry)
+    states = {scope: LooseState(*entries, model, runtime) for scope, entries in by_scope.items()}
+    return [
+        Interception(model.get_submodule(scope), "_dropbp_loose", state, loose_forward)
+        for scope, state in states.items()
     ]
 
 

@@ -81,7 +81,7 @@ class MaskMix:
         self.weights = {mask: count / len(self.draws) for mask, count in Counter(self.draws).items()}
         self.every = schedule.every or tuple(self.weights)
         self.checkpoints = handle._bypass.is_on()
-        self._needs = {**handle._structure.parameters, **_stem_parameters(handle)}
+        self._needs = {**handle._structure.parameters, **handle._parameters.resting()}
 
     def share(self, mask: Mask) -> Share:
         """What the mask keeps and recomputes."""
@@ -271,18 +271,6 @@ def _sampled(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     total = sum(p.numel() * p.element_size() for p in parameters)
     stride = max(1, -(-total // SAMPLED_BYTES))
     return list(parameters[:: min(stride, len(parameters))])
-
-
-def _stem_parameters(handle: Handle) -> dict[str, int]:
-    """What feeds a stream, with the branch in whose steps it rests."""
-    if not handle._stem_rests():
-        return {}
-    stems = handle._structure.stems.items()
-    return {
-        f"{name}.{inner}": need
-        for name, need in stems
-        for inner, _ in handle.model.get_submodule(name).named_parameters()
-    }
 
 
 def _is_kept(need: int, dropped: int) -> bool:

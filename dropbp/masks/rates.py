@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TypeVar
 
 from dropbp.checks import Rates, check_lengths, checked_flops, checked_rates, checked_sensitivities, checked_share
@@ -132,7 +132,13 @@ def _uniform(_scores: Rates, shares: Rates, drop_rate: float, cap: float) -> Rat
 METHODS: dict[str, Allocator] = {"exact": _exact, "paper": _paper, "uniform": _uniform}
 
 
-def depth_rates(flops: Iterable[float], drop_rate: float, profile: str = "geometric", max_rate: float = 1.0) -> Rates:
+def depth_rates(
+    flops: Iterable[float],
+    drop_rate: float,
+    profile: str = "geometric",
+    max_rate: float = 1.0,
+    together: Iterable[int] = (),
+) -> Rates:
     """Drop rates that do not fall toward the input (index 0) and save exactly `drop_rate` of the FLOPs.
 
     Made for nested masks: a step trains the top of the model down to a random depth D, and 1 - rate is P(D reaches
@@ -150,6 +156,7 @@ def depth_rates(flops: Iterable[float], drop_rate: float, profile: str = "geomet
             with d half the distance to the nearer end, less where m - d would be under two branches: the top is
             always trained, the lowest part never).
         max_rate: no branch is dropped more often, in (0, 1]; below 1 every branch is trained now and then.
+        together: sets of neighbouring branches, each as a bit mask, that get one rate: parallel branches.
 
     Returns:
         One rate per branch, non-increasing; sum f_l p_l equals drop_rate * sum f_l within 1e-12 of it. A budget
@@ -158,7 +165,9 @@ def depth_rates(flops: Iterable[float], drop_rate: float, profile: str = "geomet
     Raises:
         ConfigError: wrong FLOPs or shares, unknown profile, or drop_rate above max_rate.
     """
-    shares = _shares(checked_flops(flops))
+    work = checked_flops(flops)
+    parts = _parts(len(work), together)
+    shares = _shares(tuple(math.fsum(work[i] for i in part) for part in parts))
     share, cap = _checked_drop_rate(drop_rate), _checked_cap(max_rate)
     _check_reachable(share, cap, 1.0)
     keep_from_top = _lookup("profile", profile, PROFILES)
@@ -166,7 +175,25 @@ def depth_rates(flops: Iterable[float], drop_rate: float, profile: str = "geomet
     def rates_at(theta: float) -> list[float]:
         return [min(cap, 1.0 - keep) for keep in reversed(keep_from_top(len(shares), theta))]
 
-    return _snapped(_meet_budget(rates_at, shares, share), cap, share)
+    rates = _snapped(_meet_budget(rates_at, shares, share), cap, share)
+    return tuple(rate for rate, part in zip(rates, parts, strict=True) for _ in part)
+
+
+def _parts(count: int, together: Iterable[int]) -> list[list[int]]:
+    """The branches, those that get one rate in one part."""
+    first = {i: bits for bits in together for i in range(count) if bits >> i & 1}
+    return [list(part) for _, part in groupby(range(count), key=lambda i: first.get(i, -1 - i))]
+
+
+def level(rates: Iterable[float], flops: Iterable[float], together: Iterable[int]) -> Rates:
+    """The rates with one for each of these sets of branches, by FLOPs the mean of its own; see `depth_rates`."""
+    values, work = list(checked_rates(rates)), checked_flops(flops)
+    check_lengths("rates", values, work)
+    for part in _parts(len(values), together):
+        if len({values[i] for i in part}) > 1:
+            mean = math.fsum(work[i] * values[i] for i in part) / math.fsum(work[i] for i in part)
+            values[part[0] : part[-1] + 1] = [min(1.0, mean)] * len(part)
+    return tuple(values)
 
 
 def _meet_budget(rates_at: Callable[[float], list[float]], shares: Rates, drop_rate: float) -> Rates:

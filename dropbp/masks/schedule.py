@@ -28,7 +28,7 @@ from dropbp.flops import Shape
 from dropbp.lazy.warmup import LOOKAHEAD, Rehearsal
 from dropbp.masks.online import Online
 from dropbp.masks.pace import Curve, Pace
-from dropbp.masks.rates import allocate, depth_rates
+from dropbp.masks.rates import allocate, depth_rates, level
 from dropbp.masks.samplers import Mask, Sampler, bits
 from dropbp.masks.statistics import Statistics
 
@@ -93,6 +93,7 @@ class Conditions:
         limit: share of all activations that may be kept; None where nothing is recomputed for its sake.
         stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
         stream_ends: whether the stream then asks for no gradient below the lowest kept branch.
+        whole: whether nothing may be dropped, as an input asks for its gradient.
         ranks: whether other ranks run the same forward on batches of their own.
         held: tells which branches' parameters have gradients now, as bits; asked by a rehearsal only.
         left_alone: branches of the blocks that must not be recomputed, as bits.
@@ -101,6 +102,7 @@ class Conditions:
     limit: float | None = None
     stem_rests: bool = False
     stream_ends: bool = False
+    whole: bool = False
     ranks: bool = False
     held: Callable[[], int] = int
     left_alone: int = 0
@@ -157,6 +159,7 @@ class Schedule:
         weights: counts in the same way what dropping a branch saves; 0 for branches without a backward, which are never
             dropped. None: as much as its FLOPs.
         trains: whether a step that drops these branches, as bits, leaves something with a gradient.
+        together: sets of neighbouring branches, as bits, that nested masks drop all at once.
 
     Raises:
         ConfigError: rates or options of the coupling are outside what is allowed.
@@ -172,11 +175,13 @@ class Schedule:
         *,
         weights: CountsFlops | None = None,
         trains: Callable[[int], bool] = lambda dropped: True,
+        together: Sequence[int] = (),
     ) -> None:
         self.config, self.names, self.blocks = config, tuple(names), tuple(blocks)
         self._reference, self._ranks = shape, False
         self._count, self._trains = flops, trains
         self._weigh = flops if weights is None else weights
+        self._together = together if config.masks == "nested" else ()
         self._given = self._initial_rates()
         self._known: dict[Shape, AtShape] = {}
         self._training: dict[int, bool] = {}
@@ -295,15 +300,16 @@ class Schedule:
     def _rates(self, weights: Sequence[float]) -> Rates:
         """Attention weighs more in long sequences, so rates of a profile depend on the shape."""
         live = [weight > 0 for weight in weights]
-        if self._given is not None:
-            return tuple(rate if alive else 0.0 for rate, alive in zip(self._given, live, strict=True))
         if not any(live):
             return (0.0,) * len(live)
+        together = [_among(bits, live) for bits in self._together]
+        if self._given is not None:
+            return _spread(level(compress(self._given, live), compress(weights, live), together), live)
         name, rate = self.profile, float(self.config.drop_rate)
         if name is None or name == "uniform":
             return tuple(rate if alive else 0.0 for alive in live)
         cap = 1.0 if self.config.max_rate is None else self.config.max_rate
-        return _spread(depth_rates(list(compress(weights, live)), rate, name, cap), live)
+        return _spread(depth_rates(list(compress(weights, live)), rate, name, cap, together), live)
 
     def _factors(self) -> Rates:
         if self.config.scaling == "none":
@@ -318,8 +324,8 @@ class Schedule:
         self.see(shape, conditions.ranks)
         here, seen = self.here, self.seen
         past = self.dropping and self.statistics.forwards >= self.config.warmup
-        mask = self.mask = self._next(past, conditions.held)
-        drawn = past and not self.fixed
+        mask = self.mask = self._next(past and not conditions.whole, conditions.held)
+        drawn = past and not self.fixed and not conditions.whole
         self.statistics.note(mask, seen.weights, seen.total, seen.planned if drawn else None)
         if drawn:
             self.pace.note(here.planned, sum(compress(here.weights, mask)), here.total)
@@ -645,6 +651,12 @@ def beyond_limit(blocks: Iterable[int], flops: Sequence[float], limit: float, dr
 
 def _flops_of(branches: int, flops: Sequence[float]) -> float:
     return sum(f for i, f in enumerate(flops) if branches >> i & 1)
+
+
+def _among(bits: int, live: Sequence[bool]) -> int:
+    """A set of branches, as bits, counted among those that have a backward."""
+    places = [i for i, alive in enumerate(live) if alive]
+    return sum(1 << place for place, i in enumerate(places) if bits >> i & 1)
 
 
 def _spread(rates: Iterable[float], live: Sequence[bool]) -> Rates:

@@ -1,0 +1,219 @@
+"""In what share of the steps each trained parameter gets its gradient: which default follows, and what is said of it.
+
+Under masks that drop the bottom of a model a parameter trains, with its exact gradient, in the steps that keep the
+lowest branch above it. So the bottom trains in few steps, and what lies below all branches in those that drop nothing.
+In full fine-tuning that is the price of what is saved, and it is named. But who trains a projector, a soft prompt or
+new tokens beside adapters has chosen them: then a share of the steps drops nothing. Where nothing else is trained,
+every dropped branch would make the gradient another one: then nothing is dropped, and that is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from dropbp.config import Config
+from dropbp.discovery.stem import EXACT
+from dropbp.discovery.structure import Structure
+
+logger = logging.getLogger(__name__)
+
+SELDOM = 0.01  # of the steps
+NAMED_AT_MOST = 8
+_NUMBER = re.compile(r"^((?:\w*[A-Za-z_]\w*\.)*)(\d+)(\..*)?$")
+
+
+class Trained:
+    """The trained parameters of a model, and the branches that their gradients come through.
+
+    Args:
+        model: the root.
+        structure: its branches.
+        rests: whether what `structure.rests` names rests; elsewhere it trains in every step.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, rests: bool) -> None:
+        self.model, self.structure, self.rests = model, structure, rests
+
+    def shares(self, rates: Sequence[float]) -> dict[str, float]:
+        """In what share of the steps each of them has a gradient under these drop rates."""
+        borders = {name: self._border(name) for name in self.names()}
+        return {name: 1.0 if border == EXACT else 1 - rates[border] for name, border in borders.items()}
+
+    def names(self) -> list[str]:
+        """Of the parameters that are trained now."""
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def _border(self, name: str) -> int:
+        rests = self.structure.rests
+        awake = name in rests.resting and not self.rests
+        return EXACT if awake else rests.borders.get(name, EXACT)
+
+    def below(self) -> list[str]:
+        """Trained parameters that rest at times, though they lie in no branch alone."""
+        resting = self.structure.rests.resting if self.rests else ()
+        return [name for name in self.names() if name in resting]
+
+    def some_branches_are_frozen(self) -> bool:
+        """Whether a parameter of a branch is frozen: then what is trained was chosen."""
+        rests = self.structure.rests
+        others = [
+            name for name, p in self.model.named_parameters() if not p.requires_grad and name not in rests.resting
+        ]
+        return any(rests.borders.get(name, 0) != EXACT for name in others)
+
+    def nothing_to_save(self) -> bool:
+        """Whether a step that drops anything would train nothing, or of the branches nothing.
+
+        So it is where all gradients come through the lowest branch that has a backward, and where the branches share
+        their parameters from the bottom up.
+        """
+        borders = {name: self._first(self._border(name)) for name in self.names()}
+        lowest = min((border for border in borders.values() if border != EXACT), default=EXACT)
+        shared = self.structure.rests.shared
+        inside = [name for name in borders if name in shared or name not in self.structure.rests.resting]
+        inside = [name for name in inside if borders[name] != EXACT]
+        lower_half = len(self.structure.branches) // 2
+        all_shared = bool(inside) and all(name in shared and borders[name] < lower_half for name in inside)
+        return lowest != EXACT and (all_shared or all(border == lowest for border in borders.values()))
+
+    def compact(self, names: Iterable[str]) -> str:
+        """Names of trained parameters in few words."""
+        return compact(names, self.names())
+
+    def _first(self, border: int) -> int:
+        """Of branches that are dropped together the first."""
+        bits = next((bits for bits in self.structure.together if border >= 0 and bits >> border & 1), 0)
+        return (bits & -bits).bit_length() - 1 if bits else border
+
+
+def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence[float]]) -> Config:
+    """The configuration whose `auto` suits what is trained; `rates` tells the rates of a configuration."""
+    if config.masks != "nested" or config.stem == "train" or config.rates != "auto" or not config.drop_rate:
+        return config
+    if trained.nothing_to_save():
+        return dataclasses.replace(config, rates=(0.0,) * len(trained.structure.branches))
+    chosen = trained.below() if trained.some_branches_are_frozen() else []
+    if not chosen or "uniform" in config.mask_options:
+        return config
+    found = trained.shares(rates(config))
+    if min(found[name] for name in chosen) >= _whole_steps(config):
+        return config
+    cap = 1 - _whole_steps(config) if config.max_rate is None else config.max_rate
+    options = {**config.mask_options, "uniform": "golden"}
+    return dataclasses.replace(config, rates="shelf", max_rate=cap, mask_options=options)
+
+
+def _whole_steps(config: Config) -> float:
+    """The share of steps that drop nothing where something below all branches was chosen: half of the backward work."""
+    return (1 - config.drop_rate) / 2
+
+
+def tell(trained: Trained, config: Config, rates: Sequence[float]) -> None:
+    """Log by name what is trained seldom, never, or in whole steps only."""
+    for line in remarks(trained, config, rates):
+        logger.warning("%s: %s", type(trained.model).__name__, line)
+
+
+def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[str]:
+    """One line for each kind of parameter that does not train in every step as its branches do."""
+    if config.drop_rate and not any(rates) and trained.rests:
+        return [_nothing_saved(trained)]
+    found = trained.shares(rates)
+    never = [name for name, share in found.items() if share <= 0]
+    seldom = [name for name, share in found.items() if 0 < share < SELDOM]
+    lines = []
+    if never:
+        lines.append(f"no step of this run trains {trained.compact(never)}. {_REMEDY}")
+    if seldom:
+        lines.append(f"less than one step in 100 trains {trained.compact(seldom)}. {_REMEDY}")
+    below = [name for name in trained.below() if found[name] >= SELDOM]
+    if below and trained.some_branches_are_frozen():
+        lines.append(
+            f"{min(found[name] for name in below):.0%} of the steps train {trained.compact(below)}: those that drop "
+            "none of the branches above, so that the gradient is exact."
+        )
+    unseen = [name for name in trained.structure.rests.unseen if name in found]
+    if unseen and trained.rests:
+        lines.append(
+            f"the small forward that finds the branches did not use {trained.compact(unseen)}, so this is taken to lie "
+            "below all branches. Pass example_inputs=... that use it."
+        )
+    return lines
+
+
+_REMEDY = (
+    "It lies at or below the depth that steps are drawn to: max_rate=0.9 trains every depth in a tenth of the steps at "
+    "least, masks='exact' all branches alike."
+)
+
+
+def _nothing_saved(trained: Trained) -> str:
+    return (
+        f"the gradient of {trained.compact(trained.below() or trained.names())} comes through every branch that has a "
+        "backward: with one of them dropped it would be another gradient. So nothing is dropped and nothing saved. "
+        "Train parameters of other branches as well, with adapters for instance, or take the paper's biased gradient "
+        "with masks='exact'."
+    )
+
+
+def figures(trained: Trained, rates: Sequence[float]) -> dict[str, Any]:
+    """The part of `Handle.report` on what is trained how often."""
+    found = trained.shares(rates)
+    return {
+        "never_trained": [name for name, share in found.items() if share <= 0],
+        "seldom_trained": [name for name, share in found.items() if 0 < share < SELDOM],
+        "at_rest": {name: found[name] for name in trained.below()},
+        "not_seen": [name for name in trained.structure.rests.unseen if name in found],
+    }
+
+
+# -- names
+
+
+def compact(names: Iterable[str], among: Iterable[str]) -> str:
+    """Names of parameters in few words: modules that hold no other of `among`, numbered ones as ranges."""
+    wanted = list(names)
+    mine = Counter(path for name in wanted for path in _paths(name))
+    total = Counter(path for name in among for path in _paths(name))
+    groups: dict[str, list[str]] = {}
+    for name in wanted:
+        groups.setdefault(next((path for path in _paths(name) if mine[path] >= total[path]), name), []).append(name)
+    labels = _ranges(_common_path(group) for group in groups.values())
+    more = len(labels) - NAMED_AT_MOST
+    return ", ".join(labels[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _paths(name: str) -> list[str]:
+    """All modules around a parameter, the outermost first, and the parameter itself."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _common_path(names: Sequence[str]) -> str:
+    shared = set(_paths(names[0])).intersection(*map(_paths, names))
+    return max(shared, key=len)
+
+
+def _ranges(labels: Iterable[str]) -> list[str]:
+    """`layers.0.mlp`, `layers.1.mlp` as `layers.0-1.mlp`."""
+    runs: dict[tuple[str, str], list[list[int]]] = {}
+    for label in dict.fromkeys(labels):
+        match = _NUMBER.match(label)
+        head, number, tail = match.groups("") if match else (label, "", "")
+        ends = runs.setdefault((head, tail), [])
+        if number and ends and ends[-1][1] + 1 == int(number):
+            ends[-1][1] += 1
+        else:
+            ends.append([int(number), int(number)] if number else [])
+    return [head + (_span(ends) + tail if ends else "") for (head, tail), found in runs.items() for ends in found]
+
+
+def _span(ends: Sequence[int]) -> str:
+    return f"{ends[0]}-{ends[1]}" if ends[0] < ends[1] else str(ends[0])
