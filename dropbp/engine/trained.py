@@ -60,6 +60,11 @@ class Trained:
         resting = self.structure.rests.resting if self.rests else ()
         return [name for name in self.names() if name in resting]
 
+    def low(self) -> list[str]:
+        """All of them, if nothing in the upper half of the model is trained: shallow steps would train nothing."""
+        borders = [self._border(name) for name in self.names()]
+        return self.names() if EXACT not in borders and max(borders) < len(self.structure.branches) // 2 else []
+
     def some_branches_are_frozen(self) -> bool:
         """Whether a parameter of a branch is frozen: then what is trained was chosen."""
         rests = self.structure.rests
@@ -100,6 +105,7 @@ def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence
     if trained.nothing_to_save():
         return dataclasses.replace(config, rates=(0.0,) * len(trained.structure.branches))
     chosen = trained.below() if trained.some_branches_are_frozen() else []
+    chosen += trained.low()
     if not chosen or "uniform" in config.mask_options:
         return config
     found = trained.shares(rates(config))
