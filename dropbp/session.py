@@ -1,7 +1,7 @@
 """`enable`: one line on a model, and the handle that comes back.
 
-The session ties the parts together: branches from discovery, rates from allocation, masks from a coupling, the
-interceptions that act on them, and the books: what was dropped, how often, and what can be saved and loaded.
+The handle is a façade: discovery finds the branches, a schedule draws what each forward drops and keeps count, and an
+engine makes the model run that way.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -23,30 +21,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dropbp.checks import check_lengths, checked_rates, checked_share, listed, short
 from dropbp.config import Config, make_config
-from dropbp.device import Device, get_device, refuse_capture
+from dropbp.device import Device, get_device
 from dropbp.discovery.discover import Findings, checked_module, find, unwrapped
-from dropbp.discovery.stem import Rests
 from dropbp.discovery.structure import Branch
-from dropbp.engine.calls import Calls
-from dropbp.engine.checkpointing import CheckpointBypass
-from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, refuse_wrapper
-from dropbp.engine.install import put_in_place, rehearsal
-from dropbp.engine.integrity import Watch, last_modules
-from dropbp.engine.parameters import Parameters
-from dropbp.engine.recompute import Recomputation
+from dropbp.engine.distributed import refuse_wrapper
+from dropbp.engine.engine import Engine
 from dropbp.engine.regional import compile_each
-from dropbp.engine.runtime import RootState, Runtime
-from dropbp.engine.trained import Trained, figures, remarks, settled, tell
-from dropbp.engine.truncation import Cut
+from dropbp.engine.runtime import RootState
+from dropbp.engine.trained import figures, remarks, settled, tell
 from dropbp.errors import ConfigError, StateError
-from dropbp.flops import shape_of
+from dropbp.flops import Shape
 from dropbp.lazy.grouping import ParameterGroup
 from dropbp.masks.online import Online
-from dropbp.masks.samplers import Mask, bits, couplings
-from dropbp.masks.schedule import Conditions, ForwardPlan, Schedule
+from dropbp.masks.samplers import Mask, couplings
+from dropbp.masks.schedule import Schedule
 from dropbp.masks.statistics import table
-from dropbp.sensitivity.measure import Calibration, Closure, many_ranks, mean_over_ranks, measure, own_squares
-from dropbp.tensors import ask_for_gradients
+from dropbp.sensitivity.measure import Calibration, Closure, mean_over_ranks, measure, own_squares
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +87,7 @@ def enable(
     adapter = get_device(device, model)
     adapter.check_model(model)
     handle = Handle(model, config, adapter, find(model, example_inputs, branches))
-    tell(handle._trained, handle.config, handle.rates)
+    tell(handle.engine.trained, handle.config, handle.rates)
     return handle
 
 
@@ -155,81 +145,58 @@ def compile_blocks(enabled: Handle | nn.Module, **options: Any) -> tuple[str, ..
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of an enabled model, None if it is not enabled."""
     root = unwrapped(checked_module(model)).__dict__.get("_dropbp_root")
-    return root.begin.__self__ if isinstance(root, RootState) else None  # type: ignore[attr-defined]
+    return root.owner if isinstance(root, RootState) and isinstance(root.owner, Handle) else None
 
 
 class Handle:
-    """What `enable` returns: the branches, the masks, the books, and the way back. Also a context manager."""
+    """What `enable` returns: a view on what is dropped, and the way back. Also a context manager.
+
+    Attributes:
+        model: the model that is enabled.
+        device: the adapter of its device.
+        config: the options, with `auto` settled where it depends on what is trained.
+        engine: what is put around the model.
+        schedule: what each training forward drops.
+    """
 
     def __init__(self, model: nn.Module, config: Config, device: Device, findings: Findings) -> None:
-        self.model, self.config, self.device = model, config, device
-        self._findings, self._structure = findings, findings.structure
-        self._lock = threading.Lock()
-        self._looked_for_graphs = False
-        self._measuring: Mask | None = None
-        self._inputs_told = False
-        self._zero_fills = (device.defaults().fill if config.fill == "auto" else config.fill) == "zero"
-        self._trained = Trained(model, self._structure, self._stem_rests())
-        self._rests = self._structure.rests if self._stem_rests() else Rests()
-        self._parameters = Parameters(model, self._structure, self._rests)
-        self._check_scaling()
-        from_the_top = config.masks == "nested" and self._stream_may_end()
-        self._weights = findings.weights.counted_from_the_top() if from_the_top else findings.weights
-        self.config = config = settled(config, self._trained, lambda config: self._scheduled(config).rates)
-        self._schedule = self._scheduled(config, trains=self._parameters.train)
+        self.model, self.device, self._findings = model, device, findings
+        self.engine = engine = Engine(model, findings.structure, findings.asked, config, device)
+        weights = findings.weights
+        self._weights = weights.counted_from_the_top() if engine.prefixes and engine.may_truncate else weights
+        self.config = settled(config, engine.trained, lambda config: self._scheduled(config).rates)
+        self.schedule = self._scheduled(self.config, trains=engine.parameters.train)
         self.is_abandoned: Callable[[], bool] | None = None
-        self._recomputation = Recomputation(model, self._structure.blocks, self._structure.repeated)
-        self._runtime = Runtime(model)
-        self._calls = Calls(model, self._structure, findings.asked)
-        self._bypass = CheckpointBypass(model, self._structure, self._runtime)
-        self._cut = Cut(model, self._runtime, self._bypass, self._stream_may_end())
-        self._blocks = [model.get_submodule(name) for name in self._structure.blocks]
-        self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self._parameters.need_of)
-        self._runtime.watchers.append(self._gathering.watch)
-        self._interceptions = put_in_place(
-            model,
-            self._structure,
-            self._runtime,
-            lambda: RootState(self._begin, self._runtime),
-            self._recomputation,
-            scales=config.scaling != "none",
-            rests=self._rests,
-            boundary=self._boundary(),
-            step_boundary=device.step_boundary,
-        )
-        self._watch = Watch(model, last_modules(self._structure))
-        if (self._activations_limit() or 1) < 1:
-            self._recomputation.tell()
-        if config.rehearse:
-            self._schedule.rehearsal = rehearsal(model, self._structure, self._rests, self._checkpointed)
+        engine.abandoned = self.abandoned
+        engine.start(self.schedule, owner=self)
 
     # -- what is there
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches, nearest the input first, with FLOPs for the shapes last seen and present rates."""
-        each = zip(self._structure.branches, self._schedule.seen.flops, self.rates, strict=True)
+        each = zip(self.engine.structure.branches, self.schedule.seen.flops, self.rates, strict=True)
         return tuple(replace(branch, flops=flops, rate=rate) for branch, flops, rate in each)
 
     @property
     def mask(self) -> Mask | None:
         """The mask of the latest training forward, True = backward dropped; None before the first."""
-        return self._schedule.mask
+        return self.schedule.mask
 
     @property
     def rates(self) -> tuple[float, ...]:
         """Each branch's drop rate."""
-        return self._schedule.rates
+        return self.schedule.rates
 
     @property
     def enabled(self) -> bool:
         """Whether the model is still enabled through this handle."""
-        return bool(self._interceptions)
+        return self.engine.running
 
     @property
     def fills_gradients(self) -> bool:
         """Whether skipped parameters get gradients of zeros."""
-        return self._zero_fills
+        return self.engine.fills_gradients
 
     # -- what can be done
 
@@ -240,11 +207,11 @@ class Handle:
         Raises:
             ConfigError: the mask has not one entry per branch.
         """
-        self._schedule.fixed.append(self._schedule.checked(mask))
+        self.schedule.fixed.append(self.schedule.checked(mask))
         try:
             yield self
         finally:
-            self._schedule.fixed.pop()
+            self.schedule.fixed.pop()
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Set each branch's drop rate, 0..1; the next mask is drawn from them.
@@ -255,9 +222,9 @@ class Handle:
             ConfigError: wrong number of rates, one outside 0..1, or rates with which nothing would train.
         """
         checked = checked_rates(rates)
-        check_lengths("rates", checked, self._schedule.seen.flops)
-        self._schedule.check_trains(checked)
-        self._schedule.set_rates(checked)
+        check_lengths("rates", checked, self.schedule.seen.flops)
+        self.schedule.check_trains(checked)
+        self.schedule.set_rates(checked)
 
     def progress(self, share: float, *, dropping: bool = True) -> None:
         """Tell how much of the training is done; call it as often as you know, on every rank alike.
@@ -274,7 +241,7 @@ class Handle:
             ConfigError: the share is outside 0..1.
         """
         checked = checked_share("share", share, "a share of the training from 0 to 1", lambda x: 0 <= x <= 1)
-        self._schedule.progress(checked, dropping)
+        self.schedule.progress(checked, dropping)
 
     def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Only what this optimizer holds counts as trained: each mask leaves some of it with a gradient.
@@ -284,8 +251,8 @@ class Handle:
         Raises:
             ConfigError: every step would drop all that the optimizer holds.
         """
-        self._parameters.hold(p for group in optimizer.param_groups for p in group["params"])
-        self._schedule.forget_what_trains()
+        self.engine.parameters.hold(p for group in optimizer.param_groups for p in group["params"])
+        self.schedule.forget_what_trains()
 
     def calibrate(
         self, closure: Closure | Sequence[Closure], *, method: str = "one-pass", set_rates: bool = True
@@ -310,9 +277,9 @@ class Handle:
         closures = [closure] if callable(closure) else listed("closure", closure)
         if not all(callable(each) for each in closures):
             raise ConfigError(f"closure is {short(closure)}; pass a function that runs a forward, or a list of some.")
-        with self._bypass.without_reentry():
-            estimate, seconds = measure(self.model, self._structure, closures, self._unbooked, method)
-        schedule, done = self._schedule, self._schedule.statistics
+        with self.engine.bypass.without_reentry():
+            estimate, seconds = measure(self.model, self.engine.structure, closures, self._measured, method)
+        schedule, done = self.schedule, self.schedule.statistics
         rates = schedule.allocated(estimate.sensitivities)
         if set_rates:
             self._set_measured(rates)
@@ -339,8 +306,8 @@ class Handle:
         self._check_enabled()
         every = int(checked_share("every", every, "a number of calls of at least 1", lambda x: 1 <= x < math.inf))
         decay = checked_share("decay", decay, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-        schedule, done = self._schedule, self._schedule.statistics
-        squares = own_squares(self.model, self._structure.parameters, len(self.rates))
+        schedule, done = self.schedule, self.schedule.statistics
+        squares = own_squares(self.model, self.engine.structure.parameters, len(self.rates))
         schedule.online.observe(squares, done.forwards, done.counts, decay)
         if schedule.online.calls % every:
             return False
@@ -357,17 +324,13 @@ class Handle:
             self.set_rates(rates)
 
     @contextlib.contextmanager
-    def _unbooked(self, mask: Sequence[bool]) -> Iterator[None]:
-        """Nothing rests beside the branches: the gradients below a branch say how it matters to others."""
-        self._measuring = self._schedule.checked(mask)
-        try:
+    def _measured(self, mask: Sequence[bool]) -> Iterator[None]:
+        with self.engine.measuring(self.schedule.checked(mask)):
             yield
-        finally:
-            self._measuring = None
 
     def resample(self) -> None:
         """Draw a new mask at the next training forward (with `resample="step"`: call once per optimizer step)."""
-        self._schedule.resample()
+        self.schedule.resample()
 
     def reduce_kept(self, replica: DistributedDataParallel) -> None:
         """Make `DistributedDataParallel` around this model send gradients of kept branches only.
@@ -384,9 +347,7 @@ class Handle:
                 f"reduce_kept takes the DistributedDataParallel around the model of this handle; {short(replica)} is "
                 "none, or holds another model."
             )
-        reduction = KeptReduction(self._parameters.needs(), replica.process_group)
-        self._runtime.watchers.append(reduction.watch)
-        replica.register_comm_hook(None, lambda _, bucket: reduction(bucket))
+        self.engine.reduce_kept(replica)
 
     def group_parameters(self, groups: Iterable[ParameterGroup] | None = None) -> list[ParameterGroup]:
         """Parameter groups for an optimizer, in each of which either all parameters are skipped in a step or none.
@@ -397,18 +358,14 @@ class Handle:
             groups: the groups as they would be without DropBP, whose options are kept; None makes one of all
                 parameters that are trained.
         """
-        return self._parameters.grouped(groups)
+        return self.engine.parameters.grouped(groups)
 
     def remove(self) -> None:
         """Take DropBP off the model, exactly; a run that missed its budget is told so. A second call does nothing."""
-        shortfall = self._schedule.shortfall() if self.enabled else None
+        shortfall = self.schedule.shortfall() if self.enabled else None
         if shortfall is not None:
             logger.warning("DropBP missed its budget: %s", shortfall)
-        for interception in reversed(self._interceptions):
-            interception.remove()
-        self._interceptions = []
-        self._bypass.remove()
-        self._gathering.remove()
+        self.engine.stop()
 
     def __enter__(self) -> Handle:
         return self
@@ -428,20 +385,20 @@ class Handle:
         in the same unit: 0 where it has no backward, as neither it nor anything below it is trained.
         `not_recomputed` names blocks that keep all activations in deep steps, and says why.
         """
-        schedule, done = self._schedule, self._schedule.statistics
+        schedule, done = self.schedule, self.schedule.statistics
         return {
             "drop_rate": self.config.drop_rate,
             "realised_drop_rate": done.drop_rate,
             "flops_skipped": done.flops_dropped,
-            "branch_flops_share": self._structure.coverage,
+            "branch_flops_share": self.engine.structure.coverage,
             "masks": self.config.masks,
             "seed": self.config.seed,
             "forwards": done.forwards,
             "draws": schedule.draws,
-            "not_recomputed": dict(self._recomputation.reasons),
+            "not_recomputed": dict(self.engine.recomputation.reasons),
             "device": self.device.name,
             "shape": dataclasses.asdict(schedule.shape),
-            **figures(self._trained, self.rates),
+            **figures(self.engine.trained, self.rates),
             "branches": [
                 {**done.of_branch(i, branch), "weight": weight}
                 for i, (branch, weight) in enumerate(zip(self.branches, schedule.seen.weights, strict=True))
@@ -450,11 +407,11 @@ class Handle:
 
     def summary(self) -> str:
         """A table of the branches with FLOPs, rates and how often each was dropped."""
-        return "\n".join([table(self.report()), *remarks(self._trained, self.config, self.rates)])
+        return "\n".join([table(self.report()), *remarks(self.engine.trained, self.config, self.rates)])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to draw the same masks: plain numbers, lists and strings."""
-        return self._schedule.state()
+        return self.schedule.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another handle of the same model stopped.
@@ -466,7 +423,7 @@ class Handle:
         Raises:
             StateError: the state is of another version, model, coupling or seed, or is damaged; nothing is changed.
         """
-        self._schedule.load(state)
+        self.schedule.load(state)
 
     # -- inside
 
@@ -478,98 +435,16 @@ class Handle:
         if not self.enabled:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
 
+    def fresh_schedule(self, shape: Shape | None = None) -> Schedule:
+        """A schedule as at the beginning of the run, for forecasts: what is drawn from it changes nothing here."""
+        schedule = self._scheduled(self.config, trains=self.engine.parameters.train)
+        schedule.set_rates(None if self.schedule.profile else self.rates)
+        if shape is not None:
+            schedule.see(shape)
+        return schedule
+
     def _scheduled(self, config: Config, **options: Any) -> Schedule:
-        structure, findings = self._structure, self._findings
+        structure, findings = self._findings.structure, self._findings
         names, blocks = [branch.name for branch in structure.branches], structure.blocks.values()
-        return Schedule(config, names, blocks, findings.flops, findings.shape, together=structure.together, **options)
-
-    def _check_scaling(self) -> None:
-        reasons = self._structure.unscalable
-        if self.config.scaling != "none" and reasons:
-            name, reason = next(iter(reasons.items()))
-            raise ConfigError(
-                f"scaling={self.config.scaling!r} is not exact for branch {name}: {reason}. Use scaling='none'."
-            )
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
-        """Called before every training forward of the root: what it drops, and how kept gradients are scaled."""
-        if self.abandoned():
-            return ForwardPlan()
-        self._watch.check()
-        if not self._looked_for_graphs:  # made after `enable`: they replay the forward as it was
-            self.device.check_model(self.model)
-            self._looked_for_graphs = True
-        if not self._schedule.fixed:
-            refuse_capture()
-        if self._measuring is not None:
-            return self._calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
-        with self._lock:
-            schedule = self._schedule
-            if self._weights.renew():
-                schedule.reweigh()
-            self._bypass.refresh()
-            rests = self._rests_now()
-            conditions = Conditions(
-                self._activations_limit(),
-                rests,
-                rests and self._cut.ends(),
-                self._needs_all(args, kwargs),
-                many_ranks(),
-                self._parameters.with_gradient,
-                self._recomputation.left_alone,
-            )
-            plan = schedule.next(shape_of(args, kwargs), conditions)
-            self._refresh_engines(schedule.mask or ())
-        if plan.dropped and self._zero_fills:
-            boundary = self.device.step_boundary if self._boundary() != "none" else None
-            self._parameters.fill(plan.dropped, rests, boundary)
-        elif plan.dropped:
-            self._parameters.forget_zeros(plan.dropped)
-        return self._calls.plan(plan, args, kwargs)
-
-    def _needs_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an input asks for a gradient, which comes through the whole stream and would be biased."""
-        if not self._stem_rests() or self._schedule.fixed or not ask_for_gradients(args, kwargs):
-            return False
-        if not self._inputs_told:
-            self._inputs_told = True
-            logger.warning(
-                "An input of %s asks for a gradient, which comes through all of its branches: such forwards drop "
-                "nothing, so that it is exact. Detach the input if its gradient is not needed, or take the paper's "
-                "biased gradient with masks='exact'.",
-                type(self.model).__name__,
-            )
-        return True
-
-    def _checkpointed(self, dropped: int) -> int:
-        """Blocks whose kept branches are recomputed under a mask, as far as is known, as a bit mask of branches."""
-        limit, recomputation = self._activations_limit(), self._recomputation
-        return self._schedule.checkpointed(dropped, limit, recomputation.left_alone) & ~recomputation.refused
-
-    def _activations_limit(self) -> float | None:
-        """Share of all activations that a step may keep; None where no block is to be recomputed for its sake."""
-        limit = None if self._bypass.is_on() else self.config.max_activations
-        if not isinstance(limit, str):
-            return limit
-        return 1 - self.config.drop_rate if self.config.masks == "nested" else None
-
-    def _rests_now(self) -> bool:
-        """A mask that was given names branches only: under it the stem trains, unless it was told to rest."""
-        return self.config.stem == "rest" or not self._schedule.fixed
-
-    def _stem_rests(self) -> bool:
-        return self.config.stem == "rest" or (self.config.stem == "auto" and self.config.masks == "nested")
-
-    def _stream_may_end(self) -> bool:
-        """A mask for attention made from the stream would not ask for a gradient, and another kernel would be taken."""
-        learned_masks = any(site.learned_mask for site in self._structure.sites)
-        return self._stem_rests() and not self.device.is_lazy() and not learned_masks
-
-    def _refresh_engines(self, mask: Mask) -> None:
-        self._replicas.check(mask)
-        self._gathering.refresh(self._blocks)
-        if any(mask) and "deepspeed" in sys.modules:
-            clear_partitioned(self.model.parameters())
-
-    def _boundary(self) -> str:
-        return self.device.defaults().boundary if self.config.boundary == "auto" else self.config.boundary
+        given = {"weights": self._weights, "together": structure.together, **options}
+        return Schedule(config, names, blocks, findings.flops, findings.shape, **given)

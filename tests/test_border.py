@@ -140,7 +140,9 @@ def test_representative_architectures(name: str) -> None:
         return loss_of(model(*inputs.args, **inputs.kwargs))
 
     counts = assert_exact_or_none(handle, model, step)
-    assert all(counts[name] for name in handle._structure.parameters if name not in handle._structure.rests.unseen)
+    assert all(
+        counts[name] for name in handle.engine.structure.parameters if name not in handle.engine.structure.rests.unseen
+    )
 
 
 def test_a_tied_embedding_rests_as_the_head_too() -> None:
@@ -171,7 +173,7 @@ def test_a_block_applied_again_and_again_gets_its_whole_gradient_and_nothing_is_
 def test_parallel_branches_fall_together(name: str, options: dict[str, Any]) -> None:
     handle = dropbp.enable(tiny(name), **options)
     for draw in range(40):
-        mask = handle._schedule.here.sampler.draw(draw)
+        mask = handle.schedule.here.sampler.draw(draw)
         assert mask[::2] == mask[1::2]
     share = sum(b.rate * b.flops for b in handle.branches) / sum(b.flops for b in handle.branches)
     assert share == pytest.approx(0.5, abs=0.01)
@@ -236,7 +238,7 @@ def test_a_run_trains_all_that_is_trained_or_names_it(kind: Kind, drop_rate: flo
     counts = run(handle, model, 24)
     report = handle.report()
     assert {name for name, count in counts.items() if not count} >= set(report["never_trained"])
-    rare = {name for name, share in handle._trained.shares(handle.rates).items() if share < 2 / 24}
+    rare = {name for name, share in handle.engine.trained.shares(handle.rates).items() if share < 2 / 24}
     assert {name for name, count in counts.items() if not count} <= rare
 
 

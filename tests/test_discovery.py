@@ -70,10 +70,10 @@ def test_every_branch_of_a_representative_architecture_is_found_and_dropped_exac
 def test_no_weight_of_a_transformer_block_is_left_out(name: str) -> None:
     model = tiny(name)
     handle = dropbp.enable(model)
-    blocks = tuple(f"{block}." for block in handle._structure.blocks)
+    blocks = tuple(f"{block}." for block in handle.engine.structure.blocks)
     weights = {n for n, p in model.named_parameters() if p.dim() >= 2 and n.startswith(blocks)}
     assert weights
-    assert weights <= set(handle._structure.parameters)
+    assert weights <= set(handle.engine.structure.parameters)
 
 
 def test_attention_and_mlp_of_every_layer_are_named() -> None:

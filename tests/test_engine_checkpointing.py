@@ -219,7 +219,7 @@ def test_checkpoints_of_several_blocks_and_in_one_another(kind, inner):
             plain_loss(model)  # a later forward must not matter
         got = take_gradients(model, loss)
         assert_same_gradients(got, paper_gradients(plain, names, mask, plain_loss))
-    assert not handle._runtime.tasks
+    assert not handle.engine.runtime.tasks
 
 
 @both_kinds

@@ -47,7 +47,7 @@ def test_what_is_kept_has_the_gradient_of_a_plain_step(name, count):
     expected = take_gradients(plain, loss(plain))
     handle = looked_at(model, loss)
     asleep = {n for b in handle.branches[:count] for m in b.modules for n in names_under(model, m)}
-    asleep |= {n for stem in handle._structure.rests.modules for n in names_under(model, stem)}
+    asleep |= {n for stem in handle.engine.structure.rests.modules for n in names_under(model, stem)}
     with handle.fixed(bottom_dropped(count)):
         found = take_gradients(model, loss(model))
     assert_same_gradients(found, {n: None if n in asleep else gradient for n, gradient in expected.items()})
@@ -133,14 +133,14 @@ def test_random_steps_equal_those_with_the_whole_stream():
     """Losses and parameters over steps of drawn masks, to the bit, against a model whose stream never ends."""
     ended, whole = plain_net(blocks=BLOCKS), plain_net(blocks=BLOCKS)
     handles = [enabled(model, seed=3) for model in (ended, whole)]
-    handles[1]._runtime.unrecorded_block = True
+    handles[1].engine.runtime.unrecorded_block = True
     ends = set()
     for model in (ended, whole):
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         for step in range(20):
             loss = plain_loss(model, plain_batch(step))
             loss.backward()
-            ends.add((model is ended, handles[0 if model is ended else 1]._cut.ends()))
+            ends.add((model is ended, handles[0 if model is ended else 1].engine.cut.ends()))
             optimizer.step()
             optimizer.zero_grad()
     assert ends == {(True, True), (False, False)}
@@ -157,7 +157,7 @@ def test_a_compiled_model_keeps_its_number_of_graphs():
     for count in (0, 3, 4, 8):
         with handle.fixed(bottom_dropped(count)):
             llama_loss(model, tokens()).backward()
-    assert not handle._cut.ends()
+    assert not handle.engine.cut.ends()
     torch._dynamo.reset()
 
 

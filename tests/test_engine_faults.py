@@ -58,7 +58,7 @@ def test_a_step_after_an_exception_is_right(error, place, kind):
         plain_loss(model)
     raises.error = None
     assert torch.is_grad_enabled() and torch.is_autocast_cache_enabled()
-    assert handle._runtime.running.get() is None
+    assert handle.engine.runtime.running.get() is None
     assert all(parameter.requires_grad for parameter in model.parameters())
     _check(model, plain, handle)
 

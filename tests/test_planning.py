@@ -67,7 +67,7 @@ class Training:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
-        masks = self.handle._schedule.every
+        masks = self.handle.schedule.every
         if masks is None or self.accumulation > 1:
             return max(self._peak_bytes() for _ in range(steps))
         return max(self._peak_under(mask) for mask in masks)

@@ -451,10 +451,10 @@ def test_blocks_that_cannot_be_recomputed_are_made_up_for_by_others():
     model.blocks[0] = BatchNormed()
     handle = dropbp.enable(model, 0.5, example_inputs=batch())
     kept = (False,) * DEPTH
-    before = handle._checkpointed(0)
+    before = handle.engine.recomputed(0)
     trained(model, handle, kept, steps=1)
-    assert before & 1 and not handle._checkpointed(0) & 1
-    assert handle._checkpointed(0).bit_count() == before.bit_count()
+    assert before & 1 and not handle.engine.recomputed(0) & 1
+    assert handle.engine.recomputed(0).bit_count() == before.bit_count()
     assert list(handle.report()["not_recomputed"]) == ["blocks.0"]
 
 
@@ -515,7 +515,7 @@ def test_the_kernels_of_the_forward_serve_in_the_recomputation():
             loss = llama_loss(net)
         loss.backward()
         found.append(gradients(net))
-    assert handle._checkpointed(0) and not handle.report()["not_recomputed"]
+    assert handle.engine.recomputed(0) and not handle.report()["not_recomputed"]
     assert_same_gradients(found[1], found[0])
 
 

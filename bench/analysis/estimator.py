@@ -129,8 +129,10 @@ def analyze(
             for masks, scaling in pairs:
                 note(f"{masks} masks, scaling {scaling}, drop rate {rate:g}")
                 options = {"masks": masks, "scaling": scaling, "seed": seed, "example_inputs": example_inputs}
+                if masks == "nested":  # its masks are given one by one here, and must freeze what they do when drawn
+                    options["stem"] = "rest"
                 with enable(model, rate, max_activations=None, **options) as handle:
-                    drawn = handle._schedule.every if masks == "nested" else None
+                    drawn = handle.schedule.every if handle.engine.prefixes else None
                     weights = _weights(handle.rates, drawn) if drawn else [1 / draws] * draws
                     gradients = _masked(model, closure, handle, drawn, draws)
                     estimators.append(_estimator((masks, scaling, rate), true, gradients, weights, drawn is not None))
@@ -147,12 +149,11 @@ def _pairs(ways: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _masked(model: nn.Module, closure: Closure, handle: Any, drawn: Any, draws: int) -> Iterator[dict[str, Tensor]]:
-    """Gradients under masks that are drawn, or under all there are; then what feeds the stream rests as if drawn."""
+    """Gradients under masks that are drawn, or under all there are."""
     if drawn is None:
         for _ in range(draws):
             yield _gradients(model, closure)
         return
-    handle.config = dataclasses.replace(handle.config, stem="rest")
     for mask in drawn:
         with handle.fixed(mask):
             yield _gradients(model, closure)

@@ -274,3 +274,9 @@ def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> str | None:
         if prefix in modules:
             return prefix
     return None
+
+
+def many_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

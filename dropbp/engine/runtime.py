@@ -344,14 +344,16 @@ def _outermost_call(model: nn.Module) -> str:
 
 
 class RootState(Attachment):
-    """Asks the handle for a plan and runs the root's forward with it.
+    """Asks the engine for a plan and runs the root's forward with it; `owner` is what the model is enabled through.
 
     The modules from the root down to the one that holds all blocks have one each: where a backbone is called instead
     of the root, under a head of one's own, its forward is the training forward.
     """
 
-    def __init__(self, begin: Callable[[tuple[Any, ...], dict[str, Any]], ForwardPlan], runtime: Runtime) -> None:
-        self.begin, self.runtime = begin, runtime
+    def __init__(
+        self, begin: Callable[[tuple[Any, ...], dict[str, Any]], ForwardPlan], runtime: Runtime, owner: object
+    ) -> None:
+        self.begin, self.runtime, self.owner = begin, runtime, owner
 
     def run(self, original: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decide what to drop while nothing is compiled, then run the forward as it would have run."""

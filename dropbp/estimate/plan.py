@@ -358,7 +358,7 @@ def _peak(memories: Iterable[Memory], shape: Shape) -> int:
 
 
 def _branch_flops(handle: Handle, shape: Shape) -> int:
-    return sum(handle._findings.flops.at(shape))
+    return sum(handle.schedule.at(shape).flops)
 
 
 def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:

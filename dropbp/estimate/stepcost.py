@@ -11,12 +11,10 @@ The optimizer's time is in proportion to the parameters it moves.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -69,19 +67,18 @@ class Costs:
 class MaskMix:
     """The masks that a handle draws at one shape, each with its share of the steps.
 
-    It reads the handle's structure and its plan for each mask, and draws nothing from it.
+    They are drawn from a schedule of its own, so that the handle's stays as it is.
     """
 
     def __init__(self, handle: Handle, shape: Shape, accumulation: int = 1) -> None:
-        schedule = handle._schedule
-        schedule.see(shape)
-        self.handle, self.flops = handle, [branch.flops for branch in handle.branches]
+        schedule = handle.fresh_schedule(shape)
+        self.handle, self.flops = handle, schedule.seen.flops
         self.windows = [tuple(map(schedule.foreseen, window)) for window in _windows(schedule, accumulation)]
         self.draws = [mask for window in self.windows for mask in window]
         self.weights = {mask: count / len(self.draws) for mask, count in Counter(self.draws).items()}
         self.every = schedule.every or tuple(self.weights)
-        self.checkpoints = handle._bypass.is_on()
-        self._needs = {**handle._structure.parameters, **handle._parameters.resting()}
+        self.checkpoints = handle.engine.checkpoints
+        self._needs = {**handle.engine.structure.parameters, **handle.engine.parameters.resting()}
 
     def share(self, mask: Mask) -> Share:
         """What the mask keeps and recomputes."""
@@ -121,8 +118,8 @@ class MaskMix:
 
     def _recomputed(self, kept: int) -> int:
         if not self.checkpoints:
-            return self.handle._checkpointed(~kept)
-        return sum(need for need in self.handle._structure.blocks.values() if need & kept)
+            return self.handle.engine.recomputed(~kept)
+        return sum(need for need in self.handle.engine.structure.blocks.values() if need & kept)
 
     def _held(self, share: Share) -> float:
         return share.kept - share.recomputed
@@ -151,7 +148,7 @@ class Timing:
     def __init__(self, workload: Workload, handle: Handle, shape: Shape, device: Device, clock: Clock) -> None:
         self.workload, self.handle, self.device, self.clock = workload, handle, device, clock
         self.batch = workload.batch(shape)
-        self.checkpoints = handle._bypass.is_on()
+        self.checkpoints = handle.engine.checkpoints
         self.seconds: dict[str, float] = {}
 
     def run(self, make: Optimizer, note: Callable[[str], None]) -> tuple[Costs, float]:
@@ -180,10 +177,10 @@ class Timing:
     def _recomputing(self, kept: float) -> float:
         """Seconds of recomputing every block."""
         if self.checkpoints:
-            return self.handle._structure.coverage * self.seconds["recomputing"]
-        with _checkpointing(self.handle):
+            return self.handle.engine.structure.coverage * self.seconds["recomputing"]
+        with self.handle.engine.recomputing_all():
             share = (
-                MaskMix(self.handle, self.handle._schedule.shape).share((False,) * len(self.handle.branches)).recomputed
+                MaskMix(self.handle, self.handle.schedule.shape).share((False,) * len(self.handle.branches)).recomputed
             )
         return max(0.0, self.seconds["recomputing"] - kept) / share if share else 0.0
 
@@ -192,7 +189,7 @@ class Timing:
             self.workload.step(self.batch)
 
     def _recomputing_step(self) -> None:
-        with _checkpointing(self.handle):
+        with self.handle.engine.recomputing_all():
             self._step(False)
 
     def _unrecorded(self) -> None:
@@ -209,20 +206,9 @@ class Timing:
 
 def see_what_recomputes(handle: Handle, step: Callable[[], None]) -> None:
     """Run a step in which every block is to be recomputed, where any ever is: it shows which of them can be."""
-    if (handle._activations_limit() or 1) < 1:
-        with _checkpointing(handle), handle.fixed((False,) * len(handle.branches)):
+    if handle.engine.recomputes:
+        with handle.engine.recomputing_all(), handle.fixed((False,) * len(handle.branches)):
             step()
-
-
-@contextlib.contextmanager
-def _checkpointing(handle: Handle) -> Iterator[None]:
-    """Inside, steps keep as good as no activations: their blocks are recomputed."""
-    config = handle.config
-    handle.config = dataclasses.replace(config, max_activations=sys.float_info.min)
-    try:
-        yield
-    finally:
-        handle.config = config
 
 
 def _copied_optimizer(model: nn.Module, make: Optimizer) -> tuple[torch.optim.Optimizer, float]:
@@ -247,7 +233,7 @@ def counted_flops(workload: Workload, handle: Handle, shape: Shape) -> Costs:
 
     kept, dropped = count_with(False), count_with(True)
     branches = sum(branch.flops for branch in handle.branches)
-    return Costs(kept, dropped, branches, handle._bypass.is_on())
+    return Costs(kept, dropped, branches, handle.engine.checkpoints)
 
 
 def rescaled_flops(costs: Costs, counted: Shape, wanted: Shape, branches: tuple[int, int]) -> Costs:

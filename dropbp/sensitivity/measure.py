@@ -24,7 +24,7 @@ from torch import nn
 from dropbp._torch import compiled_code_off
 from dropbp.device import random_state, random_state_kept
 from dropbp.discovery.structure import Structure
-from dropbp.engine.distributed import is_partitioned
+from dropbp.engine.distributed import is_partitioned, many_ranks
 from dropbp.errors import ConfigError, StateError
 from dropbp.sensitivity.onepass import Observation, OnePass
 
@@ -237,12 +237,6 @@ def mean_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _least_over_ranks(value: float, device: torch.device) -> float:
     """Ranks that hold shards of one parameter must move it together."""
     return float(_over_ranks(torch.tensor(value, dtype=torch.float64), device, "MIN"))
-
-
-def many_ranks() -> bool:
-    """Whether this process is one of several that train together."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _over_ranks(values: torch.Tensor, device: torch.device, operation: str) -> torch.Tensor:

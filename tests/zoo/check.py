@@ -81,19 +81,19 @@ def _hit(gradient: torch.Tensor) -> int:
 
 
 def _share(handle: Any, weights: Mapping[str, int]) -> float:
-    needs = handle._structure.parameters
+    needs = handle.engine.structure.parameters
     return sum(n for name, n in weights.items() if name in needs) / max(1, sum(weights.values()))
 
 
 def _least_covered(handle: Any, weights: Mapping[str, int]) -> dict[str, Any] | None:
     """The numbered block with the smallest share of its weights in branches, and what is left out."""
     shares = []
-    lists = {block.rpartition(".")[0] for block in handle._structure.blocks}
+    lists = {block.rpartition(".")[0] for block in handle.engine.structure.blocks}
     blocks = {n for n, _ in handle.model.named_modules() if n.rpartition(".")[0] in lists and n[-1:].isdigit()}
     for block in sorted(blocks):
         own = {name: n for name, n in weights.items() if name.startswith(f"{block}.") and n}
         if own:
-            outside = [name for name in own if name not in handle._structure.parameters]
+            outside = [name for name in own if name not in handle.engine.structure.parameters]
             shares.append({"block": block, "share": _share(handle, own), "outside": outside})
     return min(shares, key=lambda entry: float(entry["share"]), default=None)
 
@@ -175,7 +175,7 @@ def _difference(
     if not torch.equal(loss, expected_loss):
         return f"the loss is {loss.item()!r}, expected {expected_loss.item()!r}"
     dropped = sum(1 << i for i, d in enumerate(mask) if d)
-    for name, need in handle._structure.parameters.items():
+    for name, need in handle.engine.structure.parameters.items():
         if need & dropped == need and got[name] is not None:
             return f"parameter {name} got a gradient though its branch was dropped"
     for name, gradient in expected.items():

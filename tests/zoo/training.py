@@ -173,7 +173,7 @@ def _difference(handle: Any, got: Step, expected: Step) -> str:
 def _gradient_problem(
     handle: Any, name: str, dropped: int, got: torch.Tensor | None, expected: torch.Tensor | None
 ) -> str:
-    need = handle._structure.parameters.get(name)
+    need = handle.engine.structure.parameters.get(name)
     if got is None:
         kept = need is not None and not need & dropped
         lost = kept and expected is not None and bool(expected.any())
@@ -203,7 +203,7 @@ def _named_as_resting(handle: Any) -> set[str]:
     report = handle.report()
     named = {name for key in ("never_trained", "seldom_trained", "at_rest") for name in report.get(key, ())}
     never = sum(1 << i for i, branch in enumerate(report["branches"]) if branch["dropped"] == report["forwards"])
-    return named | {name for name, need in handle._structure.parameters.items() if need & ~never == 0}
+    return named | {name for name, need in handle.engine.structure.parameters.items() if need & ~never == 0}
 
 
 # -- the budget

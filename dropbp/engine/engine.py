@@ -1,0 +1,254 @@
+"""The engine: one model, and all that is put around it so that it does what a plan says.
+
+It owns the functions around the model's modules, the state that they share, and what only a run can know of its next
+forward. What to drop it asks of a schedule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dropbp.config import Config
+from dropbp.device import Device, refuse_capture
+from dropbp.discovery.stem import Rests
+from dropbp.discovery.structure import Structure
+from dropbp.engine.calls import Calls
+from dropbp.engine.checkpointing import CheckpointBypass
+from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks
+from dropbp.engine.install import put_in_place, rehearsal
+from dropbp.engine.integrity import Watch, last_modules
+from dropbp.engine.parameters import Parameters
+from dropbp.engine.patch import Interception
+from dropbp.engine.recompute import Recomputation
+from dropbp.engine.runtime import RootState, Runtime
+from dropbp.engine.trained import Trained
+from dropbp.engine.truncation import Cut
+from dropbp.errors import ConfigError
+from dropbp.flops import shape_of
+from dropbp.inputs import Asked
+from dropbp.masks.samplers import Mask, bits
+from dropbp.masks.schedule import Conditions, ForwardPlan, Schedule
+from dropbp.tensors import ask_for_gradients
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Makes a model run as a schedule says, from `start` to `stop`.
+
+    Args:
+        model: the root.
+        structure: its branches.
+        asked: the outputs that the recorded forward was asked for.
+        config: the options of `enable`.
+        device: the model's.
+
+    Raises:
+        ConfigError: gradients were to be scaled, and a branch's cannot be.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, asked: Asked, config: Config, device: Device) -> None:
+        self.model, self.structure, self.config, self.device = model, structure, config, device
+        _check_scaling(structure, config)
+        defaults = device.defaults()
+        self.fills_gradients = (defaults.fill if config.fill == "auto" else config.fill) == "zero"
+        self.boundary = defaults.boundary if config.boundary == "auto" else config.boundary
+        self.prefixes = config.masks == "nested"
+        self.freezes = config.stem == "rest" or (config.stem == "auto" and self.prefixes)
+        self.rests = structure.rests if self.freezes else Rests()
+        self.parameters = Parameters(model, structure, self.rests)
+        self.trained = Trained(model, structure, self.freezes)
+        self.recomputation = Recomputation(model, structure.blocks, structure.repeated)
+        self.runtime = Runtime(model)
+        self.calls = Calls(model, structure, asked)
+        self.bypass = CheckpointBypass(model, structure, self.runtime)
+        self.cut = Cut(model, self.runtime, self.bypass, self.may_truncate)
+        self.abandoned: Callable[[], bool] = bool
+        self._blocks = [model.get_submodule(name) for name in structure.blocks]
+        self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
+        self.runtime.watchers.append(self._gathering.watch)
+        self._patches: list[Interception] = []
+        self._lock = threading.Lock()
+        self._measuring: Mask | None = None
+        self._looked_for_graphs = self._inputs_told = self._recomputes_all = False
+
+    @property
+    def may_truncate(self) -> bool:
+        """Whether the stream may go without gradient below the lowest kept branch.
+
+        A mask for attention made from the stream would not ask for a gradient, and another kernel would be taken.
+        """
+        learned_masks = any(site.learned_mask for site in self.structure.sites)
+        return self.freezes and not self.device.is_lazy() and not learned_masks
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the model checkpoints its blocks itself."""
+        return self.bypass.is_on()
+
+    @property
+    def running(self) -> bool:
+        """Whether the functions are in place."""
+        return bool(self._patches)
+
+    def start(self, schedule: Schedule, owner: object) -> None:
+        """Put the functions in place; `owner` is what the model is enabled through."""
+        self.schedule = schedule
+        self._patches = put_in_place(
+            self.model,
+            self.structure,
+            self.runtime,
+            lambda: RootState(self.begin, self.runtime, owner),
+            self.recomputation,
+            scales=self.config.scaling != "none",
+            rests=self.rests,
+            boundary=self.boundary,
+            step_boundary=self.device.step_boundary,
+        )
+        self._watch = Watch(self.model, last_modules(self.structure))
+        if self.recomputes:
+            self.recomputation.tell()
+        if self.config.rehearse:
+            schedule.rehearsal = rehearsal(self.model, self.structure, self.rests, self.recomputed)
+
+    def stop(self) -> None:
+        """Take the functions off, exactly. A second call does nothing."""
+        for patch in reversed(self._patches):
+            patch.remove()
+        self._patches = []
+        self.bypass.remove()
+        self._gathering.remove()
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
+        """What the next training forward of the root does. Called before each."""
+        if self.abandoned():
+            return ForwardPlan()
+        self._watch.check()
+        self._refuse_graphs()
+        if self._measuring is not None:
+            return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
+        with self._lock:
+            self.bypass.refresh()
+            conditions = self._conditions(args, kwargs)
+            plan = self.schedule.next(shape_of(args, kwargs), conditions)
+            self._refresh_sharding(self.schedule.mask or ())
+        if plan.dropped:
+            self._settle_gradients(plan.dropped, conditions.stem_rests)
+        return self.calls.plan(plan, args, kwargs)
+
+    @contextlib.contextmanager
+    def measuring(self, mask: Mask) -> Iterator[None]:
+        """Forwards inside drop these branches and nothing besides, and no schedule knows of them."""
+        self._measuring = mask
+        try:
+            yield
+        finally:
+            self._measuring = None
+
+    # -- recomputation
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a step may have blocks recomputed for the sake of memory."""
+        return (self._activations_limit() or 1) < 1
+
+    def recomputed(self, dropped: int) -> int:
+        """Blocks whose kept branches are recomputed under a mask, as far as is known; both as bits of branches."""
+        left_alone = self.recomputation.left_alone
+        return self.schedule.checkpointed(dropped, self._activations_limit(), left_alone) & ~self.recomputation.refused
+
+    @contextlib.contextmanager
+    def recomputing_all(self) -> Iterator[None]:
+        """Inside, steps keep as good as no activations: their blocks are recomputed."""
+        self._recomputes_all = True
+        try:
+            yield
+        finally:
+            self._recomputes_all = False
+
+    def _activations_limit(self) -> float | None:
+        """Share of all activations that a step may keep; None where no block is to be recomputed for its sake."""
+        limit = self.config.max_activations
+        if self.checkpoints:
+            return None
+        if self._recomputes_all:
+            return sys.float_info.min
+        if not isinstance(limit, str):
+            return limit
+        return 1 - self.config.drop_rate if self.prefixes else None
+
+    # -- several processes
+
+    def reduce_kept(self, replica: DistributedDataParallel) -> None:
+        """See `Handle.reduce_kept`."""
+        reduction = KeptReduction(self.parameters.needs(), replica.process_group)
+        self.runtime.watchers.append(reduction.watch)
+        replica.register_comm_hook(None, lambda _, bucket: reduction(bucket))
+
+    def _refresh_sharding(self, mask: Mask) -> None:
+        self._replicas.check(mask)
+        self._gathering.refresh(self._blocks)
+        if any(mask) and "deepspeed" in sys.modules:
+            clear_partitioned(self.model.parameters())
+
+    # -- a forward
+
+    def _conditions(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Conditions:
+        freezes = self._freezes_now()
+        return Conditions(
+            self._activations_limit(),
+            freezes,
+            freezes and self.cut.ends(),
+            self._needs_all(args, kwargs),
+            many_ranks(),
+            self.parameters.with_gradient,
+            self.recomputation.left_alone,
+        )
+
+    def _freezes_now(self) -> bool:
+        """A mask that was given names branches only: all else trains under it, unless it was told to rest."""
+        return self.config.stem == "rest" or not self.schedule.fixed
+
+    def _refuse_graphs(self) -> None:
+        """Graphs of a device replay a forward as it was when they were made."""
+        if not self._looked_for_graphs:
+            self.device.check_model(self.model)
+            self._looked_for_graphs = True
+        if not self.schedule.fixed:
+            refuse_capture()
+
+    def _settle_gradients(self, dropped: int, freezes: bool) -> None:
+        """Gradients of dropped branches are None, or zero where a lazy device wants the same set in every step."""
+        if self.fills_gradients:
+            boundary = self.device.step_boundary if self.boundary != "none" else None
+            self.parameters.fill(dropped, freezes, boundary)
+        else:
+            self.parameters.forget_zeros(dropped)
+
+    def _needs_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether an input asks for a gradient, which comes through the whole stream and would be biased."""
+        if not self.freezes or self.schedule.fixed or not ask_for_gradients(args, kwargs):
+            return False
+        if not self._inputs_told:
+            self._inputs_told = True
+            logger.warning(
+                "An input of %s asks for a gradient, which comes through all of its branches: such forwards drop "
+                "nothing, so that it is exact. Detach the input if its gradient is not needed, or take the paper's "
+                "biased gradient with masks='exact'.",
+                type(self.model).__name__,
+            )
+        return True
+
+
+def _check_scaling(structure: Structure, config: Config) -> None:
+    if config.scaling != "none" and structure.unscalable:
+        name, reason = next(iter(structure.unscalable.items()))
+        raise ConfigError(f"scaling={config.scaling!r} is not exact for branch {name}: {reason}. Use scaling='none'.")
