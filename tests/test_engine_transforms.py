@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropbp
 from tests.engine_models import llama_loss, plain_batch, plain_loss, plain_net, take_gradients, tiny_llama, tokens
@@ -198,6 +199,74 @@ def test_gradients_set_to_zero_move_no_dropped_branch(accumulate: int) -> None:
         for part, never in zip(parts, dropped, strict=True):
             moved = not torch.equal(model.get_parameter(f"{part}.0.weight"), before[f"{part}.0.weight"])
             assert moved != never, part
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators for which the host waits for the device, and looks at data that would lead to one."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "any", "all", "count_nonzero", "norm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(name in func.name().split("::")[1].split(".")[0].split("_foreach_") for name in self.NAMES)
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of(steps: int, accumulate: int, to_none: bool, masks: str = "exact") -> int:
+    model = plain_net()
+    dropbp.enable(model, 0.5, masks=masks, example_inputs=plain_batch())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with Waits() as waits:
+        for _ in range(steps):
+            for _ in range(accumulate):
+                plain_loss(model).backward()
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 0.5)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+    return waits.count
+
+
+@pytest.mark.parametrize("masks", ["exact", "nested", "independent"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_host_waits_for_no_device_in_ordinary_steps(accumulate: int, masks: str) -> None:
+    assert waits_of(6, accumulate, True, masks) == 0
+
+
+def test_where_gradients_are_set_to_zero_they_are_looked_at_once_a_step() -> None:
+    looks = 6 * sum(1 for _ in plain_net().parameters())
+    assert 0 < waits_of(6, 4, False) <= looks
+
+
+def test_a_gradient_of_zero_that_a_backward_made_stays() -> None:
+    model = plain_net()
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    with handle.fixed([False] * 6):
+        (plain_loss(model) * 0).backward()
+    with handle.fixed([True] * 6):
+        plain_loss(model).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_gradient_put_in_place_by_hand_is_looked_at() -> None:
+    model = plain_net()
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with handle.fixed([True] * 6):
+            plain_loss(model).backward()
+        assert model.get_parameter("blocks.0.mlp.0.weight").grad is None
+
+
+def test_hooks_on_parameters_are_gone_after_removal() -> None:
+    model = plain_net()
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    plain_loss(model).backward()
+    handle.remove()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())  # type: ignore[attr-defined]
 
 
 def test_looking_up_embeddings_outside_of_the_forward_is_no_cause_for_a_warning(caplog: Any) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,10 +55,30 @@ def refuse_wrapper(model: nn.Module) -> None:
 
 
 class ReplicaGuard:
-    """Refuses training forwards that `DistributedDataParallel` around the model could not run backward."""
+    """Refuses training forwards that `DistributedDataParallel` around the model could not run backward.
+
+    A replica looks for unused parameters after each forward, and takes those of the last one before a backward. So all
+    forwards before one backward take one mask.
+    """
 
     def __init__(self) -> None:
         self.first: Sequence[bool] | None = None
+        self._waiting = weakref.WeakSet[_Waiting]()
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is a forward in a replica whose backward has not begun and still can."""
+        return _replica() is not None and len(self._waiting) > 0
+
+    def watch(self, outputs: Any, dropped: int) -> None:
+        """Called after each recorded forward."""
+        if _replica() is None:
+            return
+        waiting = _Waiting(dropped, self._waiting.clear)
+        self._waiting.add(waiting)
+        for tensor in tensors_in(outputs):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(waiting.begin)
 
     def check(self, mask: Sequence[bool]) -> None:
         """Called in each training forward with its mask.
@@ -65,7 +86,7 @@ class ReplicaGuard:
         Raises:
             StateError: the flags of the DistributedDataParallel that is running do not allow the mask.
         """
-        replica = DistributedDataParallel._get_active_ddp_module()
+        replica = _replica()
         if replica is None:
             return
         if replica.static_graph:
@@ -75,6 +96,12 @@ class ReplicaGuard:
                 "DistributedDataParallel around this model has find_unused_parameters=False: it would wait for the "
                 "gradients of dropped branches, which never come. Make it with find_unused_parameters=True "
                 "(accelerate: DistributedDataParallelKwargs; transformers: ddp_find_unused_parameters=True)."
+            )
+        elif any(drop and not waiting.dropped >> i & 1 for waiting in self._waiting for i, drop in enumerate(mask)):
+            raise StateError(
+                "This forward drops branches that an earlier one, whose backward is still to come, has kept: "
+                "DistributedDataParallel takes the parameters that the last forward did not use for unused. Give all "
+                "forwards before one backward the same mask: put them into one `with handle.fixed(mask)`."
             )
 
     def _check_static(self, mask: Sequence[bool]) -> None:
@@ -86,6 +113,22 @@ class ReplicaGuard:
                 "in every step, and this step's mask differs from the first one's. Make it with "
                 "find_unused_parameters=True and static_graph=False, or use one mask only (handle.fixed)."
             )
+
+
+@dataclasses.dataclass(eq=False)
+class _Waiting:
+    """A forward whose backward has not begun. The graph of its outputs holds it: it is gone when the graph is."""
+
+    dropped: int
+    begun: Callable[[], None]
+
+    def begin(self, gradient: torch.Tensor) -> None:
+        self.begun()
+
+
+def _replica() -> Any:
+    """The replica whose forward is running."""
+    return DistributedDataParallel._get_active_ddp_module()
 
 
 class KeptReduction:

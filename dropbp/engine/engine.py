@@ -74,7 +74,7 @@ class Engine:
         self.abandoned: Callable[[], bool] = bool
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
-        self.runtime.watchers.append(self._gathering.watch)
+        self.runtime.watchers += [self._gathering.watch, self._replicas.watch]
         self._patches: list[Interception] = []
         self._lock = threading.Lock()
         self._measuring: Mask | None = None
@@ -126,6 +126,7 @@ class Engine:
         self._patches = []
         self.bypass.remove()
         self._gathering.remove()
+        self.parameters.release()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """What the next training forward of the root does. Called before each."""
@@ -140,8 +141,7 @@ class Engine:
             conditions = self._conditions(args, kwargs)
             plan = self.schedule.next(shape_of(args, kwargs), conditions)
             self._refresh_sharding(self.schedule.mask or ())
-        if plan.dropped:
-            self._settle_gradients(plan.dropped, conditions.stem_rests)
+        self._settle_gradients(plan.dropped, conditions.stem_rests)
         return self.calls.plan(plan, args, kwargs)
 
     @contextlib.contextmanager
@@ -211,6 +211,7 @@ class Engine:
             many_ranks(),
             self.parameters.with_gradient,
             self.recomputation.left_alone,
+            self._replicas.waits,
         )
 
     def _freezes_now(self) -> bool:
@@ -227,11 +228,11 @@ class Engine:
 
     def _settle_gradients(self, dropped: int, freezes: bool) -> None:
         """Gradients of dropped branches are None, or zero where a lazy device wants the same set in every step."""
-        if self.fills_gradients:
+        if not self.fills_gradients:
+            self.parameters.forget_zeros(dropped)
+        elif dropped:
             boundary = self.device.step_boundary if self.boundary != "none" else None
             self.parameters.fill(dropped, freezes, boundary)
-        else:
-            self.parameters.forget_zeros(dropped)
 
     def _needs_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an input asks for a gradient, which comes through the whole stream and would be biased."""

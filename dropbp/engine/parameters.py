@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dropbp.discovery.stem import Rests
 from dropbp.discovery.structure import Structure
 from dropbp.engine.distributed import NEEDED
 from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
+
+MARK = "_dropbp_version"  # of a gradient: its version after the last backward that wrote to it
 
 
 class Parameters:
@@ -29,6 +31,7 @@ class Parameters:
         self.model, self.structure, self.rests = model, structure, rests
         self._probes = self._smallest()
         self.held: frozenset[str] | None = None
+        self._marking: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
 
     def need_of(self, name: str) -> int:
         """The branches that a parameter belongs to, as bits."""
@@ -41,18 +44,39 @@ class Parameters:
     def forget_zeros(self, dropped: int) -> None:
         """Gradients of these branches that are zero all over become None: left by `zero_grad(set_to_none=False)`.
 
-        An optimizer would move parameters whose gradients are zero, by decay and momentum.
+        An optimizer would move parameters whose gradients are zero, by decay and momentum. A gradient is looked at,
+        which makes the host wait, only where something other than a backward has written to it since the last look.
         """
+        written = set[int]()
         for need, (module, attribute) in self._probes.items():
             probe = module._parameters.get(attribute)
-            if need & ~dropped or not isinstance(probe, nn.Parameter) or probe.grad is None:
+            if not isinstance(probe, nn.Parameter) or not probe.requires_grad:
                 continue
-            if probe.grad.is_meta or probe.grad.any():  # on meta there are no values, so none that are all zero
+            if need not in self._marking or self._marking[need][0] is not probe:
+                self._marking[need] = probe, probe.register_post_accumulate_grad_hook(_mark)
+            grad = probe.grad
+            if need & ~dropped or grad is None or grad.is_meta:  # on meta there are no values
                 continue
-            own = [p for p, of in self.needs().items() if of == need and p.grad is not None]
-            if not any(bool(cast(torch.Tensor, p.grad).any()) for p in own):
-                for parameter in own:
-                    parameter.grad = None
+            if getattr(grad, MARK, None) != grad._version:
+                written.add(need)
+                _mark(probe)
+        if written:
+            self._forget(written)
+
+    def _forget(self, written: set[int]) -> None:
+        """Of these sets of branches, those without a gradient other than zero; one transfer tells it of all."""
+        own = [(need, p, p.grad) for p, need in self.needs().items() if need in written and p.grad is not None]
+        held = _any([grad for _, _, grad in own])
+        alive = {need for (need, *_), any_ in zip(own, held, strict=True) if any_}
+        for need, parameter, _ in own:
+            if need not in alive:
+                parameter.grad = None
+
+    def release(self) -> None:
+        """Take the hooks off the parameters."""
+        for _, hook in self._marking.values():
+            hook.remove()
+        self._marking = {}
 
     def _smallest(self) -> dict[int, tuple[nn.Module, str]]:
         """One parameter of each set of branches, the smallest that trains, where it is held."""
@@ -124,3 +148,27 @@ class Parameters:
         for parameters in by_need.values():
             if zero_fill_gradients(parameters) and boundary is not None:
                 boundary()
+
+
+def _mark(parameter: torch.Tensor) -> None:
+    """Note that what its gradient holds came from a backward."""
+    if parameter.grad is not None:
+        setattr(parameter.grad, MARK, parameter.grad._version)
+
+
+def _any(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Whether each holds something other than zero; the host waits once for each device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(place)
+    found = [False] * len(tensors)
+    for places in by_device.values():
+        for place, any_ in zip(places, torch.stack([_whole(tensors[i].any()) for i in places]).tolist(), strict=True):
+            found[place] = any_
+    return found
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """What all ranks agree on, where a gradient is sharded."""
+    whole: torch.Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole

@@ -2,7 +2,8 @@
 
 It alone owns the shape of the forwards, FLOPs, rates, sampler, counters and the state that is saved. A forward asks
 `next` with its shape and with what only the run can know (`Conditions`), and gets a `ForwardPlan`. The mask is, in this
-order: what a `with handle.fixed(mask)` says, nothing dropped during the warm-up, the present mask as long as `resample`
+order: what a `with handle.fixed(mask)` says, the mask of a forward whose backward is still to come where both must be
+the same, nothing dropped during the warm-up, the present mask as long as `resample`
 keeps it, a mask for a graph that a lazy device has yet to compile, the mask of this point of an annealed run, or a new
 draw. With its state in hand it is a pure function of seed and step.
 
@@ -97,6 +98,7 @@ class Conditions:
         ranks: whether other ranks run the same forward on batches of their own.
         held: tells which branches' parameters have gradients now, as bits; asked by a rehearsal only.
         left_alone: branches of the blocks that must not be recomputed, as bits.
+        again: whether the forward must drop what the one before it dropped.
     """
 
     limit: float | None = None
@@ -106,6 +108,7 @@ class Conditions:
     ranks: bool = False
     held: Callable[[], int] = int
     left_alone: int = 0
+    again: bool = False
 
 
 class AtShape:
@@ -324,7 +327,7 @@ class Schedule:
         self.see(shape, conditions.ranks)
         here, seen = self.here, self.seen
         past = self.dropping and self.statistics.forwards >= self.config.warmup
-        mask = self.mask = self._next(past and not conditions.whole, conditions.held)
+        mask = self.mask = self._next(past and not conditions.whole, conditions)
         drawn = past and not self.fixed and not conditions.whole
         self.statistics.note(mask, seen.weights, seen.total, seen.planned if drawn else None)
         if drawn:
@@ -392,13 +395,15 @@ class Schedule:
 
     # -- the mask
 
-    def _next(self, past: bool, held: Callable[[], int]) -> Mask:
+    def _next(self, past: bool, conditions: Conditions) -> Mask:
         if self.fixed:
             return self.fixed[-1]
+        if conditions.again and not conditions.whole and self.mask is not None:
+            return self.mask
         if not past or not self.here.total:
             return (False,) * len(self.names)
         if self.rehearsal is not None and not self.rehearsal.done:
-            return self._rehearsed(self.rehearsal, held())
+            return self._rehearsed(self.rehearsal, conditions.held())
         if self.current is None or not self._keeps():
             self.current = self._drawn()
         return self.current

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -94,6 +95,29 @@ def _accumulated(kept_only: bool) -> list[float]:
     return norms
 
 
+def two_forwards() -> list[list[Any]]:
+    """Masks and norms of the gradients of steps with two forwards before their backward."""
+    found: list[list[Any]] = []
+    for masks in ("nested", "exact"):
+        model = make_model()
+        handle = dropbp.enable(model, drop_rate=0.5, masks=masks)
+        replica = wrapped(model)
+        for step in range(6):
+            with replica.no_sync() if step % 3 == 1 else contextlib.nullcontext():
+                loss = llama_loss(replica, local_batch(step, **where()))
+            first = handle.mask
+            (loss + llama_loss(replica, local_batch(step + 1, **where()))).backward()
+            norms = [0.0 if p.grad is None else p.grad.norm().item() for p in model.parameters()]
+            found.append([first, handle.mask, norms])
+            model.zero_grad()
+            llama_loss(replica, local_batch(step, **where()))  # goes nowhere
+            kept_for_later = llama_loss(replica, local_batch(step, **where()))
+            llama_loss(replica, local_batch(step, **where())).backward()
+            del kept_for_later
+            model.zero_grad()
+    return found
+
+
 def traffic() -> dict[str, dict[str, int]]:
     """Bytes of one step, with nothing, half and all of the blocks dropped."""
     found = {}
@@ -120,6 +144,7 @@ def refusals() -> dict[str, str]:
         "static": _error(_two_masks_with_static_graph),
         "nothing dropped": _error(_nothing_dropped_without_flag),
         "one mask": _error(_one_mask_with_static_graph),
+        "two masks": _error(_two_masks_before_one_backward),
     }
 
 
@@ -150,6 +175,16 @@ def _with_static_graph(masks: list[list[bool]]) -> None:
     for step, mask in enumerate(masks):
         with handle.fixed(mask):
             llama_loss(replica, local_batch(step, **where())).backward()
+
+
+def _two_masks_before_one_backward() -> None:
+    model = make_model()
+    handle = dropbp.enable(model)
+    replica = wrapped(model)
+    with handle.fixed([True, False] * LAYERS):
+        loss = llama_loss(replica, local_batch(0, **where()))
+    with handle.fixed([False, True] * LAYERS):
+        (loss + llama_loss(replica, local_batch(0, **where()))).backward()
 
 
 def _two_masks_with_static_graph() -> None:
@@ -196,6 +231,7 @@ CASES = {
     "views": lambda: trained_before(gradient_as_bucket_view=True),
     "lora": trained_with_lora,
     "accumulated": accumulated,
+    "two forwards": two_forwards,
     "traffic": traffic,
     "calibrated": calibrated,
     "resumed": resumed,
