@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -140,6 +141,88 @@ def test_the_stream_may_be_added_in_place_to_a_view_that_a_dropped_branch_made()
         model.in_place = True
         got = take_gradients(model, plain_loss(model))
     assert all((got[n] is None) == (g is None) and (g is None or torch.equal(got[n], g)) for n, g in expected.items())
+
+
+class WrittenTo(nn.Module):
+    """Blocks that write what they add into the stream."""
+
+    def __init__(self, way: str, view: bool) -> None:
+        super().__init__()
+        self.write, self.view, self.stem = WAYS[way], view, nn.Linear(8, 8)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.bodies = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSD = self.stem(x_BSD)
+        h_BSD = h_BSD.transpose(0, 1).transpose(0, 1) if self.view else h_BSD * 1.0
+        for norm, body in zip(self.norms, self.bodies, strict=True):
+            h_BSD = self.write(h_BSD, lambda h, norm=norm, body=body: body(norm(h.clone())))
+        return h_BSD
+
+
+def by_statement(h_BSD: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    h_BSD += f(h_BSD)
+    return h_BSD
+
+
+def into_a_slice(h_BSD: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    h_BSD[:, 1:] += f(h_BSD[:, 1:])
+    return h_BSD
+
+
+def into_a_view(h_BSD: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    h_BSD.view(-1, 8).add_(f(h_BSD.view(-1, 8)))
+    return h_BSD
+
+
+def by_assignment(h_BSD: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    h_BSD[:, :] = h_BSD + f(h_BSD)
+    return h_BSD
+
+
+def out_of_place_slice(h_BSD: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cat((h_BSD[:, :1], h_BSD[:, 1:] + f(h_BSD[:, 1:])), 1)
+
+
+WAYS: dict[str, Any] = {
+    "add_": lambda h, f: h.add_(f(h)),
+    "statement": by_statement,
+    "half": lambda h, f: h.add_(f(h), alpha=0.5),
+    "sub_": lambda h, f: h.sub_(f(h), alpha=-1),
+    "view": into_a_view,
+    "slice": into_a_slice,
+    "assignment": by_assignment,
+}
+OUT_OF_PLACE: dict[str, Any] = {
+    "half": lambda h, f: h + 0.5 * f(h),
+    "slice": out_of_place_slice,
+}
+
+
+@pytest.mark.parametrize("masks", ["exact", "nested"])
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("way", list(WAYS))
+def test_branches_written_into_the_stream_are_found_and_dropped_exactly(way: str, view: bool, masks: str) -> None:
+    torch.manual_seed(0)
+    model = WrittenTo(way, view).train()
+    handle = dropbp.enable(model, 0.5, masks=masks, example_inputs=plain_batch())
+    assert [branch.modules[-1] for branch in handle.branches] == [f"bodies.{i}" for i in range(3)]
+    torch.manual_seed(0)
+    plain = WrittenTo(way, view).train()
+    plain.write = OUT_OF_PLACE.get(way, lambda h, f: h + f(h))
+    handle.calibrate(lambda: plain_loss(model))
+    for _ in range(6):
+        got = take_gradients(model, plain_loss(model))
+        dropped = [f"bodies.{i}" for i, drop in enumerate(handle.mask or ()) if drop]
+        hooks = [plain.get_submodule(name).register_forward_hook(lambda *call: call[2].detach()) for name in dropped]
+        expected = take_gradients(plain, plain_loss(plain))
+        for hook in hooks:
+            hook.remove()
+        for name, gradient in expected.items():
+            if not (name.startswith("stem") and masks == "nested"):
+                assert (got[name] is None) == (gradient is None), name
+                if gradient is not None:
+                    torch.testing.assert_close(got[name], gradient)
 
 
 class Kernels(nn.Module):

@@ -24,6 +24,7 @@ LIGHT = (
     "MulBackward", "DivBackward", "ToCopyBackward", "ViewBackward", "ReshapeAliasBackward", "UnsafeViewBackward",
     "PermuteBackward", "TransposeBackward", "TBackward", "CloneBackward", "AliasBackward", "ExpandBackward",
     "SqueezeBackward", "UnsqueezeBackward", "NativeDropoutBackward", "SliceBackward",
+    "AsStridedBackward",
 )  # fmt: skip
 OWN_STREAM_SHARE = 0.8
 

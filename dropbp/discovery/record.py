@@ -124,6 +124,23 @@ class _MaskMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _AdditionMode(TorchFunctionMode):
+    """Notes the numbers of the nodes made where a tensor is added to another in place."""
+
+    OPERATORS = frozenset({"add_", "__iadd__", "sub_", "__isub__", "addcmul_"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = _next_sequence()
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in self.OPERATORS:
+            self.added.update(range(before, _next_sequence()))
+        return result
+
+
 def _leaf_ids(tensor: torch.Tensor) -> frozenset[int]:
     if tensor.grad_fn is None:
         return frozenset([id(tensor)])
@@ -136,9 +153,15 @@ def _next_sequence() -> int:
 
 
 class Recorder:
-    """Hooks on every module for the length of one forward. `functions` are the graph's nodes after `trace`."""
+    """Hooks on every module for the length of one forward. `functions` are the graph's nodes after `trace`.
 
-    def __init__(self, model: nn.Module, count_flops: bool = True) -> None:
+    Args:
+        model: the root.
+        count_flops: whether FLOPs and attention masks are recorded, too.
+        adds_in_place: whether the model may add in place to views.
+    """
+
+    def __init__(self, model: nn.Module, count_flops: bool = True, adds_in_place: bool = True) -> None:
         self.model = model
         self.calls: list[Call] = []
         self.stack: list[tuple[str, int, int, torch.Size | None, int]] = []
@@ -147,7 +170,9 @@ class Recorder:
         self.anchors: dict[torch.device, torch.Tensor] = {}
         self.functions: tuple[Any, ...] = ()
         self.masked: dict[int, frozenset[int]] = {}
-        self.modes: tuple[Any, ...] = (_MaskMode(self._note_mask), self.flops) if count_flops else ()
+        self.counts, self.additions = count_flops, _AdditionMode()
+        counting: tuple[Any, ...] = (_MaskMode(self._note_mask), self.flops) if count_flops else ()
+        self.modes = (*counting, self.additions) if adds_in_place else counting
         self.sharded = any(hasattr(module, "set_unshard_in_backward") for module in model.modules())
         self.stand_ins: dict[int, str] = {}
         self.frozen: list[torch.Tensor] = []
@@ -200,7 +225,7 @@ class Recorder:
         return note
 
     def _record_frozen(self, parameter: torch.Tensor) -> None:
-        if self.modes and not parameter.requires_grad and parameter.is_floating_point() and is_plain(parameter):
+        if self.counts and not parameter.requires_grad and parameter.is_floating_point() and is_plain(parameter):
             self.frozen.append(parameter.requires_grad_(True))
 
     def _exit_hook(self, has_state: bool) -> Any:
@@ -208,7 +233,7 @@ class Recorder:
             connected = self._connected(output) if has_state else None
             _, start, index, shape, counted = self.stack.pop()
             call, reshapes = self.calls[index], _first_shape(output) != shape
-            if self.modes and len(self.flops.records) == counted:
+            if self.counts and len(self.flops.records) == counted:
                 self._count_opaque(module, output)
             made = _made_by(output if connected is None else connected)
             end = _next_sequence()
@@ -241,7 +266,7 @@ class Recorder:
                 f"No output of {type(self.model).__name__}.forward depends on a differentiable tensor, so there is no "
                 "residual stream to follow. Does the forward run under torch.no_grad, or return no tensors?"
             )
-        nodes, roots, self.functions = collect(functions)
+        nodes, roots, self.functions = collect(functions, self.additions.added)
         call_of = innermost_call(nodes, self.calls)
         flops = _sum_by_key(self.flops.records)
         index = {function: node.index for function, node in zip(self.functions, nodes, strict=True)}

@@ -98,7 +98,7 @@ class Structure:
     modules of branches that were given by name; `work` is what their backward would cost; `outputs` are the keys of the
     model's outputs, each with whether something that trains leads to it; `aside`: outputs come out of branches by other
     ways than the stream; `repeated` names blocks that run more than once in a forward, or share a module with others,
-    with the reason.
+    with the reason; `adds_in_place`: something is added in place to a view.
     """
 
     branches: tuple[Branch, ...]
@@ -116,6 +116,7 @@ class Structure:
     outputs: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     aside: bool = False
     repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    adds_in_place: bool = False
 
 
 def analyse(trace: Trace, model: nn.Module) -> Structure:
@@ -262,7 +263,8 @@ class _Builder:
         coverage = self._coverage()
         self._check_blocks(branches)
         found = Structure(branches, sites, self._loose(), exits, unscalable, blocks, self._parameter_needs(), coverage)
-        return dataclasses.replace(found, repeated=self._repeated(blocks, sites))
+        repeated, in_place = self._repeated(blocks, sites), self.graph.trace.adds_in_place
+        return dataclasses.replace(found, repeated=repeated, adds_in_place=in_place)
 
     def _sites(self) -> tuple[Site, ...]:
         calls: dict[str, list[Call]] = {}

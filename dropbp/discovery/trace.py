@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
+IN_PLACE = "torch::autograd::CopySlices"  # of what was written to a view; which operator wrote is not told
+ADDED_IN_PLACE = "AddBackwardInPlace"  # our name for one that was an addition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Trace:
     outputs: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
     holds: bool = False
 
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether something is added in place to a view."""
+        return any(node.name == ADDED_IN_PLACE for node in self.nodes)
+
     def consumers(self) -> list[list[int]]:
         """For every node, the nodes that consumed one of its outputs."""
         consumers: list[list[int]] = [[] for _ in self.nodes]
@@ -72,8 +79,13 @@ class Trace:
         return consumers
 
 
-def collect(functions: Sequence[Any]) -> tuple[tuple[Node, ...], frozenset[int], tuple[Any, ...]]:
-    """All nodes reachable from the outputs, leaves first, then in the order of creation; the roots; the functions."""
+def collect(
+    functions: Sequence[Any], added: Collection[int] = ()
+) -> tuple[tuple[Node, ...], frozenset[int], tuple[Any, ...]]:
+    """All nodes reachable from the outputs, leaves first, then in the order of creation; the roots; the functions.
+
+    `added` are the numbers of nodes that stand for an addition, if they stand for something done in place to a view.
+    """
     found: dict[Any, None] = dict.fromkeys(functions)
     pending = list(found)
     while pending:
@@ -83,14 +95,16 @@ def collect(functions: Sequence[Any]) -> tuple[tuple[Node, ...], frozenset[int],
                 pending.append(source)
     ordered = sorted(found, key=sequence_of)
     index = {function: i for i, function in enumerate(ordered)}
-    nodes = tuple(_node(function, index) for function in ordered)
+    nodes = tuple(_node(function, index, added) for function in ordered)
     return nodes, frozenset(index[function] for function in functions), tuple(ordered)
 
 
-def _node(function: Any, index: Mapping[Any, int]) -> Node:
+def _node(function: Any, index: Mapping[Any, int], added: Collection[int]) -> Node:
     inputs = tuple(index[source] for source, _ in function.next_functions if source is not None)
     leaf = function.variable if _is_leaf(function) else None
-    return Node(index[function], function.name(), sequence_of(function), inputs, leaf)
+    name, sequence = function.name(), sequence_of(function)
+    name = ADDED_IN_PLACE if name == IN_PLACE and sequence in added else name
+    return Node(index[function], name, sequence, inputs, leaf)
 
 
 def _is_leaf(function: Any) -> bool:

@@ -88,7 +88,7 @@ class OnePass:
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         self.model, self.structure = model, structure
-        self.recorder = Recorder(model, count_flops=False)
+        self.recorder = Recorder(model, count_flops=False, adds_in_place=structure.adds_in_place)
         self.inputs = _Inputs(model, structure)
         self.entrances = _Entrances(len(structure.branches))
         self.own: list[dict[str, int]] = []
