@@ -18,19 +18,25 @@ from . import everything
 from .everything import Part
 
 PARTS = {
-    "gpu": Part("what a borrowed GPU is worth its minutes for, in order, some minutes at a time", ("cuda",)),
-    "throughput": Part("time and memory of a step, share of the possible saving", ("cpu", "hpu"), smoke=True),
-    "seqlen": Part("the longest sequence that trains", ("cpu", "hpu"), ("cpu",), smoke=True),
-    "invariants": Part("forward, gradients, compilations and waits of a step, on the device itself"),
-    "sensitivity": Part("cost and agreement of sensitivities, rates that follow", ("cpu",), smoke=True),
-    "recipes": Part("compiled graphs and launches on the simulated HPU", ("cpu",), ("cpu",)),
-    "learning": Part("loss at equal time, FLOPs and memory, against every rival", ("cpu",)),
-    "overhead": Part("what the bookkeeping costs in each step", ("cpu",), smoke=True),
-    "callback_overhead": Part("what the callback costs a trainer", ("cpu",), smoke=True),
-    "accuracy": Part("fine-tune and evaluate with the paper's tasks and settings"),
-    "analysis": Part("gradients by path length; bias and variance of each way to draw masks"),
-    "paper": Part("the published figures beside ours"),
-    "tables": Part("tables and plots from the result files alone"),
+    "gpu": Part(
+        ".gpu.command", "what a borrowed GPU is worth its minutes for, in order, some minutes at a time", ("cuda",)
+    ),
+    "throughput": Part(
+        ".throughput.command", "time and memory of a step, share of the possible saving", ("cpu", "hpu"), smoke=True
+    ),
+    "seqlen": Part(".memory.seqlen", "the longest sequence that trains", ("cpu", "hpu"), ("cpu",), smoke=True),
+    "invariants": Part(".gpu.invariants", "forward, gradients, compilations and waits of a step, on the device itself"),
+    "sensitivity": Part(
+        ".analysis.sensitivity", "cost and agreement of sensitivities, rates that follow", ("cpu",), smoke=True
+    ),
+    "recipes": Part(".recipes.command", "compiled graphs and launches on the simulated HPU", ("cpu",), ("cpu",)),
+    "learning": Part(".learning.command", "loss at equal time, FLOPs and memory, against every rival", ("cpu",)),
+    "overhead": Part(".overhead.steps", "what the bookkeeping costs in each step", ("cpu",), smoke=True),
+    "callback_overhead": Part(".overhead.callback", "what the callback costs a trainer", ("cpu",), smoke=True),
+    "accuracy": Part(".learning.accuracy", "fine-tune and evaluate with the paper's tasks and settings"),
+    "analysis": Part(".analysis.command", "gradients by path length; bias and variance of each way to draw masks"),
+    "paper": Part(".report.paper", "the published figures beside ours"),
+    "tables": Part(".report.tables", "tables and plots from the result files alone"),
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -65,9 +71,9 @@ def _parser(chosen: str | None, module: ModuleType | None) -> argparse.ArgumentP
 def _load(name: str) -> ModuleType:
     package = __package__ or "bench"
     try:
-        return importlib.import_module(f".{name}", package)
+        return importlib.import_module(PARTS[name].module, package)
     except ModuleNotFoundError as error:
-        if error.name == f"{package}.{name}":
+        if error.name == f"{package}{PARTS[name].module}":
             raise DropBPError(f"this installation has no part {name!r}; the parts are {', '.join(PARTS)}.") from error
         raise
 

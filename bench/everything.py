@@ -19,9 +19,9 @@ from pathlib import Path
 from dropbp.device import get_device
 from dropbp.errors import DropBPError
 
-from .options import device_name
-from .processes import Answer, Worker, stoppable
-from .records import FILES, RESULTS
+from .common.options import device_name
+from .common.processes import Answer, Worker, stoppable
+from .common.records import FILES, RESULTS
 
 Main = Callable[[Sequence[str]], int]
 EPILOG = """\
@@ -38,12 +38,14 @@ class Part:
     """A part of the bench, and when `all` runs it.
 
     Attributes:
+        module: where it is, seen from this package.
         help: what it measures.
         devices: kinds of devices on which it is a part of `all`.
         counts_on: those of them on which it times nothing, so that other processes do not disturb it.
         smoke: whether `all --smoke` runs it.
     """
 
+    module: str
     help: str
     devices: tuple[str, ...] = ()
     counts_on: tuple[str, ...] = ()

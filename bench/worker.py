@@ -17,7 +17,7 @@ import torch
 from dropbp.errors import DropBPError
 
 from .__main__ import EXIT_BAD_INPUT, main
-from .processes import answer, requests
+from .common.processes import answer, requests
 
 
 def serve() -> None:

@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 from dropbp.bench import __main__ as command
-from dropbp.bench import accuracy, paper, presets, records, seqlen, tables, throughput
-from dropbp.bench.bisection import largest
-from dropbp.bench.derive import backward_shares, figures, length_ratios, parts_of, share_error
-from dropbp.bench.limits import Parts, limit_s, median_spread, share_of_possible_saving
-from dropbp.bench.presets import MODELS, SeqlenPreset, ThroughputPreset, Training
-from dropbp.bench.probe import Probe, Workplace, is_border, is_out_of_memory, tried_in_a_process
-from dropbp.bench.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
+from dropbp.bench.common import presets, records
+from dropbp.bench.common.presets import MODELS, SeqlenPreset, ThroughputPreset, Training
+from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
+from dropbp.bench.learning import accuracy
+from dropbp.bench.memory import seqlen
+from dropbp.bench.memory.bisection import largest
+from dropbp.bench.memory.probe import Probe, Workplace, is_border, is_out_of_memory, tried_in_a_process
+from dropbp.bench.report import paper, tables
+from dropbp.bench.report.derive import backward_shares, figures, length_ratios, parts_of, share_error
+from dropbp.bench.report.limits import Parts, limit_s, median_spread, share_of_possible_saving
+from dropbp.bench.throughput import command as throughput
 
 import dropbp
 from dropbp.device import get_device
@@ -204,7 +208,7 @@ def test_quantised_model_trains_its_adapters() -> None:
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_chunked_loss_is_the_plain_loss(tuning: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dropbp.bench.setup.CHUNK_TOKENS", 24)
+    monkeypatch.setattr("dropbp.bench.common.setup.CHUNK_TOKENS", 24)
     ids = build_batch(TINY, 2, 48, "cpu")
     outcomes = []
     for loss in ("plain", "chunked"):
@@ -652,7 +656,7 @@ def test_bad_values_of_a_training_are_named() -> None:
 
 
 def test_part_that_is_not_there_is_an_error_that_lists_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(command.PARTS, "absent", command.Part("nothing"))
+    monkeypatch.setitem(command.PARTS, "absent", command.Part(".absent", "nothing"))
     with pytest.raises(DropBPError, match="has no part 'absent'; the parts are gpu, throughput"):
         command.main(["absent"])
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from dropbp.bench import __main__ as command
-from dropbp.bench import gpu, records
-from dropbp.bench.gpu import Ledger, missing, plan, to_do
+from dropbp.bench.common import records
+from dropbp.bench.gpu import command as gpu
+from dropbp.bench.gpu.command import Ledger, missing, plan, to_do
 
 from dropbp.errors import ConfigError
 

@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import pytest
 import torch
-from dropbp.bench import options, tables, throughput
-from dropbp.bench.options import TimeLimit
-from dropbp.bench.presets import ThroughputPreset, Training
-from dropbp.bench.probe import (
+from dropbp.bench.common import options
+from dropbp.bench.common.options import TimeLimit
+from dropbp.bench.common.presets import ThroughputPreset, Training
+from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
+from dropbp.bench.memory.probe import (
     Probe,
     Workplace,
     guess_border,
@@ -19,7 +20,8 @@ from dropbp.bench.probe import (
     largest_counted,
     tried_in_a_process,
 )
-from dropbp.bench.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
+from dropbp.bench.report import tables
+from dropbp.bench.throughput import command as throughput
 
 from dropbp.device import get_device
 from dropbp.errors import ConfigError

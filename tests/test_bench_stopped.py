@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from dropbp.bench import paper, probe, processes, records, seqlen, setup, tables, throughput
-from dropbp.bench.derive import figures, grown, length_ratios
-from dropbp.bench.presets import SeqlenPreset, ThroughputPreset, Training
-from dropbp.bench.setup import PLAIN, Variant
+from dropbp.bench.common import processes, records, setup
+from dropbp.bench.common.presets import SeqlenPreset, ThroughputPreset, Training
+from dropbp.bench.common.setup import PLAIN, Variant
+from dropbp.bench.memory import probe, seqlen
+from dropbp.bench.report import paper, tables
+from dropbp.bench.report.derive import figures, grown, length_ratios
+from dropbp.bench.throughput import command as throughput
 
 from dropbp.device import get_device
 from dropbp.errors import ConfigError

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from dropbp.bench import callback_overhead
+from dropbp.bench.overhead import callback as callback_overhead
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / callback_overhead.KIND
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from dropbp.bench import learning, learning_curves, learning_presets, learning_tables, tasks
+from dropbp.bench.learning import command as learning
+from dropbp.bench.learning import curves, presets, tables, tasks
 
 import dropbp
 
@@ -83,31 +84,31 @@ def test_an_unknown_task_is_refused() -> None:
 
 def test_a_curve_is_read_between_its_evaluations_and_not_beyond_its_end() -> None:
     record = run_record()
-    assert learning_curves.loss_at(record, "time", 10) == pytest.approx(2)
-    assert learning_curves.loss_at(record, "time", 3.75) == pytest.approx(2.625)
-    assert learning_curves.loss_at(record, "flops", 300) == pytest.approx(2.25)
-    assert learning_curves.loss_at(record, "time", 0.1) == pytest.approx(2.75)
-    assert learning_curves.loss_at(record, "time", 12) is None
-    assert learning_curves.loss_at({**record, "evaluations": []}, "time", 1) is None
+    assert curves.loss_at(record, "time", 10) == pytest.approx(2)
+    assert curves.loss_at(record, "time", 3.75) == pytest.approx(2.625)
+    assert curves.loss_at(record, "flops", 300) == pytest.approx(2.25)
+    assert curves.loss_at(record, "time", 0.1) == pytest.approx(2.75)
+    assert curves.loss_at(record, "time", 12) is None
+    assert curves.loss_at({**record, "evaluations": []}, "time", 1) is None
 
 
 def test_the_best_learning_rate_is_chosen_on_the_first_seed_alone() -> None:
     records = [run_record(rate=1.0, last=2.0), run_record(rate=2.0, last=1.9), run_record(rate=1.0, seed=1, last=1.0)]
-    assert learning_curves.best_rates(records) == {("python", "plain", 0.0): 2.0}
+    assert curves.best_rates(records) == {("python", "plain", 0.0): 2.0}
 
 
 def test_a_diverged_or_failed_run_is_never_the_best() -> None:
     failed = run_record(rate=2.0) | {"status": "failed", "evaluations": []}
     diverged = run_record(rate=3.0, last=math.nan)
-    assert learning_curves.best_rates([failed, diverged, run_record(rate=1.0)]) == {("python", "plain", 0.0): 1.0}
+    assert curves.best_rates([failed, diverged, run_record(rate=1.0)]) == {("python", "plain", 0.0): 1.0}
 
 
-PRESET = learning_presets.Preset(
+PRESET = presets.Preset(
     ("python",), ("published",), (0.5,), (0, 1, 2), 10, 1, others=(("lora", 0.0),), once=(("lisa", 0.5),)
 )
 
 
-def records_of(runs: list[learning_presets.Run], best: float) -> list[Record]:
+def records_of(runs: list[presets.Run], best: float) -> list[Record]:
     """Runs whose loss is the less the nearer their learning rate is to the best one."""
     last = [1 + abs(math.log(run.learning_rate / best)) / 10 for run in runs]
     return [
@@ -117,10 +118,10 @@ def records_of(runs: list[learning_presets.Run], best: float) -> list[Record]:
 
 
 def test_further_seeds_run_at_the_best_rate_and_some_methods_with_one_seed_only() -> None:
-    firsts = learning_presets.first_runs(PRESET)
-    rates = {m: learning_presets.rates_for(tasks.task("python"), m) for m in ("plain", "published", "lora", "lisa")}
+    firsts = presets.first_runs(PRESET)
+    rates = {m: presets.rates_for(tasks.task("python"), m) for m in ("plain", "published", "lora", "lisa")}
     assert {(r.method, r.learning_rate) for r in firsts} == {(m, rate) for m in rates for rate in rates[m]}
-    further = learning_presets.further_runs(PRESET, records_of(firsts, best=1.0))
+    further = presets.further_runs(PRESET, records_of(firsts, best=1.0))
     assert {(r.method, r.seed, r.learning_rate) for r in further} == {
         (m, seed, max(rates[m])) for m in ("plain", "published", "lora") for seed in (1, 2)
     }
@@ -128,12 +129,12 @@ def test_further_seeds_run_at_the_best_rate_and_some_methods_with_one_seed_only(
 
 @pytest.mark.parametrize("best", [6e-3, 6e-5, 3e-4])
 def test_learning_rates_are_tried_until_the_best_lies_between_others(best: float) -> None:
-    runs = learning_presets.first_runs(PRESET)
-    while wider := learning_presets.wider_runs(PRESET, records_of(runs, best)):
+    runs = presets.first_runs(PRESET)
+    while wider := presets.wider_runs(PRESET, records_of(runs, best)):
         assert not {(run.name) for run in wider} & {run.name for run in runs}
         runs += wider
-    found = learning_curves.best_rates(records_of(runs, best))
-    tried = learning_curves.tried_rates(records_of(runs, best), 0)
+    found = curves.best_rates(records_of(runs, best))
+    tried = curves.tried_rates(records_of(runs, best), 0)
     assert found.keys() == tried.keys() and len(found) == 4
     for key, rates in tried.items():
         assert rates[0] < found[key] < rates[-1]
@@ -141,54 +142,54 @@ def test_learning_rates_are_tried_until_the_best_lies_between_others(best: float
 
 
 def test_no_more_learning_rates_are_tried_than_the_preset_allows() -> None:
-    runs = learning_presets.first_runs(PRESET)
-    while wider := learning_presets.wider_runs(PRESET, records_of(runs, 1e9)):
+    runs = presets.first_runs(PRESET)
+    while wider := presets.wider_runs(PRESET, records_of(runs, 1e9)):
         runs += wider
-    assert {len(r) for r in learning_curves.tried_rates(records_of(runs, 1e9), 0).values()} == {PRESET.most_rates}
+    assert {len(r) for r in curves.tried_rates(records_of(runs, 1e9), 0).values()} == {PRESET.most_rates}
 
 
 def test_lora_is_no_rival_where_it_is_the_setting() -> None:
-    names = {name for name, _ in learning_presets.variants(PRESET, tasks.task("prose-lora"))}
+    names = {name for name, _ in presets.variants(PRESET, tasks.task("prose-lora"))}
     assert names == {"plain", "published"}
 
 
 def test_tasks_that_a_preset_does_not_have_are_refused() -> None:
-    assert learning_presets.chosen_tasks(PRESET, None) == ("python",)
+    assert presets.chosen_tasks(PRESET, None) == ("python",)
     with pytest.raises(dropbp.DropBPError, match="no task 'prose'; it has python"):
-        learning_presets.chosen_tasks(PRESET, ["prose"])
+        presets.chosen_tasks(PRESET, ["prose"])
 
 
 def test_time_to_a_loss_is_read_off_the_curve() -> None:
     record = run_record()  # 2.75 after 2.5 steps, 2.5 after 5, 2.25 after 7.5, 2 after 10
-    assert learning_curves.time_to(record, 2.5) == pytest.approx(5)
-    assert learning_curves.time_to(record, 2.375) == pytest.approx(6.25)
-    assert learning_curves.time_to(record, 2.9) == 2.5
-    assert learning_curves.time_to(record, 1.9) is None
+    assert curves.time_to(record, 2.5) == pytest.approx(5)
+    assert curves.time_to(record, 2.375) == pytest.approx(6.25)
+    assert curves.time_to(record, 2.9) == 2.5
+    assert curves.time_to(record, 1.9) is None
     record["evaluations"][2]["loss"] = None
-    assert learning_curves.time_to(record, 2.25) == pytest.approx(7.5)
+    assert curves.time_to(record, 2.25) == pytest.approx(7.5)
 
 
 def test_time_to_the_loss_of_plain_training_stands_in_the_table() -> None:
     records = [run_record(), run_record("published", 0.5, last=1.0), run_record("lisa", 0.5, last=2.5)]
     spare = {("plain", 0.0, False): 1.0, ("published", 0.5, False): 1.0, ("lisa", 0.5, False): 1.0}
-    made = learning_tables.entries([*records, times_record(spare)])
-    cells = {entry.method: learning_tables._time_to_plain(entry, made) for entry in made}
+    made = tables.entries([*records, times_record(spare)])
+    cells = {entry.method: tables._time_to_plain(entry, made) for entry in made}
     assert cells == {"plain": "-", "published": "0.50", "lisa": "never"}
 
 
 def test_step_ratio_is_over_plain_and_says_what_was_not_measured() -> None:
     times = times_record({("plain", 0.0, False): 2.0, ("exact", 0.5, False): 1.0})
-    assert learning_curves.step_ratio([times], "exact", 0.5) == 0.5
+    assert curves.step_ratio([times], "exact", 0.5) == 0.5
     with pytest.raises(dropbp.DropBPError, match=r"No step times of 'lisa' at drop rate 0\.5 are"):
-        learning_curves.step_ratio([times], "lisa", 0.5)
+        curves.step_ratio([times], "lisa", 0.5)
 
 
 def test_short_of_memory_what_does_not_fit_is_checkpointed() -> None:
     spare = {("plain", 0.0, False): 1.0, ("freezing", 0.5, False): 1.0, ("nested shelf", 0.5, False): 1.0}
     short = {("plain", 0.0, False): 1.0, ("plain", 0.0, True): 4 / 3, ("nested shelf capped", 0.5, False): 4 / 3}
     records = [run_record(), run_record("freezing", 0.5), run_record("nested shelf", 0.5)]
-    records += [times_record(spare, {"freezing": 0.5}), times_record(short, kind=learning_curves.SHORT_OF_MEMORY)]
-    plain, freezing, nested = learning_tables.entries(records)
+    records += [times_record(spare, {"freezing": 0.5}), times_record(short, kind=curves.SHORT_OF_MEMORY)]
+    plain, freezing, nested = tables.entries(records)
     assert plain.losses_short_of_memory() == {0: pytest.approx(2.25)}
     assert freezing.losses_short_of_memory() == {0: pytest.approx(2)}
     assert nested.losses_short_of_memory() == {0: pytest.approx(2.25)}
@@ -196,19 +197,19 @@ def test_short_of_memory_what_does_not_fit_is_checkpointed() -> None:
 
 def test_the_ratio_measured_last_says_where_equal_time_is() -> None:
     records = [run_record("freezing", 0.5), times_record({("plain", 0.0, False): 1.0, ("freezing", 0.5, False): 2.0})]
-    (entry,) = learning_tables.entries(records)
+    (entry,) = tables.entries(records)
     assert entry.losses("time") == {0: pytest.approx(2.5)}  # 5 steps, not 10
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
-    assert learning_tables.paired({0: 1.0, 1: 3.0}, {0: 1.5, 1: 3.5, 2: 9.0}) == "-0.500 ± 0.000"
-    assert learning_tables.paired({0: 1.0}, {}) == "-"
+    assert tables.paired({0: 1.0, 1: 3.0}, {0: 1.5, 1: 3.5, 2: 9.0}) == "-0.500 ± 0.000"
+    assert tables.paired({0: 1.0}, {}) == "-"
 
 
 def test_tables_stand_between_their_markers_and_leave_the_rest(tmp_path: Path) -> None:
     page = tmp_path / "learning.md"
-    page.write_text(f"before\n{learning_tables.BEGIN}\nold\n{learning_tables.END}\nafter\n", encoding="utf-8")
-    learning_tables.write([run_record(), times_record({("plain", 0.0, False): 1.0})], tmp_path)
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
+    tables.write([run_record(), times_record({("plain", 0.0, False): 1.0})], tmp_path)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| plain | - | 0.001 | 1.00 | 1.00 | 2.000 | 2.250 | 2.000 | - | - | - |" in text
@@ -217,23 +218,23 @@ def test_tables_stand_between_their_markers_and_leave_the_rest(tmp_path: Path) -
 
 def test_tables_of_nothing_say_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(dropbp.DropBPError, match="no finished run"):
-        learning_tables.write([], tmp_path)
+        tables.write([], tmp_path)
 
 
 # -- runs and their files
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> learning_presets.Preset:
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> presets.Preset:
     """A preset of seconds: a base that was hardly trained, kept in a cache of its own."""
     base = tasks.Base(layers=2, width=32, heads=2, sequence_length=16, batch_size=2, steps=2, corpus_bytes=50_000)
     monkeypatch.setattr(tasks, "BASE", base)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return learning_presets.Preset(("c-accumulated",), ("freezing", "nested shelf"), (0.5,), (0, 1), 3, 2, most_rates=2)
+    return presets.Preset(("c-accumulated",), ("freezing", "nested shelf"), (0.5,), (0, 1), 3, 2, most_rates=2)
 
 
 def test_a_preset_runs_resumes_and_keeps_failures(
-    tiny: learning_presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "results"
     learning.run_preset(tiny, folder, resume=True)
@@ -256,9 +257,7 @@ def failing(*_: object) -> None:
     raise RuntimeError("no more memory")
 
 
-def test_a_cancelled_run_is_kept_as_such(
-    tiny: learning_presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cancelled_run_is_kept_as_such(tiny: presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -267,21 +266,21 @@ def test_a_cancelled_run_is_kept_as_such(
     monkeypatch.setattr(learning, "Trainer", interrupted)
     with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
         learning.run_preset(tiny, tmp_path, resume=True)
-    statuses = [r["status"] for r in learning_curves.read(tmp_path) if r["kind"] == "run"]
+    statuses = [r["status"] for r in curves.read(tmp_path) if r["kind"] == "run"]
     assert statuses == ["cancelled"]
 
 
-def test_the_same_seed_gives_the_same_run_and_touches_no_global_state(tiny: learning_presets.Preset) -> None:
-    run = learning_presets.Run("c-accumulated", "published", 0.5, 1e-3, 0, 3)
+def test_the_same_seed_gives_the_same_run_and_touches_no_global_state(tiny: presets.Preset) -> None:
+    run = presets.Run("c-accumulated", "published", 0.5, 1e-3, 0, 3)
     before = torch.random.get_rng_state()
     first, again = (learning.train(run, 0.7) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert first["losses"] == again["losses"] and len(first["losses"]) >= 5
 
 
-def test_lora_beside_full_fine_tuning_has_the_flops_of_full_fine_tuning(tiny: learning_presets.Preset) -> None:
+def test_lora_beside_full_fine_tuning_has_the_flops_of_full_fine_tuning(tiny: presets.Preset) -> None:
     plain, lora = (
-        learning.Trainer(learning_presets.Run("c-accumulated", method, 0.0, 1e-3, 0, 3)) for method in ("plain", "lora")
+        learning.Trainer(presets.Run("c-accumulated", method, 0.0, 1e-3, 0, 3)) for method in ("plain", "lora")
     )
     windows = [torch.zeros(4, 16, dtype=torch.long)] * 2
     plain.step(windows)
@@ -290,8 +289,8 @@ def test_lora_beside_full_fine_tuning_has_the_flops_of_full_fine_tuning(tiny: le
     assert lora.flops < plain.flops
 
 
-def test_a_step_that_leaves_out_every_block_of_adapters_trains_nothing(tiny: learning_presets.Preset) -> None:
-    trainer = learning.Trainer(learning_presets.Run("prose-lora", "layerdrop", 0.5, 1e-3, 0, 3))
+def test_a_step_that_leaves_out_every_block_of_adapters_trains_nothing(tiny: presets.Preset) -> None:
+    trainer = learning.Trainer(presets.Run("prose-lora", "layerdrop", 0.5, 1e-3, 0, 3))
     trainer.method.keep_rates = lambda: [0.0] * len(trainer.method.skips)  # type: ignore[attr-defined]
     before = [p.detach().clone() for p in trainer.trained]
     assert trainer.step([torch.zeros(2, 16, dtype=torch.long)]) > 0
@@ -299,22 +298,20 @@ def test_a_step_that_leaves_out_every_block_of_adapters_trains_nothing(tiny: lea
 
 
 def test_what_needs_more_memory_is_timed_with_checkpointing_too(
-    tiny: learning_presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: presets.Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[int, list[learning_curves.Variant]] = {}
+    asked: dict[int, list[curves.Variant]] = {}
 
-    def step_times(task: str, variants: list[learning_curves.Variant], rounds: int) -> Record:
+    def step_times(task: str, variants: list[curves.Variant], rounds: int) -> Record:
         asked[len(asked)] = variants
         saved = {"plain": 1.0, "freezing": 0.5, "nested shelf": 1.0, "lisa": 0.8}
         record = times_record(dict.fromkeys(variants, 1.0), saved)
         return record | {"config": {"task": task}}
 
     monkeypatch.setattr(learning, "step_times", step_times)
-    preset = learning_presets.Preset(("c-accumulated",), tiny.methods, (0.5,), (0,), 3, 2, others=(("lisa", 0.5),))
+    preset = presets.Preset(("c-accumulated",), tiny.methods, (0.5,), (0,), 3, 2, others=(("lisa", 0.5),))
     learning._measured_times(preset, "c-accumulated", tmp_path, resume=True)
-    assert set(asked[0]) == {
-        (name, rate, False) for name, rate in learning_presets.variants(preset, tasks.task("python"))
-    }
+    assert set(asked[0]) == {(name, rate, False) for name, rate in presets.variants(preset, tasks.task("python"))}
     assert set(asked[1]) == {
         ("plain", 0.0, False),
         ("plain", 0.0, True),

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dropbp.bench import recipes, recipes_tables
+from dropbp.bench.recipes import command as recipes
+from dropbp.bench.recipes import tables
 
 from dropbp.errors import ConfigError
 
@@ -31,9 +32,7 @@ def late(counts: list[int]) -> int:
 
 def test_page_is_rendered_from_the_committed_file(record: dict[str, Any]):
     page = recipes.ROOT / "docs" / recipes.PAGE
-    assert page.read_text(encoding="utf-8") == recipes_tables.render(record), (
-        "run: python -m bench recipes --tables-only"
-    )
+    assert page.read_text(encoding="utf-8") == tables.render(record), "run: python -m bench recipes --tables-only"
 
 
 def test_every_planned_case_was_measured(record: dict[str, Any]):

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 import torch
-from dropbp.bench import learning, rivals, tasks
+from dropbp.bench.learning import command as learning
+from dropbp.bench.learning import rivals, tasks
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

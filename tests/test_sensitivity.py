@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from dropbp.bench import sensitivity as bench
+from dropbp.bench.analysis import sensitivity as bench
 from scipy.stats import spearmanr
 from torch import nn
 

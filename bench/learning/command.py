@@ -1,7 +1,7 @@
 """Does it learn? Validation loss of every method at equal FLOPs, equal time and equal memory, each at its best rate.
 
-`python -m bench.learning --preset full --resume` measures step times, trains, and writes one JSON file per run;
-`--tables` makes the tables and the plot from those files alone (`learning_tables`).
+`dropbp bench learning --preset full --resume` measures step times, trains, and writes one JSON file per run;
+`--tables` makes the tables and the plot from those files alone (`tables`).
 
 All methods start from the same model and see the same batches in the same order. The learning rate is constant after
 a short warm-up, so that a run cut short is a shorter run, and one run serves every comparison: its validation curve is
@@ -33,8 +33,10 @@ import dropbp
 from dropbp.device import get_device
 from dropbp.files import write_text
 
+from ..common.records import now, versions
 from . import rivals, tasks
-from .learning_curves import (
+from .curves import (
+    CURVE_POINTS,
     MEMORY_BUDGET,
     MEMORY_TO_SPARE,
     SHORT_OF_MEMORY,
@@ -48,7 +50,7 @@ from .learning_curves import (
     step_ratio,
     timed_anew,
 )
-from .learning_presets import (
+from .presets import (
     FRESH,
     PRESETS,
     Preset,
@@ -59,17 +61,15 @@ from .learning_presets import (
     variants,
     wider_runs,
 )
-from .records import now, versions
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-RESULTS = Path(__file__).parent / "results" / "learning"
+RESULTS = Path(__file__).parents[1] / "results" / "learning"
 WARMUP_STEPS = 8
 WARMUP_ROUNDS = 2  # of timing
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
-CURVE_POINTS = 6
 RIVAL_LORA_RANK = 8
 
 
@@ -312,14 +312,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         preset = PRESETS[args.preset]
         run_preset(dataclasses.replace(preset, tasks=chosen_tasks(preset, args.task)), args.output, args.resume)
-    from . import learning_tables
+    from . import tables
 
-    learning_tables.write(read(args.output), args.docs, fresh=read(args.output / FRESH))
+    tables.write(read(args.output), args.docs, fresh=read(args.output / FRESH))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.learning", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="dropbp bench learning", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="which runs (default: %(default)s)")
     parser.add_argument("--task", action="append", help="only this task of the preset; may be repeated")
     parser.add_argument("--resume", action="store_true", help="skip runs that are finished already")

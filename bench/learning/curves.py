@@ -11,9 +11,10 @@ from typing import Any
 
 from dropbp.errors import ConfigError
 
-from .records import FILES
+from ..common.records import FILES
 
 Record = dict[str, Any]
+CURVE_POINTS = 6  # evaluations of a run, within plain training's time
 MEMORY_TO_SPARE, SHORT_OF_MEMORY = "step times", "step times short of memory"
 MEMORY_BUDGET = 0.6  # half of the activations, and what of the head and the norms cannot be dropped
 Variant = tuple[str, float, bool]  # method, drop rate, gradient checkpointing

@@ -1,7 +1,7 @@
 """What `DropBPCallback` costs a trainer: the time inside its events, as a share of the optimizer step.
 
 Every event of the callback is timed from outside, and so is the step, in the thread's own processor time, so that other
-processes on the machine weigh less. What the model's forward pays for masks and books is measured by `bench.overhead`.
+processes on the machine weigh less. What the model's forward pays for masks and books is measured by `bench overhead`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 from dropbp.device import get_device
 
-from . import records
-from .options import add_run_arguments, settle
+from ..common import records
+from ..common.options import add_run_arguments, settle
 
 KIND = "callback_overhead"
 TARGET_SHARE = 0.01
@@ -131,7 +131,7 @@ def _sentence(record: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m bench.callback_overhead`."""
+    """`dropbp bench callback_overhead`."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.callback_overhead", description=(__doc__ or "").partition("\n")[0]
     )

@@ -25,19 +25,19 @@ from dropbp.device import Device, get_device, known_bytes
 from dropbp.errors import ConfigError, MissingDependencyError
 from dropbp.memory import track_tensor_bytes
 
-from . import records
-from .options import TimeLimit, add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
-from .presets import DEFAULT_THROUGHPUT, THROUGHPUT, ThroughputPreset, Training, chosen
-from .probe import (
-    Probe,
-    Workplace,
-    is_border,
-    is_out_of_memory,
-    largest_batch,
-    largest_batch_tried,
-    release_memory,
+from ..common import records
+from ..common.options import (
+    TimeLimit,
+    add_run_arguments,
+    add_time_limit,
+    check_only,
+    device_name,
+    limit_of,
+    progress,
+    settle,
 )
-from .setup import (
+from ..common.presets import DEFAULT_THROUGHPUT, THROUGHPUT, ThroughputPreset, Training, chosen
+from ..common.setup import (
     COUPLINGS,
     PLAIN,
     Lane,
@@ -51,6 +51,15 @@ from .setup import (
     describe_optimizer,
     loss_of,
     many_compilations,
+)
+from ..memory.probe import (
+    Probe,
+    Workplace,
+    is_border,
+    is_out_of_memory,
+    largest_batch,
+    largest_batch_tried,
+    release_memory,
 )
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from dropbp.cli.embedded import train_briefly
 from dropbp.device import get_device
 from dropbp.files import write_text
 
-from . import records
-from .options import add_run_arguments, progress, settle
+from ..common import records
+from ..common.options import add_run_arguments, progress, settle
 
 KIND = FILE = "sensitivity"
 DROP_RATES = (0.5, 0.75, 0.875)

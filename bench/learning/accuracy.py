@@ -22,8 +22,8 @@ from dropbp.device import get_device
 from dropbp.errors import ConfigError, MissingDependencyError
 from dropbp.files import write_text
 
-from . import records
-from .options import add_run_arguments, settle
+from ..common import records
+from ..common.options import add_run_arguments, settle
 
 KIND = "accuracy"
 

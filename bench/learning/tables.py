@@ -17,16 +17,16 @@ from dropbp.cli.figures import new_figure, save_figure
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
-from . import learning, learning_curves, tasks
+from . import curves, tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
 Record = dict[str, Any]
-BEGIN, END = "<!-- tables: made by python -m bench.learning --tables -->", "<!-- end of tables -->"
+BEGIN, END = "<!-- tables: made by dropbp bench learning --tables -->", "<!-- end of tables -->"
 FRESH_BEGIN, FRESH_END = (
-    "<!-- fresh tables: made by python -m bench.learning --tables -->",
+    "<!-- fresh tables: made by dropbp bench learning --tables -->",
     "<!-- end of fresh tables -->",
 )
 COLUMNS = (
@@ -83,21 +83,21 @@ class Entry:
     @property
     def step_ratio(self) -> float:
         """Step time over that of plain training."""
-        return learning_curves.step_ratio(self.times, self.method, self.drop_rate)
+        return curves.step_ratio(self.times, self.method, self.drop_rate)
 
     @property
     def memory_share(self) -> float:
         """Most that a step keeps for its backward, over what a plain step keeps."""
-        return learning_curves.memory_share(self.times, self.method, self.drop_rate)
+        return curves.memory_share(self.times, self.method, self.drop_rate)
 
     def losses(self, axis: str, share: float = 1.0) -> dict[int, float]:
         """Validation loss by seed, where the run had used `share` of plain training's time, FLOPs or steps."""
-        found = {seed: learning_curves.loss_at(run, axis, share * budget(run, axis)) for seed, run in self._timed()}
+        found = {seed: curves.loss_at(run, axis, share * budget(run, axis)) for seed, run in self._timed()}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
     def time_to(self, losses: dict[int, float]) -> dict[int, float | None]:
         """Time, as a share of plain training's, until each seed's run was down to the loss given for that seed."""
-        found = {seed: learning_curves.time_to(run, losses[seed]) for seed, run in self._timed() if seed in losses}
+        found = {seed: curves.time_to(run, losses[seed]) for seed, run in self._timed() if seed in losses}
         whole = budget(self.runs[0], "time")
         return {seed: None if time is None else time / whole for seed, time in found.items()}
 
@@ -105,7 +105,7 @@ class Entry:
         """Runs by seed; the ratio measured last, beside all others, may not be the one a run was planned by."""
         ratio = self.step_ratio
         for run in self.runs:
-            yield run["config"]["seed"], learning_curves.timed_anew(run, ratio)
+            yield run["config"]["seed"], curves.timed_anew(run, ratio)
 
     def losses_short_of_memory(self) -> dict[int, float]:
         """The same at plain training's time, where a step may keep `MEMORY_BUDGET` of what a plain step keeps.
@@ -119,11 +119,11 @@ class Entry:
     @property
     def steps_short_of_memory(self) -> float | None:
         """Steps that fit in the same time then, as a share of those with memory to spare; None: not measured."""
-        if self.memory_share <= learning_curves.MEMORY_BUDGET:
+        if self.memory_share <= curves.MEMORY_BUDGET:
             return 1.0
-        variant = learning_curves.short_of_memory(self.method, self.drop_rate)
+        variant = curves.short_of_memory(self.method, self.drop_rate)
         try:
-            slower = learning_curves.step_ratio(self.short_times, *variant)
+            slower = curves.step_ratio(self.short_times, *variant)
         except ConfigError:
             return None
         return min(1.0, self.step_ratio / slower)
@@ -136,17 +136,15 @@ def budget(run: Record, axis: str) -> float:
 
 def entries(records: Sequence[Record]) -> list[Entry]:
     """One per (task, method, drop rate) with a finished run, in the order of the presets' lists."""
-    best = learning_curves.best_rates(records)
+    best = curves.best_rates(records)
     found: dict[tuple[str, str, float], list[Record]] = {}
     for record in (r for r in records if r["kind"] == "run" and r["status"] == "finished"):
         config = record["config"]
         key = (config["task"], config["method"], config["drop_rate"])
         if best[key] == config["learning_rate"]:
             found.setdefault(key, []).append(record)
-    kinds = (learning_curves.MEMORY_TO_SPARE, learning_curves.SHORT_OF_MEMORY)
-    made = [
-        Entry(*k, tuple(runs), *(learning_curves.of_kind(records, x, k[0]) for x in kinds)) for k, runs in found.items()
-    ]
+    kinds = (curves.MEMORY_TO_SPARE, curves.SHORT_OF_MEMORY)
+    made = [Entry(*k, tuple(runs), *(curves.of_kind(records, x, k[0]) for x in kinds)) for k, runs in found.items()]
     return sorted(made, key=lambda e: (_place(e.task, tasks.TASKS), e.drop_rate, _place(e.method, ORDER)))
 
 
@@ -168,7 +166,7 @@ def write(records: Sequence[Record], docs: Path, fresh: Sequence[Record] = ()) -
     made = entries(records)
     made_fresh = entries([*fresh, *(record for record in records if record["kind"] != "run")])
     if not made and not made_fresh:
-        raise ConfigError("There is no finished run to make tables of; run python -m bench.learning --preset quick.")
+        raise ConfigError("There is no finished run to make tables of; run dropbp bench learning --preset quick.")
     page = docs / "learning.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else "# Learning\n"
     for begin, end, part in ((BEGIN, END, made), (FRESH_BEGIN, FRESH_END, made_fresh)):
@@ -295,6 +293,6 @@ def _drawn(axes: Axes, entry: Entry) -> dict[str, Line2D]:
 
 def curve(entry: Entry, steps: float = 1.0) -> tuple[list[float], list[float]]:
     """Mean loss over seeds at equal parts of plain training's time, of which `steps` as many steps fit."""
-    shares = [(i + 1) / learning.CURVE_POINTS for i in range(learning.CURVE_POINTS)]
+    shares = [(i + 1) / curves.CURVE_POINTS for i in range(curves.CURVE_POINTS)]
     means = [entry.losses("time", steps * share) for share in shares]
     return shares, [statistics.fmean(found.values()) if found else math.nan for found in means]

@@ -14,10 +14,11 @@ from dropbp.cli.figures import new_figure, save_figure
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
-from . import paper, records
+from ..common import records
+from ..common.setup import COUPLINGS, TUNINGS
+from ..throughput.command import GROWTH_KIND, KIND
+from . import paper
 from .derive import Figures, Length, backward_shares, clocks_of, figures, grown, length_ratios, parts_of, share_error
-from .setup import COUPLINGS, TUNINGS
-from .throughput import GROWTH_KIND, KIND
 
 SEQLEN_KIND = "seqlen"
 DOCS = Path("docs")

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..common.records import Record
+from ..memory.probe import is_border
+from ..throughput.command import SPLIT, UNRECORDED
 from .limits import Parts, limit_s, median_spread, share_of_possible_saving
-from .probe import is_border
-from .records import Record
-from .throughput import SPLIT, UNRECORDED
 
 CLOCKS = {"wall": "_s", "cpu": "_cpu_s"}
 GIB = 1 << 30

@@ -2,8 +2,8 @@
 
 Counted: the step runs on the meta device, where only shapes are worked out, and the bytes of its tensors are counted.
 That is exact and the same everywhere, and leaves out what an allocator adds. Tried: on an accelerator the step is run
-until memory is out, in a process of its own (`python -m dropbp.bench.probe`), which starts with a clean allocator and
-whose death is a result and no accident.
+until memory is out, in a process of its own (`python -m dropbp.bench.memory.probe`), which starts with a clean
+allocator and whose death is a result and no accident.
 
 Optimizer states are there from the start, and with `accumulated` the gradients of all parameters, as when those of
 several micro-batches are summed: what DropBP spares there is activations alone.
@@ -27,10 +27,10 @@ from dropbp.device import Device, get_device, known_bytes
 from dropbp.errors import DropBPError
 from dropbp.memory import track_tensor_bytes
 
+from ..common.presets import ThroughputPreset, Training
+from ..common.processes import Worker, answer, requests
+from ..common.setup import Lane, Variant, build_batch, build_model, build_optimizer, loss_of
 from .bisection import largest
-from .presets import ThroughputPreset, Training
-from .processes import Worker, answer, requests
-from .setup import Lane, Variant, build_batch, build_model, build_optimizer, loss_of
 
 MOST_BATCH = 4096
 TRIED_STEPS = 3
@@ -251,7 +251,7 @@ def tried_in_a_process(
     request = {"model": model, "training": asdict(training), "variant": asdict(variant), "device": device, **task}
     until_s, error = time.monotonic() + seconds, None
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    with tempfile.TemporaryFile("w+") as errors, Worker("dropbp.bench.probe", environment, errors) as process:
+    with tempfile.TemporaryFile("w+") as errors, Worker("dropbp.bench.memory.probe", environment, errors) as process:
         process.ask({**request, "known": asked})
         try:
             for line in process.answers(until_s):

@@ -1,6 +1,6 @@
 """Trains tiny models on the simulated HPU and prints the counts: the process behind `recipes`.
 
-`python -m dropbp.bench.recipes_worker '[{"trainer": "gaudi", ...}, ...]'`, in an environment that has the trainer. The
+`python -m dropbp.bench.recipes.worker '[{"trainer": "gaudi", ...}, ...]'`, in an environment that has the trainer. The
 simulation is for the life of a process, so this one does nothing else; all cases are of one trainer.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .reference_detach import DetachedBranches
+from ..common.reference_detach import DetachedBranches
 
 Case = Mapping[str, Any]
 MARK = "RESULT "

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import records
+from ..common import records
+from ..memory.probe import is_border
 from .derive import figures, grown, length_ratios
-from .probe import is_border
 
 P = 0.875
 REHEARSALS = ("smoke", "rehearsal")  # with tiny models, to see that everything works

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 import dropbp
 from dropbp.device import Device, get_device
 
-from . import records
-from .options import add_run_arguments, check_only, device_name, progress, settle
-from .presets import DROP_RATES, Training, chosen
-from .reference_detach import DetachedBranches
-from .setup import (
+from ..common import records
+from ..common.options import add_run_arguments, check_only, device_name, progress, settle
+from ..common.presets import DROP_RATES, Training, chosen
+from ..common.reference_detach import DetachedBranches
+from ..common.setup import (
     COUPLINGS,
     PLAIN,
     Lane,

@@ -26,8 +26,8 @@ from torch import nn
 import dropbp
 from dropbp.device import get_device
 
-from . import records
-from .options import add_run_arguments, settle
+from ..common import records
+from ..common.options import add_run_arguments, settle
 
 KIND = "overhead"
 TARGET_MS = 1.0

@@ -25,7 +25,7 @@ from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
 SCHEMA = 1
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 UNFINISHED = "unfinished"
 FILES = "[!.]*.json"  # what is being written has a dot in front
 ROUNDS = "rounds"

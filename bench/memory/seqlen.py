@@ -14,11 +14,11 @@ from typing import Any
 from dropbp.device import get_device
 from dropbp.errors import ConfigError, MissingDependencyError
 
-from . import records
-from .options import add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
-from .presets import DEFAULT_SEQLEN, ENDLESS, SEQLEN, SeqlenPreset, Training, chosen
+from ..common import records
+from ..common.options import add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
+from ..common.presets import DEFAULT_SEQLEN, ENDLESS, SEQLEN, SeqlenPreset, Training, chosen
+from ..common.setup import COUPLINGS, PLAIN, Variant, check_packages
 from .probe import Probe, Workplace, is_border, largest_counted, tried_in_a_process
-from .setup import COUPLINGS, PLAIN, Variant, check_packages
 
 logger = logging.getLogger(__name__)
 

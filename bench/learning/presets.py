@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dropbp.errors import ConfigError
 
 from . import tasks
-from .learning_curves import Record, best_rates, tried_rates
+from .curves import Record, best_rates, tried_rates
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Compiled graphs and launches on the simulated HPU, for each way of training with random masks on a lazy device.
 
-A process for each trainer trains tiny models (`recipes_worker`); all counts go to `bench/results/recipes.json`, and
+A process for each trainer trains tiny models (`worker`); all counts go to `bench/results/recipes.json`, and
 `docs/recipes.md` is written from that file alone. GaudiTrainer needs an environment of its own, `.venv-gaudi`, which
 `make test-gaudi` builds; without it what is in the file for it stays, and that is said.
 """
@@ -21,16 +21,16 @@ from typing import Any
 from dropbp.errors import ConfigError, DropBPError
 from dropbp.files import write_text
 
-from . import recipes_tables
-from .options import progress
-from .recipes_worker import MARK
-from .records import RESULTS, versions
+from ..common.options import progress
+from ..common.records import RESULTS, versions
+from . import tables
+from .worker import MARK
 
 logger = logging.getLogger(__name__)
 
 FILE = "recipes.json"
 PAGE = "recipes.md"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GAUDI_PYTHON = ROOT / ".venv-gaudi" / "bin" / "python"
 Case = dict[str, Any]
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             _measure(record, path, python, [case for case in cases if args.again or not _finished(record, case)])
     docs = args.docs or _docs_of_checkout(args)
     if docs is not None and record["cases"]:
-        write_text(docs, recipes_tables.render(record))
+        write_text(docs, tables.render(record))
     return 0
 
 
@@ -232,8 +232,8 @@ def versions_of(python: Path) -> dict[str, str | None]:
 
 def _worker(python: Path, cases: Sequence[Case]) -> subprocess.Popen[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [str(python), "-m", f"{__package__}.recipes_worker", json.dumps(cases)]
-    place = ROOT if __package__ == "bench" else None
+    command = [str(python), "-m", f"{__package__}.worker", json.dumps(cases)]
+    place = ROOT if __package__ == "bench.recipes" else None
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=place
     )
@@ -247,7 +247,7 @@ def _results(process: subprocess.Popen[str]) -> Iterator[Case]:
     if process.wait() != 0:
         raise DropBPError(
             f"The process that trains ended with status {process.returncode}; run it by hand to see why: "
-            "python -m dropbp.bench.recipes_worker '[...]'. What it had finished is kept."
+            "python -m dropbp.bench.recipes.worker '[...]'. What it had finished is kept."
         )
 
 
@@ -257,7 +257,7 @@ def _docs_of_checkout(args: argparse.Namespace) -> Path | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m bench.recipes`."""
+    """`dropbp bench recipes`."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(argv))

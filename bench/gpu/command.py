@@ -25,12 +25,13 @@ from dropbp.device import get_device
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
-from . import paper, records
+from ..common import records
+from ..common.options import device_name
+from ..common.presets import MODELS, SEQLEN, THROUGHPUT, ThroughputPreset, Training
+from ..common.processes import Worker, stoppable
+from ..common.setup import COUPLINGS, KERNELS
+from ..report import paper
 from .invariants import PRESETS as INVARIANTS
-from .options import device_name
-from .presets import MODELS, SEQLEN, THROUGHPUT, ThroughputPreset, Training
-from .processes import Worker, stoppable
-from .setup import COUPLINGS, KERNELS
 
 LEDGER = "gpu.json"
 MINUTES = 10.0

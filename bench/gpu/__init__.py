@@ -1,0 +1,1 @@
+"""What a borrowed GPU is worth its minutes for."""

@@ -1,0 +1,1 @@
+"""The largest batch and the longest sequence that fit."""

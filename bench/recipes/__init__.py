@@ -1,0 +1,1 @@
+"""Compiled graphs and launches on the simulated HPU."""
