@@ -35,29 +35,35 @@ DESIGNS = {
 INTRODUCTION = """\
 # Recipes on a Gaudi, as the simulated HPU counts them
 
-What Gaudi's software would compile and launch, counted by the [simulated HPU](hpu_simulator.md) while tiny Llamas
-train. A *recipe* is a compiled graph, and costs seconds on the device. A *late* recompilation is one in the second half
-of the steps. `python -m bench recipes` writes this page from `bench/results/recipes.json` and from nothing else. Times
-are not simulated: what a launch costs, only the hardware can tell.
+The [simulated HPU](hpu_simulator.md) counts what Gaudi's software would compile and launch while tiny Llamas train.
+A *recipe* is a compiled graph; compiling one takes seconds on the device. A recompilation is *late* if it happens in
+the second half of the steps. Times are not simulated: only hardware can tell what a launch costs.
+
+`dropbp bench recipes` writes this page from `bench/results/recipes.json` alone.
 """
 LAZY = """\
 ## Lazy mode: designs
 
-Dropped branches change what is recorded, so with random masks and the trainer's marks alone nearly every step is a new
-graph, for ever. Marks at layers bound the forward and the backward. Optimizer and clipping *by branch* bound the rest
-and leave a skipped parameter where it is; *zeros for gradients* bound it with fewer launches and are another optimizer.
-What is rare in masks compiles late; the *rehearsal* takes such masks first. See [Devices](devices.md).
+A dropped branch changes the recording. With random masks and only the trainer's marks, nearly every step therefore
+compiles a new graph.
+
+- *Marks at layers* bound the graphs of forward and backward.
+- *Optimizer and clipping by branch* bound the rest, and do not move skipped parameters.
+- *Zeros for gradients* bound the rest with fewer launches, but act as another optimizer.
+- *Rehearsed*: the first steps take the rare masks, which would compile late otherwise.
+
+See [devices](devices.md).
 """
 DEPTH = """\
 ## Lazy mode: depth
 
-Recipes (last step that compiled something) with GaudiTrainer.
+Number of recipes, and in brackets the last step that compiled one, with GaudiTrainer.
 """
 COMPILED = """\
 ## Eager mode: torch.compile
 
-Graphs that `torch.compile(backend="hpu_backend")` handed to the device's compiler, forward and backward. A whole model
-that DropBP is enabled on is cut at its blocks, so it has the graphs of a block and some for what is around them.
+Graphs that `torch.compile(backend="hpu_backend")` hands to the device's compiler, forward and backward. An enabled
+model is cut at its blocks. So the whole model has the graphs of a block, and some for the code around the blocks.
 """
 
 
@@ -124,9 +130,9 @@ def _memory(cases: Sequence[Result]) -> Iterable[str]:
     case = shown[0]["case"]
     yield (
         "## Peak memory\n\n"
-        "Bytes in use on the device at most during a training, weights and optimizer included: GaudiTrainer, "
+        "Peak bytes in use on the device during a training, weights and optimizer included: GaudiTrainer, "
         f"{case['layers']} layers of width {case['width']}, {case['batch_size']} x {case['sequence_length']} tokens, "
-        f"{case['steps']} steps. The peak is that of the greediest step.\n"
+        f"{case['steps']} steps.\n"
     )
     rows = []
     for key, group in _grouped(shown, with_rate=False):
