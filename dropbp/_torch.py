@@ -12,12 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 Callback = Any
+T = TypeVar("T")
 _frames: Any = torch._C._dynamo.eval_frame
 
 
@@ -93,5 +94,19 @@ def attention_mask(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return args[3] if len(args) > 3 else kwargs.get("attn_mask")
 
 
-for _own in (pause, resume, resumed):
+def uncompiled(function: Callable[[], T]) -> T:
+    """Call a function of ours with the compiler switched off."""
+    callback = pause()
+    try:
+        return function()
+    finally:
+        resume(callback)
+
+
+def transforming() -> bool:
+    """Whether a transform of `torch.func` is at work: it has no graph to look at, and asks for no connected one."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+for _own in (pause, resume, resumed, uncompiled):
     never_compile(_own)

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from dropbp import inputs as example
+from dropbp.discovery.build import analyse
 from dropbp.discovery.record import record
-from dropbp.discovery.structure import analyse
 from dropbp.flops import Shape, fitted
 from tests.zoo.check import check_model
 from tests.zoo.tiny import case

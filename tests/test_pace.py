@@ -15,7 +15,8 @@ from dropbp.flops import FlopsModel, Shape
 from dropbp.lazy.warmup import Layer, Rehearsal
 from dropbp.masks import couplings
 from dropbp.masks.pace import Curve
-from dropbp.masks.schedule import TOLERANCE, Conditions, Schedule
+from dropbp.masks.plan import Conditions
+from dropbp.masks.schedule import TOLERANCE, Schedule
 
 BRANCHES = 24
 FLOPS = FlopsModel(({"s": 2.0, "ss": 0.01}, {"s": 3.0}) * (BRANCHES // 2))

@@ -35,7 +35,7 @@ WEIGHT_DECAY = {"lora": 0.01, "none": 0.02}
 MICRO_BATCH, ACCUMULATION = 2, 64  # the paper's batch of 128
 
 
-def run_finetuning(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Fine-tune, save and evaluate with the options of `dropbp finetune`.
 
     Returns:

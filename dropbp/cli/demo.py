@@ -46,7 +46,7 @@ class Recipe:
     seed: int = 0
 
 
-def run_demo(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Run the comparison with the options of `dropbp finetune`.
 
     Returns:

@@ -7,6 +7,7 @@ model is fine-tuned, evaluated and saved. Defaults are those of the paper (arXiv
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from importlib.util import find_spec
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     with quiet():
-        result, output = _run_demo(args) if args.dataset is None else _run_real(args)
+        program = importlib.import_module("dropbp.cli.demo" if args.dataset is None else "dropbp.cli.causal_lm")
+        result, output = program.run(args)
     _show(result, output, args.json)
     return 0
 
@@ -105,18 +107,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--warmup-steps {args.warmup_steps} must be from 0 to {MOST:,}.")
     if args.output is not None:
         check_folder("--output", args.output)
-
-
-def _run_demo(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
-    from dropbp.cli.demo import run_demo
-
-    return run_demo(args)
-
-
-def _run_real(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
-    from dropbp.cli.causal_lm import run_finetuning
-
-    return run_finetuning(args)
 
 
 def _show(result: dict[str, Any], output: Path, as_json: bool) -> None:

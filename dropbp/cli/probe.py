@@ -5,8 +5,7 @@ Counting slows a step down, so it must not happen in the steps that are timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dropbp.device import get_device, known_bytes
 from dropbp.memory import track_tensor_bytes
-from dropbp.session import Handle, enable
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -43,7 +41,7 @@ def probe_step(trainer: Trainer, callback: DropBPCallback | None) -> dict[str, A
     plain = count_flops(step)
     if callback is None:
         return _costs(tokens, plain, plain, peak_bytes(trainer, step))
-    with _enabled(trainer, callback) as handle:
+    with callback.enabled(trainer.model) as handle:
         with handle.fixed((True,) * len(handle.branches)):
             dropped = count_flops(step)
         peak = max(peak_bytes(trainer, step) for _ in range(_MASKS))
@@ -68,13 +66,6 @@ def peak_bytes(trainer: Trainer, step: Callable[[], None]) -> int:
     step()
     device.synchronize()
     return known_bytes(device.max_memory_allocated_bytes(), device)
-
-
-@contextmanager
-def _enabled(trainer: Trainer, callback: DropBPCallback) -> Iterator[Handle]:
-    with enable(trainer.model, callback.drop_rate, masks=callback.masks, **callback.options) as handle:
-        handle.set_rates([branch["rate"] for branch in callback.report()["branches"]])
-        yield handle
 
 
 def _costs(tokens: int, plain: int, run: float, peak: int) -> dict[str, Any]:

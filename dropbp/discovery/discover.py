@@ -13,8 +13,9 @@ from torch import nn
 
 from dropbp import inputs as example
 from dropbp.checks import listed, short
+from dropbp.discovery.build import analyse, analyse_named
 from dropbp.discovery.record import record
-from dropbp.discovery.structure import Branch, Structure, analyse, analyse_named
+from dropbp.discovery.structure import Branch, Structure
 from dropbp.discovery.weights import Weights
 from dropbp.errors import ConfigError, DiscoveryError
 from dropbp.flops import TOKENS, FlopsModel, Shape, fitted, shape_of

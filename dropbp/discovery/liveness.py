@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dropbp.discovery.graph import Edge, Graph
 from dropbp.discovery.trace import Call
 
-ALIVE = -1
+ALIVE = -1  # no set of branches is enough
 Group = Sequence[Edge]  # the edges that are cut to drop one branch
 
 

@@ -15,51 +15,14 @@ gradient where each use has: so it rests in all of them when the lowest branch a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.liveness import ALIVE, Group, flows, needs
+from dropbp.discovery.structure import LooseParameter, Rests, Site
 from dropbp.discovery.trace import Call
-
-EXACT = -1  # the border of a use whose gradient flows through no branch: norms and heads after the last
-
-
-@dataclasses.dataclass(frozen=True)
-class LooseParameter:
-    """A parameter used outside every dropped module: frozen while `scope` runs with all branches in `need` dropped."""
-
-    name: str
-    scope: str
-    need: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Rests:
-    """What rests when which branch is dropped.
-
-    Attributes:
-        modules: that run without recording, each with the branch as a bit.
-        parameters: that are frozen while the module in `scope` runs, with the branch as a bit.
-        borders: for every parameter the lowest branch above it, as an index; `EXACT` where there is none.
-        resting: parameters that are seen to here, as they do not lie in one branch.
-        shared: those of them that several branches use.
-        unseen: those of them that the recorded forward did not use; where they act is not known, so they count as if
-            all branches were above them.
-    """
-
-    modules: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    parameters: tuple[LooseParameter, ...] = ()
-    borders: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    resting: frozenset[str] = frozenset()
-    shared: frozenset[str] = frozenset()
-    unseen: tuple[str, ...] = ()
-
-    def bits(self) -> dict[str, int]:
-        """The resting parameters, each with its border as a bit."""
-        return {name: 1 << self.borders[name] for name in self.borders if name in self.resting}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +33,6 @@ class _Use:
     call: int
     border: int
     in_branch: bool
-
-
-class SiteLike(Protocol):
-    """What is needed of a site: its module, and for each of its calls the branches that must be dropped."""
-
-    @property
-    def module(self) -> str: ...
-
-    @property
-    def needs(self) -> tuple[int, ...]: ...
 
 
 def rests(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Rests:
@@ -125,7 +78,7 @@ def _rests(uses: Sequence[_Use]) -> bool:
     return len({use.border for use in uses}) > 1 or any(use.border and not use.in_branch for use in uses)
 
 
-def with_unseen(found: Rests, model: nn.Module, sites: Iterable[SiteLike]) -> Rests:
+def with_unseen(found: Rests, model: nn.Module, sites: Iterable[Site]) -> Rests:
     """The same with the parameters that the recorded forward did not use; those inside of a site are the site's."""
     borders, unseen = dict(found.borders), []
     by_module = {site.module: site.needs for site in sites}

@@ -1,37 +1,16 @@
-"""Residual branches found from the structure of the residual stream.
+"""What discovery finds, as data: branches, where they run, what rests beside them.
 
-The idea: where the autograd graph adds two tensors and one operand depends on the other, the other operand is the
-residual stream and the one is a branch: `x + f(x)`. Dropping the branch means that no gradient enters the edge from
-the addition to `f(x)`. Everything that only that edge leads to is then dead, and a module whose nodes are all dead can
-run without recording. One pass over the graph, from the outputs to the inputs, gives every node the set of branches
-that must all be dropped for it to be dead (`ALIVE` if no set is enough): a norm shared by two parallel branches is dead
-when both are dropped, a bias shared by all attention layers when all are. No table of architectures is needed.
-
-Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
+Sets of branches are bit masks held in Python integers: bit `i` is branch `i`; -1 is no set at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import logging
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
-from torch import nn
+from dropbp.discovery.weights import NO_WORK, Work
 
-from dropbp.discovery.graph import Edge, Graph, Join, joins, other_sums, outermost
-from dropbp.discovery.liveness import ALIVE, Cover, Group, exact_groups, needs
-from dropbp.discovery.stem import LooseParameter, Rests, rests, with_unseen
-from dropbp.discovery.trace import Call, Trace
-from dropbp.discovery.weights import NO_WORK, Work, work_of
-from dropbp.errors import DiscoveryError
-
-logger = logging.getLogger(__name__)
-
-COVERED_SHARE = 0.9
+EXACT = -1  # the border of a use whose gradient flows through no branch: norms and heads after the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +52,15 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
+class LooseParameter:
+    """A parameter used outside every dropped module: frozen while `scope` runs with all branches in `need` dropped."""
+
+    name: str
+    scope: str
+    need: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Exit:
     """A module whose output is the last of branch `branch`: scaling its gradient scales the branch's whole backward.
 
@@ -84,6 +72,32 @@ class Exit:
     branch: int
     places: tuple[int, ...] = ()
     users: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rests:
+    """What rests when which branch is dropped.
+
+    Attributes:
+        modules: that run without recording, each with the branch as a bit.
+        parameters: that are frozen while the module in `scope` runs, with the branch as a bit.
+        borders: for every parameter the lowest branch above it, as an index; `EXACT` where there is none.
+        resting: parameters that are seen to here, as they do not lie in one branch.
+        shared: those of them that several branches use.
+        unseen: those of them that the recorded forward did not use; where they act is not known, so they count as if
+            all branches were above them.
+    """
+
+    modules: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parameters: tuple[LooseParameter, ...] = ()
+    borders: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    resting: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+    unseen: tuple[str, ...] = ()
+
+    def bits(self) -> dict[str, int]:
+        """The resting parameters, each with its border as a bit."""
+        return {name: 1 << self.borders[name] for name in self.borders if name in self.resting}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,462 +131,3 @@ class Structure:
     aside: bool = False
     repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adds_in_place: bool = False
-
-
-def analyse(trace: Trace, model: nn.Module) -> Structure:
-    """The residual branches of the traced model.
-
-    Raises:
-        DiscoveryError: no branch was found, or a block was not understood; the message names it.
-    """
-    trace, aside = _by_the_stream(trace, model)
-    graph = Graph(trace, model)
-    found = [branch for branch in _found(graph) if branch.group is not None]
-    if not found:
-        raise DiscoveryError(
-            f"No residual branch was found in {type(model).__name__}: no addition `x + f(x)` whose f is made of "
-            "modules. Name the branches yourself with branches=['layers.0.attention', ...]."
-        )
-    unexplained = other_sums(graph, {branch.edge for branch in found})
-    structure = _structure(graph, model, [branch.group or () for branch in found], unexplained, _together(found))
-    return dataclasses.replace(structure, outputs=_trained_outputs(trace), aside=aside)
-
-
-def _by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
-    """The trace as the output at the end of the stream sees it, and whether others come out of branches.
-
-    An output from inside a branch (the scores of a router, attention maps) would keep the branch from being dropped.
-    What leads to it is recorded all the same where it is asked for: see `dropbp.engine.calls`.
-    """
-    keys = trace.outputs if len(trace.outputs) > 1 else {}
-    best, most = trace, _whole_branches(trace, model) if keys else 0
-    for roots in keys.values():
-        alone = dataclasses.replace(trace, roots=roots)
-        whole = _whole_branches(alone, model)
-        if whole > most:
-            best, most = alone, whole
-    return best, best is not trace or trace.holds
-
-
-def _whole_branches(trace: Trace, model: nn.Module) -> int:
-    """How many branches are dropped by cutting them where they are added."""
-    return sum(found.group == [found.edge] for found in _found(Graph(trace, model)))
-
-
-def _trained_outputs(trace: Trace) -> dict[str, bool]:
-    """The outputs by their keys, and whether a parameter that trains leads to each."""
-    trained = [False] * len(trace.nodes)
-    for node in trace.nodes:
-        leaf = node.leaf
-        own = isinstance(leaf, nn.Parameter) and leaf.requires_grad
-        trained[node.index] = own or any(trained[source] for source in node.inputs)
-    return {key: any(trained[root] for root in roots) for key, roots in trace.outputs.items()}
-
-
-def analyse_named(trace: Trace, model: nn.Module, named: Sequence[Sequence[str]]) -> Structure:
-    """A structure from branches given by name: each entry lists the modules that run without recording when dropped."""
-    graph = Graph(trace, model)
-    _check_names(model, named)
-    groups = exact_groups(graph, [_edges_leaving(graph, names) for names in named])
-    _check_exact(named, groups)
-    structure = _structure(graph, model, [group for group in groups if group is not None])
-    _check_stream_survives(graph, named)
-    modules = tuple(tuple(names) for names in named)
-    return dataclasses.replace(structure, named=modules, outputs=_trained_outputs(trace), aside=trace.holds)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """A term of an addition to the stream; `group` is cut to drop it exactly, None if nothing does."""
-
-    edge: Edge
-    join: Join
-    group: Group | None
-
-
-def _together(found: Sequence[_Found]) -> tuple[int, ...]:
-    """Branches next to each other that share where they leave the stream and where they join it, as bits."""
-    places = [(branch.join.node, dict(branch.join.branches)[branch.edge]) for branch in found]
-    runs = [list(run) for _, run in itertools.groupby(range(len(found)), key=places.__getitem__)]
-    return tuple(sum(1 << branch for branch in run) for run in runs if len(run) > 1)
-
-
-def branch_groups(graph: Graph) -> list[Group]:
-    """For each branch the edges that are cut to drop it, in the order of the branches' outputs."""
-    return [found.group for found in _found(graph) if found.group is not None]
-
-
-def groups_again(graph: Graph, structure: Structure) -> list[Group]:
-    """The edges of each branch of a known structure, in the graph of another forward."""
-    if not structure.named:
-        return branch_groups(graph)
-    groups = exact_groups(graph, [_edges_leaving(graph, names) for names in structure.named])
-    return [group for group in groups if group is not None]
-
-
-def branch_joins(graph: Graph) -> list[tuple[Edge, Join]]:
-    """For each branch its first edge and the addition it belongs to, in the same order."""
-    return [(found.group[0], found.join) for found in _found(graph) if found.group is not None]
-
-
-def _found(graph: Graph) -> list[_Found]:
-    pairs = [(edge, join) for join in outermost(graph, joins(graph)) for edge in join.edges]
-    pairs.sort(key=lambda pair: graph.nodes[pair[0][1]].sequence)
-    groups = exact_groups(graph, [[edge] for edge, _ in pairs])
-    return [_Found(edge, join, group) for (edge, join), group in zip(pairs, groups, strict=True)]
-
-
-def _structure(
-    graph: Graph,
-    model: nn.Module,
-    groups: Sequence[Group],
-    unexplained: Iterable[int] = (),
-    together: tuple[int, ...] = (),
-) -> Structure:
-    need = needs(graph, groups)
-    structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
-    found = with_unseen(rests(graph, groups, together), model, structure.sites)
-    work = work_of(graph, need, len(groups))
-    return dataclasses.replace(structure, rests=found, together=together, work=work)
-
-
-class _Builder:
-    """Names, sites, loose parameters and exits from a graph with its cut edges."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        model: nn.Module,
-        groups: Sequence[Group],
-        need: Sequence[int],
-        cover: Cover,
-        unexplained: Iterable[int] = (),
-    ) -> None:
-        self.graph, self.groups, self.need, self.cover = graph, groups, need, cover
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.names = [name for name, _ in model.named_modules()]
-        self.unexplained = {n for n in unexplained if need[n] == ALIVE}
-        self.leaf_need = {id(node.leaf): need[node.index] for node in graph.nodes if node.is_leaf}
-        self.flops_by_need, self.elements_by_need = _totals(graph, need)
-
-    def build(self) -> Structure:
-        sites = self._sites()
-        branches = self._branches()
-        exits, unscalable = self._exits(branches)
-        blocks = self._block_masks(branches)
-        coverage = self._coverage()
-        self._check_blocks(branches)
-        found = Structure(branches, sites, self._loose(), exits, unscalable, blocks, self._parameter_needs(), coverage)
-        repeated, in_place = self._repeated(blocks, sites), self.graph.trace.adds_in_place
-        return dataclasses.replace(found, repeated=repeated, adds_in_place=in_place)
-
-    def _sites(self) -> tuple[Site, ...]:
-        calls: dict[str, list[Call]] = {}
-        for call in self.graph.calls:
-            calls.setdefault(call.name, []).append(call)
-        tops = {call.index for call in self.cover.tops}
-        sites = []
-        for name, made in calls.items():
-            if any(call.index in tops for call in made):
-                needs = tuple(self.cover.call_need[c.index] if c.index in tops else ALIVE for c in made)
-                sites.append(Site(name, needs, self._learned_mask(made)))
-        return tuple(sites) + self._idle_siblings(calls, sites)
-
-    def _learned_mask(self, calls: Sequence[Call]) -> tuple[str, ...]:
-        masks = self.graph.trace.learned_masks
-        leaves = {leaf for call in calls for leaf in masks.get(call.index, ())}
-        return tuple(name for leaf, name in self.graph.parameter_names.items() if leaf in leaves)
-
-    def _idle_siblings(self, calls: Mapping[str, object], sites: Sequence[Site]) -> tuple[Site, ...]:
-        """Modules that this forward did not call (experts no token was sent to), treated as their siblings are."""
-        by_parent: dict[str, set[tuple[int, ...]]] = {}
-        for site in sites:
-            by_parent.setdefault(_container(site.module), set()).add(site.needs)
-        idle = []
-        for name, module in self.modules.items():
-            needs = by_parent.get(_container(name), set())
-            if name not in calls and needs and _container(name) and _has_weights(module):
-                idle.append(Site(name, self._common(name, needs)))
-        return tuple(idle)
-
-    def _common(self, name: str, needs: set[tuple[int, ...]]) -> tuple[int, ...]:
-        if len(needs) > 1:
-            raise DiscoveryError(
-                f"Module {name} was not called in the small forward, and its siblings belong to different branches, "
-                "so it is unclear when to skip it. Pass example_inputs=... that use it, or branches=[...]."
-            )
-        return next(iter(needs))
-
-    def _branches(self) -> tuple[Branch, ...]:
-        branches: list[Branch] = []
-        taken: dict[str, int] = {}
-        for i, _ in enumerate(self.groups):
-            modules = self._modules_of(i)
-            name = self._name(modules)
-            taken[name] = taken.get(name, 0) + 1
-            label = name if taken[name] == 1 else f"{name}#{taken[name]}"
-            branches.append(Branch(label, modules, self._flops(i), 0.0, _block(modules), self._parameters(i)))
-        return tuple(branches)
-
-    def _modules_of(self, branch: int) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(c.name for c in self.cover.tops if self.cover.call_need[c.index] == 1 << branch))
-
-    def _name(self, modules: Sequence[str]) -> str:
-        weighty = [m for m in modules if _weight_elements(self.modules[m])] or list(modules)
-        shared = _common_prefix(weighty)
-        if shared and shared != _block(modules) and shared not in self._ancestors_of_lists():
-            return shared
-        return max(weighty, key=lambda m: _weight_elements(self.modules[m]))
-
-    def _ancestors_of_lists(self) -> set[str]:
-        if not hasattr(self, "_lists"):
-            lists = [n for n, m in self.modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-            self._lists = {p for name in lists for p in _prefixes(name)} | {""}
-        return self._lists
-
-    def _flops(self, branch: int) -> int:
-        return self.flops_by_need.get(1 << branch, 0)
-
-    def _parameters(self, branch: int) -> int:
-        return self.elements_by_need.get(1 << branch, 0)
-
-    def _parameter_needs(self) -> dict[str, int]:
-        names = self.graph.parameter_names
-        needs = {names.get(id(n.leaf)): self.need[n.index] for n in self.graph.nodes if n.is_leaf}
-        return {name: need for name, need in needs.items() if name is not None and need not in (0, ALIVE)}
-
-    def _loose(self) -> tuple[LooseParameter, ...]:
-        """Parameters that recorded glue of a branch uses directly (layer scales, gates)."""
-        found = {}
-        for node in self.graph.nodes:
-            name = self.graph.parameter_names.get(id(node.leaf)) if node.is_leaf else None
-            need = self.need[node.index]
-            if name is None or need in (0, ALIVE):
-                continue
-            for user in self.graph.consumers[node.index]:
-                if not self.cover.silent(user, need):
-                    scope = self.graph.calls[self.graph.trace.call_of[user]].name
-                    found[name, scope] = LooseParameter(name, scope, need)
-        return tuple(found.values())
-
-    def _exits(self, branches: Sequence[Branch]) -> tuple[tuple[Exit, ...], dict[str, str]]:
-        exits: list[Exit] = []
-        unscalable: dict[str, str] = {}
-        for i, branch in enumerate(branches):
-            glue, met, _ = self.cover.glue(i, [head for _, head in self.groups[i]])
-            reason = self._why_unscalable(i, glue, met)
-            if reason:
-                unscalable[branch.name] = reason
-            exits.extend(self._exits_of(i, met))
-        return tuple(exits), unscalable
-
-    def _exit_calls(self, branch: int, met: Iterable[int]) -> set[Call]:
-        own = 1 << branch
-        return {next(c for c in self.cover.top_of[n] if not self.cover.call_need[c.index] & ~own) for n in met}
-
-    def _exits_of(self, branch: int, met: Iterable[int]) -> list[Exit]:
-        made = {self.graph.nodes[number].sequence for number in met}
-        users = max((self._users_outside(number) for number in met), default=1)
-        by_module: dict[str, list[int]] = {}
-        places: dict[str, set[int]] = {}
-        for call in self._exit_calls(branch, met):
-            same = [c.index for c in self.graph.calls if c.name == call.name]
-            by_module.setdefault(call.name, []).append(same.index(call.index))
-            places.setdefault(call.name, set()).update(i for i, number in enumerate(call.outputs) if number in made)
-        return [
-            Exit(name, tuple(sorted(calls)), branch, tuple(sorted(places[name])), users)
-            for name, calls in by_module.items()
-        ]
-
-    def _users_outside(self, number: int) -> int:
-        """How many nodes outside of the module that made this one take its output."""
-        inside = {n for call in self.cover.top_of[number] for n in self.graph.numbers_in_call[call.index]}
-        return sum(user not in inside for user in self.graph.consumers[number])
-
-    def _why_unscalable(self, branch: int, glue: set[int], met: set[int]) -> str:
-        if any(self.graph.nodes[n].is_leaf for n in glue):
-            return "a parameter is multiplied in outside of any module"
-        calls = self._exit_calls(branch, met)
-        inside = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
-        for number in met:
-            for user in self.graph.consumers[number]:
-                if user in inside and not self._same_exit(calls, number, user):
-                    return "one of its last modules feeds another"
-        return ""
-
-    def _same_exit(self, calls: Iterable[Call], a: int, b: int) -> bool:
-        made = self.graph.numbers_in_call
-        return any(a in made[c.index] and b in made[c.index] for c in calls)
-
-    def _block_masks(self, branches: Sequence[Branch]) -> dict[str, int]:
-        masks: dict[str, int] = {}
-        for i, branch in enumerate(branches):
-            if branch.block:
-                masks[branch.block] = masks.get(branch.block, 0) | 1 << i
-        return masks
-
-    def _repeated(self, blocks: Iterable[str], sites: Iterable[Site]) -> dict[str, str]:
-        """Blocks that ran more than once in the forward, or that hold a module which several branches share."""
-        shared = {self.modules[site.module] for site in sites if site.per_call}
-        calls = Counter(call.name for call in self.graph.calls)
-        reasons = {}
-        for name in blocks:
-            if calls[name] > 1:
-                reasons[name] = "it runs more than once in a forward"
-            elif shared.intersection(self.modules[name].modules()):
-                reasons[name] = "several branches share a module of it"
-        return reasons
-
-    def _coverage(self) -> float:
-        """Share of the counted FLOPs that lies in branches."""
-        total = sum(self.graph.trace.flops.values())
-        return sum(self._flops(i) for i in range(len(self.groups))) / total if total else 0.0
-
-    def _check_blocks(self, branches: Sequence[Branch]) -> None:
-        """Every element of a list of blocks must be understood if one of them is."""
-        lists = {_container(_element(branch.modules)) for branch in branches} - {""}
-        for name in self.names:
-            if _container(name) in lists and self._may_hold_branches(name):
-                share = self._covered_share(name)
-                if share is not None and share < COVERED_SHARE:
-                    raise DiscoveryError(
-                        f"Block {name} ({type(self.modules[name]).__name__}) was not understood: its residual branches "
-                        f"hold {share:.0%} of its weights, at least {COVERED_SHARE:.0%} is expected. Name the branches "
-                        "yourself with branches=[...], or report the architecture."
-                    )
-
-    def _may_hold_branches(self, name: str) -> bool:
-        """A missed branch needs an addition that is none of those understood, and a stream that keeps its shape."""
-        calls = [call for call in self.graph.calls if call.name == name]
-        made = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
-        return not all(call.reshapes for call in calls) and bool(made & self.unexplained)
-
-    def _covered_share(self, block: str) -> float | None:
-        weights = [p for p in self.modules[block].parameters() if p.dim() >= 2 and id(p) in self.leaf_need]
-        total = sum(p.numel() for p in weights)
-        return sum(p.numel() for p in weights if self.leaf_need[id(p)] != ALIVE) / total if total else None
-
-
-def _totals(graph: Graph, need: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
-    """FLOPs, and elements of parameters, by the set of branches that must be dropped to save them."""
-    flops: dict[int, int] = {}
-    elements: dict[int, int] = {}
-    for node in graph.nodes:
-        own = need[node.index]
-        if node.leaf is None:
-            flops[own] = flops.get(own, 0) + graph.trace.flops.get(node.sequence, 0)
-        elif id(node.leaf) in graph.parameter_names:
-            elements[own] = elements.get(own, 0) + _elements(node.leaf)
-    return flops, elements
-
-
-def _container(name: str) -> str:
-    """The list a numbered element belongs to: `model.layers` for `model.layers.3`; empty for other modules."""
-    head, _, tail = name.rpartition(".")
-    return head if tail.isdigit() else ""
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-
-
-def _element(modules: Sequence[str]) -> str:
-    """The innermost numbered element that holds all modules of a branch, or is the only one."""
-    match = re.match(r"^(.*\.)?\d+(?=\.|$)", _common_prefix(modules))
-    return match.group(0) if match else ""
-
-
-def _block(modules: Sequence[str]) -> str:
-    """The innermost numbered element that holds all modules of a branch, but is none of them."""
-    shared = _common_prefix(modules) if len(modules) > 1 else modules[0].rpartition(".")[0]
-    match = re.match(r"^(.*\.)?\d+(?=\.|$)", shared) if shared else None
-    return match.group(0) if match else ""
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    split = [name.split(".") for name in names]
-    shared = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
-
-
-def _weight_elements(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
-
-
-def _elements(leaf: torch.Tensor) -> int:
-    """Of the whole parameter, also where DeepSpeed ZeRO-3 has let go of all but a part."""
-    return int(getattr(leaf, "ds_numel", leaf.numel()))
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _check_names(model: nn.Module, named: Sequence[Sequence[str]]) -> None:
-    known = {name for name, _ in model.named_modules()}
-    for names in named:
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise DiscoveryError(
-                f"branches= names {unknown or 'an empty branch'}, which {type(model).__name__} does not have. Each "
-                "entry is a module name as in model.named_modules(), or a list of such names."
-            )
-
-
-def _edges_leaving(graph: Graph, names: Sequence[str]) -> list[Edge]:
-    """Every edge from outside the named modules to a node they made."""
-    inside: set[int] = set()
-    for call in graph.calls:
-        if call.name in names:
-            inside |= set(graph.numbers_in_call[call.index])
-    if not inside:
-        raise DiscoveryError(
-            f"branches= names {list(names)}, but the small forward never ran them (or they make nothing "
-            "differentiable). Pass example_inputs=... that use them."
-        )
-    return [(user, n) for n in inside for user in graph.consumers[n] if user not in inside]
-
-
-def _check_exact(named: Sequence[Sequence[str]], groups: Sequence[Group | None]) -> None:
-    lost = [list(names) for names, group in zip(named, groups, strict=True) if group is None]
-    if lost:
-        raise DiscoveryError(
-            f"{len(named)} branches were named, {len(lost)} of them cannot be dropped exactly, first {lost[0]}: they "
-            "share tensors with the residual stream. Name only modules whose outputs are added to the stream."
-        )
-
-
-def _check_stream_survives(graph: Graph, named: Sequence[Sequence[str]]) -> None:
-    """Dropping a branch must leave a way for the gradient to what came before it, or nothing below would train."""
-    for names in named:
-        calls = [c for c in graph.calls if c.name in names]
-        first = min(c.start for c in calls)
-        inside = {n for c in calls for n in graph.numbers_in_call[c.index]}
-        if _feeds(graph, inside, first) and not _reaches_below(graph, inside, first):
-            raise DiscoveryError(
-                f"Branch {', '.join(names)} carries the residual stream: dropping it would cut the gradient to all "
-                "that comes before it. Name the branch's modules (attention, MLP), not the whole block."
-            )
-
-
-def _feeds(graph: Graph, inside: set[int], first: int) -> bool:
-    sources = (s for n in inside for s in graph.tensors_into(graph.nodes[n]))
-    return any(graph.nodes[s].sequence < first for s in sources)
-
-
-def _reaches_below(graph: Graph, inside: set[int], first: int) -> bool:
-    seen = set(graph.trace.roots) - inside
-    pending = list(seen)
-    while pending:
-        node = graph.nodes[pending.pop()]
-        if not node.is_leaf and node.sequence < first:
-            return True
-        fresh = [s for s in node.inputs if s not in seen and s not in inside]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False

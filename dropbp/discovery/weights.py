@@ -15,12 +15,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from dropbp.discovery.graph import Graph
-from dropbp.discovery.trace import Node
 from dropbp.flops import Shape, fitted
+
+if TYPE_CHECKING:
+    from dropbp.discovery.graph import Graph
+    from dropbp.discovery.trace import Node
 
 BACKWARD = 2  # times the forward, where everything is trained
 

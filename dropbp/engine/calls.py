@@ -12,16 +12,18 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dropbp.discovery.structure import Exit, Structure
 from dropbp.errors import StateError
 from dropbp.inputs import Asked, argument_names, asked
-from dropbp.masks.schedule import ForwardPlan
+from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import held_by_modules, outputs_by_key
+
+if TYPE_CHECKING:
+    from dropbp.discovery.structure import Exit, Structure
 
 # Arguments of transformers that change no output but the loss of the logits.
 _ORDINARY = frozenset({

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from dropbp.discovery.structure import Structure
+from dropbp.engine.frozen import run_frozen
 from dropbp.engine.patch import Attachment, Forward, Interception
 from dropbp.engine.recompute import Recomputation, RecomputedBlock, inside_checkpoint
 from dropbp.engine.runtime import Runtime, current_node, is_compiling, named_forward
-from dropbp.engine.wrappers import run_frozen
-from dropbp.masks.schedule import ForwardPlan
+from dropbp.masks.plan import ForwardPlan
 
 Function = Callable[..., Any]
 

@@ -7,6 +7,7 @@ forward. What to drop it asks of a schedule.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
 import threading
@@ -18,24 +19,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dropbp.config import Config
 from dropbp.device import Device, refuse_capture
-from dropbp.discovery.stem import Rests
-from dropbp.discovery.structure import Structure
+from dropbp.discovery.structure import Rests, Structure
 from dropbp.engine.calls import Calls
-from dropbp.engine.checkpointing import CheckpointBypass
+from dropbp.engine.checkpointing import CheckpointBypass, install_blocks
 from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks
-from dropbp.engine.install import put_in_place, rehearsal
 from dropbp.engine.integrity import Watch, last_modules
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import Interception
 from dropbp.engine.recompute import Recomputation
-from dropbp.engine.runtime import RootState, Runtime
+from dropbp.engine.runtime import RootState, Runtime, root_forward
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Cut
+from dropbp.engine.wrappers import install, install_boundaries, install_exits
 from dropbp.errors import ConfigError
 from dropbp.flops import shape_of
 from dropbp.inputs import Asked
+from dropbp.lazy.warmup import Layer, Rehearsal
+from dropbp.masks.plan import Conditions, ForwardPlan
 from dropbp.masks.samplers import Mask, bits
-from dropbp.masks.schedule import Conditions, ForwardPlan, Schedule
+from dropbp.masks.schedule import Schedule
 from dropbp.tensors import ask_for_gradients
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ class Engine:
     def start(self, schedule: Schedule, owner: object) -> None:
         """Put the functions in place; `owner` is what the model is enabled through."""
         self.schedule = schedule
-        self._patches = put_in_place(
+        self._patches = _put_in_place(
             self.model,
             self.structure,
             self.runtime,
@@ -117,7 +119,7 @@ class Engine:
         if self.recomputes:
             self.recomputation.tell()
         if self.config.rehearse:
-            schedule.rehearsal = rehearsal(self.model, self.structure, self.rests, self.recomputed)
+            schedule.rehearsal = _rehearsal(self.model, self.structure, self.rests, self.recomputed)
 
     def stop(self) -> None:
         """Take the functions off, exactly. A second call does nothing."""
@@ -253,3 +255,77 @@ def _check_scaling(structure: Structure, config: Config) -> None:
     if config.scaling != "none" and structure.unscalable:
         name, reason = next(iter(structure.unscalable.items()))
         raise ConfigError(f"scaling={config.scaling!r} is not exact for branch {name}: {reason}. Use scaling='none'.")
+
+
+def _put_in_place(
+    model: nn.Module,
+    structure: Structure,
+    runtime: Runtime,
+    root: Callable[[], RootState],
+    recomputation: Recomputation,
+    *,
+    scales: bool,
+    rests: Rests,
+    boundary: str,
+    step_boundary: Callable[[], None],
+) -> list[Interception]:
+    """Put all functions in place; the innermost first, so that removal in reverse order is exact.
+
+    Args:
+        model: the root.
+        structure: what to intercept in it.
+        runtime: the state that all interceptions share.
+        root: makes what runs the root's forward, or a backbone's.
+        recomputation: of the blocks, in the backward.
+        scales: whether gradients of kept branches are scaled.
+        rests: what rests beside the branches.
+        boundary: `none`, `layer` or `sublayer`: where a lazy device is told that a step ends.
+        step_boundary: tells it.
+    """
+    made = install(model, structure, runtime, rests)
+    made += [Interception(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]
+    made += install_blocks(model, structure.blocks, runtime, recomputation)
+    if scales:
+        made += install_exits(model, structure, runtime)
+    if boundary != "none":
+        made += install_boundaries(model, _starts(structure, boundary), step_boundary)
+        made += install_boundaries(model, _last_blocks(structure), step_boundary, after=True)
+    recomputation.look()
+    return made
+
+
+def _backbones(model: nn.Module, structure: Structure) -> Iterator[nn.Module]:
+    """The modules that hold all branches, the root last: those above the first numbered element."""
+    ways = (name.split(".")[:-1] for branch in structure.branches for name in branch.modules)
+    shared = itertools.takewhile(
+        lambda parts: len(set(parts)) == 1 and not parts[0].isdigit(), zip(*ways, strict=False)
+    )
+    path = [parts[0] for parts in shared]
+    for count in range(len(path), -1, -1):
+        module = model.get_submodule(".".join(path[:count]))
+        if type(module).forward is not nn.Module.forward:  # a list of blocks is never called
+            yield module
+
+
+def _starts(structure: Structure, boundary: str) -> list[str]:
+    names = list(structure.blocks)
+    if boundary == "sublayer":
+        names += [branch.modules[0] for branch in structure.branches if branch.modules]
+    return list(dict.fromkeys(names))
+
+
+def _last_blocks(structure: Structure) -> list[str]:
+    """The last block of each list: what comes after, the head and the loss, gets a graph of its own."""
+    return list({name.rpartition(".")[0]: name for name in structure.blocks}.values())
+
+
+def _rehearsal(model: nn.Module, structure: Structure, rests: Rests, recomputed: Callable[[int], int]) -> Rehearsal:
+    """The rehearsal of a model's blocks, and of what rests at times beside their branches."""
+    parts = [*rests.modules.items(), *structure.blocks.items()]
+    layers = [Layer(_kind(model.get_submodule(name)), need) for name, need in parts]
+    return Rehearsal(layers, (1 << len(structure.branches)) - 1, recomputed)
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """Blocks of one kind record the same graphs."""
+    return type(block), tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in block.parameters())

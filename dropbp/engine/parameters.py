@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dropbp.discovery.stem import Rests
-from dropbp.discovery.structure import Structure
+from dropbp.discovery.structure import Rests, Structure
 from dropbp.engine.distributed import NEEDED
 from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
 

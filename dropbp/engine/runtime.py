@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropbp._torch import never_compile, pause, resume, resumed
+from dropbp._torch import never_compile, pause, resume, resumed, transforming
 from dropbp.device import dynamo_graph_count, random_state
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.patch import Attachment, Forward
 from dropbp.engine.skip import Connect
 from dropbp.errors import StateError
-from dropbp.masks.schedule import WHOLE, ForwardPlan
+from dropbp.masks.plan import WHOLE, ForwardPlan
 from dropbp.tensors import map_tensors, outputs_by_key, tensors_in
 
 logger = logging.getLogger(__name__)
@@ -303,11 +303,6 @@ class Runtime:
             self._anchor = torch.zeros((), requires_grad=True)
         connected: torch.Tensor = Connect.apply(tensor, self._anchor)
         return connected
-
-
-def transforming() -> bool:
-    """Whether a transform of `torch.func` is at work: it has no graph to look at, and asks for no connected one."""
-    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _latest(records: Reversible[ForwardRecord], sequence: int) -> ForwardRecord | None:

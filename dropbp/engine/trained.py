@@ -19,8 +19,7 @@ from typing import Any
 from torch import nn
 
 from dropbp.config import Config
-from dropbp.discovery.stem import EXACT
-from dropbp.discovery.structure import Structure
+from dropbp.discovery.structure import EXACT, Structure
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,16 @@ training forward keeps the stream's gradient and is looked at, and the others fo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dropbp.device import dynamo_graph_count
-from dropbp.engine.checkpointing import CheckpointBypass
 from dropbp.engine.runtime import Runtime
 from dropbp.tensors import tensors_in
+
+if TYPE_CHECKING:
+    from dropbp.engine.checkpointing import CheckpointBypass
 
 
 class Cut:

@@ -15,22 +15,21 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from dropbp._torch import never_compile, pause, resume
+from dropbp._torch import never_compile, uncompiled
 from dropbp.discovery.liveness import ALIVE
-from dropbp.discovery.stem import LooseParameter, Rests
-from dropbp.discovery.structure import Exit, Site, Structure
+from dropbp.discovery.structure import Exit, LooseParameter, Rests, Site, Structure
 from dropbp.engine.attention import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.calls import CallPlan
+from dropbp.engine.frozen import LooseState, owner_of, run_frozen
 from dropbp.engine.patch import Attachment, Forward, Interception
 from dropbp.engine.runtime import (
     Runtime,
     is_compiling,
     named_forward,
     next_sequence,
-    transforming,
 )
 from dropbp.engine.skip import ScaleGradient, StepBoundary
-from dropbp.masks.schedule import ForwardPlan
+from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import TensorMap, is_differentiable, map_tensors
 
 T = TypeVar("T")
@@ -132,7 +131,7 @@ def rest_forward(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: RestState | None = self._dropbp_rest
-        plan = None if state is None or state.original is not original else _uncompiled(state.plan)
+        plan = None if state is None or state.original is not original else uncompiled(state.plan)
         if state is None or plan is None:
             return original(self, *args, **kwargs)
         output = _unrecorded(original, self, args, kwargs)
@@ -160,7 +159,7 @@ def shared_site_forward(original: Forward) -> Forward:
 
 def _run_as_planned(site: SiteState, original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run as the plan says: that of the running forward, or of the one that is recomputed."""
-    plan, need = _uncompiled(site.this_call)
+    plan, need = uncompiled(site.this_call)
     if not need & plan.kept:
         return site.runtime.reconnected(_unrecorded(original, module, args, kwargs))
     if need & plan.trained:
@@ -193,69 +192,7 @@ def _no_view(output: torch.Tensor) -> torch.Tensor:
     return output.detach() if output._is_view() and not output.requires_grad else output
 
 
-def _uncompiled(function: Callable[[], T]) -> T:
-    callback = pause()
-    try:
-        return function()
-    finally:
-        resume(callback)
-
-
 never_compile(_unrecorded)
-never_compile(_uncompiled)
-
-
-class LooseState(Attachment):
-    """Parameters frozen while their scope runs with their branches dropped, and those that rest beside the branches."""
-
-    def __init__(
-        self,
-        loose: Iterable[LooseParameter],
-        resting: Iterable[LooseParameter],
-        model: nn.Module,
-        runtime: Runtime,
-    ) -> None:
-        self.runtime = runtime
-        self.entries = [(*_owner(model, entry.name), entry.need) for entry in loose]
-        self.resting = [(*_owner(model, entry.name), entry.need) for entry in resting]
-
-    def frozen(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
-        """The parameters, each with the table and the name it is held by."""
-        plan = self.runtime.plan_here()
-        entries = [*self.entries, *self.resting] if plan.stem_rests else self.entries
-        held = [(m._parameters, a, m._parameters[a]) for m, a, need in entries if not need & plan.trained]
-        return [(table, a, p) for table, a, p in held if p is not None and p.requires_grad]
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
-
-
-def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function while the parameters of dropped branches are frozen."""
-    frozen = _uncompiled(state.frozen)
-    for table, name, parameter in frozen:
-        if _is_own(parameter):
-            parameter.requires_grad_(False)
-        else:
-            table[name] = parameter.detach()
-    try:
-        return function(*args, **kwargs)
-    finally:
-        for table, name, parameter in frozen:
-            if _is_own(parameter):
-                parameter.requires_grad_(True)
-            else:
-                table[name] = parameter
-
-
-def _is_own(parameter: torch.Tensor) -> bool:
-    """Whether it is the model's own, and not what `torch.func` put in its place: that cannot be frozen."""
-    return isinstance(parameter, nn.Parameter) and parameter.is_leaf and not transforming()
-
-
-never_compile(run_frozen)
 
 
 def loose_forward(original: Forward) -> Forward:
@@ -300,7 +237,7 @@ def exit_forward(original: Forward) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: ExitState | None = self._dropbp_exit
         output = original(self, *args, **kwargs)
-        factor = 1.0 if state is None or state.original is not original else _uncompiled(state.factor)
+        factor = 1.0 if state is None or state.original is not original else uncompiled(state.factor)
         if factor == 1.0 or not torch.is_grad_enabled():
             return output
         return map_tensors(output, functools.partial(_scaled, factor=factor))
@@ -385,7 +322,7 @@ def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> 
         state = SiteState(site, module, runtime, [entry for entry in structure.exits if entry.module == site.module])
         if site.learned_mask:
             mask = MaskState(
-                [_owner(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)
+                [owner_of(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)
             )
             made.append(Interception(module, "_dropbp_mask", mask, mask_forward))
         made += [

@@ -15,6 +15,7 @@ import dataclasses
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,7 +28,9 @@ from dropbp.estimate.workload import Workload
 from dropbp.flops import Shape
 from dropbp.masks.samplers import Mask, bits
 from dropbp.masks.schedule import Schedule
-from dropbp.session import Handle
+
+if TYPE_CHECKING:
+    from dropbp.session import Handle
 
 Clock = Callable[[], float]
 ROUNDS = 5

@@ -19,7 +19,7 @@ from dropbp import inputs as example
 from dropbp.checks import short
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape, shape_of
-from dropbp.sensitivity.measure import undisturbed
+from dropbp.sensitivity.untouched import untouched
 from dropbp.tensors import tensors_in
 
 Loss = Callable[[Any], torch.Tensor]
@@ -139,7 +139,7 @@ def in_training(model: nn.Module) -> Iterator[None]:
     """All modules in training mode; modes, gradients, buffers and random state are as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with undisturbed(model):
+        with untouched(model):
             model.train()
             yield
     finally:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dropbp.lazy.grouping import ParameterGroup, clip_grad_norm_grouped, marked_groups
-from dropbp.session import Handle
+
+if TYPE_CHECKING:
+    from dropbp.session import Handle
 
 logger = logging.getLogger(__name__)
 

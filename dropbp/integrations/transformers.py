@@ -128,6 +128,13 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._last_report = dict(self._handle.report())
         return self._last_report
 
+    @contextlib.contextmanager
+    def enabled(self, model: nn.Module) -> Iterator[Handle]:
+        """A model enabled as in the training that ended, with the rates that it ended with."""
+        with enable(model, self.drop_rate, masks=self.masks, **self.options) as handle:
+            handle.set_rates([branch["rate"] for branch in self.report()["branches"]])
+            yield handle
+
     def close(self) -> None:
         """Remove DropBP from the model; nothing if it is not enabled."""
         self._train = None

@@ -6,10 +6,12 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dropbp.discovery.structure import Branch
 from dropbp.masks.samplers import Mask
+
+if TYPE_CHECKING:
+    from dropbp.discovery.structure import Branch
 
 
 @dataclass

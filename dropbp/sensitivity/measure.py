@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 from dropbp._torch import compiled_code_off
-from dropbp.device import random_state, random_state_kept
+from dropbp.device import random_state
 from dropbp.discovery.structure import Structure
-from dropbp.engine.distributed import is_partitioned, many_ranks
+from dropbp.engine.distributed import many_ranks
 from dropbp.errors import ConfigError, StateError
 from dropbp.sensitivity.onepass import Observation, OnePass
+from dropbp.sensitivity.untouched import untouched
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def measure(
         raise ConfigError("No closure was given. Pass a function that runs one forward and returns the loss.")
     start = time.perf_counter()
     observe = _exact if method == "exact" else _one_pass
-    with undisturbed(model):
+    with untouched(model):
         observations = [observe(model, structure, closure, masked) for closure in closures]
     passes = len(closures) * (len(structure.branches) + 1 if method == "exact" else 1)
     return _averaged(observations, _device(model), passes), time.perf_counter() - start
@@ -246,49 +247,3 @@ def _over_ranks(values: torch.Tensor, device: torch.device, operation: str) -> t
     on_device = values.to(device, torch.float64 if wide else torch.float32)
     torch.distributed.all_reduce(on_device, getattr(torch.distributed.ReduceOp, operation))
     return on_device.cpu().double()
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients, random state, buffers and the root's mode are as before afterwards, whatever happens."""
-    _refuse_partitioned(model)
-    _refuse_steps_in_backward(model)
-    gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    training = model.training
-    try:
-        for parameter, _ in gradients:
-            parameter.grad = None
-        model.training = True
-        with random_state_kept(model), torch.enable_grad():
-            yield
-    finally:
-        model.training = training
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        _restore(buffers)
-
-
-def _restore(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """All of them: kernels change running statistics without counting a new version."""
-    with torch.no_grad():
-        for buffer, copy in buffers:
-            buffer.copy_(copy)
-
-
-def _refuse_partitioned(model: nn.Module) -> None:
-    if is_partitioned(model):
-        raise StateError(
-            "DeepSpeed ZeRO keeps gradients inside its engine, so they cannot be read here. Calibrate before the "
-            "engine is built, or set rates with handle.set_rates(...)."
-        )
-
-
-def _refuse_steps_in_backward(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise StateError(
-                f"Parameter {name} has a hook that runs when its gradient is ready, as optimizers that step during "
-                "backward do; a calibration would set it off and change the model. Calibrate before the hooks are put "
-                "on, or set rates with handle.set_rates(...)."
-            )

@@ -28,10 +28,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dropbp.discovery.branches import groups_again
 from dropbp.discovery.graph import Edge, Graph
 from dropbp.discovery.liveness import needs
 from dropbp.discovery.record import Recorder
-from dropbp.discovery.structure import Structure, groups_again
+from dropbp.discovery.structure import Structure
 from dropbp.errors import StateError
 from dropbp.tensors import tensors_in
 

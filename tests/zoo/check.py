@@ -16,8 +16,9 @@ from torch import nn
 
 import dropbp
 from dropbp import inputs as example
+from dropbp.discovery.branches import branch_groups
+from dropbp.discovery.graph import Graph
 from dropbp.discovery.record import Recorder, differentiable
-from dropbp.discovery.structure import Graph, branch_groups
 from dropbp.tensors import tensors_in
 
 TOLERANCE = 1e-4

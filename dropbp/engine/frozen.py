@@ -1,0 +1,70 @@
+"""Parameters that are frozen while a module of theirs runs: they lie in no module that could run without recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dropbp._torch import never_compile, transforming, uncompiled
+from dropbp.engine.patch import Attachment
+
+if TYPE_CHECKING:
+    from dropbp.discovery.structure import LooseParameter
+    from dropbp.engine.runtime import Runtime
+
+
+class LooseState(Attachment):
+    """Parameters frozen while their scope runs with their branches dropped, and those that rest beside the branches."""
+
+    def __init__(
+        self,
+        loose: Iterable[LooseParameter],
+        resting: Iterable[LooseParameter],
+        model: nn.Module,
+        runtime: Runtime,
+    ) -> None:
+        self.runtime = runtime
+        self.entries = [(*owner_of(model, entry.name), entry.need) for entry in loose]
+        self.resting = [(*owner_of(model, entry.name), entry.need) for entry in resting]
+
+    def frozen(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+        """The parameters, each with the table and the name it is held by."""
+        plan = self.runtime.plan_here()
+        entries = [*self.entries, *self.resting] if plan.stem_rests else self.entries
+        held = [(m._parameters, a, m._parameters[a]) for m, a, need in entries if not need & plan.trained]
+        return [(table, a, p) for table, a, p in held if p is not None and p.requires_grad]
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the attribute it is held by."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function while the parameters of dropped branches are frozen."""
+    frozen = uncompiled(state.frozen)
+    for table, name, parameter in frozen:
+        if _is_own(parameter):
+            parameter.requires_grad_(False)
+        else:
+            table[name] = parameter.detach()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        for table, name, parameter in frozen:
+            if _is_own(parameter):
+                parameter.requires_grad_(True)
+            else:
+                table[name] = parameter
+
+
+def _is_own(parameter: torch.Tensor) -> bool:
+    """Whether it is the model's own, and not what `torch.func` put in its place: that cannot be frozen."""
+    return isinstance(parameter, nn.Parameter) and parameter.is_leaf and not transforming()
+
+
+never_compile(run_frozen)

@@ -1,0 +1,59 @@
+"""Passes over a model that leave no trace: gradients, random state, buffers and mode are as before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from dropbp.device import random_state_kept
+from dropbp.engine.distributed import is_partitioned
+from dropbp.errors import StateError
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Gradients, random state, buffers and the root's mode are as before afterwards, whatever happens."""
+    _refuse_partitioned(model)
+    _refuse_steps_in_backward(model)
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    training = model.training
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        model.training = True
+        with random_state_kept(model), torch.enable_grad():
+            yield
+    finally:
+        model.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        _restore(buffers)
+
+
+def _restore(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """All of them: kernels change running statistics without counting a new version."""
+    with torch.no_grad():
+        for buffer, copy in buffers:
+            buffer.copy_(copy)
+
+
+def _refuse_partitioned(model: nn.Module) -> None:
+    if is_partitioned(model):
+        raise StateError(
+            "DeepSpeed ZeRO keeps gradients inside its engine, so they cannot be read here. Calibrate before the "
+            "engine is built, or set rates with handle.set_rates(...)."
+        )
+
+
+def _refuse_steps_in_backward(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise StateError(
+                f"Parameter {name} has a hook that runs when its gradient is ready, as optimizers that step during "
+                "backward do; a calibration would set it off and change the model. Calibrate before the hooks are put "
+                "on, or set rates with handle.set_rates(...)."
+            )
