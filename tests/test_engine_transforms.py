@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropbp
@@ -265,14 +266,27 @@ def test_a_kernel_chosen_by_grad_mode_is_that_of_the_recorded_run(kind: str) -> 
             assert all((gradients[n] is None) == dropped for n in gradients if n.startswith(f"bodies.{i}."))
 
 
+def to_zero(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Some leave the version of a gradient as it is."""
+    if way == "optimizer":
+        optimizer.zero_grad(set_to_none=False)
+    elif way == "model":
+        model.zero_grad(set_to_none=False)
+    else:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.data.zero_()
+
+
+@pytest.mark.parametrize("way", ["optimizer", "model", "data"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_gradients_set_to_zero_move_no_dropped_branch(accumulate: int) -> None:
+def test_gradients_set_to_zero_move_no_dropped_branch(accumulate: int, way: str) -> None:
     model = plain_net()
     handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     parts = [f"blocks.{i}.{part}" for i in range(3) for part in ("mix", "mlp")]
     for _ in range(12):
-        optimizer.zero_grad(set_to_none=False)
+        to_zero(way, model, optimizer)
         dropped = [True] * len(parts)
         for _ in range(accumulate):
             plain_loss(model).backward()
@@ -344,12 +358,13 @@ def test_a_gradient_put_in_place_by_hand_is_looked_at() -> None:
         assert model.get_parameter("blocks.0.mlp.0.weight").grad is None
 
 
-def test_hooks_on_parameters_are_gone_after_removal() -> None:
-    model = plain_net()
+def test_hooks_on_parameters_and_optimizers_are_gone_after_removal() -> None:
+    before, model = len(_global_optimizer_post_hooks), plain_net()
     handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
     plain_loss(model).backward()
     handle.remove()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())  # type: ignore[attr-defined]
+    assert len(_global_optimizer_post_hooks) == before
 
 
 def test_looking_up_embeddings_outside_of_the_forward_is_no_cause_for_a_warning(caplog: Any) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from dropbp.discovery.structure import Rests, Structure
 from dropbp.engine.distributed import NEEDED
 from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
 
-MARK = "_dropbp_version"  # of a gradient: its version after the last backward that wrote to it
+MARK = "_dropbp_state"  # of a gradient: its version, and the optimizer steps before, when a backward last wrote to it
 
 
 class Parameters:
@@ -31,6 +33,9 @@ class Parameters:
         self._probes = self._smallest()
         self.held: frozenset[str] | None = None
         self._marking: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
+        self._steps = _Steps()
+        self._counting = register_optimizer_step_post_hook(self._steps.count)
+        weakref.finalize(self, self._counting.remove)
 
     def need_of(self, name: str) -> int:
         """The branches that a parameter belongs to, as bits."""
@@ -44,7 +49,8 @@ class Parameters:
         """Gradients of these branches that are zero all over become None: left by `zero_grad(set_to_none=False)`.
 
         An optimizer would move parameters whose gradients are zero, by decay and momentum. A gradient is looked at,
-        which makes the host wait, only where something other than a backward has written to it since the last look.
+        which makes the host wait, only where an optimizer has made a step, or something other than a backward has
+        written to it, since the last backward or look. (Its version alone does not tell: some kernels leave it.)
         """
         written = set[int]()
         for need, (module, attribute) in self._probes.items():
@@ -52,13 +58,13 @@ class Parameters:
             if not isinstance(probe, nn.Parameter) or not probe.requires_grad:
                 continue
             if need not in self._marking or self._marking[need][0] is not probe:
-                self._marking[need] = probe, probe.register_post_accumulate_grad_hook(_mark)
+                self._marking[need] = probe, probe.register_post_accumulate_grad_hook(self._steps.mark)
             grad = probe.grad
             if need & ~dropped or grad is None or grad.is_meta:  # on meta there are no values
                 continue
-            if getattr(grad, MARK, None) != grad._version:
+            if getattr(grad, MARK, None) != self._steps.state_of(grad):
                 written.add(need)
-                _mark(probe)
+                self._steps.mark(probe)
         if written:
             self._forget(written)
 
@@ -72,8 +78,8 @@ class Parameters:
                 parameter.grad = None
 
     def release(self) -> None:
-        """Take the hooks off the parameters."""
-        for _, hook in self._marking.values():
+        """Take the hooks off the parameters and the optimizers."""
+        for hook in (self._counting, *(hook for _, hook in self._marking.values())):
             hook.remove()
         self._marking = {}
 
@@ -149,10 +155,21 @@ class Parameters:
                 boundary()
 
 
-def _mark(parameter: torch.Tensor) -> None:
-    """Note that what its gradient holds came from a backward."""
-    if parameter.grad is not None:
-        setattr(parameter.grad, MARK, parameter.grad._version)
+class _Steps:
+    """Counts the steps of all optimizers, and notes on gradients when a backward wrote to them."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def count(self, *_: object) -> None:
+        self.made += 1
+
+    def state_of(self, gradient: torch.Tensor) -> tuple[int, int]:
+        return gradient._version, self.made
+
+    def mark(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            setattr(parameter.grad, MARK, self.state_of(parameter.grad))
 
 
 def _any(tensors: Sequence[torch.Tensor]) -> list[bool]:
