@@ -64,27 +64,29 @@ CLOCK_NAMES = {"wall": "wall clock", "cpu": "CPU time"}
 
 INTRO = """# Results
 
-Made from the files in `bench/results/` by `dropbp bench tables`; run `make bench` for those of a CPU, `make bench-gpu`
-for the paper's settings. All variants of a run take turns in one process, a new mask each step.
+`dropbp bench tables` makes this page from the files in `bench/results/`. `make bench` measures what suits a CPU,
+`make bench-gpu` the paper's settings. All variants of a run take turns in one process, with a new mask in each step.
 """
 HOW_TO_READ = """\
-- A *step* is forward and backward; the optimizer is timed apart, *total* is with it. Figures are medians over rounds.
-- *ratio*: to the plain step, as is *limit*, the least that a step can take: the forward, its dropped share without
-  recording, the kept share of the blocks' backward, and the rest of the backward, all measured in the same run, at the
-  share of FLOPs its masks dropped.
-- *share* of the possible saving: (plain - step) / (plain - limit). It can pass 100 %: what a small step spares besides
-  FLOPs, such as fresh memory, is not in the limit. Behind ± is its standard error, from the scatter between rounds.
-- *backward alone*: the same without the forward, which no mask changes, from a straight line through the steps of all
-  rates: what a run of few rounds can tell more exactly.
-- *exact*: each step drops a random set of branches, within one branch of the budget, as the paper does. *nested*, the
-  default: each step trains the top of the model down to a random depth; steps differ, so figures are means, memory is
-  that of the greediest step, and the deepest steps are checkpointed to keep it small.
-- Under gradient checkpointing a block of which one branch is kept recomputes what that branch needs of the other, which
-  the limit does not count: with random masks the share is lower there, most at p = .5.
-- *detach*, *reference*: the reference implementation's way: the branch is recorded, and its output detached.
-- *CPU time* is the process's own time on all processors. On a machine shared with others it is the steadier clock; on
-  an idle one both agree.
-- *activations* is the peak of memory in a step beyond weights and optimizer states, gradients included.
+| term | meaning |
+|---|---|
+| *step* | forward and backward; the optimizer is timed apart, and *total* includes it; medians over rounds |
+| *ratio* | the step over the plain step |
+| *limit* | the least a step can take, over the plain step: the forward (its dropped share unrecorded), the kept share \
+of the blocks' backward, and the rest of the backward, all measured in the same run |
+| *share* | of the possible saving: (plain - step) / (plain - limit), with its standard error from the scatter between \
+rounds; above 100 % if a step saves more than FLOPs, such as fresh memory |
+| *backward alone* | the share without the forward, from a straight line through the steps of all rates; more exact \
+with few rounds |
+| *exact* | each step drops a random set of branches, within one branch of the budget, as the paper does |
+| *nested* | the default: each step trains the top of the model down to a random depth; figures are means over steps, \
+memory is that of the largest step, and the deepest steps are checkpointed |
+| *detach*, *reference* | the reference implementation's way: the branch is recorded and its output detached |
+| *CPU time* | the process's time on all processors: the steadier clock on a shared machine |
+| *activations* | peak memory of a step beyond weights and optimizer states, gradients included |
+
+Under gradient checkpointing, a block with one kept branch recomputes what that branch needs of the other. The limit
+does not count this, so random masks have a lower share there, most at p = .5.
 """
 
 

@@ -17,15 +17,21 @@ ENGINES = (*ALONE, *SPREAD)
 CELLS = [" | ".join(cell) for engine in ENGINES for cell in names(engine)]
 SIGNS = {WORKS: "works", REFUSED: "refused", UNTESTED: "not here", BROKEN: "not here", FAILS: "**fails**"}
 
-INTRODUCTION = """# What DropBP was tried with
+INTRODUCTION = """# What works with what
 
-Every cell is a real training of {steps} steps of a small Llama at drop rate .5, on CPU; the right three columns on two
-processes (gloo). *Works* means: branches were dropped in every training forward, the masks were the same on all ranks,
-parameters moved to finite values, and none of it raised an error. That losses and gradients are right as well is tested
-elsewhere: tests/distributed, tests/test_peft.py, tests/test_compile_blocks.py, tests/test_engine_*.py.
+Every cell is a real training of a small Llama: {steps} steps at drop rate .5 on a CPU. The right three columns ran on
+two processes (gloo). *Works* means that
 
-*One process* is the stack alone; *checkpointing* is non-reentrant, of every block; *compile* is regional, every block
-by itself (backend `{compiler}`); QLoRA is LoRA over NF4 weights by bitsandbytes, loaded by transformers.
+- branches were dropped in every training forward;
+- the masks were the same on all ranks;
+- parameters moved to finite values;
+- nothing raised an error.
+
+Other tests compare losses and gradients: tests/distributed, tests/test_peft.py, tests/test_compile_blocks.py,
+tests/test_engine_*.py.
+
+*One process* is the stack alone. *Checkpointing* is non-reentrant, of every block. *Compile* compiles every block by
+itself (backend `{compiler}`). QLoRA is LoRA on NF4 weights of bitsandbytes, loaded by transformers.
 """
 
 OUTSIDE = """
@@ -34,10 +40,10 @@ OUTSIDE = """
 | stack | state |
 |---|---|
 | optimum-habana's GaudiTrainer | on a simulated HPU, in its own environment: `make test-gaudi`; [devices](devices.md) |
-| torchao's int8 weights under LoRA | tests/test_peft.py: gradients, saved adapters; where torchao is installed |
+| LoRA on int8 weights of torchao | gradients and saved adapters, where torchao is installed: tests/test_peft.py |
 | Lightning, Axolotl, LLaMA-Factory | see [integrations](integrations.md) |
-| Liger kernels | rotary embedding and fused loss in Triton's interpreter, where installed, and \
-stand-ins of the rest: tests/compatibility/test_liger.py; not on a GPU |
+| Liger kernels | rotary embedding and fused loss in Triton's interpreter, where installed; \
+stand-ins for the rest: tests/compatibility/test_liger.py; not on a GPU |
 | bitsandbytes and FSDP on CUDA | need a GPU; not tested |
 """
 

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 import dropbp
-from dropbp.engine.runtime import REMEMBERED_FORWARDS, ForwardRecord, Plan
+from dropbp.engine.calls import CallPlan
+from dropbp.engine.runtime import REMEMBERED_FORWARDS, ForwardRecord
+from dropbp.masks.schedule import ForwardPlan
 from tests.engine_models import (
     assert_same_gradients,
     paper_gradients,
@@ -169,7 +171,7 @@ def _memory() -> tuple[int, int]:
     MetadataPathFinder().invalidate_caches()  # Python's, which grows when a folder it searches changes
     gc.collect()
     objects = gc.get_objects()
-    records = [each for each in objects if type(each) in (ForwardRecord, Plan)]
+    records = [each for each in objects if type(each) in (ForwardRecord, ForwardPlan, CallPlan)]
     assert len(records) <= 2 * REMEMBERED_FORWARDS, f"{len(records)} records of forwards"
     attributes = {id(vars(each)) for each in records if isinstance(each, ForwardRecord)}
     held = len(records) + sum(id(each) in attributes for each in objects)

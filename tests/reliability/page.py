@@ -12,10 +12,11 @@ RESULTS, PAGE = ROOT / "bench" / "results" / "reliability.json", ROOT / "docs" /
 COMMAND = "python -m tests.reliability"
 HEAD = f"""# Reliability
 
-What was injected, tried and repeated, and what held afterwards. A check stops at the first time it does not hold, so
-every number here is of times it held. Written by `{COMMAND} --write-docs` from
-`bench/results/reliability.json`; smaller numbers of the same checks run in `make test`. On a CPU, with two processes at
-most; no GPU and no Gaudi hardware.
+Each row names a fault or an input, how often it was tried, and what held every time. A check stops at its first
+failure, so every count is of successes. All ran on a CPU, with two processes at most; none on a GPU or on Gaudi.
+
+`{COMMAND} --write-docs` writes this page from `bench/results/reliability.json`. `make test` runs the same
+checks fewer times.
 """
 LONG_ROWS = {
     "steps": "steps",
