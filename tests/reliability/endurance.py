@@ -19,7 +19,7 @@ from torch import nn
 import dropbp
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.runtime import REMEMBERED_FORWARDS, ForwardRecord
-from dropbp.masks.schedule import ForwardPlan
+from dropbp.masks.plan import ForwardPlan
 from tests.engine_models import (
     assert_same_gradients,
     paper_gradients,
