@@ -20,33 +20,35 @@ class Config:
     """How branches are dropped.
 
     Attributes:
-        drop_rate: share of the branches' FLOPs whose backward is skipped, 0 <= drop_rate < 1.
-        masks: name of the coupling masks are drawn from; see `dropbp.masks.samplers.couplings()`.
+        drop_rate: share of the branches' backward FLOPs to skip, 0 <= drop_rate < 1.
+        masks: name of the sampler that draws masks; see `dropbp.masks.samplers.couplings()`.
         seed: of the masks; the same on every rank.
-        rates: each branch's drop rate to begin with: `uniform` (all `drop_rate`), a depth profile of
-            `dropbp.masks.rates.depth_rates`, a sequence of numbers, or `auto`: what suits the coupling.
-        max_rate: no branch is dropped more often; None leaves it to the allocation.
-        resample: when a new mask is drawn: `forward` (each training forward), `step` (when `handle.resample()` is
+        rates: each branch's initial drop rate: `uniform` (all `drop_rate`), a depth profile of
+            `dropbp.masks.rates.depth_rates`, or a sequence of numbers; `auto` takes what suits the sampler.
+        max_rate: upper bound of a branch's drop rate; None leaves it to the allocation.
+        resample: when to draw a new mask: `forward` (each training forward), `step` (when `handle.resample()` is
             called, once per optimizer step), or an integer K (every K training forwards).
-        scaling: of kept branches' gradients: `none`, `unbiased` (1/(1-rate)), `clipped` (at most `max_scale`).
+        scaling: factor on the gradients of kept branches: `none`, `unbiased` (1/(1-rate)), `clipped` (at most
+            `max_scale`).
         max_scale: largest factor of `clipped`.
-        stem: whether what feeds the stream (embeddings) trains in every step, `train`, or rests in steps that drop the
-            stream's first branch, `rest`: its gradient would be that of the bare stream. `auto`: rests under masks
-            drawn by `nested`, trains under those given by `handle.fixed(mask)`.
-        max_activations: share of the branches' activations, by FLOPs, that a step may keep for its backward; blocks
-            beyond it, nearest the input first, are recomputed in that step's backward, where nothing speaks against
-            it: see `dropbp.engine.recompute`. None: no limit; `auto`: 1 - drop_rate under `nested`, whose deepest steps
-            would need the memory of a whole backward, else None.
+        stem: how to treat parameters below the lowest kept branch that lie in no branch: embeddings, projectors, class
+            tokens, positions, shared biases. `rest`: they get no gradient in that step, where it would be that of the
+            bare stream. `train`: they train in every step. `auto`: they rest under `nested` masks, and train under
+            masks given by `handle.fixed(mask)` and under all others. `handle.report()["at_rest"]` names them.
+        max_activations: share of the branches' activations, by FLOPs, that a step may keep for its backward. Blocks
+            beyond it, nearest the input first, are recomputed in the backward if they are seen to be pure;
+            `handle.report()["not_recomputed"]` names the others. None: no limit. `auto`: 1 - drop_rate under `nested`,
+            whose deepest steps would need the memory of a whole backward, else None.
         warmup: number of training forwards at the beginning in which nothing is dropped.
-        steps: number of training forwards of the whole run after its warm-up (with `resample="step"` of optimizer
-            steps), where it is known. Nested masks then recede: steps reach deepest at first and least deep at last,
-            which learns more in the same time; see docs/learning.md. None: any depth at any time.
-        boundary: where a lazy device cuts its graph: `none`, `layer`, `sublayer`; `auto` asks the device.
-        fill: gradient of skipped parameters: `none` leaves it None (the optimizer does not move them), `zero` fills it
-            (weight decay and momentum do move them); `auto` asks the device.
-        rehearse: whether the first steps take those of the masks to come in which a lazy device compiles something
-            new, so that it compiles nothing later; other devices then take the same masks, to no end.
-        mask_options: further options of the coupling, such as `pool_size`.
+        steps: number of training forwards in the whole run after the warm-up (of optimizer steps with
+            `resample="step"`), if it is known. Nested masks then anneal: the deepest steps come first, which learns
+            more in the same time (docs/learning.md). None: any depth at any time.
+        boundary: where to cut the graph of a lazy device: `none`, `layer`, `sublayer`; `auto` asks the device.
+        fill: gradient of skipped parameters: `none` leaves it None, so the optimizer does not move them; `zero` fills
+            it, so weight decay and momentum do move them; `auto` asks the device.
+        rehearse: whether the first steps take, out of the masks to come, those for which a lazy device compiles
+            something new. Other devices gain nothing by it.
+        mask_options: further options of the sampler, such as `pool_size`.
     """
 
     drop_rate: float
@@ -84,16 +86,16 @@ class Config:
 
     @property
     def anneals(self) -> bool:
-        """Whether nested masks go from deep to less deep over the run."""
+        """Whether nested masks anneal: from deep to shallow steps over the run."""
         return self.masks == "nested" and self.steps is not None and "uniform" not in self.mask_options
 
 
 def make_config(
     drop_rate: float, masks: str, seed: int, options: Mapping[str, Any], couplings: Mapping[str, Sequence[str]]
 ) -> Config:
-    """Options by name: those of `Config` are taken, the rest are the coupling's (`pool_size`, ...).
+    """The configuration; options that `Config` does not have are the sampler's (`pool_size`, ...).
 
-    `couplings` maps the name of each known coupling to the options it takes.
+    `couplings` maps the name of each known sampler to the options it takes.
     """
     own = {field.name for field in dataclasses.fields(Config)} - {"mask_options"}
     known = {name: value for name, value in options.items() if name in own}

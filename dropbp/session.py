@@ -1,6 +1,6 @@
-"""`enable`: one line on a model, and the handle that comes back.
+"""`enable`, and the handle it returns.
 
-The handle is a façade: discovery finds the branches, a schedule draws what each forward drops and keeps count, and an
+The handle is a façade. Discovery finds the branches, a schedule draws what each forward drops and keeps count, and an
 engine makes the model run that way.
 """
 
@@ -54,22 +54,25 @@ def enable(
 ) -> Handle:
     """Make every training step skip the backward of a random `drop_rate` share of the residual branches.
 
-    The forward stays equal to the bit. A skipped branch is not recorded: nothing of it is stored for backward and its
+    The forward stays equal to the bit. A skipped branch is not recorded: it stores nothing for the backward, and its
     parameters keep `grad is None`. Only this instance is changed; `handle.remove()`, or leaving `with`, undoes it.
     Forwards in evaluation mode or under `no_grad` are untouched.
 
+    A warning names the parameters that train in few steps or in none; `handle.report()` lists them.
+
     Args:
-        model: any module with residual branches, in any mode, on any device (meta included), with or without adapters.
-        drop_rate: share of the branches' FLOPs whose backward is skipped, 0 <= drop_rate < 1.
-        device: name of the device adapter (`cpu`, `cuda`, `hpu`), a torch.device, or an adapter; None takes the
-            model's own, so move the model first. The model is not moved.
-        masks: how branches fall together. `nested`: each step trains the top of the model down to a random depth, with
-            exact gradients; the budget holds on average. `exact`: any set of branches, within one branch of the budget
-            in every step. `independent` (the paper's), `cyclic`, `pool`: see `dropbp.masks.samplers`.
+        model: a module with residual branches that discovery understands, in any mode, on any device (meta included),
+            with or without adapters.
+        drop_rate: share of the branches' backward FLOPs to skip, 0 <= drop_rate < 1.
+        device: name of the device adapter (`cpu`, `cuda`, `hpu`, ...), a torch.device, or an adapter; None takes the
+            model's own device. The model is not moved, so move it first.
+        masks: which branches are dropped together. `nested`: each step trains the top of the model down to a random
+            depth, with exact gradients; the budget holds on average. `exact`: any set of branches, within one branch
+            of the budget in every step. `independent` (the paper's), `cyclic`, `pool`: see `dropbp.masks.samplers`.
         seed: of the masks.
-        example_inputs: a dict of keyword arguments, a tuple of positional ones, or one tensor, that the model accepts.
-            Not needed where the model says what it takes (transformers); FLOPs are then counted for these shapes.
-        branches: names of the branches instead of those discovered: module names, or lists of names that are skipped
+        example_inputs: inputs that the model accepts: a dict of keyword arguments, a tuple of positional ones, or one
+            tensor. Models that say what they take (transformers) need none.
+        branches: the branches to use instead of those discovered: module names, or lists of names that are skipped
             together.
         **options: see `dropbp.config.Config`.
 
@@ -149,13 +152,13 @@ def handle_of(model: nn.Module) -> Handle | None:
 
 
 class Handle:
-    """What `enable` returns: a view on what is dropped, and the way back. Also a context manager.
+    """Shows and controls what is dropped, and removes DropBP from the model. Also a context manager.
 
     Attributes:
         model: the model that is enabled.
         device: the adapter of its device.
         config: the options, with `auto` settled where it depends on what is trained.
-        engine: what is put around the model.
+        engine: makes the model run as scheduled.
         schedule: what each training forward drops.
     """
 
@@ -174,7 +177,7 @@ class Handle:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The branches, nearest the input first, with FLOPs for the shapes last seen and present rates."""
+        """The branches, nearest the input first, with their current rates and their FLOPs for the last shape."""
         each = zip(self.engine.structure.branches, self.schedule.seen.flops, self.rates, strict=True)
         return tuple(replace(branch, flops=flops, rate=rate) for branch, flops, rate in each)
 
@@ -202,10 +205,10 @@ class Handle:
 
     @contextlib.contextmanager
     def fixed(self, mask: Sequence[bool]) -> Iterator[Handle]:
-        """Training forwards inside the `with` use this mask and no other; nothing is drawn meanwhile.
+        """Training forwards inside the `with` use this mask and no other; nothing is drawn.
 
         Raises:
-            ConfigError: the mask has not one entry per branch.
+            ConfigError: the mask does not have one entry per branch.
         """
         self.schedule.fixed.append(self.schedule.checked(mask))
         try:
@@ -227,15 +230,15 @@ class Handle:
         self.schedule.set_rates(checked)
 
     def progress(self, share: float, *, dropping: bool = True) -> None:
-        """Tell how much of the training is done; call it as often as you know, on every rank alike.
+        """Tell how much of the training is done. Call it as often as you like, on every rank alike.
 
-        Masks of a run of known length (`steps`) go by this share from then on, and no longer by counted forwards. So
-        the budget is met whatever the number of forwards in a step, and wherever the training was resumed. The callback
-        for transformers calls it for you.
+        In a run of known length (`steps`) masks follow this share from then on, instead of counted forwards. So the
+        budget is met whatever the number of forwards in a step, and wherever the training was resumed. The callback for
+        transformers calls it for you.
 
         Args:
-            share: of the training, without a warm-up that `dropping` describes; 0 at its beginning, 1 at its end.
-            dropping: whether branches are dropped in the forwards to come; False in a warm-up.
+            share: of the training, 0 at its beginning and 1 at its end; a warm-up told by `dropping` does not count.
+            dropping: whether the forwards to come drop branches; False in a warm-up.
 
         Raises:
             ConfigError: the share is outside 0..1.
@@ -244,9 +247,9 @@ class Handle:
         self.schedule.progress(checked, dropping)
 
     def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Only what this optimizer holds counts as trained: each mask leaves some of it with a gradient.
+        """Count only the parameters of this optimizer as trained; each mask gives a gradient to some of them.
 
-        Without it, whatever requires a gradient counts. The callback for transformers calls it for you.
+        Otherwise every parameter that requires a gradient counts. The callback for transformers calls it for you.
 
         Raises:
             ConfigError: every step would drop all that the optimizer holds.
@@ -257,17 +260,17 @@ class Handle:
     def calibrate(
         self, closure: Closure | Sequence[Closure], *, method: str = "one-pass", set_rates: bool = True
     ) -> Calibration:
-        """Measure how much each branch matters and set the drop rates that follow under the FLOPs budget.
+        """Measure how much each branch matters, and set the drop rates that follow from it under the FLOPs budget.
 
         Args:
-            closure: runs one forward and returns the loss, each time of the same batch; several closures (batches)
-                are averaged: sensitivities differ from batch to batch more than one-pass and exact ones do.
+            closure: runs one forward and returns the loss, always on the same batch. Several closures (batches) are
+                averaged: sensitivities differ more between batches than between the two methods.
             method: `one-pass` (one backward, two forwards) or `exact` (the paper's N+1 passes).
-            set_rates: whether the rates are set, or only returned.
+            set_rates: whether to set the rates, or only return them.
 
-        Under `nested` masks sensitivities are measured and the rates, a distribution over depths, stay as they are.
-        Parameters, gradients, random state, training mode and buffers are as before afterwards; the books do not count
-        it. Reentrant checkpoint functions of transformers models run as non-reentrant ones meanwhile.
+        Under `nested` masks the rates are a distribution over depths, and stay as they are. Parameters, gradients,
+        random state, training mode and buffers are restored, and the report does not count these passes. Reentrant
+        checkpointing of transformers models runs as non-reentrant meanwhile.
 
         Raises:
             ConfigError: the closure does not return a loss, or the method is unknown.
@@ -288,13 +291,13 @@ class Handle:
         return Calibration(estimate.sensitivities, rates, estimate.own, method, estimate.passes, seconds)
 
     def observe(self, *, every: int = 100, decay: float = 0.95) -> bool:
-        """Follow the sensitivities in ordinary training: call after the backward, before clipping and optimizer step.
+        """Follow the sensitivities during training. Call it after the backward, before clipping and optimizer step.
 
-        Needs no pass of its own: it reads the gradients of the branches that the step kept. Every `every` calls the
-        rates are allocated anew; calibrate once before, for the part of the sensitivities that a step cannot show.
+        It needs no pass of its own, but reads the gradients of the branches that the step kept. Every `every` calls it
+        allocates the rates anew. Calibrate once before, for the part of the sensitivities that a step cannot show.
 
         Args:
-            every: calls from one allocation to the next, at least 1.
+            every: calls between two allocations, at least 1.
             decay: of the exponential average, 0 <= decay < 1.
 
         Returns:
@@ -319,7 +322,7 @@ class Handle:
         return sensitivities is not None
 
     def _set_measured(self, rates: tuple[float, ...]) -> None:
-        """Rates that stay as they are go on following from their profile."""
+        """Unchanged rates are not set, so that they go on following their profile."""
         if rates != self.rates:
             self.set_rates(rates)
 
@@ -333,9 +336,9 @@ class Handle:
         self.schedule.resample()
 
     def reduce_kept(self, replica: DistributedDataParallel) -> None:
-        """Make `DistributedDataParallel` around this model send gradients of kept branches only.
+        """Make `DistributedDataParallel` around this model send the gradients of kept branches only.
 
-        Registers a communication hook, of which a replica can have one; it stays when the handle is removed, and then
+        This registers a communication hook; a replica can have one. The hook stays when the handle is removed, and then
         sends everything.
 
         Raises:
@@ -350,18 +353,18 @@ class Handle:
         self.engine.reduce_kept(replica)
 
     def group_parameters(self, groups: Iterable[ParameterGroup] | None = None) -> list[ParameterGroup]:
-        """Parameter groups for an optimizer, in each of which either all parameters are skipped in a step or none.
+        """Parameter groups for an optimizer: a step skips either all parameters of a group or none.
 
-        On a lazy device the work on each group is then the same whatever the mask; see `dropbp.lazy.grouping`.
+        So the work on a group does not depend on the mask, as a lazy device needs; see `dropbp.lazy.grouping`.
 
         Args:
-            groups: the groups as they would be without DropBP, whose options are kept; None makes one of all
-                parameters that are trained.
+            groups: the groups without DropBP, whose options are kept; None stands for one group of all trained
+                parameters.
         """
         return self.engine.parameters.grouped(groups)
 
     def remove(self) -> None:
-        """Take DropBP off the model, exactly; a run that missed its budget is told so. A second call does nothing."""
+        """Remove DropBP from the model exactly; warn if the run missed its budget. A second call does nothing."""
         shortfall = self.schedule.shortfall() if self.enabled else None
         if shortfall is not None:
             logger.warning("DropBP missed its budget: %s", shortfall)
@@ -375,15 +378,17 @@ class Handle:
     ) -> None:
         self.remove()
 
-    # -- the books
+    # -- what was dropped
 
     def report(self) -> dict[str, Any]:
-        """What was dropped so far: plain numbers, lists and strings, ready for JSON.
+        """What was dropped so far, and what trains how often: plain numbers, lists and strings, ready for JSON.
 
-        `realised_drop_rate` is the share of the branches' backward FLOPs that was skipped in all training forwards;
-        `flops_skipped` counts forward FLOPs whose backward was skipped. A branch's `weight` is what dropping it saves,
-        in the same unit: 0 where it has no backward, as neither it nor anything below it is trained.
-        `not_recomputed` names blocks that keep all activations in deep steps, and says why.
+        `realised_drop_rate` is the share of the branches' backward FLOPs skipped in all training forwards.
+        `flops_skipped` counts them in forward FLOPs, of which a whole backward takes two each. A branch's `weight` is
+        what dropping it saves, in the same unit; it is 0 if the branch has no backward, because neither it nor anything
+        below it is trained. `never_trained`, `seldom_trained`, `at_rest` and `not_seen` name parameters
+        (docs/training.md). `not_recomputed` names the blocks that keep all activations in deep steps, with the
+        reason.
         """
         schedule, done = self.schedule, self.schedule.statistics
         return {
@@ -406,7 +411,7 @@ class Handle:
         }
 
     def summary(self) -> str:
-        """A table of the branches with FLOPs, rates and how often each was dropped."""
+        """A table of the branches with FLOPs, rates and realised rates, and a line for what trains seldom or never."""
         return "\n".join([table(self.report()), *remarks(self.engine.trained, self.config, self.rates)])
 
     def state_dict(self) -> dict[str, Any]:
@@ -416,9 +421,9 @@ class Handle:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another handle of the same model stopped.
 
-        With the same options the masks are those that the other would have drawn. A changed drop rate, or changed
-        rates, hold for what is left of the training; `steps`, `resample` and the warm-up may change as well, and what
-        is left is then the same share of the run as before.
+        With the same options the masks are those that the other would have drawn. `drop_rate`, `max_rate`, `rates`,
+        `steps`, `resample` and `warmup` may change: the new ones hold for the rest of the training, which stays the
+        same share of the run. A warning says so.
 
         Raises:
             StateError: the state is of another version, model, coupling or seed, or is damaged; nothing is changed.
@@ -428,7 +433,7 @@ class Handle:
     # -- inside
 
     def abandoned(self) -> bool:
-        """Whether the run that this handle is for ended without removing it; who made it may say so, and remove it."""
+        """Whether the run of this handle ended without removing it. Whoever made the handle may tell."""
         return False if self.is_abandoned is None else self.is_abandoned()
 
     def _check_enabled(self) -> None:
@@ -436,7 +441,7 @@ class Handle:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
 
     def fresh_schedule(self, shape: Shape | None = None) -> Schedule:
-        """A schedule as at the beginning of the run, for forecasts: what is drawn from it changes nothing here."""
+        """A schedule as at the beginning of the run, for forecasts. Drawing from it changes nothing here."""
         schedule = self._scheduled(self.config, trains=self.engine.parameters.train)
         schedule.set_rates(None if self.schedule.profile else self.rates)
         if shape is not None:
