@@ -172,6 +172,12 @@ class _Steps:
             setattr(parameter.grad, MARK, self.state_of(parameter.grad))
 
 
+def has_hooks_of_others(parameter: torch.Tensor) -> bool:
+    """Whether something besides this module runs when the parameter's gradient is ready."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(not isinstance(getattr(hook, "__self__", None), _Steps) for hook in hooks.values())
+
+
 def _any(tensors: Sequence[torch.Tensor]) -> list[bool]:
     """Whether each holds something other than zero; the host waits once for each device."""
     by_device: dict[torch.device, list[int]] = {}
