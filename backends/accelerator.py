@@ -1,7 +1,8 @@
-"""Every device without an adapter of its own: what its module, such as `torch.xpu`, or `torch.accelerator` tell of it.
+"""The adapter of every device without one of its own.
 
-Backends differ in what they have. What one has not is left out: no memory statistics is "not known", None; no random
-state is an empty one. XLA, which has no such module and records what it runs, is asked through `torch_xla`.
+It asks the device's module, such as `torch.xpu`, and else `torch.accelerator`. Backends differ in what they offer.
+Memory without statistics is None, a missing random state is empty. XLA has no such module and records what it runs; it
+is asked through `torch_xla`.
 """
 
 from __future__ import annotations

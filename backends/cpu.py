@@ -1,4 +1,4 @@
-"""CPU: memory is the process's resident set, which the operating system rounds and shares.
+"""CPU. Its memory is the process's resident set, which the operating system rounds and shares.
 
 For figures exact to the byte, of tensors alone, use `dropbp.memory.track_tensor_bytes`.
 """

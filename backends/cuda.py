@@ -2,13 +2,12 @@
 
 Written for the A100 class and later (compute capability 8.0 and up); older ones work where PyTorch does.
 
-Random masks and captured graphs: a CUDA graph is one fixed sequence of kernels and would repeat the mask of its
-recording, so models with captured modules are refused, and so is a capture of a training forward, but for one under a
-fixed mask. A whole compiled model is one fixed graph for each mask: compile by region, where a dropped region is merely
-one called without gradients.
+Captured graphs: a CUDA graph is one fixed sequence of kernels and would repeat the mask of its recording. So models
+with captured modules are refused, and capturing a training forward is allowed only under a fixed mask. A compiled whole
+model has one graph for each mask; compile by region instead, where a dropped region is merely called without gradients.
 
-Streams: nothing here waits for a stream or makes one. Dropped and kept branches run in the stream that is current, as
-they would without DropBP, and autograd runs a backward in the stream of its forward.
+Streams: nothing here makes a stream or waits for one. Dropped and kept branches run in the current stream, as they
+would without DropBP, and autograd runs a backward in the stream of its forward.
 """
 
 from __future__ import annotations

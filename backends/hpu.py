@@ -1,7 +1,7 @@
 """HPU: Intel Gaudi, in lazy and in eager mode.
 
-`habana_frameworks` is imported by the first call that needs it and never by importing this module: it reads its
-environment variables once, and they must be set before. What the modes mean for DropBP is in `docs/devices.md`.
+The first call that needs `habana_frameworks` imports it; importing this module does not. It reads its environment
+variables once, so they must be set before. `docs/devices.md` says what the modes mean for DropBP.
 
 Sources: docs.habana.ai, and the HabanaAI/gaudi-pytorch-bridge repository.
 """

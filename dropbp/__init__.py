@@ -4,7 +4,7 @@
     ...                                             # your training loop, unchanged
     handle.remove()
 
-Everything is imported on first use, so that `import dropbp` is quick and touches no vendor's software.
+Names are imported on first use, so that `import dropbp` is quick and touches no vendor software.
 """
 
 from __future__ import annotations

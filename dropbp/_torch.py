@@ -1,8 +1,8 @@
-"""What is asked of PyTorch beside its public interface.
+"""Uses of PyTorch beside its public interface.
 
-`torch.compile` works frame by frame: a frame is traced, or it is skipped and the frames it calls are looked at in turn.
-Functions here tell it to skip a function of ours, and switch it off while ours decide what a step drops. The compiler
-is not imported for it, as that takes seconds.
+`torch.compile` works frame by frame: it traces a frame, or skips it and looks at the frames it calls. Functions here
+make it skip a function of ours, and switch it off while ours decide what a step drops. They do not import the compiler,
+which takes seconds.
 """
 
 from __future__ import annotations

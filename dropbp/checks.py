@@ -1,6 +1,6 @@
-"""Lists of numbers, one per branch, checked before anything is computed from them.
+"""Checks lists of numbers, one per branch, before anything is computed from them.
 
-Allocation and masks take the same kinds of list; a wrong entry is named by its place, so that the branch is found.
+Allocation and masks take the same kinds of list. A wrong entry is named by its place, which tells the branch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Devices: the few things the core must ask of a machine, and how an adapter is found by name.
+"""Devices: what the core must know about a machine, and how it finds an adapter by name.
 
-An adapter is a module with a function `create_device(index)`. Those of this library live in `dropbp.backends` and are
-imported on first use, so that `import dropbp` touches no vendor's software; others are found through the entry point
-group `dropbp.backends`. A device that was asked for is used or refused, never replaced by another one.
+An adapter is a module with a function `create_device(index)`. The library's own are in `dropbp.backends` and are
+imported on first use, so that `import dropbp` touches no vendor software. Others are found through the entry point
+group `dropbp.backends`. A device that you name is used or refused, never replaced.
 
 The idea of adapters probed by name, with the reason of a negative probe kept, is from vLLM's `vllm/platforms`.
 """

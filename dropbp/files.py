@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside their place, then moved into it; and how to tell."""
+"""Files that are either whole or absent: written beside their place, then moved into it; and how to tell."""
 
 from __future__ import annotations
 

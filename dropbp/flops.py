@@ -1,10 +1,10 @@
 """FLOPs of a model as a function of the shapes a step sees.
 
-Counted, never typed in: the operators of a recorded forward are summed with PyTorch's own formulas
-(`torch.utils.flop_counter`). The same forward is recorded at several lengths, and a polynomial is put through the
-counts. Per row of the batch a branch costs `a*s + b*s**2` FLOPs for `s` tokens (projections and attention); where an
-encoder reads `s` tokens and a decoder writes `t`, cross-attention adds `s*t`; what reads an image or a sound beside the
-text costs in proportion to that.
+FLOPs are counted, never typed in: PyTorch's own formulas (`torch.utils.flop_counter`) are summed over the operators of
+a recorded forward. The same forward is recorded at several lengths, and a polynomial is fitted to the counts. Per row
+of the batch a branch costs `a*s + b*s**2` FLOPs for `s` tokens (projections and attention); where an encoder reads `s`
+tokens and a decoder writes `t`, cross-attention adds `s*t`; what reads an image or a sound beside the text costs in
+proportion to that.
 
 Sliding windows count as full attention, which is what PyTorch's attention with a mask computes; a kernel that skips
 what lies outside of the window does less.

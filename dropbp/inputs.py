@@ -1,7 +1,7 @@
 """Small inputs for models that say what they take.
 
-Models in the style of transformers carry a `config` and a `main_input_name`; that is enough to build a batch of one.
-Nothing is imported from there: the attributes are asked for, and a model that lacks them gets a clear error.
+Models in the style of transformers have a `config` and a `main_input_name`, which is enough to build a batch of one.
+Nothing is imported from transformers. A model without these attributes gets a clear error.
 """
 
 from __future__ import annotations

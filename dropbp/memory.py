@@ -1,9 +1,9 @@
 """Bytes of tensors, counted exactly: the same figure in every run, on any machine.
 
-Allocator statistics and resident sets depend on the device, on its caches and on what else the process does. What a
-backward pass keeps alive does not: it is the sum of the sizes of the storages that tensors hold. Here each storage is
-counted when the operation that makes it returns, and leaves the count when its last owner lets go of it. The idea of
-following storages by weak references from a dispatch mode is from `torch.distributed._tools.mem_tracker`.
+Allocator statistics and resident sets depend on the device, its caches and the rest of the process. The bytes that a
+backward keeps alive do not: they are the sizes of the storages that tensors hold. Each storage is counted when the
+operation that makes it returns, and leaves the count when its last owner frees it. The idea of following storages by
+weak references from a dispatch mode is from `torch.distributed._tools.mem_tracker`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@
     ...                                                  # any training code that runs on Gaudi
     print(hpu_simulator.report())
 
-or, for a script that knows nothing of it, `python -m dropbp.backends.hpu_simulator train.py`. What it shows and what it
-does not is in `docs/hpu_simulator.md`. It is an explicit tool: nothing in dropbp loads it by itself, and once loaded it
-stays for the life of the process.
+or, for an unchanged script, `python -m dropbp.backends.hpu_simulator train.py`. `docs/hpu_simulator.md` says what it
+simulates. Nothing in dropbp loads it by itself, and once loaded it stays in the process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Builds the simulator's C++ extension on demand and loads it.
 
-The library is kept in a cache folder named by the hash of the shipped source, the PyTorch version and the interpreter,
-so that a change of any of them builds anew. It is built in a scratch folder under a file lock and then moved into
-place by one rename: two processes that start at once build it once, and an interrupted build leaves nothing behind
-that could be taken for a finished one.
+The library is kept in a cache folder named by the hash of the source, the PyTorch version and the interpreter, so a
+change of any of them builds anew. It is built in a scratch folder under a file lock and moved into place by one rename.
+So two processes that start together build it once, and an interrupted build is never taken for a finished one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`torch.compile(backend="hpu_backend")` on the simulated HPU, in eager mode.
 
-Each graph that dynamo and AOT autograd hand over is run as it is, as one region: one launch of one recipe. What Gaudi's
-compiler would make of it is not simulated; how many graphs there are, and when they are compiled, is.
+Each graph that dynamo and AOT autograd hand over runs unchanged as one region: one launch of one recipe. The number of
+graphs and the time of their compilation are simulated, the work of Gaudi's compiler is not.
 """
 
 from __future__ import annotations

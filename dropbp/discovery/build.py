@@ -1,7 +1,7 @@
 """Residual branches found from the structure of the residual stream.
 
-The idea: where the autograd graph adds two tensors and one operand depends on the other, the other operand is the
-residual stream and the one is a branch: `x + f(x)`. Dropping the branch means that no gradient enters the edge from
+Where the autograd graph adds two tensors `x + f(x)`, and one operand depends on the other, the dependent operand `f(x)`
+is a branch, and the other is the residual stream. Dropping the branch means that no gradient enters the edge from
 the addition to `f(x)`. Everything that only that edge leads to is then dead, and a module whose nodes are all dead can
 run without recording. One pass over the graph, from the outputs to the inputs, gives every node the set of branches
 that must all be dropped for it to be dead (`ALIVE` if no set is enough): a norm shared by two parallel branches is dead

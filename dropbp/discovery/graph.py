@@ -1,9 +1,9 @@
 """Where a recorded forward adds to its residual stream.
 
-The idea: where the autograd graph adds two tensors and one operand depends on the other, the other operand is the
-residual stream and the one is a branch: `x + f(x)`. Scalings, casts, shifts and reshapes of the stream are looked
-through. Of branches inside branches only the outermost counts; a "branch" that is itself a residual stream (a long skip
-around many blocks) is none.
+Where the autograd graph adds two tensors `x + f(x)`, and one operand depends on the other, the dependent operand `f(x)`
+is a branch, and the other is the residual stream. Scalings, casts, shifts and reshapes of the stream are ignored. Of
+nested branches only the outermost counts. A "branch" that is itself a residual stream (a long skip around many blocks)
+does not count.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Which modules run without recording when a branch is dropped, and whether that drops the branch exactly.
 
-The idea: dropping a branch means that no gradient enters the edge from the addition to the branch's output. Everything
-that only that edge leads to is then dead, and a module whose nodes are all dead can run without recording. One pass
-over the graph, from the outputs to the inputs, gives every node the set of branches that must all be dropped for it to
-be dead (`ALIVE` if no set is enough): a norm shared by two parallel branches is dead when both are dropped, a bias
-shared by all attention layers when all are.
+Dropping a branch means that no gradient enters the edge from the addition to the branch's output. Everything that only
+that edge leads to is then dead, and a module whose nodes are all dead can run without recording. One pass over the
+graph, from the outputs to the inputs, gives every node the set of branches that must all be dropped to make it dead
+(`ALIVE` if no set is enough). A norm shared by two parallel branches is dead when both are dropped, a bias shared by
+all attention layers when all are.
 
 Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
 """

@@ -1,10 +1,10 @@
 """One small forward, recorded: its autograd graph, the module calls that made it, and the FLOPs of each node.
 
-The idea: autograd numbers its nodes in the order of their creation (`Node._sequence_nr`). Reading that counter before
-and after a module runs gives the interval of nodes the call made; reading it inside a dispatch mode gives the node an
-operator belongs to. So module structure, data flow and FLOPs meet on one axis, with no table of architectures and no
-symbolic tracing. Saved tensors are thrown away while recording: the graph is only looked at, never run backward, so
-the memory is that of a forward without gradients; on meta tensors it is nothing at all.
+Autograd numbers its nodes in the order of their creation (`Node._sequence_nr`). Reading that counter before and after a
+module runs gives the interval of nodes that the call made. Reading it inside a dispatch mode gives the node that an
+operator belongs to. So module structure, data flow and FLOPs share one axis, without a table of architectures and
+without symbolic tracing. The graph is never run backward, so saved tensors are thrown away while recording: it takes
+the memory of a forward without gradients, and none on meta tensors.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What must rest in a step that drops branches, though it lies in none of them.
+"""Parameters that must rest in a step although they lie in none of the branches it drops.
 
-A parameter's gradient is exact in a step that drops none of the branches which it flows through on its way from the
-parameter to the outputs. A branch's own parameters lie in the lowest of these. Others do not: embeddings, projectors,
-class tokens and positions feed the stream, the norm of a post-norm block stands in it, one position bias serves all
-layers, an encoder's last norm feeds every cross-attention. Where a branch above them is dropped, what still reaches
-them along the bare stream would move them the wrong way. Under masks that drop the bottom of a model, such a use of a
-parameter is exact as long as the lowest branch above it is kept, and rests when that branch is dropped.
+A parameter's gradient is exact in a step that drops none of the branches through which it flows to the outputs. The
+parameters of a branch lie in the lowest of these. Others do not: embeddings, projectors, class tokens and positions
+feed the stream, the norm of a post-norm block stands in it, one position bias serves all layers, an encoder's last norm
+feeds every cross-attention. If a branch above them is dropped, the gradient that still reaches them along the bare
+stream would move them the wrong way. Under masks that drop the bottom of a model, such a parameter has its exact
+gradient if the lowest branch above it is kept, and rests if that branch is dropped.
 
-A module all of whose outputs rest together runs without recording. Elsewhere the parameter is frozen while the module
-runs that uses it. A parameter with several uses (tied embeddings, a block applied again and again) has its exact
-gradient where each use has: so it rests in all of them when the lowest branch above any of them is dropped.
+If all outputs of a module rest together, the module runs without recording. Otherwise the parameter is frozen while the
+module that uses it runs. A parameter with several uses (tied embeddings, a block applied repeatedly) needs the exact
+gradient of every use. So it rests in all of them when the lowest branch above any of them is dropped.
 """
 
 from __future__ import annotations

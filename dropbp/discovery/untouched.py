@@ -1,4 +1,4 @@
-"""What a recording forward must not leave behind: each guard puts one thing back."""
+"""Guards around a recording forward: each restores one thing."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Acts on masks: what runs around the modules of an enabled model."""
+"""Applies masks: the functions that run around the modules of an enabled model."""

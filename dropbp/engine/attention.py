@@ -2,9 +2,9 @@
 
 PyTorch's attention takes another kernel where its mask requires a gradient (relative position biases, masks computed
 from the input), and kernels differ in the last bits. A branch that runs without recording must take the kernel of the
-recorded run, so the mask is handed over as one that requires a gradient wherever the recorded one would. Modules that
-ask themselves whether gradients are recorded (`nn.MultiheadAttention` in evaluation mode, recurrent layers) record
-also where their branch is dropped, and what they return is cut off.
+recorded run. So its attention mask requires a gradient wherever the recorded one would. Modules that check whether
+gradients are recorded (`nn.MultiheadAttention` in evaluation mode, recurrent layers) record even if their branch is
+dropped, and their output is detached.
 """
 
 from __future__ import annotations

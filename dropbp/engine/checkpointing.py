@@ -1,10 +1,10 @@
 """Blocks of a model under gradient checkpointing and under compilation.
 
-A block whose branches are all dropped has nothing to recompute. Non-reentrant checkpointing of PyTorch finds that out
-by itself, since nothing is saved there. Models in the style of transformers call a checkpoint function held by the
-module, which is passed by for such blocks. A reentrant checkpoint in a user's own code cannot be passed by; but when it
-recomputes a block that only adds its dropped branches to the stream, the stream itself will do as the block's output:
-of what is recomputed only the graph counts, and that is the identity.
+A block whose branches are all dropped has nothing to recompute. PyTorch's non-reentrant checkpointing saves nothing
+there, so it needs no help. Models in the style of transformers call a checkpoint function that the module holds; it is
+bypassed for such blocks. A reentrant checkpoint in a user's own code cannot be bypassed. But when it recomputes a block
+that only adds its dropped branches to the stream, the stream itself can serve as the block's output: only the graph of
+a recomputation counts, and that is the identity.
 
 Under `torch.compile` of a whole model a block is the largest part that can be compiled for all masks: a region of two
 branches has four different masks, the whole model 2**N.

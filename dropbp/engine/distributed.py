@@ -1,16 +1,17 @@
-"""Training engines that spread a model over processes: what each must be told of dropped branches.
+"""What engines that spread a model over processes must know about dropped branches.
 
-Masks are drawn from a generator that depends on nothing but the seed and the number of the draw, so every rank knows
-without a message which gradients are missing everywhere. From that follows, for each engine of PyTorch:
+A mask depends only on the seed and the number of the draw. So every rank knows without a message which gradients are
+missing on all ranks. For each engine this means:
 
-- `DistributedDataParallel` waits for a gradient of every parameter unless it looks for unused ones, a flag of its
-  constructor; without it the step is refused here rather than broken off there, one step later. What it sends can be
-  cut down to the kept parameters (`KeptReduction`).
+- `DistributedDataParallel` waits for a gradient of every parameter, unless its constructor was told to look for unused
+  ones. Without that flag the step is refused here, instead of failing there one step later. `KeptReduction` makes it
+  send the kept parameters only.
 - `fully_shard` gathers a block's parameters before the block's backward. A block dropped whole needs none, and says so
-  through `FSDPModule.set_unshard_in_backward` (`Gathering`). Gradients that are None are not sent by FSDP2 itself.
-- DeepSpeed ZeRO-3 keeps gradients in a buffer of its own, from which old ones must be cleared (`clear_partitioned`).
+  through `FSDPModule.set_unshard_in_backward` (`Gathering`). FSDP2 itself does not send gradients that are None.
+- DeepSpeed ZeRO-3 keeps gradients in a buffer of its own; old ones must be cleared (`clear_partitioned`).
 
-Neither `torch.distributed.fsdp` nor DeepSpeed is imported: their modules and parameters are known by what they can do.
+Neither `torch.distributed.fsdp` nor DeepSpeed is imported: their modules and parameters are recognised by their
+attributes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The engine: one model, and all that is put around it so that it does what a plan says.
+"""The engine makes one model run as its plans say.
 
-It owns the functions around the model's modules, the state that they share, and what only a run can know of its next
-forward. What to drop it asks of a schedule.
+It owns the functions around the model's modules, the state they share, and what only the run knows about its next
+forward. It asks a schedule what to drop.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Engine:
         return bool(self._patches)
 
     def start(self, schedule: Schedule, owner: object) -> None:
-        """Put the functions in place; `owner` is what the model is enabled through."""
+        """Put the functions in place; `owner` is the object that the model is enabled through."""
         self.schedule = schedule
         self._patches = _put_in_place(
             self.model,
@@ -122,7 +122,7 @@ class Engine:
             schedule.rehearsal = _rehearsal(self.model, self.structure, self.rests, self.recomputed)
 
     def stop(self) -> None:
-        """Take the functions off, exactly. A second call does nothing."""
+        """Remove the functions exactly. A second call does nothing."""
         for patch in reversed(self._patches):
             patch.remove()
         self._patches = []
@@ -159,7 +159,7 @@ class Engine:
 
     @property
     def recomputes(self) -> bool:
-        """Whether a step may have blocks recomputed for the sake of memory."""
+        """Whether a step may recompute blocks to save memory."""
         return (self._activations_limit() or 1) < 1
 
     def recomputed(self, dropped: int) -> int:
@@ -169,7 +169,7 @@ class Engine:
 
     @contextlib.contextmanager
     def recomputing_all(self) -> Iterator[None]:
-        """Inside, steps keep as good as no activations: their blocks are recomputed."""
+        """Inside, steps recompute their blocks and keep almost no activations."""
         self._recomputes_all = True
         try:
             yield
@@ -177,7 +177,7 @@ class Engine:
             self._recomputes_all = False
 
     def _activations_limit(self) -> float | None:
-        """Share of all activations that a step may keep; None where no block is to be recomputed for its sake."""
+        """Share of all activations that a step may keep; None if it has no limit."""
         limit = self.config.max_activations
         if self.checkpoints:
             return None
@@ -217,11 +217,11 @@ class Engine:
         )
 
     def _freezes_now(self) -> bool:
-        """A mask that was given names branches only: all else trains under it, unless it was told to rest."""
+        """A given mask names only branches: everything else trains under it, unless the user chose `stem="rest"`."""
         return self.config.stem == "rest" or not self.schedule.fixed
 
     def _refuse_graphs(self) -> None:
-        """Graphs of a device replay a forward as it was when they were made."""
+        """A captured graph replays the forward it was made from, with its mask."""
         if not self._looked_for_graphs:
             self.device.check_model(self.model)
             self._looked_for_graphs = True
@@ -229,7 +229,7 @@ class Engine:
             refuse_capture()
 
     def _settle_gradients(self, dropped: int, freezes: bool) -> None:
-        """Gradients of dropped branches are None, or zero where a lazy device wants the same set in every step."""
+        """Make gradients of dropped branches None, or zero where a lazy device needs the same set in every step."""
         if not self.fills_gradients:
             self.parameters.forget_zeros(dropped)
         elif dropped:
@@ -237,14 +237,14 @@ class Engine:
             self.parameters.fill(dropped, freezes, boundary)
 
     def _needs_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether an input asks for a gradient, which comes through the whole stream and would be biased."""
+        """Whether an input asks for a gradient: it comes through the whole stream and would be biased."""
         if not self.freezes or self.schedule.fixed or not ask_for_gradients(args, kwargs):
             return False
         if not self._inputs_told:
             self._inputs_told = True
             logger.warning(
-                "An input of %s asks for a gradient, which comes through all of its branches: such forwards drop "
-                "nothing, so that it is exact. Detach the input if its gradient is not needed, or take the paper's "
+                "An input of %s asks for a gradient, which comes through all branches. Such forwards drop nothing, so "
+                "that this gradient is exact. Detach the input if you do not need its gradient, or take the paper's "
                 "biased gradient with masks='exact'.",
                 type(self.model).__name__,
             )

@@ -1,10 +1,9 @@
-"""Noticing that something else took a branch's place: what adapters, quantisers and patches did after `enable`.
+"""Checks that nothing has replaced a branch since `enable`, as adapters, quantisers and patches may.
 
-A branch is dropped by the function around its last module's forward. Where that module is taken out of the model, or
-its forward is overwritten, the function is no longer called and the branch would train although it is dropped. So
-before every training forward the way from the root to each of these modules is walked again, and so is its forward:
-two loops in C, which take 30 to 150 µs for 160 branches, as the processor's caches have it. Wrappers that only pass
-calls on are let be.
+The function around the forward of its last module drops a branch. If that module is taken out of the model, or its
+forward is overwritten, the function is no longer called, and the branch would train although it is dropped. So every
+training forward first checks the path from the root to each of these modules, and their forwards: two loops in C, which
+take 30 to 150 µs for 160 branches, depending on the processor's caches. Wrappers that only pass calls on are allowed.
 """
 
 from __future__ import annotations

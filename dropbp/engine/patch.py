@@ -1,8 +1,8 @@
-"""Putting functions around the forward of single module instances, and taking them off without a trace.
+"""Puts functions around the forward of single module instances, and removes them without a trace.
 
-Only the instance is touched: its `__dict__` gets a bound method `forward` and one attribute that the function reads.
-Classes are never patched, hooks are not used (they slow every call and are skipped by callers of `forward`), names and
-`state_dict` keys stay. Copies and pickles of the model come out plain: the attribute copies to None, which makes the
+Only the instance changes: its `__dict__` gets a bound method `forward` and one attribute that the function reads.
+Classes are never patched. Hooks are not used, because they slow every call and callers of `forward` skip them. Names
+and `state_dict` keys stay. Copies and pickles of the model are plain: the attribute copies to None, which makes the
 function pass calls through, and the method binds to the copy.
 """
 

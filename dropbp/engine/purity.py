@@ -1,10 +1,9 @@
-"""Evidence that a block is a pure function: that a call read nothing and changed nothing but tensors it was given.
+"""Evidence that a block is a pure function: that a call changed nothing, and read nothing that may have changed since.
 
-A block may be run again in the backward only where that repeats what its forward did. Python does not say whether a
-function is pure, so a call is looked at from outside. What the forward can reach is noted before and after it: buffers
-and attributes of the modules, the values that classes, closures and referenced globals hold, generators of random
-numbers. A call that changed any of it is not repeated, nor is one that was given something that can be changed, as a
-cache.
+A block may run again in the backward only if that repeats its forward. Python cannot tell whether a function is pure,
+so calls are observed from outside. Everything the forward can reach is noted before and after it: buffers and
+attributes of the modules, values held by classes, closures and referenced globals, generators of random numbers. A call
+that changed any of it is not repeated, nor is one that was given something changeable, such as a cache.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Blocks that are recomputed in the backward for the sake of memory, and those that are left alone.
+"""Recomputes blocks in the backward to save memory, and leaves alone those for which that may fail.
 
 The library decides by itself to recompute, so it must not fail where a plain backward works. Whatever a block saves for
 its backward is therefore kept until its forward has returned. If the call changed nothing, as far as
 `dropbp.engine.purity` can see, the saved tensors are released, and PyTorch's non-reentrant checkpointing makes them
 again in the backward. If the call changed anything, they stay: the backward is the plain one, and the block is left
-alone from then on. So the activations of one block are held at a time, as they are when it is recomputed.
+alone from then on. So at most one block's activations are held at a time, as when it is recomputed.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Recomputation:
         return self._branches_of(self.reasons)
 
     def look(self) -> None:
-        """Take the blocks for what they are once all functions are in place."""
+        """Look at the blocks once all functions are in place."""
         for member in self.members:
             member.look()
 
     def note(self, name: str, reason: str | None, for_good: bool = False) -> None:
-        """What became of a block's last call; a reason says why it is not recomputed."""
+        """Note what became of a block's last call; the reason says why it is not recomputed."""
         if reason is None:
             self.reasons.pop(name, None)
             return
@@ -82,13 +82,13 @@ class Recomputation:
         self.tell()
 
     def tell(self) -> None:
-        """Say once that there are blocks which are not recomputed."""
+        """Warn once that some blocks are not recomputed."""
         if self.reasons and not self._told:
             self._told = True
             name, reason = next(iter(self.reasons.items()))
             logger.warning(
-                "%s is not recomputed in the backward, as %s. Training steps that reach deep keep all activations of "
-                "such blocks, which max_activations was to avoid. handle.report()['not_recomputed'] names them all.",
+                "%s is not recomputed in the backward, because %s. Deep training steps keep all activations of such "
+                "blocks, in spite of max_activations. handle.report()['not_recomputed'] names them all.",
                 name,
                 reason,
             )
@@ -107,7 +107,7 @@ class RecomputedBlock:
         self.tried = False
 
     def look(self) -> None:
-        """Take the block for what it is now."""
+        """Look at the block as it is now."""
         self.reach = Reach(self.module)
         self.last = State(self.reach)
         self.parameters = self.last.parameters
@@ -131,10 +131,10 @@ class RecomputedBlock:
         return forward(*args, **kwargs)
 
     def _passing_reason(self, before: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """What speaks against recomputing this call, and may not against the next."""
+        """Why this call must not be recomputed, though the next may be; None if nothing forbids it."""
         given = changeable((*args, *kwargs.values()))
         if given is not None:
-            return f"it is given a {type(given).__name__}, which a call may change (of a cache: pass use_cache=False)"
+            return f"it is given a {type(given).__name__}, which a call may change (for a cache: use_cache=False)"
         if not self.shared.sharded and any(map(operator.is_not, before.parameters, self.parameters)):
             return "it runs with other parameters than those it had in dropbp.enable"
         if not before.resembles(self.last):
@@ -188,8 +188,8 @@ class _Run:
     def _again(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
         if versions(values) != self.versions or not State(self.reach).resembles(self.before):
             raise StateError(
-                f"{self.block.name} was to be recomputed in the backward, and what its forward read was changed after "
-                "it. Enable the model with max_activations=None, so that nothing is recomputed."
+                f"{self.block.name} was to be recomputed in the backward, but something its forward read has changed "
+                "since. Enable the model with max_activations=None, so that nothing is recomputed."
             )
         with _modes(self.reach.modules, self.before.modes), sdpa_kernel(self.kernels):
             return forward()

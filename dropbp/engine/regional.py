@@ -1,8 +1,7 @@
 """Compiling a model block by block: the recommended way to use `torch.compile` with dropped branches.
 
-The idea: a block of two branches has four masks, so four graphs serve every block of its kind and every step, whatever
-the depth. Compiled as a whole the same model has a graph for each mask of all branches that it ever meets. The graphs
-of one kind of block are shared by its instances, so the number does not grow with the depth either.
+A block of two branches has four masks, so four graphs serve all blocks of its kind in every step, whatever the depth.
+The instances of a block share their graphs. Compiled as a whole, the same model needs a graph for each mask it meets.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def _warn_of_limit(needed: int) -> None:
     limit = getattr(torch._dynamo.config, "recompile_limit", None)
     if limit is not None and needed > limit:
         logger.warning(
-            "up to %d graphs are needed; torch._dynamo.config.recompile_limit is %d, what is over it runs uncompiled",
+            "up to %d graphs are needed; torch._dynamo.config.recompile_limit is %d, what exceeds it runs uncompiled",
             needed,
             limit,
         )

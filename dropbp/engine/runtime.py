@@ -1,10 +1,10 @@
-"""What happens during a training step: which branches are dropped right now, whoever asks, and the root's forward.
+"""Tells every module which branches are dropped right now, and runs the root's forward.
 
-Every training forward of the root gets one set of dropped branches (a bit mask, bit `i` for branch `i`), held in a
-context variable while that forward runs. A module asked to run outside any forward of the root is being recomputed
-under gradient checkpointing: the autograd engine then says which node it is working on, and the node's number says in
-which forward it was made, so that each recomputation sees the mask of its own forward, however many forwards came
-since. Compiled code cannot ask such questions; it reads a plain flag on each module, set before the forward.
+Every training forward of the root has one set of dropped branches (a bit mask, bit `i` for branch `i`), held in a
+context variable while it runs. A module that runs outside any forward of the root is being recomputed under gradient
+checkpointing. Autograd then tells which node it is working on, and the node's number tells which forward made it. So
+each recomputation sees the mask of its own forward, however many came since. Compiled code cannot ask; it reads a plain
+flag on each module, set before the forward.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ class Runtime:
         """How often a module shared by several branches ran before in this forward."""
         if self.running.get() is None:
             raise StateError(
-                f"Module {key} is shared by several branches, and gradient checkpointing recomputes it: which of its "
-                "calls this is cannot be told. Turn gradient checkpointing off for this model."
+                f"Module {key} is shared by several branches, and gradient checkpointing recomputes it, so it is "
+                "unknown which of its calls this is. Turn gradient checkpointing off for this model."
             )
         calls = self.calls.get()
         call = calls.get(key, 0)

@@ -1,8 +1,8 @@
-"""The autograd functions of the skip: what running a branch without recording cannot carry by itself.
+"""Autograd functions for what a branch under `no_grad` cannot do by itself.
 
 A dropped branch simply runs under `no_grad`; the residual addition then passes the gradient. Three things need a node
-of their own, each the identity in the forward: scaling the gradient of a kept branch, telling a lazy device that a step
-ends here in the forward and in the backward, and keeping the loss connected when nothing at all is recorded.
+of their own, each the identity in the forward: scaling the gradient of a kept branch, telling a lazy device in forward
+and backward that a step ends here, and keeping the loss connected when nothing is recorded.
 """
 
 from __future__ import annotations

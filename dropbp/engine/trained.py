@@ -1,10 +1,10 @@
-"""In what share of the steps each trained parameter gets its gradient: which default follows, and what is said of it.
+"""The share of steps in which each trained parameter gets its gradient; defaults and warnings that follow from it.
 
-Under masks that drop the bottom of a model a parameter trains, with its exact gradient, in the steps that keep the
-lowest branch above it. So the bottom trains in few steps, and what lies below all branches in those that drop nothing.
-In full fine-tuning that is the price of what is saved, and it is named. But who trains a projector, a soft prompt or
-new tokens beside adapters has chosen them: then a share of the steps drops nothing. Where nothing else is trained,
-every dropped branch would make the gradient another one: then nothing is dropped, and that is said.
+Masks that drop the bottom of a model train a parameter, with its exact gradient, in the steps that keep the lowest
+branch above it. So the bottom trains in few steps, and what lies below all branches only in steps that drop nothing. In
+full fine-tuning that is the price of the saving, and a warning names it. A user who trains a projector, a soft prompt
+or new tokens beside adapters has chosen them: then a share of the steps drops nothing. If nothing else is trained, any
+dropped branch would change the gradient: then nothing is dropped, and a warning says so.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ class Trained:
         return EXACT if awake else rests.borders.get(name, EXACT)
 
     def below(self) -> list[str]:
-        """Trained parameters that rest at times, though they lie in no branch alone."""
+        """Trained parameters that rest in some steps and do not lie in one branch."""
         resting = self.structure.rests.resting if self.rests else ()
         return [name for name in self.names() if name in resting]
 
     def low(self) -> list[str]:
-        """All of them, if nothing in the upper half of the model is trained: shallow steps would train nothing."""
+        """All trained parameters, if none lies in the upper half of the model: shallow steps would train nothing."""
         borders = [self._border(name) for name in self.names()]
         return self.names() if EXACT not in borders and max(borders) < len(self.structure.branches) // 2 else []
 
     def some_branches_are_frozen(self) -> bool:
-        """Whether a parameter of a branch is frozen: then what is trained was chosen."""
+        """Whether a parameter of a branch is frozen, so that the user has chosen what trains."""
         rests = self.structure.rests
         others = [
             name for name, p in self.model.named_parameters() if not p.requires_grad and name not in rests.resting
@@ -73,10 +73,10 @@ class Trained:
         return any(rests.borders.get(name, 0) != EXACT for name in others)
 
     def nothing_to_save(self) -> bool:
-        """Whether a step that drops anything would train nothing, or of the branches nothing.
+        """Whether a step that drops anything would train nothing, or nothing in the branches.
 
-        So it is where all gradients come through the lowest branch that has a backward, and where the branches share
-        their parameters from the bottom up.
+        This holds if all gradients come through the lowest branch that has a backward, or if the branches share their
+        parameters from the bottom up.
         """
         borders = {name: self._first(self._border(name)) for name in self.names()}
         lowest = min((border for border in borders.values() if border != EXACT), default=EXACT)
@@ -88,17 +88,17 @@ class Trained:
         return lowest != EXACT and (all_shared or all(border == lowest for border in borders.values()))
 
     def compact(self, names: Iterable[str]) -> str:
-        """Names of trained parameters in few words."""
+        """Names of trained parameters, abbreviated."""
         return compact(names, self.names())
 
     def _first(self, border: int) -> int:
-        """Of branches that are dropped together the first."""
+        """The first of the branches that are dropped together."""
         bits = next((bits for bits in self.structure.together if border >= 0 and bits >> border & 1), 0)
         return (bits & -bits).bit_length() - 1 if bits else border
 
 
 def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence[float]]) -> Config:
-    """The configuration whose `auto` suits what is trained; `rates` tells the rates of a configuration."""
+    """The configuration with its `auto` settled by what is trained; `rates` gives the rates of a configuration."""
     if config.masks != "nested" or config.stem == "train" or config.rates != "auto" or not config.drop_rate:
         return config
     if trained.nothing_to_save():
@@ -116,12 +116,12 @@ def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence
 
 
 def _whole_steps(config: Config) -> float:
-    """The share of steps that drop nothing where something below all branches was chosen: half of the backward work."""
+    """The share of steps that drop nothing, if the user trains something below all branches: half the backward work."""
     return (1 - config.drop_rate) / 2
 
 
 def tell(trained: Trained, config: Config, rates: Sequence[float]) -> None:
-    """Log by name what is trained seldom, never, or in whole steps only."""
+    """Warn of parameters that train seldom, never, or only in steps that drop nothing."""
     for line in remarks(trained, config, rates):
         logger.warning("%s: %s", type(trained.model).__name__, line)
 
@@ -147,24 +147,23 @@ def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[st
     unseen = [name for name in trained.structure.rests.unseen if name in found]
     if unseen and trained.rests:
         lines.append(
-            f"the small forward that finds the branches did not use {trained.compact(unseen)}, so this is taken to lie "
-            "below all branches. Pass example_inputs=... that use it."
+            f"the small forward that finds the branches did not use {trained.compact(unseen)}, so it is treated as "
+            "lying below all branches. Pass example_inputs=... that use it."
         )
     return lines
 
 
 _REMEDY = (
-    "It lies at or below the depth that steps are drawn to: max_rate=0.9 trains every depth in a tenth of the steps at "
-    "least, masks='exact' all branches alike."
+    "It lies at or below the greatest depth of the steps: max_rate=0.9 trains every depth in at least a tenth of the "
+    "steps, masks='exact' trains all branches alike."
 )
 
 
 def _nothing_saved(trained: Trained) -> str:
     return (
         f"the gradient of {trained.compact(trained.below() or trained.names())} comes through every branch that has a "
-        "backward: with one of them dropped it would be another gradient. So nothing is dropped and nothing saved. "
-        "Train parameters of other branches as well, with adapters for instance, or take the paper's biased gradient "
-        "with masks='exact'."
+        "backward, so dropping any of them would change it. Nothing is dropped, and nothing is saved. Train parameters "
+        "of other branches too, for instance with adapters, or take the paper's biased gradient with masks='exact'."
     )
 
 
@@ -183,7 +182,7 @@ def figures(trained: Trained, rates: Sequence[float]) -> dict[str, Any]:
 
 
 def compact(names: Iterable[str], among: Iterable[str]) -> str:
-    """Names of parameters in few words: modules that hold no other of `among`, numbered ones as ranges."""
+    """Abbreviated names of parameters: modules that hold no other of `among`, numbered ones as ranges."""
     wanted = list(names)
     mine = Counter(path for name in wanted for path in _paths(name))
     total = Counter(path for name in among for path in _paths(name))

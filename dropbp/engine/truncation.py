@@ -1,9 +1,9 @@
-"""Whether the residual stream ends at the lowest kept branch.
+"""Truncated backward: whether the gradient of the residual stream ends at the lowest kept branch.
 
-Where what feeds the stream rests, nothing below the lowest kept branch needs a gradient. If the stream asks for none
-there, that branch is spared the gradient of its input. But a reentrant checkpoint takes a block for frozen whose input
-asks for no gradient, and compiled code and the graphs of lazy devices would come in twice as many kinds. So the first
-training forward keeps the stream's gradient and is looked at, and the others follow what it showed.
+If what feeds the stream rests, nothing below the lowest kept branch needs a gradient. If the stream then asks for none,
+that branch need not compute the gradient of its input. But a reentrant checkpoint treats a block as frozen if its input
+asks for no gradient, and compiled code and lazy devices would need twice as many graphs. So the first training forward
+keeps the stream's gradient and is observed; later forwards follow what it showed.
 """
 
 from __future__ import annotations

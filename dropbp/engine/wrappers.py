@@ -1,7 +1,7 @@
-"""The functions put around modules: a branch's, what feeds it, its last one, and those a lazy device stops at.
+"""The functions put around modules: those of a branch, its last one, those that feed the stream, those at a boundary.
 
-Each is looked up on the class of its module's `forward`, reads the plan of the running forward
-(`dropbp.engine.runtime`), and calls the original otherwise unchanged.
+Each reads the plan of the running forward (`dropbp.engine.runtime`) and calls the original forward of its module's
+class, unchanged otherwise.
 """
 
 from __future__ import annotations

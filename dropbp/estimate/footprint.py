@@ -1,11 +1,11 @@
 """Peak memory of a step at any size of its batch, from a few small steps.
 
-A step is a fixed sequence of operations. After each of them so many bytes of tensors are alive, and that number is a
-polynomial in the sizes of the batch: of first degree in its rows, of second in its length (attention scores). So the
-sequence of live bytes, counted at two numbers of rows and three lengths, gives the sequence at any size, and its
-largest entry is the peak, whichever operation that is. The optimizer's part is counted on tensors without data.
+A step is a fixed sequence of operations. The bytes of live tensors after each operation are a polynomial in the sizes
+of the batch: linear in its rows, quadratic in its length (attention scores). So the live bytes at two numbers of rows
+and three lengths give those at any size. The largest is the peak, whichever operation it belongs to. The optimizer's
+part is counted on tensors without data.
 
-Counted are bytes of tensors (`dropbp.memory`): not what an allocator adds, nor scratch memory inside a kernel.
+Only bytes of tensors are counted (`dropbp.memory`), not what an allocator adds, nor scratch memory inside a kernel.
 """
 
 from __future__ import annotations

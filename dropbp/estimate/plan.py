@@ -1,9 +1,8 @@
 """`plan`: what a training step will take in time, memory and FLOPs at each drop rate, before any training.
 
-Nothing is trained: a few small steps are counted (`dropbp.estimate.footprint`), a few full ones timed
-(`dropbp.estimate.stepcost`), and
-both are put together for the masks that each drop rate draws. Masks differ from step to step, and so do memory and
-time: shown are the peak over the masks and the mean time.
+Nothing is trained. The memory of a few small steps is counted (`dropbp.estimate.footprint`), and a few full ones are
+timed (`dropbp.estimate.stepcost`). Both are combined for the masks that each drop rate draws. Masks differ from step to
+step, so a plan shows the peak memory over the masks and the mean time.
 """
 
 from __future__ import annotations

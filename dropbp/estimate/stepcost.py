@@ -1,7 +1,7 @@
 """Time and FLOPs of a step under any mask, from a few timed steps.
 
-What a mask saves is in proportion to the FLOPs it drops. So two steps tell it all: one that drops nothing and one that
-drops everything; blocks that are recomputed in the backward cost their forward once more. With `k` the share of the
+A mask saves time in proportion to the FLOPs it drops. So two timed steps suffice: one that drops nothing and one that
+drops everything. Blocks that are recomputed in the backward cost their forward once more. With `k` the share of the
 branches' FLOPs that a mask keeps and `r` the share that it recomputes,
 
     time = dropped + k * (kept - dropped) + r * recomputing.

@@ -1,7 +1,7 @@
 """What one training step runs, at any size of its batch: inputs, loss, precision.
 
-Batches are made as in `dropbp.inputs`, or grown from the example inputs row by row. The values of tokens are of no
-account: neither time nor memory of a step depends on them.
+Batches are made as in `dropbp.inputs`, or grown from the example inputs row by row. The values of tokens do not matter:
+neither time nor memory of a step depends on them.
 """
 
 from __future__ import annotations

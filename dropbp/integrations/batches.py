@@ -1,7 +1,7 @@
-"""A batch of a trainer's own data, for models that cannot say what they take, with the run left as it would be.
+"""A batch of a trainer's own data, for models that do not say what they take; the run stays as it would be.
 
-A data loader that is asked for a batch draws an order and starts workers. Here its first rows are taken from the data
-set and collated, on copies of whatever may count or draw in it.
+Asking a data loader for a batch would draw an order and start workers. So the first rows of its data set are collated
+here, on copies of whatever may count or draw in it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A trainer's optimizer and clipping, cut by branch on a lazy device: put on the instances that the trainer uses.
+"""Cuts a trainer's optimizer and clipping by branch, for lazy devices, on the instances that the trainer uses.
 
-The optimizer's own groups stay as they are, so that its saved state fits a run with or without DropBP. They are cut
-only while it steps, into parts in which all parameters are skipped or none is; what an optimizer writes into a part
-(Gaudi's `FusedAdamW` counts steps there) is kept in the group under `PARTS`, and is saved with it.
+The optimizer keeps its own groups, so its saved state fits a run with or without DropBP. They are cut only while it
+steps, into parts in which all parameters are skipped or none is. What an optimizer writes into a part (Gaudi's
+`FusedAdamW` counts steps there) is kept in the group under `PARTS` and saved with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DropBP in the `GaudiTrainer` of optimum-habana, on Intel Gaudi.
 
-`DropBPCallback` in `callbacks=[…]` is all that is needed, in a GaudiTrainer as in any other trainer. What is here is
-for those who would rather have a trainer of their own: it makes the callback, and refuses at once what cannot work.
+A GaudiTrainer, like any other trainer, needs only `DropBPCallback` in `callbacks=[…]`. This module offers a trainer
+that makes the callback itself and refuses at once what cannot work.
 
     from dropbp.integrations.optimum_habana import DropBPGaudiTrainer
 

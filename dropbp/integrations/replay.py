@@ -1,9 +1,9 @@
 """The loss of a training step, computed again outside the trainer that computed it.
 
-A callback sees neither the batch nor the loss: with preference trainers the loss is not even an output of the model.
-But whatever a trainer does with a model's outputs `y`, it reaches the parameters through the gradient `g = dL/dy` only.
-So the inputs of one forward and the gradient of its outputs are caught in passing, and `sum(y * g)` of a new forward on
-the same inputs has the same gradients as the trainer's own loss. The order of the data is not touched.
+A callback sees neither the batch nor the loss; with preference trainers the loss is not even an output of the model.
+But a trainer's loss reaches the parameters only through the gradient `g = dL/dy` of the model's outputs `y`. So the
+inputs of one forward and the gradient of its outputs are caught in passing. Then `sum(y * g)` of a new forward on the
+same inputs has the same gradients as the trainer's own loss. The order of the data stays.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What devices that compile recorded graphs need."""
+"""Support for devices that record operations and compile them as graphs."""

@@ -1,11 +1,11 @@
-"""Optimizer and clipping cut by branch, so that the work on each part is the same whatever the mask.
+"""Cuts optimizer and clipping by branch, so that the work on each part does not depend on the mask.
 
-A lazy device compiles a graph for each new set of operations. An optimizer or a clipping that goes through all
-gradients at once, and leaves out those that are None, does another set of operations for every mask. Cut at the
-branches, where gradients are all there or all None, each part does one thing or nothing. That keeps the defined
-behaviour, a skipped parameter is not moved, at the price of more and smaller launches.
+A lazy device compiles a graph for each new set of operations. An optimizer or a clipping that handles all gradients at
+once, and leaves out those that are None, runs another set of operations for every mask. Cut by branch, where all
+gradients are present or all are None, each part does one thing or nothing. Skipped parameters still do not move; the
+price is more and smaller launches.
 
-`zero_fill_gradients` is the other way: few launches, and another optimizer.
+`zero_fill_gradients` is the alternative: few launches, but another optimizer.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""The masks of the first steps on a lazy device, chosen so that every graph is compiled then and none later.
+"""Warm-up of graphs: the first masks on a lazy device, chosen so that every graph is compiled then and none later.
 
-With a graph cut at each block, what is recorded for a block depends on few things: which of its branches are kept,
-which of those have a gradient already (from an earlier micro-batch), whether it is recomputed, and whether anything
-below it is kept, as the lowest kept block needs no gradient of its input. The optimizer's work on a branch depends on
-whether the branch has been trained before, as moments are made in the first step. Such a *situation* is compiled
-once for all blocks alike. Common situations come up by themselves in the first steps; rare ones would each cost a
-compilation of seconds at some later step. So the first steps take, from the masks that are to come, those with new
-situations in them, until the masks to come hold none that is new. All are masks of the coupling; only their order is
-another one.
+With a graph cut at each block, the recording of a block has few variants. They differ by which of its branches are
+kept, which of these already have a gradient (from an earlier micro-batch), whether the block is recomputed, and whether
+anything below it is kept: the lowest kept block needs no gradient of its input. The optimizer's work on a branch
+depends on whether the branch trained before, because the first step creates the moments. Each variant is compiled once
+for all blocks. Common variants appear by themselves in the first steps; each rare one would cost seconds of compilation
+at some later step. So the first steps take, out of the masks to come, those with new variants, until none is left. The
+masks stay those of the run; only their order changes.
 """
 
 from __future__ import annotations

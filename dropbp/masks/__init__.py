@@ -1,4 +1,4 @@
-"""Masks: which branches a step drops, from drop rates and a way to draw them together."""
+"""Masks: which branches a step drops, drawn from drop rates by a sampler."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Sensitivities kept up to date from ordinary training steps, with no pass of their own.
+"""Keeps sensitivities up to date during ordinary training, without a pass of their own.
 
-A step's gradients show the branches it kept. An exponential average of the squared norms of their own gradients
-follows the first part of each sensitivity; the second part, what the parameters below would lose, cannot be seen in a
-step that drops branches: it is taken from the last calibration, scaled as the gradients at large have grown since.
+A step's gradients show the branches it kept. The first part of a sensitivity follows an exponential average of the
+squared norms of the branch's own gradients. The second part, what the parameters below would lose, is not visible in a
+step that drops branches. It comes from the last calibration, scaled by the growth of all gradients since.
 
 Under accumulation a branch that was kept in k of n forwards has k of n gradients in the sum. Noise dominates those of
 small batches, so their squares are scaled by n / k; a gradient without noise would ask for its square.

@@ -1,10 +1,10 @@
-"""How far a training is, and which mask keeps its budget on course.
+"""How much of a training is done, and which mask keeps its budget.
 
-Annealed masks are nested ones in order: those that drop little come first, those that drop much last. The mask of a
-moment therefore depends on how much of the training is done, and on what the masks so far have dropped. `Pace` knows
-both, `Curve` turns both into the number that a nested sampler takes. The rule is feedback: whatever was dropped
-so far, the rest of the training has to bring the mean to its target, so the next mask is the first of a run of masks,
-in order, with the mean that is needed. Where everything goes as foreseen, that run is the rest of the planned one.
+Annealed masks are nested masks in order: those that drop little come first, those that drop much last. So the next mask
+depends on how much of the training is done, and on what the masks so far have dropped. `Pace` knows both, and `Curve`
+turns both into the number that a nested sampler takes. The rule is feedback: the rest of the training must bring the
+mean to its target. So the next mask is the first of a sequence of masks, in order, that has the mean still needed. If
+everything goes as planned, that sequence is the rest of the plan.
 
 Every rank holds the same numbers, because they count draws, shares of training and FLOPs that all ranks share.
 """

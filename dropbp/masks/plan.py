@@ -1,4 +1,4 @@
-"""What one forward does, and what only the run knows of it beforehand."""
+"""What one forward does, and the conditions that only the run knows."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Masks = rates x coupling: how branches with given drop rates fall together.
+"""Mask samplers: which branches are dropped together, at given drop rates.
 
-A mask is a pure function of (coupling, rates, flops, seed, step). Random numbers come from generators keyed by a
-hash of seed and step, so the whole state is (seed, step): the same on every rank, platform and Python version, and
-after a resume. No global generator is touched. Every coupling gives branch l the marginal rate p_l; they differ in
-what they fix besides: the FLOPs of each step (`exact`), the turns of each branch (`cyclic`), the gradient's path
-(`nested`), the number of different masks (`nested`, `pool`). `independent` is the paper's (arXiv:2402.17812).
+A mask is a pure function of (sampler, rates, flops, seed, step). Random numbers come from generators keyed by a hash of
+seed and step, so the whole state is (seed, step): the same on every rank, platform and Python version, and after a
+resume. No global generator is touched. Every sampler drops branch l at its rate p_l. They differ in what else they fix:
+the FLOPs of each step (`exact`), the turns of each branch (`cyclic`), the path of the gradient (`nested`), the number
+of different masks (`nested`, `pool`). `independent` is the paper's (arXiv:2402.17812).
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _build(name: str, options: Mapping[str, Any]) -> Callable[..., Draws]:
 
 @register_coupling("independent")
 def independent(rates: Rates, flops: Rates, seed: int) -> Draws:
-    """Each branch falls by its own coin (the paper's); the FLOPs saved vary from step to step."""
+    """Each branch is dropped by its own coin (the paper's way); the FLOPs saved vary from step to step."""
 
     def draw(step: int) -> Mask:
         coin = _generator(seed, "independent", step).random

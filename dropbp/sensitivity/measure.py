@@ -4,8 +4,8 @@ Two methods. `exact` is the paper's: one backward with everything kept, then one
 `S_l = sum over parameters of (|g| - |g without l|)^2`: N+1 passes for N branches. `one-pass` estimates the same from
 one backward and two forwards (`dropbp.sensitivity.onepass`).
 
-Both run the closure they are given and nothing else; parameters, gradients, buffers, random state and modes are as
-before afterwards. Source of the measure: DropBP, arXiv:2402.17812, section 3.2, in its gradient-norm form.
+Both run only the given closure, and restore parameters, gradients, buffers, random state and modes. Source of the
+measure: DropBP, arXiv:2402.17812, section 3.2, in its gradient-norm form.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Sensitivities of all branches from one backward pass and two forward passes.
 
-Dropping branch l takes away the gradients of its own parameters, and all below loses what reached it through the
-branch. Let `d_l` be the gradient that leaves the branch at its entrances, and `T` what carries a gradient from there
-down to the parameters below: their gradients turn from `g` into `g - T d_l`. So their norm, all of them together,
-falls to first order by `<g, T d_l> / |g|`, and
+Dropping branch l removes the gradients of its own parameters, and the part of the gradients below that came through the
+branch. Let `d_l` be the gradient at the branch's inputs, and `T` the map that carries a gradient from there to the
+parameters below: their gradients turn from `g` into `g - T d_l`. So the norm of all of them together falls to first
+order by `<g, T d_l> / |g|`, and
 
     S_l = sum over own parameters |g|^2 + <g, T d_l>^2 / sum over parameters below |g|^2.
 
@@ -11,8 +11,8 @@ One backward gives every `d_l`, but `T d_l` would take a backward for each branc
 transposed, `<g, T d_l> = <T' g, d_l>`, and `T' g` is how the branch's inputs move when all parameters move along
 their gradients. One more forward with parameters a small step away shows that for every branch at once.
 
-Where a branch's inputs cannot be watched, the norms of the stream's gradient stand in:
-`sum over parameters below |g|^2 * (1 - |g_in - d_l| / |g_in|)^2`, which needs no second forward.
+If a branch's inputs cannot be observed, the norms of the stream's gradient stand in: `sum over parameters below |g|^2 *
+(1 - |g_in - d_l| / |g_in|)^2`, which needs no second forward.
 """
 
 from __future__ import annotations

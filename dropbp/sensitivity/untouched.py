@@ -1,4 +1,4 @@
-"""Passes over a model that leave no trace: gradients, random state, buffers and mode are as before."""
+"""Passes over a model that leave no trace: gradients, random state, buffers and mode are restored."""
 
 from __future__ import annotations
 
