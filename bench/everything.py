@@ -22,8 +22,8 @@ from dropbp.errors import DropBPError
 from .common.options import device_name
 from .common.processes import Answer, Worker, stoppable
 from .common.records import FILES, RESULTS
+from .parts import PARTS, Part, main
 
-Main = Callable[[Sequence[str]], int]
 EPILOG = """\
 Finished runs are kept and not run again, so a run that was stopped goes on where it was. A checkout has the published
 result files in bench/results: there `all` runs only what is missing. To reproduce them:
@@ -31,25 +31,6 @@ result files in bench/results: there `all` runs only what is missing. To reprodu
   dropbp bench all --again        in place; git diff shows what differs
   dropbp bench all --part seqlen  one part only
 Larger presets: dropbp bench throughput --preset NAME, dropbp bench learning --preset full, and so on (--help)."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the bench, and when `all` runs it.
-
-    Attributes:
-        module: where it is, seen from this package.
-        help: what it measures.
-        devices: kinds of devices on which it is a part of `all`.
-        counts_on: those of them on which it times nothing, so that other processes do not disturb it.
-        smoke: whether `all --smoke` runs it.
-    """
-
-    module: str
-    help: str
-    devices: tuple[str, ...] = ()
-    counts_on: tuple[str, ...] = ()
-    smoke: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,10 +42,10 @@ class Outcome:
     seconds: float
 
 
-def add_arguments(parser: argparse.ArgumentParser, parts: Mapping[str, Part]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
-    names = [name for name, part in parts.items() if part.devices]
+    names = [name for name, part in PARTS.items() if part.devices]
     parser.add_argument("--device", default="cpu", help="cpu, cuda, hpu; never replaced by another one (%(default)s)")
     parser.add_argument("--part", action="append", dest="parts", choices=names, help="only this part; may be repeated")
     parser.add_argument("--output", type=Path, metavar="DIR", help="result files (bench/results)")
@@ -76,19 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser, parts: Mapping[str, Part]) ->
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, some parts, results thrown away")
 
 
-def run(args: argparse.Namespace, parts: Mapping[str, Part], main: Main) -> int:
+def run(args: argparse.Namespace) -> int:
     """Every part that suits the device; one that fails does not keep the others from running.
 
     Raises:
         DeviceError: the device is not there.
     """
     get_device(args.device)
-    chosen = {name: part for name, part in parts.items() if _is_wanted(name, part, args)}
+    chosen = {name: part for name, part in PARTS.items() if _is_wanted(name, part, args)}
     with _folder(args) as root:
         _note_finished(args, root)
         kind = device_name(args)
         beside = [name for name, part in chosen.items() if kind in part.counts_on]
-        outcomes = [_run_one(name, args, root, main) for name in chosen if name not in beside]
+        outcomes = [_run_one(name, args, root) for name in chosen if name not in beside]
         outcomes += run_beside({name: options_of(name, args, root) for name in beside})
         if not args.smoke:
             outcomes.append(_guarded("tables", lambda: main(["tables", *_tables_options(args, root)])))
@@ -149,7 +130,7 @@ def _tables_options(args: argparse.Namespace, root: Path) -> list[str]:
     return [] if args.output is None else ["--output", str(root), "--docs", str(root / "docs")]
 
 
-def _run_one(name: str, args: argparse.Namespace, root: Path, main: Main) -> Outcome:
+def _run_one(name: str, args: argparse.Namespace, root: Path) -> Outcome:
     _say(f"-- {name}")
     return _guarded(name, lambda: main([name, *options_of(name, args, root)]))
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from dropbp.cli.main import EXIT_BAD_INPUT
 from dropbp.errors import DropBPError
 
-from .__main__ import EXIT_BAD_INPUT, main
 from .common.processes import answer, requests
+from .parts import main
 
 
 def serve() -> None:

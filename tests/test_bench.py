@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dropbp.bench import __main__ as command
+from dropbp.bench import parts as command
 from dropbp.bench.common import presets, records
 from dropbp.bench.common.presets import MODELS, SeqlenPreset, ThroughputPreset, Training
 from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
@@ -628,7 +628,7 @@ def test_help_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in (*command.PARTS, "all"))
+    assert all(name in text for name in command.PARTS)
 
 
 @pytest.mark.parametrize(
@@ -653,12 +653,6 @@ def test_bad_values_of_a_training_are_named() -> None:
         build_model(TINY, Training("half"), "cpu")
     with pytest.raises(ConfigError, match="model 'llama9' is unknown; known are llama-4x64"):
         build_model("llama9", Training(), "cpu")
-
-
-def test_part_that_is_not_there_is_an_error_that_lists_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(command.PARTS, "absent", command.Part(".absent", "nothing"))
-    with pytest.raises(DropBPError, match="has no part 'absent'; the parts are gpu, throughput"):
-        command.main(["absent"])
 
 
 def test_library_is_as_before_after_a_run(measured: Path) -> None:

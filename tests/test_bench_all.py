@@ -11,12 +11,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from dropbp.bench import __main__ as command
 from dropbp.bench import everything
+from dropbp.bench import parts as command
 from dropbp.bench.common import records
 from dropbp.bench.everything import Outcome
 
@@ -30,20 +28,18 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What each part was given, in the order of their runs; none does anything, and overhead fails."""
     calls: Calls = {}
 
-    def load(name: str) -> Any:
-        def run(argv: Sequence[str]) -> int:
-            calls[name] = list(argv)
-            if name == "overhead":
-                raise ConfigError("no")
-            return 0
-
-        return SimpleNamespace(main=run)
+    def run(arguments: Sequence[str]) -> int:
+        name, *options = arguments
+        calls[name] = options
+        if name == "overhead":
+            raise ConfigError("no")
+        return 0
 
     def beside(commands: Mapping[str, Sequence[str]]) -> list[Outcome]:
         calls.update({name: list(options) for name, options in commands.items()})
         return [Outcome(name, True, 1.0) for name in commands]
 
-    monkeypatch.setattr(command, "_load", load)
+    monkeypatch.setattr(everything, "main", run)
     monkeypatch.setattr(everything, "run_beside", beside)
     return calls
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dropbp.bench import __main__ as command
+from dropbp.bench import parts as command
 from dropbp.bench.common import records
 from dropbp.bench.gpu import command as gpu
 from dropbp.bench.gpu.command import Ledger, missing, plan, to_do
@@ -89,9 +89,7 @@ def test_parts_come_in_the_order_of_their_value_and_name_runs_that_exist() -> No
         assert [item.part for item in items] == sorted(item.part for item in items)
         assert len({item.name for item in items}) == len(items)
         for item in items:
-            args = command._parser(item.command[0], command._load(item.command[0])).parse_args(
-                [*item.command, "--device", "cuda", "--output", "DIR"]
-            )
+            args = command.build_parser().parse_args([*item.command, "--device", "cuda", "--output", "DIR"])
             assert args.preset and args.only
     rehearsed = {(item.part, item.command[0], item.command[4]) for item in plan(True)}
     assert rehearsed == {(item.part, item.command[0], item.command[4]) for item in plan(False)}

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from dropbp.bench.parts import PARTS
 
 import dropbp
 from dropbp.cli import main as cli
+from dropbp.cli.commands import Command
 from dropbp.cli.unused import _uses_bitsandbytes, _uses_deepspeed
 from dropbp.errors import ConfigError
 from tests.tiny import save_model
@@ -38,6 +40,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
         ["finetune", "--help"],
         ["inspect", "--help"],
         ["plan", "--help"],
+        ["bench", "--help"],
         ["--version"],
     ],
 )
@@ -78,7 +81,7 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
-    monkeypatch.setattr(cli, "_load", lambda wanted: SimpleNamespace(**functions) if wanted == name else None)
+    monkeypatch.setitem(sys.modules, cli.COMMANDS[name].module, SimpleNamespace(**functions))
 
 
 def test_a_command_is_a_module_with_arguments_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,11 +92,13 @@ def test_a_command_is_a_module_with_arguments_and_run(monkeypatch: pytest.Monkey
     assert cli.main(["inspect", "--number", "7"]) == 7
 
 
-def test_the_harness_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
-    install(monkeypatch, "bench", main=seen.append)
-    assert cli.main(["bench", "speed", "--json"]) == 0
-    assert seen == [["speed", "--json"]]
+def test_a_part_of_the_bench_is_a_command_below_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--number", type=int)
+
+    part = SimpleNamespace(add_arguments=add_arguments, run=lambda args: args.number)
+    monkeypatch.setitem(sys.modules, PARTS["overhead"].module, part)
+    assert cli.main(["bench", "overhead", "--number", "7"]) == 7
 
 
 @pytest.mark.parametrize(
@@ -118,10 +123,10 @@ def test_expected_errors_are_one_line(
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(name: str) -> None:
+    def missing(command: Command) -> None:
         raise ModuleNotFoundError("No module named 'peft'", name="peft.tuners")
 
-    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    monkeypatch.setattr(Command, "load", missing)
     assert cli.main(["inspect"]) == 2
     assert (
         "peft.tuners is needed and not installed; install it with: pip install 'dropbp[hf]'" in capsys.readouterr().err
@@ -170,6 +175,7 @@ def test_inspect_refuses_what_it_cannot_read(
 
 PREPARES_A_TRAINER = """
 import sys
+from dropbp.cli.commands import Command
 from dropbp.cli.unused import leave_out_unused
 if sys.argv[1:]:
     leave_out_unused(sys.argv[1:])

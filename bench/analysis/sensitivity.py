@@ -312,14 +312,3 @@ def _lora(llama: Any, setting: Setting) -> Any:
         config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
         adapted = get_peft_model(llama, config).train()
     return _trained(adapted, _Text(setting, english_prose), setting, setting.adapter_steps)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m bench.sensitivity`."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sensitivity", description=(__doc__ or "").partition("\n")[0])
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

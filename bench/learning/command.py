@@ -34,7 +34,7 @@ from dropbp.device import get_device
 from dropbp.files import write_text
 
 from ..common.records import now, versions
-from . import rivals, tasks
+from . import rivals, tables, tasks
 from .curves import (
     CURVE_POINTS,
     MEMORY_BUDGET,
@@ -304,22 +304,8 @@ def write(record: Record, path: Path) -> None:
 # -- the command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a preset, or make tables from the files. Returns the exit status."""
-    args = _parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
-    if not args.tables:
-        _quiet_libraries()
-        preset = PRESETS[args.preset]
-        run_preset(dataclasses.replace(preset, tasks=chosen_tasks(preset, args.task)), args.output, args.resume)
-    from . import tables
-
-    tables.write(read(args.output), args.docs, fresh=read(args.output / FRESH))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dropbp bench learning", description=(__doc__ or "").partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
     parser.add_argument("--preset", choices=tuple(PRESETS), default="quick", help="which runs (default: %(default)s)")
     parser.add_argument("--task", action="append", help="only this task of the preset; may be repeated")
     parser.add_argument("--resume", action="store_true", help="skip runs that are finished already")
@@ -327,7 +313,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where tables go (default: %(default)s)")
-    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a preset, and make tables from the files."""
+    torch.set_num_threads(args.threads)
+    if not args.tables:
+        _quiet_libraries()
+        preset = PRESETS[args.preset]
+        run_preset(dataclasses.replace(preset, tasks=chosen_tasks(preset, args.task)), args.output, args.resume)
+    tables.write(read(args.output), args.docs, fresh=read(args.output / FRESH))
+    return 0
 
 
 def _quiet_libraries() -> None:
@@ -393,7 +389,3 @@ def _is_finished(path: Path, ratio: float) -> bool:
     """Whether the run ended, and by the present step times not before plain training would have."""
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"status": "missing"}
     return record["status"] == "finished" and math.isfinite(equal_time_loss(timed_anew(record, ratio)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,16 +127,3 @@ def _sentence(record: dict[str, Any]) -> str:
         f"the callback's events take {record['events_ms']:.3f} ms of a step of {record['step_ms']:.1f} ms: "
         f"{record['share']:.2%}, target {record['target']:.0%}\n"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`dropbp bench callback_overhead`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.callback_overhead", description=(__doc__ or "").partition("\n")[0]
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -180,14 +180,3 @@ def _table(record: dict[str, Any]) -> str:
     lines.append(f"{'the same, tenth percentile':<28}{record['overhead_undisturbed_ms']:>9.3f} ms")
     lines.append(f"{'nothing dropped - plain':<28}{record['overhead_nothing_dropped_ms']:>9.3f} ms")
     return "\n".join(lines) + "\n"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m bench.overhead`."""
-    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=(__doc__ or "").partition("\n")[0])
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

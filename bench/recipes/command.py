@@ -233,10 +233,7 @@ def versions_of(python: Path) -> dict[str, str | None]:
 def _worker(python: Path, cases: Sequence[Case]) -> subprocess.Popen[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [str(python), "-m", f"{__package__}.worker", json.dumps(cases)]
-    place = ROOT if __package__ == "bench.recipes" else None
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=place
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
 
 
 def _results(process: subprocess.Popen[str]) -> Iterator[Case]:
@@ -254,14 +251,3 @@ def _results(process: subprocess.Popen[str]) -> Iterator[Case]:
 def _docs_of_checkout(args: argparse.Namespace) -> Path | None:
     usual = args.output == RESULTS and not args.smoke
     return ROOT / "docs" / PAGE if usual and (ROOT / "docs").is_dir() else None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`dropbp bench recipes`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

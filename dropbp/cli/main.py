@@ -1,42 +1,26 @@
-"""The command `dropbp`: finds the subcommand's module, hands over, and turns expected errors into one line.
-
-A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only the module of the command that was
-asked for is imported, so that `dropbp --help` stays quick.
-"""
+"""The command `dropbp`: runs a subcommand, and turns expected errors into one line."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dropbp import __version__
+from dropbp.cli.commands import Command, add_commands
 from dropbp.cli.unused import leave_out_unused
 from dropbp.errors import DropBPError, ResourceError, as_resource_error
 
 EXIT_EXHAUSTED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-BENCH_MODULE = "dropbp.bench.__main__"
-
-
-@dataclass(frozen=True)
-class Command:
-    """Where a subcommand lives and what `dropbp --help` says of it."""
-
-    module: str
-    help: str
-
-
 COMMANDS = {
     "finetune": Command("dropbp.cli.finetune", "fine-tune a causal language model, plainly and with DropBP"),
     "inspect": Command("dropbp.cli.inspection", "the residual branches of a model, with FLOPs and parameters"),
     "plan": Command("dropbp.cli.plan", "time, memory and FLOPs of a step per drop rate, before training"),
-    "bench": Command(BENCH_MODULE, "measure speed and memory; one JSON file for each run"),
+    "bench": Command("dropbp.bench.parts", "measure speed and memory; one JSON file for each run"),
 }
 
 
@@ -68,29 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(message, status)
 
 
-def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
-    """The parser; `chosen` is the one subcommand whose module is imported for its arguments."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="dropbp", description="Cheaper fine-tuning: random parts of the backward are skipped."
     )
     parser.add_argument("--version", action="version", version=f"dropbp {__version__}")
     parser.add_argument("--json", action="store_true", help="with no command: versions and commands as JSON")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.help, description=command.help)
-        if name == chosen:
-            _load(name).add_arguments(subparser)
+    add_commands(parser, "command", COMMANDS)
     return parser
 
 
 def _dispatch(arguments: list[str]) -> int:
-    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    if chosen == "bench":  # the harness has a command line of its own
-        return int(_load(chosen).main(arguments[1:]) or 0)
-    parser = build_parser(chosen)
+    parser = build_parser()
     args = parser.parse_args(arguments)
-    if chosen is not None:
-        return int(_load(chosen).run(args))
+    if args.command is not None:
+        return int(COMMANDS[args.command].load().run(args))
     print(json.dumps(_about(), indent=2) if args.json else parser.format_help().rstrip())
     return 0
 
@@ -103,10 +80,6 @@ def _explained(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read or written: {error.strerror}.", EXIT_BAD_INPUT
     return None, EXIT_BAD_INPUT
-
-
-def _load(name: str) -> Any:
-    return importlib.import_module(COMMANDS[name].module)
 
 
 def _hint(missing: str) -> str:

@@ -1,0 +1,96 @@
+"""The parts of the bench, each a command: `dropbp bench NAME`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dropbp.cli.commands import Command, add_commands
+
+
+@dataclass(frozen=True)
+class Part(Command):
+    """A part of the bench, and when `dropbp bench all` runs it.
+
+    Attributes:
+        module: where it is.
+        help: what it measures.
+        devices: kinds of devices on which it is a part of `all`.
+        counts_on: those of them on which it times nothing, so that other processes do not disturb it.
+        smoke: whether `all --smoke` runs it.
+    """
+
+    devices: tuple[str, ...] = ()
+    counts_on: tuple[str, ...] = ()
+    smoke: bool = False
+
+
+PARTS = {
+    "gpu": Part(
+        "dropbp.bench.gpu.command",
+        "what a borrowed GPU is worth its minutes for, in order, some minutes at a time",
+        ("cuda",),
+    ),
+    "throughput": Part(
+        "dropbp.bench.throughput.command",
+        "time and memory of a step, share of the possible saving",
+        ("cpu", "hpu"),
+        smoke=True,
+    ),
+    "seqlen": Part(
+        "dropbp.bench.memory.seqlen", "the longest sequence that trains", ("cpu", "hpu"), ("cpu",), smoke=True
+    ),
+    "invariants": Part(
+        "dropbp.bench.gpu.invariants", "forward, gradients, compilations and waits of a step, on the device itself"
+    ),
+    "sensitivity": Part(
+        "dropbp.bench.analysis.sensitivity",
+        "cost and agreement of sensitivities, rates that follow",
+        ("cpu",),
+        smoke=True,
+    ),
+    "recipes": Part(
+        "dropbp.bench.recipes.command", "compiled graphs and launches on the simulated HPU", ("cpu",), ("cpu",)
+    ),
+    "learning": Part(
+        "dropbp.bench.learning.command", "loss at equal time, FLOPs and memory, against every rival", ("cpu",)
+    ),
+    "overhead": Part("dropbp.bench.overhead.steps", "what the bookkeeping costs in each step", ("cpu",), smoke=True),
+    "callback_overhead": Part(
+        "dropbp.bench.overhead.callback", "what the callback costs a trainer", ("cpu",), smoke=True
+    ),
+    "accuracy": Part("dropbp.bench.learning.accuracy", "fine-tune and evaluate with the paper's tasks and settings"),
+    "analysis": Part(
+        "dropbp.bench.analysis.command", "gradients by path length; bias and variance of each way to draw masks"
+    ),
+    "paper": Part("dropbp.bench.report.paper", "the published figures beside ours"),
+    "tables": Part("dropbp.bench.report.tables", "tables and plots from the result files alone"),
+    "all": Part("dropbp.bench.everything", "all parts that suit the device, then tables"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options: those of each part."""
+    add_commands(parser, "part", PARTS, required=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the part that was asked for."""
+    return int(PARTS[args.part].load().run(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `dropbp bench`."""
+    parser = argparse.ArgumentParser(prog="dropbp bench", description="Measure; one JSON file for each run.")
+    add_arguments(parser)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the part that these words name, with the options that follow; returns the exit status.
+
+    Raises:
+        DropBPError: bad input.
+    """
+    return run(build_parser().parse_args(arguments))
