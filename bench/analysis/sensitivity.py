@@ -25,6 +25,7 @@ from torch import Tensor
 import dropbp
 from dropbp.cli.corpus import english_prose, source_code
 from dropbp.cli.embedded import train_briefly
+from dropbp.cli.models import with_lora
 from dropbp.device import get_device
 from dropbp.files import write_text
 
@@ -305,10 +306,5 @@ def _gpt2(setting: Setting) -> Any:
 
 def _lora(llama: Any, setting: Setting) -> Any:
     """The trained Llama with adapters, themselves trained on another text."""
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(setting.seed)
-        config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
-        adapted = get_peft_model(llama, config).train()
+    adapted = with_lora(llama, setting.seed, lora_dropout=0.0).train()
     return _trained(adapted, _Text(setting, english_prose), setting, setting.adapter_steps)

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import dropbp
+from dropbp.cli.models import with_lora
 from dropbp.device import Device
 from dropbp.errors import ConfigError, MissingDependencyError
 
@@ -36,7 +37,6 @@ TUNINGS = ("full", "lora", "qlora")
 LOSSES = ("plain", "chunked")
 KERNELS = {"liger": "liger_kernel", "flash": "flash_attn"}  # what a training may name in `kernels`, and its package
 COUPLINGS = ("exact", "nested")  # a random set of branches, as in the paper; the top to a random depth, the default
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 LEARNING_RATE = {"full": 2e-5, "lora": 1e-4, "qlora": 1e-4}
 WEIGHT_DECAY = {"full": 0.02, "lora": 0.01, "qlora": 0.01}
 CHUNK_TOKENS = 1024
@@ -99,7 +99,8 @@ def build_model(model: str, training: Training, device: str, seed: int = 0) -> n
         torch.manual_seed(seed)
         built = _quantised_model(shape, device) if training.tuning == "qlora" else _dense_model(shape, device)
         if training.tuning != "full":
-            built = _with_lora(built)
+            # the model itself, its linear layers replaced
+            built = with_lora(built, seed, adapters_in_fp32=False).base_model.model
     if training.loss == "chunked":
         _use_chunked_loss(built)
     if "flash" in training.kernels:
@@ -258,13 +259,6 @@ def _llama_config(shape: ModelShape, device: str) -> LlamaConfig:
         tie_word_embeddings=False,
         attn_implementation=_counted_attention() if device == "meta" else "sdpa",
     )
-
-
-def _with_lora(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    adapted = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
-    return adapted.base_model.model  # the model itself, its linear layers replaced
 
 
 def _quantised_model(shape: ModelShape, device: str) -> Any:

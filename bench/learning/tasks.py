@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dropbp.cli.corpus import digest, english_prose
 from dropbp.cli.embedded import Base, base_folder, cached_base, new_model
+from dropbp.cli.models import with_lora
 from dropbp.errors import ConfigError
 
 BASE = Base(
@@ -127,18 +128,9 @@ def model_for(task: Task, seed: int, lora_rank: int | None = None) -> nn.Module:
     """A fresh copy of the trained base, in training mode, with adapters where the task (or `lora_rank`) asks."""
     model = base_model(BASE)
     rank = task.lora_rank if lora_rank is None else lora_rank
-    return (with_lora(model, rank, seed) if rank else model).train()
-
-
-def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    """Adapters of `rank` on all linear layers of the blocks, scale 2, no dropout; the rest frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted: nn.Module = get_peft_model(model, config)
-    return adapted
+    if rank:
+        model = with_lora(model, seed, r=rank, lora_alpha=2 * rank, lora_dropout=0.0)
+    return model.train()  # type: ignore[no-any-return]
 
 
 def base_model(base: Base, progress: Callable[[int, float], None] | None = None) -> Any:

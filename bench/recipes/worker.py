@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dropbp.cli.models import with_lora
+
 from ..common.reference_detach import DetachedBranches
 
 Case = Mapping[str, Any]
@@ -153,10 +155,7 @@ def make_model(case: Case) -> nn.Module:
     )
     if case["method"] == "full":
         return model
-    from peft import LoraConfig, get_peft_model
-
-    lora: nn.Module = get_peft_model(model, LoraConfig(r=4, target_modules=LORA_MODULES, lora_dropout=0.05))
-    return lora
+    return with_lora(model, 0, r=4, target_modules=LORA_MODULES, task_type=None)  # type: ignore[no-any-return]
 
 
 def _compiled(simulator: Any, case: Case) -> dict[str, Any]:

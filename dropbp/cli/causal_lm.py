@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dropbp.cli.examples import Encoder, Example, encode_rows
-from dropbp.cli.models import load_model, load_tokenizer
+from dropbp.cli.models import load_model, load_tokenizer, with_lora
 from dropbp.cli.report import new_result
 from dropbp.cli.rows import Row, read_rows
 from dropbp.cli.training import Job, Settings, train
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OUTPUT = Path("runs/finetune")
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LEARNING_RATE = {"lora": 1e-4, "none": 2e-5}
 WEIGHT_DECAY = {"lora": 0.01, "none": 0.02}
 MICRO_BATCH, ACCUMULATION = 2, 64  # the paper's batch of 128
@@ -87,19 +86,7 @@ def _job(args: argparse.Namespace) -> Job:
 def _model(args: argparse.Namespace) -> PreTrainedModel:
     frozen_bf16 = args.bf16 and args.peft == "lora"  # trained weights stay in fp32, under autocast
     model = load_model(args.model, torch.bfloat16 if frozen_bf16 else torch.float32)
-    return _with_lora(model, args.seed) if args.peft == "lora" else model
-
-
-def _with_lora(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            adapted: PreTrainedModel = get_peft_model(model, LoraConfig(**LORA))
-        except ValueError as error:
-            raise ConfigError(f"LoRA does not fit {type(model).__name__}: {error}; try --peft none.") from error
-    return adapted
+    return with_lora(model, args.seed) if args.peft == "lora" else model
 
 
 def _settings(args: argparse.Namespace, output: Path) -> Settings:

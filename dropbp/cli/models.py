@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}  # the paper's
+
 
 def load_config(source: str) -> PretrainedConfig:
     """The configuration of a model: a Hub id, a folder, or a path of a `config.json`.
@@ -69,6 +71,29 @@ def new_model(config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise ConfigError(f"no causal language model for {type(config).__name__}: {_first_line(error)}") from error
+
+
+def with_lora(model: Any, seed: int, *, adapters_in_fp32: bool = True, **options: Any) -> Any:
+    """A causal language model with LoRA adapters, the paper's by default; the model itself is changed.
+
+    Args:
+        model: the model; its own weights are frozen.
+        seed: of the adapters' first weights. The global random state is left as it is.
+        adapters_in_fp32: whether adapters of a model in 16 bits are in float32, and not in 16 bits, too.
+        options: of `peft.LoraConfig`, in place of the paper's.
+
+    Raises:
+        ConfigError: the adapters do not fit the model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(**{**LORA, "task_type": "CAUSAL_LM", **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config, autocast_adapter_dtype=adapters_in_fp32)
+        except ValueError as error:
+            raise ConfigError(f"LoRA does not fit {type(model).__name__}: {error}; train all weights.") from error
 
 
 def _guarded(source: str, load: Any, **options: Any) -> Any:

@@ -121,8 +121,7 @@ def _draw(axes: Axes, found: dict[str, Any], lines: dict[str, str]) -> None:
 def _model(args: argparse.Namespace) -> nn.Module:
     import torch
 
-    from dropbp.cli.causal_lm import _with_lora
-    from dropbp.cli.models import load_config, new_model
+    from dropbp.cli.models import load_config, new_model, with_lora
     from dropbp.device import get_device
 
     get_device(args.device)  # what is not there is said before a model is built
@@ -133,7 +132,7 @@ def _model(args: argparse.Namespace) -> nn.Module:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    adapted: Any = _with_lora(model, 0) if args.peft == "lora" else model
+    adapted: Any = with_lora(model, 0) if args.peft == "lora" else model
     placed: nn.Module = adapted.to(args.device).train()
     return placed
 
