@@ -38,7 +38,7 @@ def create_device(name: str, index: int | None) -> AcceleratorDevice:
 
 
 class AcceleratorDevice:
-    """One device, by what its backend has told PyTorch."""
+    """One device, through what its backend has registered with PyTorch."""
 
     def __init__(self, name: str, index: int | None = None) -> None:
         self.name, self.index = name, index
@@ -63,15 +63,15 @@ class AcceleratorDevice:
         return False
 
     def memory_allocated_bytes(self) -> int | None:
-        """Bytes of living tensors; None where the backend does not say."""
+        """Bytes of live tensors; None if the backend does not report it."""
         return _whole(self._ask("memory_allocated", "current_allocated_memory"))
 
     def max_memory_allocated_bytes(self) -> int | None:
-        """The most bytes of living tensors at once since `reset_peak_memory`; None where the backend does not say."""
+        """The most bytes of live tensors at once since `reset_peak_memory`; None if the backend does not report it."""
         return _whole(self._ask("max_memory_allocated"))
 
     def memory_limit_bytes(self) -> int | None:
-        """The device's memory; None where the backend does not say."""
+        """The device's memory; None if the backend does not report it."""
         free_and_total = self._ask("mem_get_info", "get_memory_info")
         if free_and_total:
             return int(free_and_total[1])
@@ -79,7 +79,7 @@ class AcceleratorDevice:
         return _whole(getattr(properties, "total_memory", None) or self._ask("recommended_max_memory"))
 
     def reset_peak_memory(self) -> None:
-        """Start measuring the peak anew, where there is one."""
+        """Start measuring the peak anew, if there is one."""
         self._ask("reset_peak_memory_stats")
 
     def describe(self) -> dict[str, JSON]:
@@ -102,24 +102,24 @@ class AcceleratorDevice:
         return dynamo_graph_count()
 
     def generator_state(self) -> torch.Tensor:
-        """The state of this device's generator; empty where the backend does not give it."""
+        """The state of this device's generator; empty if the backend has none."""
         state = self._ask("get_rng_state")
         return state if isinstance(state, torch.Tensor) else torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Put this device's generator back."""
+        """Restore this device's generator."""
         if state.numel():
             self._call(self._module().set_rng_state, state)
 
     def defaults(self) -> DeviceDefaults:
-        """Those of a device that runs eagerly."""
+        """The defaults of a device that runs eagerly."""
         return DeviceDefaults()
 
     def check_model(self, model: nn.Module) -> None:
         """Nothing: every model will do."""
 
     def _missing(self) -> str:
-        """What is not there; empty if nothing."""
+        """What is missing; empty if nothing is."""
         package = PACKAGES.get(self.name)
         if package is not None and find_spec(package) is None:
             return f"it needs the package {package}, which is not installed"
@@ -148,7 +148,7 @@ class AcceleratorDevice:
         return None
 
     def _call(self, function: Callable[..., Any], *values: Any) -> Any:
-        """Call it with the device, where it takes one: those of backends with a single device may not."""
+        """Call it with the device if it takes one; backends with a single device may not."""
         return function(*values, self._device()) if _takes(function, len(values) + 1) else function(*values)
 
     def _device(self) -> torch.device:
@@ -162,12 +162,12 @@ class XlaDevice(AcceleratorDevice):
     """
 
     def synchronize(self) -> None:
-        """Launch what is recorded and wait until it is done."""
+        """Launch the recording and wait until it is done."""
         self.step_boundary()
         self._model().wait_device_ops()
 
     def step_boundary(self) -> None:
-        """Launch what is recorded."""
+        """Launch the recording."""
         self._module().sync()
 
     def is_lazy(self) -> bool:
@@ -175,15 +175,15 @@ class XlaDevice(AcceleratorDevice):
         return True
 
     def memory_allocated_bytes(self) -> int | None:
-        """Bytes in use, where the runtime says so."""
+        """Bytes in use, if the runtime reports them."""
         return self._memory("bytes_used")
 
     def max_memory_allocated_bytes(self) -> int | None:
-        """Not known: the runtime's peak cannot be set back."""
+        """None: the runtime's peak cannot be reset."""
         return None
 
     def memory_limit_bytes(self) -> int | None:
-        """Bytes that could be in use, where the runtime says so."""
+        """Bytes that could be in use, if the runtime reports them."""
         return self._memory("bytes_limit")
 
     def compile_count(self) -> int:
@@ -196,7 +196,7 @@ class XlaDevice(AcceleratorDevice):
         return torch.tensor([self._model().get_rng_state()], device="cpu")
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Put XLA's seed back."""
+        """Restore XLA's seed."""
         self._model().set_rng_state(int(state))
 
     def defaults(self) -> DeviceDefaults:
@@ -221,7 +221,7 @@ class XlaDevice(AcceleratorDevice):
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with so many positional arguments; one that does not say so can."""
+    """Whether a function takes this many positional arguments; yes if its signature is unknown."""
     try:
         inspect.signature(function).bind(*range(count))
     except TypeError:

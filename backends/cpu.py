@@ -97,7 +97,7 @@ class CpuDevice:
         return torch.get_rng_state()
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Put PyTorch's CPU generator back."""
+        """Restore PyTorch's CPU generator."""
         torch.set_rng_state(state)
 
     def defaults(self) -> DeviceDefaults:

@@ -66,11 +66,11 @@ class CudaDevice:
         return False
 
     def memory_allocated_bytes(self) -> int:
-        """Bytes of living tensors on this GPU."""
+        """Bytes of live tensors on this GPU."""
         return torch.cuda.memory_allocated(self.index)
 
     def max_memory_allocated_bytes(self) -> int:
-        """The most bytes of living tensors at once since `reset_peak_memory`, scratch memory of kernels included."""
+        """The most bytes of live tensors at once since `reset_peak_memory`, scratch memory of kernels included."""
         return torch.cuda.max_memory_allocated(self.index)
 
     def max_memory_reserved_bytes(self) -> int:
@@ -118,7 +118,7 @@ class CudaDevice:
         return torch.cuda.get_rng_state(self._index())
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Put this GPU's generator back."""
+        """Restore this GPU's generator."""
         torch.cuda.set_rng_state(state, self._index())
 
     def defaults(self) -> DeviceDefaults:

@@ -56,7 +56,7 @@ class HpuDevice:
         return Availability(True)
 
     def synchronize(self) -> None:
-        """Launch what is recorded and wait until it is done."""
+        """Launch the recording and wait until it is done."""
         self.step_boundary()
         _torch_hpu().synchronize()
 
@@ -66,7 +66,7 @@ class HpuDevice:
             _habana("core").mark_step()
 
     def is_lazy(self) -> bool:
-        """What Gaudi's software says of itself; its default has changed between releases."""
+        """The mode that Gaudi's software reports; its default has changed between releases."""
         return bool(_habana("utils.internal").is_lazy())
 
     def memory_allocated_bytes(self) -> int:
@@ -116,11 +116,11 @@ class HpuDevice:
         return state
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Put the device's generator back."""
+        """Restore the device's generator."""
         _torch_hpu().random.set_rng_state(state)
 
     def defaults(self) -> DeviceDefaults:
-        """Those of the present mode: see `DEFAULTS`."""
+        """The defaults of the present mode: see `DEFAULTS`."""
         return DEFAULTS[self._mode()]
 
     def check_model(self, model: nn.Module) -> None:

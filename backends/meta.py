@@ -68,7 +68,7 @@ class MetaDevice:
         """Nothing: meta tensors draw no random numbers."""
 
     def defaults(self) -> DeviceDefaults:
-        """Those of a device that runs eagerly."""
+        """The defaults of a device that runs eagerly."""
         return DeviceDefaults()
 
     def check_model(self, model: nn.Module) -> None:

@@ -56,7 +56,7 @@ class Availability:
 
 @dataclass(frozen=True)
 class DeviceDefaults:
-    """What to choose on a device, in its present mode, when the user says nothing.
+    """What to choose on a device, in its present mode, if the user chooses nothing.
 
     Attributes:
         boundary: where the graph of a lazy device is cut, in forward and in backward.
@@ -72,7 +72,7 @@ class DeviceDefaults:
 
 @runtime_checkable
 class Device(Protocol):
-    """What the core needs of a device and nothing else. All memory is in bytes."""
+    """All that the core needs of a device. Memory is in bytes."""
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class Device(Protocol):
         ...
 
     def is_available(self) -> Availability:
-        """Whether the device can be used here; when not, the answer holds the reason."""
+        """Whether the device can be used here; if not, the answer holds the reason."""
         ...
 
     def synchronize(self) -> None:
@@ -96,15 +96,15 @@ class Device(Protocol):
         ...
 
     def memory_allocated_bytes(self) -> int | None:
-        """Bytes in use now; None where the device does not say."""
+        """Bytes in use now; None if the device does not report it."""
         ...
 
     def max_memory_allocated_bytes(self) -> int | None:
-        """The most bytes in use at once since `reset_peak_memory`; None where the device does not say."""
+        """The most bytes in use at once since `reset_peak_memory`; None if the device does not report it."""
         ...
 
     def memory_limit_bytes(self) -> int | None:
-        """Bytes that could be in use; None where the device does not say."""
+        """Bytes that could be in use; None if the device does not report it."""
         ...
 
     def reset_peak_memory(self) -> None:
@@ -116,23 +116,23 @@ class Device(Protocol):
         ...
 
     def compile_count(self) -> int:
-        """Graphs compiled so far in this process; only its differences mean something."""
+        """Graphs compiled so far in this process; only differences are meaningful."""
         ...
 
     def generator_state(self) -> torch.Tensor:
-        """The state of this device's random generator, to be given to `set_generator_state`; empty if it has none."""
+        """The state of this device's random generator, for `set_generator_state`; empty if it has none."""
         ...
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Put this device's random generator back into a state got from `generator_state`."""
+        """Restore a state of this device's random generator that `generator_state` returned."""
         ...
 
     def defaults(self) -> DeviceDefaults:
-        """What to choose on this device, in its present mode, when the user says nothing."""
+        """What to choose on this device, in its present mode, if the user chooses nothing."""
         ...
 
     def check_model(self, model: nn.Module) -> None:
-        """Nothing for a model that this device can train with dropped branches; else a `DeviceError` that says why."""
+        """Raise a `DeviceError` with the reason if this device cannot train the model with dropped branches."""
         ...
 
 
@@ -172,7 +172,7 @@ def available_devices() -> dict[str, Availability]:
 
 
 def known_devices() -> tuple[str, ...]:
-    """Names that `get_device` understands: those built in, those that PyTorch knows, then those of other packages."""
+    """Names that `get_device` accepts: built-in ones, those that PyTorch knows, then those of other packages."""
     ours = (*BUILT_IN_DEVICES, *ACCELERATORS)
     return (*ours, *sorted({*_third_party_adapters(), *_registered_backend()} - {*ours}))
 
@@ -194,7 +194,7 @@ def model_device(model: nn.Module | None) -> torch.device:
 
 
 def random_state(model: nn.Module) -> Callable[[], None]:
-    """Reads the random states of the CPU and of the devices that the model is on; the result puts them back.
+    """Reads the random states of the CPU and of the model's devices; the result restores them.
 
     No other device is asked: Gaudi's software refuses all but the process's own, and CUDA would start to use each GPU.
     """
@@ -212,7 +212,7 @@ def random_state(model: nn.Module) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """The random states of the CPU and of the devices that the model is on are as before afterwards."""
+    """Restore the random states of the CPU and of the model's devices afterwards."""
     put_back = random_state(model)
     try:
         yield
@@ -242,7 +242,7 @@ def _is_replayed(module: nn.Module, graphs_module: str) -> bool:
 
 
 def _comes_from(value: Any, graphs_module: str) -> bool:
-    """Whether a function put on a module was written in that module of Python, seen through wrappers of others."""
+    """Whether a function on a module comes from that Python module, also inside wrappers of others."""
     function: Callable[..., Any] | None = getattr(value, "__func__", value)
     while function is not None:
         # not __module__: functools.wraps gives a wrapper the name of what it wraps
@@ -264,10 +264,10 @@ def known_bytes(found: int | None, device: Device) -> int:
 
 
 def refuse_capture() -> None:
-    """Do nothing, unless what is called now is recorded as a CUDA graph (also on ROCm).
+    """Refuse to be recorded as a CUDA graph (also on ROCm).
 
     Raises:
-        DeviceError: it is.
+        DeviceError: the present call is being recorded.
     """
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise DeviceError(f"A training forward of an enabled model is being captured as a CUDA graph. {CAPTURE_ADVICE}")
@@ -322,7 +322,7 @@ def _factory(name: str) -> DeviceFactory:
 
 
 def _registered_backend() -> tuple[str, ...]:
-    """The device that another package has added to PyTorch in this process, if one has."""
+    """The device that another package has added to PyTorch in this process, if any."""
     name = str(torch._C._get_privateuse1_backend_name())
     return () if name == "privateuseone" else (name,)
 

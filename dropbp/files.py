@@ -63,7 +63,7 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:
 
 
 def fault_of(path: Path) -> str | None:
-    """Why a file of JSON, safetensors or torch's zip format cannot be whole; None if nothing speaks against it.
+    """Why a file of JSON, safetensors or torch's zip format cannot be whole; None if it may be.
 
     Reads no tensors and unpickles nothing.
     """

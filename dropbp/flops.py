@@ -143,7 +143,7 @@ def _first(names: Sequence[str], kwargs: Mapping[str, Any]) -> str | None:
 
 
 def length_axis(name: str, value: torch.Tensor) -> int:
-    """Where the tokens are; of a spectrum, `(rows, bins, frames)` or the other way round, the longer side."""
+    """The dimension of the tokens; for a spectrum, `(rows, bins, frames)` or transposed, the longer one."""
     return 2 if name == "input_features" and value.dim() == 3 and value.shape[2] > value.shape[1] else 1
 
 

@@ -39,7 +39,7 @@ def as_inputs(example_inputs: Any) -> Inputs:
 
 
 def longer(model: nn.Module, given: Inputs, source: bool, target: bool) -> Inputs:
-    """The inputs with `MORE` tokens more, or twice the sound, in what the encoder reads, the decoder, or both.
+    """The inputs with `MORE` more tokens, or twice the sound, for the encoder, the decoder, or both.
 
     A model without a decoder of its own has only a source, and its labels go with it.
     """
@@ -65,7 +65,7 @@ def longer(model: nn.Module, given: Inputs, source: bool, target: bool) -> Input
 
 
 def has_decoder(model: nn.Module, given: Inputs) -> bool:
-    """Whether two lengths may differ: what an encoder reads, and what a decoder does."""
+    """Whether encoder and decoder may read different lengths."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return True
     shape = shape_of(given.args, given.kwargs)

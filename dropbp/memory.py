@@ -24,7 +24,7 @@ TensorOwner: TypeAlias = "torch.Tensor | nn.Module | torch.optim.Optimizer"
 
 
 class TensorBytes:
-    """Bytes of the storages that are followed: now, and the most at once."""
+    """Bytes of the tracked storages: now, and the most at once."""
 
     def __init__(self) -> None:
         self.live_bytes = 0
@@ -33,7 +33,7 @@ class TensorBytes:
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def reset_peak(self) -> None:
-        """Start measuring the peak anew, from what is alive now."""
+        """Start measuring the peak anew, from the live bytes."""
         self.peak_bytes = self.live_bytes
 
     def follow(self, storage: torch.UntypedStorage) -> None:
@@ -74,15 +74,15 @@ class _FollowNewStorages(TorchDispatchMode):
 def track_tensor_bytes(*already_there: TensorOwner) -> Iterator[TensorBytes]:
     """Count the bytes of every storage made while the context is open, in forward, backward and optimizer.
 
-    Nothing that is computed changes by a bit. It works on every device, the meta device included. Not seen is what no
+    No result changes by a bit. It works on every device, the meta device included. It does not see memory that no
     operation makes: scratch memory inside a kernel, storages resized by `UntypedStorage.resize_`, states of random
-    generators (5056 bytes for each checkpoint on CPU). Functions under `torch.compile` run uncompiled meanwhile: what
-    a compiled kernel allocates could not be followed; and one called for the first time under a dispatch mode would
-    stay uncompiled for ever after.
+    generators (5056 bytes for each checkpoint on CPU). Functions under `torch.compile` run uncompiled meanwhile,
+    because allocations of a compiled kernel cannot be tracked, and a function first called under a dispatch mode would
+    stay uncompiled.
 
     Args:
-        already_there: models, optimizers and tensors whose storages exist already and are to be counted too; other
-            storages made before are never counted, nor is their end.
+        already_there: models, optimizers and tensors whose existing storages count too; other storages made before
+            never count.
 
     Yields:
         `TensorBytes`; `live_bytes` and `peak_bytes` can be read at any time, and after the context is closed.
@@ -97,15 +97,15 @@ def track_tensor_bytes(*already_there: TensorOwner) -> Iterator[TensorBytes]:
 def saved_tensor_bytes(fn: Callable[[], Any], *, exclude: Iterable[TensorOwner] = ()) -> int:
     """Bytes that a forward leaves saved for its backward.
 
-    Each storage counts once, however many tensors of it are saved. Counted is what is alive when `fn` has returned:
-    under gradient checkpointing that is the checkpoints alone. Not counted are parameters and their views, what
-    `exclude` holds, and tensors that a custom autograd function keeps without `save_for_backward`. It works on the
+    Each storage counts once, however many of its tensors are saved. Only what is alive when `fn` has returned counts;
+    under gradient checkpointing these are the checkpoints. Parameters and their views do not count, nor does what
+    `exclude` holds, nor tensors that a custom autograd function keeps without `save_for_backward`. It works on the
     meta device too, where nothing is computed.
 
     Args:
         fn: runs one forward and returns what holds its graph: the loss, or the model's whole output.
-        exclude: models, optimizers or tensors whose storages are not activations. Give the model: only so can a view
-            of a frozen parameter be told from an activation.
+        exclude: models, optimizers or tensors whose storages are not activations. Give the model, or a view of a
+            frozen parameter looks like an activation.
 
     Source: `torch.autograd.graph.saved_tensors_hooks`.
     """

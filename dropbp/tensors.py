@@ -106,7 +106,7 @@ def _map_dataclass(value: Any, function: TensorMap) -> Any:
 
 
 def ask_for_gradients(args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward's arguments hold a tensor that requires a gradient, key-value caches looked into as well."""
+    """Whether a forward's arguments, key-value caches included, hold a tensor that requires a gradient."""
     values = [*args, *kwargs.values()]
     if any(tensor.requires_grad for tensor in tensors_in(values)):
         return True

@@ -33,7 +33,7 @@ def found_in(graph: Graph) -> list[Found]:
 
 
 def together(found: Sequence[Found]) -> tuple[int, ...]:
-    """Branches next to each other that share where they leave the stream and where they join it, as bits."""
+    """Neighbouring branches that leave the stream at one place and join it at one place, as bits."""
     places = [(branch.join.node, dict(branch.join.branches)[branch.edge]) for branch in found]
     runs = [list(run) for _, run in itertools.groupby(range(len(found)), key=places.__getitem__)]
     return tuple(sum(1 << branch for branch in run) for run in runs if len(run) > 1)

@@ -159,7 +159,7 @@ class _Builder:
         return tuple(name for leaf, name in self.graph.parameter_names.items() if leaf in leaves)
 
     def _idle_siblings(self, calls: Mapping[str, object], sites: Sequence[Site]) -> tuple[Site, ...]:
-        """Modules that this forward did not call (experts no token was sent to), treated as their siblings are."""
+        """Modules that this forward did not call (experts without tokens), treated like their siblings."""
         by_parent: dict[str, set[tuple[int, ...]]] = {}
         for site in sites:
             by_parent.setdefault(_container(site.module), set()).add(site.needs)
@@ -317,7 +317,7 @@ class _Builder:
                     )
 
     def _may_hold_branches(self, name: str) -> bool:
-        """A missed branch needs an addition that is none of those understood, and a stream that keeps its shape."""
+        """A branch can be missed only at an addition that was not understood, on a stream that keeps its shape."""
         calls = [call for call in self.graph.calls if call.name == name]
         made = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
         return not all(call.reshapes for call in calls) and bool(made & self.unexplained)
@@ -380,7 +380,7 @@ def _weight_elements(module: nn.Module) -> int:
 
 
 def _elements(leaf: torch.Tensor) -> int:
-    """Of the whole parameter, also where DeepSpeed ZeRO-3 has let go of all but a part."""
+    """Elements of the whole parameter, also if DeepSpeed ZeRO-3 holds only a part of it."""
     return int(getattr(leaf, "ds_numel", leaf.numel()))
 
 
@@ -409,7 +409,7 @@ def _check_exact(named: Sequence[Sequence[str]], groups: Sequence[Group | None])
 
 
 def _check_stream_survives(graph: Graph, named: Sequence[Sequence[str]]) -> None:
-    """Dropping a branch must leave a way for the gradient to what came before it, or nothing below would train."""
+    """Dropping a branch must leave a path for the gradient to everything below, or nothing there would train."""
     for names in named:
         calls = [c for c in graph.calls if c.name in names]
         first = min(c.start for c in calls)

@@ -72,7 +72,7 @@ def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings
 
 
 def checked_module(model: Any) -> nn.Module:
-    """The model. Raises ConfigError for what is no module."""
+    """The model. Raises ConfigError if it is not a module."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {type(model).__name__}; dropbp.enable takes a torch.nn.Module.")
     return model

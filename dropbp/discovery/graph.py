@@ -149,7 +149,7 @@ def _sums(graph: Graph) -> list[_Sum]:
 
 
 def other_sums(graph: Graph, branches: Collection[Edge]) -> list[int]:
-    """Additions with a term that is neither the stream nor one of the branches."""
+    """Additions with a term that is neither the stream nor a branch."""
     base_of = {join.node: join.base for join in joins(graph)}
     return [s.node for s in _sums(graph) if not _is_explained(graph, s, base_of.get(s.node), branches)]
 
@@ -159,7 +159,7 @@ def _is_explained(graph: Graph, total: _Sum, base: int | None, branches: Collect
 
 
 def is_sum(graph: Graph, node: Node) -> bool:
-    """Whether the node adds tensors, rather than a parameter to one."""
+    """Whether the node adds two tensors, rather than a tensor and a parameter."""
     return node.name.startswith(JOINS) and len(graph.tensors_into(node)) >= 2
 
 

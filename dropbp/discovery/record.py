@@ -94,7 +94,7 @@ class _FlopMode(TorchDispatchMode):
 
 
 def _likely(value: torch.Tensor) -> bool | int | float:
-    """What a tensor without data says when it is asked: yes (the mask is full, the sequence is one), or one."""
+    """The value of a tensor without data: True (the mask is full, the sequence is one), or one."""
     return True if value.dtype == torch.bool else 1.0 if value.is_floating_point() else 1
 
 
@@ -249,7 +249,7 @@ class Recorder:
             self.flops.records.append((sequence_of(function), 2 * output.numel() * width))
 
     def _connected(self, output: Any) -> Any:
-        """The output with a node of its own, where frozen parameters kept it from one (frozen embeddings)."""
+        """The output with a node of its own, if frozen parameters gave it none (frozen embeddings)."""
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.grad_fn is None:
             return output + self._anchor(output.device).to(output.dtype)
         return None

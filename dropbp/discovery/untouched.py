@@ -104,5 +104,5 @@ def every_parameter_recorded(model: nn.Module) -> Iterator[None]:
 
 
 def is_plain(parameter: torch.Tensor) -> bool:
-    """Whether this is no part of a sharded parameter."""
+    """Whether this is not part of a sharded parameter."""
     return not hasattr(parameter, "device_mesh")

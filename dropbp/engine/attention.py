@@ -37,7 +37,7 @@ class MaskState(Attachment):
 
 
 class SameKernel(TorchFunctionMode):
-    """Attention masks require a gradient, as far as the choice of the kernel goes."""
+    """Attention masks require a gradient inside, for the choice of the kernel."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,7 +54,7 @@ KERNEL_BY_MODE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
 
 
 class KernelState(Attachment):
-    """A module that takes another kernel where nothing is recorded; `dropping()` tells whether it runs dropped now."""
+    """A module that takes another kernel if nothing is recorded; `dropping()` tells whether it runs dropped now."""
 
     def __init__(self, dropping: Callable[[], bool]) -> None:
         self.dropping = dropping

@@ -60,7 +60,7 @@ class Interception:
         module.__dict__["forward"] = self.method
 
     def remove(self) -> None:
-        """Put the module's forward back; where something else was put around ours since, ours lets calls pass."""
+        """Restore the module's forward; if something has wrapped ours since, ours passes calls on."""
         own = self.module.__dict__
         if own.get("forward") is not self.method:
             own[self.attribute] = None

@@ -70,7 +70,7 @@ class State:
             self._add(value, DEPTH)
 
     def resembles(self, other: State) -> bool:
-        """Whether all is the same, but for the values of parameters, which an optimizer changes."""
+        """Whether all is the same except the values of parameters, which an optimizer changes."""
         return _same(self.parameters, other.parameters) and _same(self._found, other._found)
 
     def equals(self, other: State) -> bool:
@@ -136,7 +136,7 @@ class Reach:
 
 
 class _Kinds(dict[type, Any]):
-    """How values of a type are looked at; None where the value itself is all there is."""
+    """How to inspect values of a type; None if the value itself is all there is."""
 
     def __missing__(self, kind: type) -> Any:
         known = (torch.Tensor, torch.Generator, random.Random, dict, CONTAINERS)
@@ -170,7 +170,7 @@ def _content(cell: Any) -> Any:
 
 
 def other_generators() -> list[Any]:
-    """States of the global generators that PyTorch's checkpointing does not put back."""
+    """States of the global generators that PyTorch's checkpointing does not restore."""
     states: list[Any] = [hash(random.getstate())]
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
@@ -188,7 +188,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def copied_buffers(block: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every buffer and its present values: what is written through `.data` or by a kernel counts no new version."""
+    """Every buffer and its present values: writes through `.data` or by a kernel count no new version."""
     return [(buffer, buffer.detach().clone()) for buffer in block.buffers() if not buffer.is_meta]
 
 
@@ -198,7 +198,7 @@ def any_differs(copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
 
 
 def known_effect(block: nn.Module) -> str | None:
-    """What is known to happen in each training forward of a block beside its outputs; None if nothing is known."""
+    """A known side effect of each training forward of a block; None if none is known."""
     for module in block.modules():
         if isinstance(module, _NormBase) and module.track_running_stats and module.training:
             return f"{type(module).__name__} keeps running statistics"
@@ -216,7 +216,7 @@ def _is_unknown(hook: Callable[..., Any]) -> bool:
 
 
 def passing_circumstance(modes_at_first: int) -> str | None:
-    """What holds now and may not hold in the backward; None if nothing is known."""
+    """A circumstance that may not hold any more in the backward; None if there is none."""
     if parametrize._cache_enabled:
         return "parametrizations are cached"
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -98,7 +98,7 @@ class Recomputation:
 
 
 class RecomputedBlock:
-    """Runs one block so that it can be recomputed, where that is known to be safe."""
+    """Runs one block so that it can be recomputed, if that is known to be safe."""
 
     def __init__(self, name: str, module: nn.Module, shared: Recomputation) -> None:
         self.name, self.module, self.shared = name, module, shared
@@ -205,7 +205,7 @@ class _Saved:
         self.packed, self.tensor, self.version = packed, tensor, versions(tensor)
 
     def checked(self) -> torch.Tensor:
-        """The tensor. PyTorch does not look for itself whether it was changed where hooks are set."""
+        """The tensor. With hooks set, PyTorch does not check by itself whether it was changed."""
         assert self.tensor is not None
         if versions(self.tensor) != self.version:
             raise RuntimeError(
@@ -217,7 +217,7 @@ class _Saved:
 
 @contextlib.contextmanager
 def _keeping() -> Iterator[list[_Saved]]:
-    """Inside, what is saved is kept besides being handed to the hooks that are there."""
+    """Inside, saved tensors are kept, and handed to the existing hooks as well."""
     assert _top_hooks is not None
     hooks = _top_hooks(False)
     assert hooks is not None, "PyTorch's checkpointing has hooks"
@@ -236,7 +236,7 @@ def _keeping() -> Iterator[list[_Saved]]:
 
 
 def inside_checkpoint() -> bool:
-    """Whether a checkpoint is recording or recomputing what runs now: one in another would recompute it twice."""
+    """Whether a checkpoint is recording or recomputing now: a nested one would recompute twice."""
     hooks = None if _top_hooks is None else _top_hooks(False)
     return hooks is not None and getattr(hooks[0], "__module__", None) in (torchs.__name__, __name__)
 
@@ -255,7 +255,7 @@ def _modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None
 
 
 def _allowed_kernels() -> list[SDPBackend]:
-    """The kernels of attention that may be used now."""
+    """The attention kernels that are allowed now."""
     allowed = {
         SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
         SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),

@@ -23,7 +23,7 @@ OTHER_GRAPHS = 1  # a block's graph without gradients, for evaluation
 
 
 def compile_each(model: nn.Module, branches: Sequence[Branch], options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Compile every block that holds some of these branches, in place; their names. See `dropbp.compile_blocks`."""
+    """Compile every block that holds some of these branches in place; return their names. See `compile_blocks`."""
     blocks = {branch.block: model.get_submodule(branch.block) for branch in branches if branch.block}
     if not blocks:
         raise ConfigError(

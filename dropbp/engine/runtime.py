@@ -155,7 +155,7 @@ class Runtime:
             )
 
     def note_evaluation(self, outputs: Any) -> None:
-        """A forward in evaluation mode whose outputs can be run backward: perhaps a training that forgot the mode."""
+        """Warn of a forward in evaluation mode whose outputs have a backward: a training that forgot the mode."""
         if not self._evaluated and any(tensor.requires_grad for tensor in tensors_in(outputs)):
             self._evaluated = True
             logger.warning(
@@ -166,7 +166,7 @@ class Runtime:
             )
 
     def note_unrecorded_block(self, block: nn.Module) -> None:
-        """A kept block runs unrecorded and its stream has ended: a reentrant checkpoint that was switched on late."""
+        """Warn of a kept block that ran unrecorded under a truncated backward: a late reentrant checkpoint."""
         if not self.unrecorded_block:
             self.unrecorded_block = True
             logger.warning(
@@ -193,7 +193,7 @@ class Runtime:
         return outputs if plan.trained == EVERY else self._connected(outputs, plan)
 
     def _observed(self, forward: Callable[[], Any], plan: CallPlan) -> Any:
-        """Run the forward, and look at its outputs; where one is new run it again, with dropped branches recorded."""
+        """Run the forward and look at its outputs; if one is new, run it again with dropped branches recorded."""
         kind = plan.kind
         fresh = kind.fresh and plan.dropped != 0
         kind.fresh = kind.fresh and not fresh
@@ -269,7 +269,7 @@ class Runtime:
                 tensor.grad_fn.register_prehook(lambda gradients: self.show_flags(plan))
 
     def _connected(self, outputs: Any, plan: ForwardPlan) -> Any:
-        """Outputs that `backward` accepts, though every trainable parameter was skipped."""
+        """Outputs that `backward` accepts although every trainable parameter was skipped."""
         if not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in tensors_in(outputs)):
             return outputs
         if transforming() or not any(p.requires_grad for p in self.model.parameters()):
@@ -280,7 +280,7 @@ class Runtime:
         return map_tensors(outputs, lambda tensor: self.connect(tensor, alone or id(tensor) in asking))
 
     def detached(self, tensor: torch.Tensor, plan: ForwardPlan, module: str, users: int) -> torch.Tensor:
-        """A branch's last tensor, cut off from it; in an observed forward it can be found in the graph."""
+        """A branch's last tensor, detached from it; in an observed forward the graph still shows it."""
         if not tensor.requires_grad:
             return tensor
         end = tensor.detach()
@@ -306,7 +306,7 @@ class Runtime:
 
 
 def _latest(records: Reversible[ForwardRecord], sequence: int) -> ForwardRecord | None:
-    """The last of the records that made a node: forwards nested in another come after it."""
+    """The last of the records that made a node: nested forwards come after the outer one."""
     return next((record for record in reversed(records) if record.made(sequence)), None)
 
 
@@ -375,7 +375,7 @@ class RootState(Attachment):
         return outputs
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
-        """A new plan, unless this forward is the recomputation of an earlier one."""
+        """A new plan, unless this forward recomputes an earlier one."""
         node = current_node()
         record = self.runtime.find(node._sequence_nr()) if node is not None else None
         return record.plan if record else self.begin(args, kwargs)

@@ -41,12 +41,12 @@ class Trained:
         self.model, self.structure, self.rests = model, structure, rests
 
     def shares(self, rates: Sequence[float]) -> dict[str, float]:
-        """In what share of the steps each of them has a gradient under these drop rates."""
+        """The share of steps in which each trained parameter has a gradient, at these drop rates."""
         borders = {name: self._border(name) for name in self.names()}
         return {name: 1.0 if border == EXACT else 1 - rates[border] for name, border in borders.items()}
 
     def names(self) -> list[str]:
-        """Of the parameters that are trained now."""
+        """Names of the parameters that are trained now."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def _border(self, name: str) -> int:
@@ -127,7 +127,7 @@ def tell(trained: Trained, config: Config, rates: Sequence[float]) -> None:
 
 
 def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[str]:
-    """One line for each kind of parameter that does not train in every step as its branches do."""
+    """One line for each kind of parameter that trains seldom, never, or only in steps that drop nothing."""
     if config.drop_rate and not any(rates) and trained.rests:
         return [_nothing_saved(trained)]
     found = trained.shares(rates)
@@ -168,7 +168,7 @@ def _nothing_saved(trained: Trained) -> str:
 
 
 def figures(trained: Trained, rates: Sequence[float]) -> dict[str, Any]:
-    """The part of `Handle.report` on what is trained how often."""
+    """The part of `Handle.report` on how often parameters train."""
     found = trained.shares(rates)
     return {
         "never_trained": [name for name, share in found.items() if share <= 0],

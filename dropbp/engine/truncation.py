@@ -57,7 +57,7 @@ class Cut:
 
 
 def _reentrant_checkpoint_in(roots: list[Any]) -> bool:
-    """Whether the graph holds a node that runs a part of the forward again: PyTorch's, or one written like it."""
+    """Whether the graph holds a node that recomputes a part of the forward: PyTorch's, or a similar one."""
     seen, pending = set(roots), list(roots)
     while pending:
         node = pending.pop()

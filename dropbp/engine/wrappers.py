@@ -65,7 +65,7 @@ class SiteState(Attachment):
         return plan, self._need_of_this_call() if self.per_call and plan.trained != ALIVE else self.need
 
     def run_detached(self, plan: ForwardPlan, need: int, forward: Callable[[], Any]) -> Any:
-        """Run recorded, and cut off what the branches of `need` add to the stream."""
+        """Run recorded, and detach what the branches of `need` add to the stream."""
         start = next_sequence()
         output = forward()
         if isinstance(plan, CallPlan) and plan.observation is not None:
@@ -123,7 +123,7 @@ class RestState(Attachment):
 
 
 def rest_forward(original: Forward) -> Forward:
-    """Around what feeds the stream or stands in it: without recording when a branch above it is dropped.
+    """Around a module that feeds the stream or stands in it: unrecorded when a branch above it is dropped.
 
     Unless the stream may end there, it still asks for a gradient: see `dropbp.engine.truncation`.
     """
@@ -144,7 +144,7 @@ def rest_forward(original: Forward) -> Forward:
 
 
 def shared_site_forward(original: Forward) -> Forward:
-    """Around a module shared by several branches: which call this is, compiled code cannot tell."""
+    """Around a module shared by several branches; compiled code cannot tell which call this is."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

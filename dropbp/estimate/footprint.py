@@ -51,7 +51,7 @@ class _Timeline(TorchDispatchMode):
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The small sizes at which steps are counted. `alone`: also with one row, a case of its own for some kernels."""
+    """The small sizes at which steps are counted. `alone`: also one row, a special case for some kernels."""
 
     lengths: tuple[int, ...]
     alone: bool
@@ -126,7 +126,7 @@ def _sum(lines: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _comparable(lines: Lines) -> Lines:
-    """Where the operations themselves depend on the data there is no common sequence: peak and end only."""
+    """If the operations themselves depend on the data, there is no common sequence: only peak and end."""
     if len({len(line) for line in lines.values()}) == 1:
         return lines
     return {size: torch.stack([line.max(), line[-1]]) for size, line in lines.items()}
@@ -181,7 +181,7 @@ class OptimizerBytes:
             self._all_bytes = tracked.live_bytes
 
     def state_bytes(self, trained: Iterable[str]) -> int:
-        """Bytes of the states of these parameters: one that is never given a gradient gets none."""
+        """Bytes of the states of these parameters; one that never gets a gradient has none."""
         never = self._parameters.keys() - set(trained)
         states = (self._optimizer.state.get(self._parameters[name], {}) for name in never)
         tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
@@ -225,7 +225,7 @@ def _explained(make: Optimizer) -> Iterator[None]:
 
 
 def largest_within(peak_bytes: Callable[[int], float], limit_bytes: float, most: int) -> int:
-    """The largest size from 1 to `most` whose peak is within the limit; 0 where none is. Peaks must not fall."""
+    """The largest size from 1 to `most` whose peak is within the limit; 0 if none is. Peaks must not decrease."""
     low, high = 0, 1
     while high <= most and peak_bytes(high) <= limit_bytes:
         low, high = high, 2 * high

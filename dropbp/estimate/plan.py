@@ -69,7 +69,7 @@ class RatePlan:
 
     @property
     def step_s(self) -> float | None:
-        """Seconds of a whole step; None where nothing was timed."""
+        """Seconds of a whole step; None if nothing was timed."""
         if self.forward_backward_s is None or self.optimizer_s is None:
             return None
         return self.forward_backward_s + self.optimizer_s
@@ -96,7 +96,7 @@ class TrainingPlan:
     device: dict[str, Any]
 
     def at(self, drop_rate: float) -> RatePlan:
-        """The prediction for one drop rate. Raises ConfigError where it was not planned."""
+        """The prediction for one drop rate. Raises ConfigError if it was not planned."""
         for entry in self.rates:
             if entry.drop_rate == drop_rate:
                 return entry
@@ -218,7 +218,7 @@ class _Planner:
 
     @contextlib.contextmanager
     def _enabled(self, drop_rate: float, **options: Any) -> Iterator[Handle]:
-        """Past its first step, which is like no other: see `dropbp.engine.truncation`."""
+        """The model enabled, and past its first step, which differs from the others (`dropbp.engine.truncation`)."""
         model = self.workload.model
         with enable(model, drop_rate, **{**self.enabling, **options}) as handle:
             smallest = self.workload.batch(self.probe.smallest)

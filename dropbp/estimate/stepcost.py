@@ -98,7 +98,7 @@ class MaskMix:
         return self.mean(lambda share: 1 - share.kept)
 
     def greediest(self) -> tuple[Mask, ...]:
-        """Masks among which is the one that needs most memory: those that hold most, and the one that trains most."""
+        """The peak-memory mask is among these: those that hold most, and the one that trains most."""
         held = sorted(self.every, key=lambda mask: self._held(self.share(mask)), reverse=True)[:2]
         most = max(self.every, key=lambda mask: self.share(mask).kept)
         return tuple(dict.fromkeys([*held, most]))

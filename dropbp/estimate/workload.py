@@ -136,7 +136,7 @@ def is_count(value: Any) -> bool:
 
 @contextlib.contextmanager
 def in_training(model: nn.Module) -> Iterator[None]:
-    """All modules in training mode; modes, gradients, buffers and random state are as before afterwards."""
+    """All modules in training mode; modes, gradients, buffers and random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         with untouched(model):
@@ -148,7 +148,7 @@ def in_training(model: nn.Module) -> Iterator[None]:
 
 
 def _makes_its_loss(model: Any) -> bool:
-    """A language model: it has a head over its vocabulary, and takes labels of the shape of its tokens."""
+    """Whether the model has a head over its vocabulary, and takes labels of the shape of its tokens."""
     if not example.takes_text(model) or not hasattr(model, "get_output_embeddings"):
         return False
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -156,7 +156,7 @@ def _makes_its_loss(model: Any) -> bool:
 
 
 def _with_rows(given: example.Inputs, rows: int) -> example.Inputs:
-    """The rows of the example, again and again, until there are `rows`."""
+    """The rows of the example, repeated until there are `rows`."""
     present = shape_of(given.args, given.kwargs).batch_size
     if rows == present:
         return given

@@ -59,7 +59,7 @@ class ByBranch:
         return clip_grad_norm_grouped(groups, max_norm, norm_type, step_boundary=self.boundary)
 
     def remove(self) -> None:
-        """Put the instances back; what someone else put over ours since stays, and ours passes on."""
+        """Restore the instances; if someone has wrapped ours since, theirs stays and ours passes calls on."""
         for owner, name, ours, before in reversed(self._undo):
             if vars(owner).get(name) is not ours:
                 continue

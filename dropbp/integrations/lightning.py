@@ -63,7 +63,7 @@ class DropBPLightning(Callback):
         return {} if state is None else {"handle": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning hands the state over before training begins; it is taken up then."""
+        """Keep the state that Lightning hands over before training begins."""
         self._state = state_dict.get("handle")
 
     def _network(self, pl_module: LightningModule) -> nn.Module:

@@ -49,7 +49,7 @@ class LossReplay:
         return list(closures)
 
     def release(self) -> None:
-        """Let go of the batches and of the model's hook."""
+        """Free the batches and the model's hook."""
         self._hook.remove()
         self._caught.clear()
 

@@ -52,31 +52,31 @@ CALIBRATION_BATCHES = 4  # of the step's micro-batches; sensitivities differ fro
 class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Enables DropBP when training begins and removes it when training ends.
 
-    The state (rates, masks' generator, counts) goes into each checkpoint, as part of `trainer_state.json` and as a
-    file `dropbp.json` of its own; a resumed run draws the masks that the uninterrupted one would have drawn.
+    Each checkpoint holds the state (rates, masks, counts), in `trainer_state.json` and in a file `dropbp.json` of its
+    own. A resumed run draws the masks that the uninterrupted one would have drawn.
 
     Args:
         drop_rate: mean share of the branches' backward FLOPs to skip, in [0, 1).
-        masks: the coupling from which masks are drawn; see `dropbp.enable`.
+        masks: the sampler that draws masks; see `dropbp.enable`.
         resample: `"forward"` draws a mask for each micro-batch, `"step"` one for each optimizer step.
-        calibrate_at: when rates are set from sensitivities: a share of training (a float below 1; the paper's is 0.1)
-            or an optimizer step (an int). None keeps the rates of the beginning. `"auto"` is 0.1, but None under
-            `nested` masks, whose depth profile does better without (docs/learning.md).
-        recalibrate_every: repeat that after so many optimizer steps, or after such a share of training.
+        calibrate_at: when to set rates from sensitivities: a share of training (a float below 1; the paper's is 0.1)
+            or an optimizer step (an int). None keeps the initial rates. `"auto"` is 0.1, but None under `nested`
+            masks, whose depth profile does better without (docs/learning.md).
+        recalibrate_every: repeat that after this many optimizer steps, or this share of training.
         warmup_steps: optimizer steps at the beginning in which nothing is dropped.
-        compile_blocks: options of `torch.compile` with which every block is compiled by itself, as by
-            `dropbp.compile_blocks`; an empty dict takes the defaults, None compiles nothing. Leave `torch_compile` of
-            the training arguments off then.
-        group_parameters: whether the optimizer and the clipping work branch by branch, so that a lazy device compiles
-            nothing new for a new mask; None asks the device. The result is the same.
+        compile_blocks: options of `torch.compile` for compiling every block by itself, as `dropbp.compile_blocks`
+            does; an empty dict takes the defaults, None compiles nothing. Leave `torch_compile` of the training
+            arguments off then.
+        group_parameters: whether optimizer and clipping work branch by branch, so that a lazy device compiles nothing
+            new for a new mask; None asks the device. The result is the same.
         log: add `dropbp_*` figures to the trainer's own log, and so to TensorBoard, W&B and the like.
-        **options: passed on to `dropbp.enable`. Unless given, `rehearse` is on where the device is lazy, and `steps` is
-            the length of the training, so that nested masks anneal by the trainer's own progress; `steps=None` keeps
-            them from it. Where a forward needs `example_inputs`, they are the first rows of the training data; the
-            run's own order and random states stay as they are.
+        **options: passed on to `dropbp.enable`. By default `rehearse` is on for a lazy device, and `steps` is the
+            length of the training, so that nested masks anneal by the trainer's own progress; `steps=None` prevents
+            that. If a forward needs `example_inputs`, they are the first rows of the training data; the order and
+            random states of the run stay.
 
-    After an exception inside `train()` no trainer calls its callbacks; `close()`, leaving a `with` block around the
-    callback, or the next `train()` then removes DropBP from the model.
+    After an exception inside `train()` no trainer calls its callbacks. Then `close()`, leaving a `with` block around
+    the callback, or the next `train()` removes DropBP from the model.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw a mask for the step if asked to, and get ready to calibrate in it if it is time."""
+        """Draw a mask for the step if `resample` says so, and prepare to calibrate if it is due."""
         if self._handle is None:
             return
         self._position.begin_step(state.global_step)
@@ -201,12 +201,12 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell how much of the training is done, between the micro-batches of a step too."""
+        """Tell how much of the training is done, also between the micro-batches of a step."""
         self._position.end_micro_batch()
         self._tell_progress()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Calibrate, if the step was chosen for it: the gradients are free now."""
+        """Calibrate if it is due: the gradients are no longer needed."""
         self._clock.end()
         if self._replay is not None:
             self._calibrate(state.global_step)
@@ -257,7 +257,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._compiled = [self._handle.model.get_submodule(name) for name in names]
 
     def _closed_as_train_ended(self) -> bool:
-        """Asked before each forward: where `train()` is no longer running, an exception broke it off."""
+        """Asked before each forward: if `train()` is no longer running, an exception ended it."""
         if self._train is None or self._thread != threading.get_ident():
             return False
         frame: FrameType | None = sys._getframe()
@@ -268,7 +268,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return frame is None
 
     def _enabled(self, model: nn.Module, options: dict[str, Any], loader: Any) -> Handle:
-        """Where the model does not say what it takes, or takes more than it says, a batch of the run shows it."""
+        """Enable; a batch of the run serves as example if the model does not say (all of) what it takes."""
         try:
             return enable(model, self.drop_rate, masks=self.masks, **options)
         except DiscoveryError as failure:
@@ -279,7 +279,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return enable(model, self.drop_rate, masks=self.masks, **options)
 
     def _tell_progress(self) -> None:
-        """Steps of the warm-up are no part of what the masks go by."""
+        """Tell the handle the share of training done, without the steps of the warm-up."""
         if self._handle is not None:
             share = self._position.share_after(self.warmup_steps)
             self._handle.progress(max(0.0, share), dropping=share >= 0)
@@ -490,10 +490,10 @@ def _refusing_damage() -> Iterator[None]:
 
 
 def _put_first(callback: DropBPCallback) -> None:
-    """Move the callback before the reporters, which would otherwise have logged before it adds its figures.
+    """Move the callback before the reporters, which would otherwise log before it adds its figures.
 
     A trainer runs the callbacks of `callbacks=[…]` last and offers no other order. Its list is found on the call
-    stack, because an event hands over neither the trainer nor the list. Moving an entry to the front while the list
+    stack, because an event passes neither the trainer nor the list. Moving an entry to the front while the list
     is being run skips and repeats nothing: the entries before it shift to the places that have been run already.
     """
     handler = _calling_handler(callback)

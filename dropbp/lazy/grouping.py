@@ -26,7 +26,7 @@ _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class BranchLike(Protocol):
-    """What is needed of a branch: the qualified names of the modules that it runs."""
+    """A branch, as far as needed here: the qualified names of the modules that it runs."""
 
     @property
     def modules(self) -> Sequence[str]:
@@ -37,7 +37,7 @@ class BranchLike(Protocol):
 def group_parameters_by_branch(
     model: nn.Module, branches: Sequence[BranchLike], groups: Iterable[ParameterGroup] | None = None
 ) -> list[ParameterGroup]:
-    """Parameter groups in which all parameters are skipped together or none is: one for each branch, one for the rest.
+    """Parameter groups that a step skips as a whole or not at all: one for each branch, one for the rest.
 
     Parameters that several branches share get a group of their own. Options of the groups given (learning rate, decay)
     are kept, so that a group with two branches in it becomes three. Fused optimizers that count steps for each group,
@@ -150,7 +150,7 @@ def marked_groups(
 
 
 class _MarkedGroups(list[ParameterGroup]):
-    """Groups with a boundary after each when they are gone through."""
+    """Groups with a boundary after each when iterated."""
 
     def __init__(self, groups: Iterable[ParameterGroup], boundary: Callable[[], None]) -> None:
         super().__init__(groups)

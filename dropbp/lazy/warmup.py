@@ -31,7 +31,7 @@ class Layer:
 
 
 class Rehearsal:
-    """Chooses masks, as bit masks of dropped branches, until no new situation is in sight.
+    """Chooses masks, as bit masks of dropped branches, until no new variant of a graph is to come.
 
     Args:
         layers: the blocks, nearest the input first.
@@ -78,7 +78,7 @@ class Rehearsal:
         self.seen.update(self._situations(dropped, with_gradient))
 
     def _best_window(self, upcoming: Sequence[int], with_gradient: int) -> list[int]:
-        """The successive masks, as many as there were forwards in a step so far, with the most that is new."""
+        """The consecutive masks, as many as a step has had forwards, with the most new variants."""
         best: list[int] = []
         most = 0
         for start in range(len(upcoming)):

@@ -36,7 +36,7 @@ def allocate(
     *,
     method: str = "exact",
 ) -> Rates:
-    """Drop rates per branch that save `drop_rate` of the FLOPs where it hurts least.
+    """Drop rates per branch that save `drop_rate` of the FLOPs at the least cost in sensitivity.
 
     Args:
         sensitivities: S_l >= 0, one per branch, any unit. 0 means free to drop: such branches are filled first, all
@@ -209,7 +209,7 @@ def _meet_budget(rates_at: Callable[[float], list[float]], shares: Rates, drop_r
 
 
 def _snapped(rates: Rates, cap: float, drop_rate: float) -> Rates:
-    """Rates within rounding of a bound moved onto it: a rate of 1e-16 is a mask more that never comes."""
+    """Move rates within rounding of a bound onto it: a rate of 1e-16 would add a mask that never occurs."""
     noise = _ROUNDING / 10 * drop_rate
     return tuple(cap if cap - rate < noise else 0.0 if rate < noise else rate for rate in rates)
 

@@ -36,11 +36,11 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill t
 
 @dataclass(frozen=True)
 class Draws:
-    """What a coupling makes of rates.
+    """What a sampler draws from given rates.
 
     Attributes:
         draw: the mask of a step.
-        every: all masks that can occur, where they are few.
+        every: all masks that can occur, if they are few.
         edges: where each of `every` follows from a number from 0 to below 1, the smallest number of each, rising: the
             masks then have an order, in which a run may take them.
     """
@@ -52,14 +52,14 @@ class Draws:
 
 @dataclass(frozen=True)
 class Coupling:
-    """A registered coupling: `build(rates, flops, seed, **options)` gives its `Draws`."""
+    """A registered sampler: `build(rates, flops, seed, **options)` returns its `Draws`."""
 
     name: str
     build: Callable[..., Draws]
 
     @property
     def summary(self) -> str:
-        """First line of the coupling's docstring."""
+        """First line of the sampler's docstring."""
         return (inspect.getdoc(self.build) or "").partition("\n")[0]
 
     @property
@@ -73,7 +73,7 @@ _COUPLINGS: dict[str, Coupling] = {}
 
 
 def register_coupling(name: str) -> Callable[[Callable[..., Draws]], Callable[..., Draws]]:
-    """Decorator that makes a function `(rates, flops, seed, *, option=default) -> Draws` known as coupling `name`.
+    """Decorator that registers a function `(rates, flops, seed, *, option=default) -> Draws` as sampler `name`.
 
     `rates` and `flops` arrive checked, as tuples of floats. `draw(step)` must be a pure function of its step.
 
@@ -91,12 +91,12 @@ def register_coupling(name: str) -> Callable[[Callable[..., Draws]], Callable[..
 
 
 def couplings() -> Mapping[str, Coupling]:
-    """All registered couplings by name, in alphabetical order."""
+    """All registered samplers by name, in alphabetical order."""
     return dict(sorted(_COUPLINGS.items()))
 
 
 def coupling(name: str) -> Coupling:
-    """The coupling registered as `name`. Raises ConfigError that lists the known ones."""
+    """The sampler registered as `name`. Raises ConfigError that lists the known ones."""
     if name not in tuple(_COUPLINGS):  # not the mapping, which would want to hash it
         raise ConfigError(
             f"coupling {name!r} is unknown; known are {', '.join(couplings())}. Pass one of these, or add your own "
@@ -106,10 +106,10 @@ def coupling(name: str) -> Coupling:
 
 
 class Sampler:
-    """Draws the mask of any step, from rates and a coupling.
+    """Draws the mask of any step, from rates and the name of a sampler.
 
     Args:
-        coupling: name of a registered coupling; see `couplings()`.
+        coupling: name of a registered sampler; see `couplings()`.
         rates: share of steps in which each branch is dropped, in [0, 1]. 0 is never and 1 is always dropped.
         flops: backward FLOPs per branch, any unit, positive.
         seed: any integer.
@@ -147,16 +147,16 @@ class Sampler:
 
     @property
     def distinct_masks(self) -> tuple[Mask, ...] | None:
-        """Every mask that can occur, each once, where the coupling bounds them; else None."""
+        """Every mask that can occur, each once, if the sampler bounds them; else None."""
         return None if self._draws.every is None else tuple(dict.fromkeys(self._draws.every))
 
     @property
     def edges(self) -> tuple[float, ...] | None:
-        """Where masks follow from one number: the smallest number of each of `distinct_masks`; else None."""
+        """If masks follow from one number, the smallest number of each of `distinct_masks`; else None."""
         return self._draws.edges
 
     def redraw(self, step: int, attempt: int) -> Mask:
-        """Another mask for draw number `step`, for the `attempt`-th time: from draws that no run comes to."""
+        """The `attempt`-th other mask for draw number `step`, taken from draws that no run reaches."""
         return self._draws.draw(step + attempt * _FAR)
 
     @property
@@ -165,7 +165,7 @@ class Sampler:
         return None if self.distinct_masks is None else len(self.distinct_masks)
 
     def with_rates(self, rates: Iterable[float]) -> Sampler:
-        """The same coupling, seed and options with other rates."""
+        """The same sampler, seed and options with other rates."""
         return Sampler(self.coupling, rates, self.flops, self.seed, **self.options)
 
     def __reduce__(self) -> tuple[Callable[..., Sampler], tuple[object, ...]]:
@@ -245,7 +245,7 @@ def exact(rates: Rates, flops: Rates, seed: int) -> Draws:
 def _pivot(
     order: Sequence[int], masses: Sequence[float], flops: Sequence[float], mask: list[bool], coin: Callable[[], float]
 ) -> tuple[int, float]:
-    """Settle all but one branch in `mask`; that one and its FLOPs times its remaining rate are returned."""
+    """Settle all but one branch in `mask`; return that one and its FLOPs times its remaining rate."""
     left, mass = (order[0], masses[order[0]]) if order else (-1, 0.0)
     for other in order[1:]:
         room, offered = flops[left] - mass, masses[other]
@@ -268,7 +268,7 @@ def _pivot(
 
 @register_coupling("cyclic")
 def cyclic(rates: Rates, flops: Rates, seed: int) -> Draws:
-    """Each branch falls in regular turns: in any T steps between floor(T p) and ceil(T p) times.
+    """Each branch is dropped in regular turns: in any T steps between floor(T p) and ceil(T p) times.
 
     Branch l is dropped at step t if floor((t+1) p_l + phase_l) > floor(t p_l + phase_l), in exact 64-bit arithmetic.
     Branches of equal rate get phases that cut the unit circle in proportion to their FLOPs, in shuffled order, so
@@ -298,7 +298,7 @@ def _phases(rates: Rates, flops: Rates, coin: Callable[[], float]) -> list[float
 
 @register_coupling("nested")
 def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") -> Draws:
-    """One uniform number per step; every branch whose rate exceeds it falls. At most N+1 different masks.
+    """One uniform number per step drops every branch whose rate exceeds it. At most N+1 different masks.
 
     With rates that do not fall toward the input (`dropbp.masks.rates.depth_rates`) each step trains the top of the
     model down to a random depth, and every trained branch gets its exact gradient. The FLOPs budget holds on average.
@@ -322,8 +322,8 @@ def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") ->
 def pool(rates: Rates, flops: Rates, seed: int, *, pool_size: int = 8, pool_of: str = "balanced") -> Draws:
     """`pool_size` masks drawn once, then visited in shuffled laps: each lap visits each mask once.
 
-    `pool_of="balanced"`: branch l falls in floor or ceil of K p_l of the K masks (K p_l on average over seeds), and
-    each mask keeps the FLOPs budget to within one branch. Or the name of a coupling, whose first K draws are taken.
+    `pool_of="balanced"`: floor or ceil of K p_l of the K masks drop branch l (K p_l on average over seeds), and each
+    mask keeps the FLOPs budget to within one branch. `pool_of` may also name a sampler, whose first K draws are taken.
     A branch is never trained if all K masks drop it: choose K >= 1 / (1 - p_l).
     """
     size = _checked_int("pool_size", pool_size)

@@ -22,10 +22,10 @@ class Statistics:
         counts: how often each branch was dropped.
         forwards: training forwards so far.
         flops_dropped: FLOPs whose backward was skipped.
-        flops_seen: those of all branches.
-        drawn_planned: of forwards whose mask was drawn, the FLOPs that their rates foresaw to be dropped.
-        drawn_dropped: of these forwards, the FLOPs that were dropped.
-        drawn_seen: of these forwards, all.
+        flops_seen: FLOPs of all branches.
+        drawn_planned: the FLOPs that the rates of forwards with a drawn mask should drop.
+        drawn_dropped: the FLOPs that these forwards dropped.
+        drawn_seen: all FLOPs of these forwards.
     """
 
     counts: list[int]
@@ -43,11 +43,11 @@ class Statistics:
 
     @property
     def drawn_rate(self) -> float:
-        """The same without warm-up and masks that were given."""
+        """The same without the warm-up and given masks."""
         return self.drawn_dropped / max(self.drawn_seen, 1.0)
 
     def note(self, mask: Mask, flops: Sequence[float], total: float, planned: float | None) -> None:
-        """Enter one training forward; `planned` are the FLOPs that a drawn mask drops on average."""
+        """Count one training forward; `planned` are the FLOPs that a drawn mask drops on average."""
         dropped = sum(compress(flops, mask))
         self.forwards += 1
         self.counts = list(map(operator.add, self.counts, mask))

@@ -57,7 +57,7 @@ class Calibration:
 
 
 class Masking(Protocol):
-    """Runs training forwards under a given mask, without keeping books."""
+    """Runs training forwards under a given mask, uncounted."""
 
     def __call__(self, mask: Sequence[bool]) -> contextlib.AbstractContextManager[Any]: ...
 
@@ -185,7 +185,7 @@ def own_squares(model: nn.Module, parameters: Mapping[str, int], count: int) -> 
 
 
 def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
-    """Squared norm as a tensor of one element; of the whole gradient, also where each rank holds a shard."""
+    """Squared norm of the whole gradient as a tensor of one element, also if each rank holds a shard."""
     whole: Any = gradient.coalesce().values() if gradient.is_sparse else gradient
     return _whole_sum(whole.detach().float().square())
 
@@ -214,7 +214,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _averaged(observations: Sequence[Observation], device: torch.device, passes: int) -> Estimate:
-    """Ranks hold parts of one batch, so what they saw is averaged; closures are batches, so their results are."""
+    """Ranks hold parts of one batch, so their observations are averaged; closures are batches, so their results are."""
     rows = torch.tensor([[o.own, o.below, o.falls, o.ratios] for o in observations], dtype=torch.float64)
     whole = [Observation(*(tuple(values) for values in row)) for row in mean_over_ranks(rows, device).tolist()]
     scores = _mean([observation.sensitivities() for observation in whole])

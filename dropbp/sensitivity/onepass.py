@@ -85,7 +85,7 @@ def _lost(below: float, fall: float, ratio: float) -> float:
 
 
 class OnePass:
-    """Watches one forward and backward, then one forward with moved parameters, and says what it saw."""
+    """Observes one forward and backward, then one forward with moved parameters, and reports the result."""
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         self.model, self.structure = model, structure
@@ -97,7 +97,7 @@ class OnePass:
 
     @contextlib.contextmanager
     def watching(self, forward: Callable[[], Tensor]) -> Iterator[Tensor]:
-        """Runs the forward; its loss is to be run backward inside the `with`."""
+        """Runs the forward; run its loss backward inside the `with`."""
         with self.recorder:  # backward included: what checkpointing recomputes must look like the first forward
             with self.inputs.remembered():
                 loss = forward()
@@ -117,7 +117,7 @@ class OnePass:
         self.entrances.watch(edges, kept)
 
     def step(self, squares: Mapping[str, float]) -> float:
-        """How far to go along the gradients; 0 where there is nothing to be seen.
+        """How far to go along the gradients; 0 if nothing would be seen.
 
         A tensor x with gradient g moves by `step * below / |g|` at least, since its movement times g is what the
         parameters below add to the loss.
@@ -131,11 +131,11 @@ class OnePass:
         return STEP_SHARE * min(reach, default=0.0)
 
     def comparing(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the second forward is to be run."""
+        """Run the second forward inside the `with`."""
         return self.inputs.compared(self.entrances.leaving)
 
     def observation(self, squares: Mapping[str, float], step: float) -> Observation:
-        """What was seen, given the squared norm of every gradient and the step of the second forward (0: none)."""
+        """The observations, given the squared norm of every gradient and the step of the second forward (0: none)."""
         own = tuple(math.fsum(squares.get(name, 0.0) / k**2 for name, k in names.items()) for names in self.own)
         falls = tuple(self._fall(branch, step) for branch in range(len(own)))
         return Observation(own, self._sums(squares), falls, self.entrances.ratios())
@@ -152,7 +152,7 @@ class OnePass:
 
 
 class _Entrances:
-    """The gradients that leave the branches at their entrances, and those that arrive where these lead to."""
+    """The gradients at the branches' inputs, and those that arrive at the inputs' sources."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -213,7 +213,7 @@ class _Entrances:
 
 
 class _Inputs:
-    """The tensors that come into branches from outside, as their modules are given them, and how they move."""
+    """The inputs that branches' modules take from outside, and how they move."""
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         self.modules = {site.module: model.get_submodule(site.module) for site in structure.sites}
