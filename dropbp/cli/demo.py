@@ -1,8 +1,8 @@
 """The demo: a chat model is fine-tuned on questions with options, plainly and with DropBP, for about the same time.
 
-Model and questions come from a package registry, or the model from anywhere that `--model` names. Both runs see the
-same examples in the same order, under the same learning rate that decays to zero at their ends; the run with DropBP
-takes as many steps as cost the FLOPs of the plain run.
+Model and questions come from a package registry; `--model` may name another model. Both runs see the same examples in
+the same order, and the same learning rate, which decays to zero at their ends. The run with DropBP takes as many steps
+as the FLOPs of the plain run allow.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _loader(args: argparse.Namespace) -> Callable[[], _Model]:
 
 
 def _equal_steps(steps: int, drop_rate: float) -> int:
-    """Steps that cost the FLOPs of so many plain ones: a backward costs two forwards, and a part of it is dropped."""
+    """Steps that cost the FLOPs of this many plain ones: a backward costs two forwards, and a part of it is dropped."""
     return max(1, round(steps * 3 / (3 - 2 * drop_rate)))
 
 
@@ -116,7 +116,7 @@ def _examples(questions: list[Question], tokenizer: Any, max_length: int) -> lis
 
 
 def _measured(model: Any, tokenizer: Any, held_out: list[Question], args: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy on all questions that were held out, and answers to the first of them."""
+    """Accuracy on all held-out questions, and answers to the first of them."""
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=_bf16(args)):
         return {
@@ -144,6 +144,6 @@ def _settings(recipe: Recipe, args: argparse.Namespace) -> Settings:
 
 
 def _bf16(args: argparse.Namespace) -> bool:
-    """Mixed precision where it is asked for, and where the processor computes in it: elsewhere it is slower."""
+    """Mixed precision if it is asked for, or if the processor computes in it; elsewhere it is slower."""
     known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(args.bf16 or (args.device in (None, "cpu") and known is not None and known()))

@@ -63,7 +63,7 @@ def base_folder(base: Base, corpus_digest: str) -> Path:
 
 
 def cached_base(folder: Path, train: Callable[[], LlamaForCausalLM]) -> LlamaForCausalLM:
-    """The base from the cache; where it is not there yet, it is trained and put there in one move."""
+    """The base from the cache; a missing one is trained and moved there at once."""
     from transformers import LlamaForCausalLM
 
     if not (folder / "config.json").is_file():

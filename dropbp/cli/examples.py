@@ -42,7 +42,7 @@ class Encoder:
     def chat(self, turns: Sequence[Turn]) -> Example:
         """A conversation up to its last learned turn; the loss is on what the assistant answers.
 
-        A first turn has no loss, whosever it is: it answers nothing.
+        The first turn never has a loss, because it answers nothing.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -60,7 +60,7 @@ class Encoder:
         return [*self._ids(text), self.tokenizer.eos_token_id]
 
     def check_template(self) -> None:
-        """Raises ConfigError where the tokenizer cannot render conversations."""
+        """Raises ConfigError if the tokenizer cannot render conversations."""
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 "the data set has messages and the tokenizer has no chat template; use a chat model's tokenizer."
@@ -83,7 +83,7 @@ class Encoder:
         return text
 
     def _extend(self, ids: list[int], labels: list[int], seen: str, text: str, learned: bool) -> None:
-        """Add the tokens of what `text` has beyond `seen`."""
+        """Add the tokens of `text` beyond `seen`."""
         if not text.startswith(seen):
             raise ConfigError(
                 "the tokenizer's chat template changes earlier turns when a turn is added, so the responses cannot be "
@@ -97,7 +97,7 @@ class Encoder:
 
 @dataclass
 class Encoded:
-    """Examples, and what became of the rows they came from.
+    """Examples, and what became of their rows.
 
     Attributes:
         kind: of the data set.
@@ -121,7 +121,7 @@ class Encoded:
         return sum(self.left_out.values())
 
     def notes(self) -> Iterator[str]:
-        """What is not trained, in sentences."""
+        """Sentences about what is not trained."""
         if self.left_out:
             reasons = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.items())
             yield f"{self.rows_without_loss} of {self.rows} rows left out: {reasons}"

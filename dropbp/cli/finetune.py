@@ -1,7 +1,7 @@
-"""The command `dropbp finetune`: the demo without a data set, a fine-tuning of one's own with it.
+"""The command `dropbp finetune`: fine-tunes a model on a data set; without one it runs the demo.
 
-The demo fine-tunes a small chat model twice, plainly and with DropBP, and compares. With `--model` and `--dataset` one
-model is fine-tuned, evaluated and saved. Defaults are those of the paper (arXiv:2402.17812).
+The demo fine-tunes a small chat model twice, plainly and with DropBP, and compares. With `--model` and `--dataset` the
+command fine-tunes, evaluates and saves one model. Defaults are those of the paper (arXiv:2402.17812).
 """
 
 from __future__ import annotations

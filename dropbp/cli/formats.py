@@ -1,8 +1,8 @@
-"""What a row of a data set says: a prompt with a response, a conversation, or plain text.
+"""Reads a row of a data set: a prompt with a response, a conversation, or plain text.
 
-The kinds are those of TRL and of the data sets that people fine-tune on, and are known by their columns. Prompts of
-instructions are those of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca). Nothing but text is ever trained: a
-value of another type is refused, and a row without a response has nothing to teach.
+The kinds are those of TRL and of common data sets, and are recognised by their columns. Instructions get the prompt of
+Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca). Only text is ever trained: a value of another type is refused,
+and a row without a response is left out.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ Content: TypeAlias = Pair | Chat | Text
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of data set: the columns by which it is known, and what one of its rows says.
+    """A kind of data set: the columns that identify it, and the reader of its rows.
 
     `read` raises ConfigError for a row that cannot be used, and NothingToLearnError for one that teaches nothing.
     """
@@ -85,7 +85,7 @@ class Kind:
 
 
 def kind_of(row: Row, source: str) -> Kind:
-    """The kind of a data set, from its first row. Raises ConfigError where the columns are of no kind."""
+    """The kind of a data set, from its first row. Raises ConfigError if the columns fit no kind."""
     for kind in KINDS:
         if set(kind.columns) <= set(row):
             return kind
@@ -198,7 +198,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def _extras(message: Mapping[str, Any], where: str) -> dict[str, str]:
-    """What templates may want beside role and content, a name or thoughts, as far as it is text."""
+    """Text that templates may use beside role and content, such as a name or thoughts."""
     own = ("role", "content", "from", "value")
     return {k: _text(v, f"{k} of {where}") for k, v in message.items() if k not in own and isinstance(v, str)}
 

@@ -1,7 +1,7 @@
 """The command `dropbp inspect`: the residual branches of a model as a tree, with FLOPs and parameters.
 
-Weights are not needed: the model is built from its configuration, of tensors that have shapes and no data. Fake tensors
-rather than those of the meta device, because models ask for values of masks and positions, and know to skip it here.
+Weights are not needed: the model is built from its configuration, of tensors with shapes and no data. These are fake
+tensors, not those of the meta device: models read values of masks and positions, and know to skip that for fake ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of options that several commands have, made before any work is done."""
+"""Checks of options that several commands share, before any work is done."""
 
 from __future__ import annotations
 

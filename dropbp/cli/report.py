@@ -1,4 +1,4 @@
-"""A result file of `dropbp finetune`, and what is derived from it alone: a table, sentences, a plot.
+"""A result file of `dropbp finetune`, and the table, sentences and plot derived from it.
 
 The file holds one entry in `runs` for each training; see `dropbp.cli.training.train` for its content.
 """

@@ -1,8 +1,8 @@
-"""For the command line: a command imports nothing that it has no use for, though a library below would.
+"""For the command line: keeps the libraries below from importing what a command does not use.
 
-PEFT imports bitsandbytes and accelerate imports DeepSpeed wherever they are installed. Both look for a GPU, and where
-there is none the first lines of a run are their warnings. Both are left out by Python's own means: a module that is
-None in `sys.modules` counts as not installed.
+PEFT imports bitsandbytes and accelerate imports DeepSpeed wherever they are installed. Both look for a GPU, and without
+one a run begins with their warnings. Both are hidden by Python's own means: a module that is None in `sys.modules`
+counts as not installed.
 """
 
 from __future__ import annotations

@@ -44,18 +44,18 @@ Note = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class RatePlan:
-    """What is predicted for one drop rate.
+    """The prediction for one drop rate.
 
     Attributes:
-        drop_rate: that was asked for; 0 is plain training.
-        dropped_share: of the branches' FLOPs, what the masks drop on average.
-        forward_backward_s: seconds of forward and backward of an optimizer step, the mean over the masks; None where
+        drop_rate: the planned rate; 0 is plain training.
+        dropped_share: share of the branches' FLOPs that the masks drop on average.
+        forward_backward_s: seconds of forward and backward in an optimizer step, the mean over the masks; None if
             nothing was timed.
         optimizer_s: seconds of the optimizer.
         peak_bytes: the most tensor bytes at once in a step, the peak over the masks.
         flops: of a step, the mean over the masks.
-        largest_batch: rows of the planned length that fit the memory limit; 0 where not even one does.
-        largest_sequence: tokens per row at the planned rows that fit; None for inputs whose length cannot be changed.
+        largest_batch: rows of the planned length that fit the memory limit; 0 if not even one does.
+        largest_sequence: tokens per row that fit at the planned rows; None if the length of inputs cannot change.
     """
 
     drop_rate: float
@@ -79,8 +79,8 @@ class RatePlan:
 class TrainingPlan:
     """What `plan` returns: a prediction for each drop rate, and what it rests on.
 
-    `timed_at` is the shape of the steps that were timed: smaller than the planned one where plain training of that
-    would not fit the memory limit.
+    `timed_at` is the shape of the timed steps. It is smaller than the planned one if plain training of that would not
+    fit the memory limit.
     """
 
     rates: tuple[RatePlan, ...]
@@ -135,8 +135,8 @@ def plan(
 ) -> TrainingPlan:
     """Predict time, peak memory and FLOPs of a training step at each drop rate, and the largest batch that fits.
 
-    Runs some small steps and, to measure time, a few of the size asked for; parameters are not moved, and the model is
-    as before afterwards. Weights may be random. Bytes are those of tensors: an allocator adds its share.
+    Runs some small steps and, to measure time, a few of full size. Parameters do not move, and the model is restored.
+    Weights may be random. Bytes are those of tensors; an allocator adds its share.
 
     Args:
         model: as it will be trained (adapters, frozen parameters, gradient checkpointing), on its device.
@@ -149,10 +149,10 @@ def plan(
         accumulation: micro-batches of an optimizer step; time is that of the whole step.
         optimizer: makes the optimizer from a list of parameters.
         memory_limit: bytes that a step may need; None takes all that the device has.
-        example_inputs: needed where the model does not say what it takes; a batch of them is made of its rows.
+        example_inputs: needed if the model does not say what it takes; their rows are repeated to make a batch.
         loss: of the model's output; by default its `loss`, or the mean square of its first tensor.
-        measure: whether steps are timed. Without it nothing larger than a small step is run.
-        clock: seconds; `time.process_time` on a CPU shared with others.
+        measure: whether to time steps. If not, only small steps run.
+        clock: returns seconds; use `time.process_time` on a CPU shared with others.
         progress: called with a line before each part of the work.
         **options: as in `dropbp.enable`.
 
@@ -253,7 +253,7 @@ class _Planner:
     # -- memory
 
     def _memories(self, handle: Handle, mix: MaskMix, mask: Mask) -> list[Memory]:
-        """Of steps under a mask, one for each set of gradients that earlier micro-batches may have left."""
+        """Footprints of steps under a mask, one for each set of gradients that earlier micro-batches may have left."""
         alone = self._memory(handle, mask, mix)
         if self.accumulation == 1:
             return [alone]
@@ -361,7 +361,7 @@ def _branch_flops(handle: Handle, shape: Shape) -> int:
 
 
 def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Masks are given one by one here, under which the stem would stay awake, though it rests when they are drawn."""
+    """Rest the stem, as under drawn masks: the masks here are given one by one, which would train it."""
     if masks == "nested" and options.get("stem", "auto") == "auto":
         return {**options, "stem": "rest"}
     return options
