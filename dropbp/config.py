@@ -21,7 +21,7 @@ class Config:
 
     Attributes:
         drop_rate: share of the branches' backward FLOPs to skip, 0 <= drop_rate < 1.
-        masks: name of the sampler that draws masks; see `dropbp.masks.samplers.couplings()`.
+        masks: name of the sampler that draws masks; see `dropbp.masks.samplers.sampler_kinds()`.
         seed: of the masks; the same on every rank.
         rates: each branch's initial drop rate: `uniform` (all `drop_rate`), a depth profile of
             `dropbp.masks.rates.depth_rates`, or a sequence of numbers; `auto` takes what suits the sampler.
@@ -91,17 +91,17 @@ class Config:
 
 
 def make_config(
-    drop_rate: float, masks: str, seed: int, options: Mapping[str, Any], couplings: Mapping[str, Sequence[str]]
+    drop_rate: float, masks: str, seed: int, options: Mapping[str, Any], samplers: Mapping[str, Sequence[str]]
 ) -> Config:
     """The configuration; options that `Config` does not have are the sampler's (`pool_size`, ...).
 
-    `couplings` maps the name of each known sampler to the options it takes.
+    `samplers` maps the name of each known sampler to the options it takes.
     """
     own = {field.name for field in dataclasses.fields(Config)} - {"mask_options"}
     known = {name: value for name, value in options.items() if name in own}
     extra = {name: value for name, value in options.items() if name not in own}
-    _check_choice("masks", masks, tuple(couplings))
-    _check_extra(masks, extra, sorted(own - {"drop_rate", "masks", "seed"}), couplings[masks])
+    _check_choice("masks", masks, tuple(samplers))
+    _check_extra(masks, extra, sorted(own - {"drop_rate", "masks", "seed"}), samplers[masks])
     return Config(drop_rate=drop_rate, masks=masks, seed=seed, **known, mask_options=extra)
 
 

@@ -33,7 +33,7 @@ from dropbp.errors import ConfigError, StateError
 from dropbp.flops import Shape
 from dropbp.lazy.grouping import ParameterGroup
 from dropbp.masks.online import Online
-from dropbp.masks.samplers import Mask, couplings
+from dropbp.masks.samplers import Mask, sampler_kinds
 from dropbp.masks.schedule import Schedule
 from dropbp.masks.statistics import table
 from dropbp.sensitivity.measure import Calibration, Closure, mean_over_ranks, measure, own_squares
@@ -84,7 +84,7 @@ def enable(
 
     Source: Woo et al., DropBP, NeurIPS 2024, https://arxiv.org/abs/2402.17812.
     """
-    known = {name: entry.options for name, entry in couplings().items()}
+    known = {name: entry.options for name, entry in sampler_kinds().items()}
     config = make_config(drop_rate, masks, seed, options, known)
     model = _checked_model(model)
     adapter = get_device(device, model)
@@ -426,7 +426,7 @@ class Handle:
         same share of the run. A warning says so.
 
         Raises:
-            StateError: the state is of another version, model, coupling or seed, or is damaged; nothing is changed.
+            StateError: the state is of another version, model, mask sampler or seed, or is damaged; nothing is changed.
         """
         self.schedule.load(state)
 

@@ -39,7 +39,7 @@ def curved(size: int) -> int:
 
 
 class Counted:
-    """A probe of a known peak, that of its greediest mask; another mask needs a tenth less."""
+    """A probe of a known peak, that of its peak_memory_masks mask; another mask needs a tenth less."""
 
     def __init__(self) -> None:
         self.steps = 0

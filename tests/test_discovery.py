@@ -367,14 +367,16 @@ def _structure(model: nn.Module) -> Any:
 def test_every_branch_has_one_exit_where_its_gradient_can_be_scaled(name: str) -> None:
     structure = _structure(tiny(name))
     assert not structure.unscalable
-    assert [e.branch for e in sorted(structure.exits, key=lambda e: e.branch)] == list(range(len(structure.branches)))
-    for entry in structure.exits:
+    assert [e.branch for e in sorted(structure.branch_outputs, key=lambda e: e.branch)] == list(
+        range(len(structure.branches))
+    )
+    for entry in structure.branch_outputs:
         assert any(entry.module.startswith(module) for module in structure.branches[entry.branch].modules)
 
 
 def test_shared_layers_scale_each_call_for_its_own_branch() -> None:
     structure = _structure(tiny("AlbertForMaskedLM"))
-    calls = sorted((e.branch, e.calls) for e in structure.exits)
+    calls = sorted((e.branch, e.calls) for e in structure.branch_outputs)
     assert [branch for branch, _ in calls] == list(range(6))
     assert [made for _, made in calls] == [(0,), (0,), (1,), (1,), (2,), (2,)]
 

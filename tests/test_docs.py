@@ -90,7 +90,7 @@ def given(folder: Path) -> dict[str, Any]:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a block may write, and what it may register, without a trace."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(masks, "_COUPLINGS", dict(masks._COUPLINGS))
+    monkeypatch.setattr(masks, "_SAMPLERS", dict(masks._SAMPLERS))
     return tmp_path
 
 

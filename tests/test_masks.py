@@ -1,4 +1,4 @@
-"""Each coupling keeps its promise: exact marginals, its budget, purity in (seed, step), and no global state touched.
+"""Each sampler keeps its promise: exact marginals, its budget, purity in (seed, step), and no global state touched.
 
 Statistical tests have fixed seeds, so they pass or fail for good; the error they allow is 4 standard deviations.
 """
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from dropbp.errors import ConfigError
 from dropbp.masks import samplers as masks
 from dropbp.masks.rates import PROFILES, allocate, depth_rates
-from dropbp.masks.samplers import Draws, Sampler, couplings, realised_rate, register_coupling
+from dropbp.masks.samplers import Draws, Sampler, realised_rate, register_sampler, sampler_kinds
 from tests.reference import independent_mask
 
 settings.register_profile("untimed", deadline=None)  # timing never decides a test
@@ -58,36 +58,36 @@ def frequencies(drawn):
     return [sum(column) / len(drawn) for column in zip(*drawn, strict=True)]
 
 
-def test_the_couplings_are_registered_and_say_what_they_do():
-    assert list(couplings()) == ALL
-    assert all(entry.summary for entry in couplings().values())
-    assert couplings()["pool"].options == ("pool_size", "pool_of")
+def test_the_samplers_are_registered_and_say_what_they_do():
+    assert list(sampler_kinds()) == ALL
+    assert all(entry.summary for entry in sampler_kinds().values())
+    assert sampler_kinds()["pool"].options == ("pool_size", "pool_of")
 
 
 @pytest.mark.parametrize(
-    ("coupling", "options"),
+    ("how", "options"),
     [(name, {}) for name in ALL]
     + [("nested", {"uniform": "random"}), ("pool", {"pool_size": 5}), ("pool", {"pool_of": "exact"})],
 )
 @pytest.mark.parametrize("step", [0, 977])
-def test_every_branch_has_its_rate_over_seeds(coupling, options, step):
+def test_every_branch_has_its_rate_over_seeds(how, options, step):
     count = 2500
-    drawn = [Sampler(coupling, MIXED_RATES, MIXED_FLOPS, seed, **options).draw(step) for seed in range(count)]
+    drawn = [Sampler(how, MIXED_RATES, MIXED_FLOPS, seed, **options).draw(step) for seed in range(count)]
     assert_marginals(frequencies(drawn), MIXED_RATES, count)
 
 
-@pytest.mark.parametrize("coupling", ["cyclic", "exact", "independent", "nested"])
-def test_every_branch_has_its_rate_over_steps(coupling):
-    count, sampler = 4000, Sampler(coupling, MIXED_RATES, MIXED_FLOPS, 3)
+@pytest.mark.parametrize("how", ["cyclic", "exact", "independent", "nested"])
+def test_every_branch_has_its_rate_over_steps(how):
+    count, sampler = 4000, Sampler(how, MIXED_RATES, MIXED_FLOPS, 3)
     assert_marginals(frequencies([sampler.draw(step) for step in range(count)]), MIXED_RATES, count)
 
 
-@pytest.mark.parametrize("coupling", ["cyclic", "exact", "nested", "pool"])
+@pytest.mark.parametrize("how", ["cyclic", "exact", "nested", "pool"])
 @pytest.mark.parametrize("drop_rate", [0.3, 0.5, 0.75, 0.875])
 @pytest.mark.parametrize("kind", ["uniform", "sensitivity"])
-def test_mean_share_over_400_steps_is_within_half_a_percent(coupling, drop_rate, kind):
+def test_mean_share_over_400_steps_is_within_half_a_percent(how, drop_rate, kind):
     rates, flops = transformer(drop_rate)
-    sampler = Sampler(coupling, rates if kind == "sensitivity" else [drop_rate] * len(flops), flops, 1)
+    sampler = Sampler(how, rates if kind == "sensitivity" else [drop_rate] * len(flops), flops, 1)
     mean = sum(realised_rate(sampler.draw(step), flops) for step in range(400)) / 400
     assert mean == pytest.approx(drop_rate, rel=0.005)
 
@@ -101,8 +101,8 @@ def test_mean_share_of_independent_masks_is_the_rate_within_its_error():
 
 
 @given(rates_and_flops, seeds, steps, st.sampled_from(ALL))
-def test_rates_of_zero_and_one_are_kept_always(branches, seed, step, coupling):
-    mask = Sampler(coupling, *branches, seed).draw(step)
+def test_rates_of_zero_and_one_are_kept_always(branches, seed, step, how):
+    mask = Sampler(how, *branches, seed).draw(step)
     assert all(type(dropped) is bool for dropped in mask)
     for dropped, rate in zip(mask, branches[0], strict=True):
         assert dropped == bool(rate) or 0 < rate < 1
@@ -224,34 +224,32 @@ def test_pool_trains_every_branch_where_its_size_allows():
     assert not any(all(column) for column in zip(*sampler.distinct_masks, strict=True))
 
 
-def test_unbounded_couplings_state_no_number_of_masks():
-    for coupling in ("cyclic", "exact", "independent"):
-        sampler = Sampler(coupling, [0.5] * 4, [1.0] * 4, 0)
+def test_unbounded_samplers_state_no_number_of_masks():
+    for how in ("cyclic", "exact", "independent"):
+        sampler = Sampler(how, [0.5] * 4, [1.0] * 4, 0)
         assert sampler.max_masks is None
         assert sampler.distinct_masks is None
 
 
 @given(rates_and_flops, seeds, st.lists(steps, min_size=1, max_size=5), st.sampled_from(ALL))
-def test_a_draw_depends_on_seed_and_step_alone(branches, seed, asked, coupling):
-    sampler = Sampler(coupling, *branches, seed)
+def test_a_draw_depends_on_seed_and_step_alone(branches, seed, asked, how):
+    sampler = Sampler(how, *branches, seed)
     forward = [sampler.draw(step) for step in asked]
     assert [sampler.draw(step) for step in reversed(asked)] == forward[::-1]
-    assert [Sampler(coupling, *branches, seed).draw(step) for step in asked] == forward
+    assert [Sampler(how, *branches, seed).draw(step) for step in asked] == forward
 
 
-@pytest.mark.parametrize("coupling", ALL)
-def test_copies_draw_the_same(coupling):
-    sampler = Sampler(coupling, *transformer(0.5), 9)
+@pytest.mark.parametrize("how", ALL)
+def test_copies_draw_the_same(how):
+    sampler = Sampler(how, *transformer(0.5), 9)
     for twin in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler), sampler.with_rates(sampler.rates)):
         assert [twin.draw(step) for step in range(10)] == [sampler.draw(step) for step in range(10)]
         assert repr(twin) == repr(sampler)
 
 
-@pytest.mark.parametrize("coupling", ALL)
-def test_another_seed_draws_other_masks(coupling):
-    runs = {
-        tuple(Sampler(coupling, *transformer(0.5), seed).draw(step) for step in range(8)) for seed in (-1, 0, 1, 2**65)
-    }
+@pytest.mark.parametrize("how", ALL)
+def test_another_seed_draws_other_masks(how):
+    runs = {tuple(Sampler(how, *transformer(0.5), seed).draw(step) for step in range(8)) for seed in (-1, 0, 1, 2**65)}
     assert len(runs) == 4
 
 
@@ -264,15 +262,15 @@ PINNED = {
 }
 
 
-def as_text(coupling):
-    sampler = Sampler(coupling, [0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1], [1.0, 2.0] * 5, 42)
+def as_text(how):
+    sampler = Sampler(how, [0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1], [1.0, 2.0] * 5, 42)
     return ["".join(str(int(dropped)) for dropped in sampler.draw(step)) for step in (0, 1, 10**6)]
 
 
-@pytest.mark.parametrize("coupling", ALL)
-def test_masks_are_the_same_on_every_machine_and_version(coupling):
+@pytest.mark.parametrize("how", ALL)
+def test_masks_are_the_same_on_every_machine_and_version(how):
     """Pinned: a change here breaks every run that is resumed."""
-    assert as_text(coupling) == PINNED[coupling]
+    assert as_text(how) == PINNED[how]
 
 
 def test_masks_do_not_depend_on_the_hash_seed_of_the_process():
@@ -287,36 +285,36 @@ def global_states():
     return random.getstate(), torch.get_rng_state().tolist(), numpy_state.tolist()
 
 
-@pytest.mark.parametrize("coupling", ALL)
-def test_no_global_random_state_is_touched(coupling):
+@pytest.mark.parametrize("how", ALL)
+def test_no_global_random_state_is_touched(how):
     before = global_states()
-    sampler = Sampler(coupling, *transformer(0.5), 0)
+    sampler = Sampler(how, *transformer(0.5), 0)
     for step in range(20):
         sampler.draw(step)
     assert global_states() == before
 
 
-@pytest.mark.parametrize("coupling", ALL)
-def test_masks_do_not_follow_the_global_seed(coupling):
+@pytest.mark.parametrize("how", ALL)
+def test_masks_do_not_follow_the_global_seed(how):
     drawn = []
     for seed in (1, 2):
         random.seed(seed)
-        drawn.append(Sampler(coupling, *transformer(0.5), 0).draw(3))
+        drawn.append(Sampler(how, *transformer(0.5), 0).draw(3))
     assert drawn[0] == drawn[1]
 
 
-def test_a_coupling_of_ones_own_can_be_added(monkeypatch):
-    monkeypatch.setattr(masks, "_COUPLINGS", dict(masks._COUPLINGS))
+def test_a_sampler_of_ones_own_can_be_added(monkeypatch):
+    monkeypatch.setattr(masks, "_SAMPLERS", dict(masks._SAMPLERS))
 
-    @register_coupling("alternate")
+    @register_sampler("alternate")
     def alternate(rates, flops, seed, *, offset=0):
         """Every other branch in turn."""
         return Draws(lambda step: tuple((i + step + offset) % 2 == 0 for i in range(len(rates))))
 
     assert Sampler("alternate", [0.5] * 3, [1.0] * 3, offset=1).draw(0) == (False, True, False)
-    assert couplings()["alternate"].summary == "Every other branch in turn."
-    with pytest.raises(ConfigError, match="coupling 'alternate' is registered already; known are alternate, cyclic"):
-        register_coupling("alternate")(alternate)
+    assert sampler_kinds()["alternate"].summary == "Every other branch in turn."
+    with pytest.raises(ConfigError, match="mask sampler 'alternate' is registered already; known are alternate"):
+        register_sampler("alternate")(alternate)
 
 
 def test_realised_rate_weighs_by_flops():
@@ -341,12 +339,20 @@ def test_sampler_states_its_mean_drop_rate():
         (("exact", [0.5], [0], 0), {}, r"flops\[0\] is 0.0"),
         (("exact", [], [], 0), {}, "flops is empty"),
         (("exact", [0.5], [1], 1.5), {}, "seed is 1.5; allowed is an integer"),
-        (("exakt", [0.5], [1], 0), {}, "coupling 'exakt' is unknown; known are cyclic, exact, independent, nested, po"),
-        (("exact", [0.5], [1], 0), {"pool_size": 3}, "coupling 'exact' has no option 'pool_size'; allowed: none"),
+        (
+            ("exakt", [0.5], [1], 0),
+            {},
+            "mask sampler 'exakt' is unknown; known are cyclic, exact, independent",
+        ),
+        (("exact", [0.5], [1], 0), {"pool_size": 3}, "mask sampler 'exact' has no option 'pool_size'; allowed: none"),
         (("pool", [0.5], [1], 0), {"size": 3}, "no option 'size'; allowed: pool_size, pool_of"),
         (("pool", [0.5], [1], 0), {"pool_size": 0}, "pool_size is 0; allowed is 1 and above"),
-        (("pool", [0.5], [1], 0), {"pool_of": "pool"}, "pool_of is 'pool'; allowed is balanced or another coupling"),
-        (("pool", [0.5], [1], 0), {"pool_of": "what"}, "coupling 'what' is unknown"),
+        (
+            ("pool", [0.5], [1], 0),
+            {"pool_of": "pool"},
+            "pool_of is 'pool'; allowed is balanced or another",
+        ),
+        (("pool", [0.5], [1], 0), {"pool_of": "what"}, "mask sampler 'what' is unknown"),
         (("nested", [0.5], [1], 0), {"uniform": "even"}, "uniform is 'even'; allowed is golden or random"),
     ],
 )

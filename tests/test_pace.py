@@ -13,7 +13,7 @@ from dropbp.config import make_config
 from dropbp.errors import ConfigError, StateError
 from dropbp.flops import FlopsModel, Shape
 from dropbp.lazy.warmup import Layer, Rehearsal
-from dropbp.masks import couplings
+from dropbp.masks import sampler_kinds
 from dropbp.masks.pace import Curve
 from dropbp.masks.plan import Conditions
 from dropbp.masks.schedule import TOLERANCE, Schedule
@@ -22,12 +22,12 @@ BRANCHES = 24
 FLOPS = FlopsModel(({"s": 2.0, "ss": 0.01}, {"s": 3.0}) * (BRANCHES // 2))
 ALONE = Conditions()
 DROP_RATES = st.sampled_from([0.25, 0.5, 0.75, 0.875])
-MASKS = st.sampled_from(sorted(couplings()))
+MASKS = st.sampled_from(sorted(sampler_kinds()))
 
 
 def schedule(drop_rate: float = 0.5, masks: str = "nested", **options) -> Schedule:
     extra = {name: options.pop(name) for name in ("weights", "trains") if name in options}
-    known = {name: entry.options for name, entry in couplings().items()}
+    known = {name: entry.options for name, entry in sampler_kinds().items()}
     config = make_config(drop_rate, masks, options.pop("seed", 0), options, known)
     names = [f"branch {i}" for i in range(BRANCHES)]
     blocks = [3 << i for i in range(0, BRANCHES, 2)]

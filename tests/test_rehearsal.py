@@ -1,4 +1,4 @@
-"""The first masks on a lazy device: those of the coupling, in an order that meets everything new early."""
+"""The first masks on a lazy device: those of the mask sampler, in an order that meets everything new early."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rehearse(one: Rehearsal, upcoming: list[int], accumulation: int = 1) -> list
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.5, 0.875])
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
-def test_it_ends_soon_and_takes_masks_of_the_coupling_only(drop_rate: float, accumulation: int):
+def test_it_ends_soon_and_takes_masks_of_the_sampler_only(drop_rate: float, accumulation: int):
     upcoming = masks(0, drop_rate)
     one = rehearsal()
     chosen = rehearse(one, upcoming, accumulation)

@@ -1,4 +1,4 @@
-"""`dropbp bench analysis`: gradients by path length, and bias and variance of each coupling, on a real model.
+"""`dropbp bench analysis`: gradients by path length, and bias and variance of each mask sampler, on a real model.
 
 A small Llama over bytes is trained for a short time on source code and looked at on one batch of English: the beginning
 of a fine-tuning. Beside it stands the linear residual net of the theory in `docs/theory.md`.
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("width", "of its residual stream"),
         ("steps", "of training before the analysis"),
         ("samples", "paths of each length"),
-        ("draws", "masks of each coupling"),
+        ("draws", "masks of each sampler"),
         ("seed", "of everything"),
     ):
         parser.add_argument(f"--{name}", type=int, default=getattr(Setting, name), help=f"{text} (%(default)s)")
@@ -107,10 +107,15 @@ def analyse(setting: Setting, note: Note | None = None) -> Found:
 
 
 def tables(found: Found) -> str:
-    """Markdown: paths by length, and couplings, of both models."""
+    """Markdown: paths by length, and mask samplers, of both models."""
     parts = []
     for name, title in (("llama", "Llama trained on source code, batch of English"), ("linear", "Linear residual net")):
-        parts += [f"{title}: paths by length", path_table(found[name]), f"{title}: couplings", way_table(found[name])]
+        parts += [
+            f"{title}: paths by length",
+            path_table(found[name]),
+            f"{title}: mask samplers",
+            way_table(found[name]),
+        ]
     return "\n\n".join(parts)
 
 
@@ -131,7 +136,7 @@ def _summed(value: float) -> str:
 
 
 def way_table(model: Found) -> str:
-    """Markdown: one line for each rate, coupling and scaling."""
+    """Markdown: one line for each rate, mask sampler and scaling."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---:|---|---|" + "---:|" * (len(_COLUMNS) - 3)]
     for way in model["estimators"]:
         numbers = [way[key] for key in ("bias", "cosine", "tensor_cosine", "variance", "error")]
@@ -141,7 +146,7 @@ def way_table(model: Found) -> str:
 
 
 def plot(found: Found, path: Path) -> None:
-    """Gradients by path length, and bias against variance of each coupling, as a PNG file.
+    """Gradients by path length, and bias against variance of each mask sampler, as a PNG file.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

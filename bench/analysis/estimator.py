@@ -1,9 +1,8 @@
 """`analyze`: where a model's gradient comes from, and what each way of dropping branches does to it.
 
 Two views of one batch. By path length (`paths`): how much of the gradient came through how many
-branches. By
-coupling: the gradient g' that a training step gets is a random one; beside the true gradient g it has a bias, E g' - g,
-and a variance. Masks are drawn as in training, and the model is enabled as in training.
+branches. By mask sampler: the gradient g' that a training step gets is a random one; beside the true gradient g it has
+a bias, E g' - g, and a variance. Masks are drawn as in training, and the model is enabled as in training.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Estimator:
     """The gradient under random masks beside the true one; squares are relative to the true one's.
 
     Attributes:
-        masks: the coupling.
+        masks: the mask sampler.
         scaling: of kept branches' gradients.
         drop_rate: share of the branches' FLOPs dropped.
         bias: |E g' - g| / |g|, freed of the noise of the draws; 0 where that is larger.
@@ -69,7 +68,7 @@ class Estimator:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What `analyze` returns: paths by length, and estimators by coupling, scaling and rate."""
+    """What `analyze` returns: paths by length, and estimators by mask sampler, scaling and rate."""
 
     paths: tuple[PathLength, ...]
     estimators: tuple[Estimator, ...]
@@ -91,15 +90,15 @@ def analyze(
     example_inputs: Any = None,
     progress: Note | None = None,
 ) -> Analysis:
-    """Gradients by path length, and bias and variance of each coupling, on one batch. The model is as before after.
+    """Gradients by path length, and bias and variance of each mask sampler, on one batch. The model is as before after.
 
     Args:
         model: not enabled; with dropout each forward is another function, so switch it off.
         closure: runs one forward of the same batch and returns the loss.
         drop_rates: for the estimators.
-        ways: pairs of coupling and scaling.
+        ways: pairs of mask sampler and scaling.
         samples: paths of each length.
-        draws: masks of each coupling.
+        draws: masks of each mask sampler.
         seed: of paths and masks.
         example_inputs: as in `dropbp.enable`.
         progress: called with a line before each part of the work.
@@ -144,7 +143,7 @@ def _pairs(ways: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         return [(masks, scaling) for masks, scaling in ways]
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"ways is {short(ways)}; it must be a list of pairs of a coupling and a scaling: [('exact', 'unbiased')]."
+            f"ways is {short(ways)}; it must be pairs of a mask sampler and a scaling: [('exact', 'unbiased')]."
         ) from error
 
 

@@ -26,7 +26,7 @@ from dropbp.discovery.liveness import needs
 from dropbp.discovery.record import Recorder
 from dropbp.discovery.structure import Structure
 from dropbp.sensitivity.measure import checked_loss
-from dropbp.sensitivity.onepass import Entrance, Source, edges_of_branches, entrance_edges
+from dropbp.sensitivity.onepass import BranchInput, Source, edges_of_branches, input_edges
 
 Closure = Callable[[], Tensor]
 
@@ -82,7 +82,7 @@ class Paths:
             self.loss = checked_loss(closure())
             graph = Graph(recorder.trace(self.loss), model)
             need = needs(graph, edges_of_branches(graph, structure))
-            edges = entrance_edges(graph, recorder.functions, need, self.count)
+            edges = input_edges(graph, recorder.functions, need, self.count)
         recorder.functions = ()
         self.gates = [_Gate(source, entering) for source, entering in _by_source(edges).items()]
         self.first = next(gate for gate in self.gates if 0 in gate.branches)
@@ -106,14 +106,14 @@ class Paths:
 class _Gate:
     """A place where branches leave the stream; it lets through what the paths that are followed bring."""
 
-    def __init__(self, source: Source, entering: Sequence[Entrance]) -> None:
+    def __init__(self, source: Source, entering: Sequence[BranchInput]) -> None:
         self.place = source[1]
-        self.branches = {entrance.branch for entrance in entering}
+        self.branches = {branch_input.branch for branch_input in entering}
         self.taken: frozenset[int] | None = None
         self.brought: dict[int, Tensor] = {}
         self.passed: Tensor | None = None
         self._handles: list[RemovableHandle] = [
-            entrance.consumer.register_hook(self._watch(entrance)) for entrance in entering
+            branch_input.consumer.register_hook(self._watch(branch_input)) for branch_input in entering
         ]
         self._handles.append(source[0].register_prehook(self._arrive))
 
@@ -124,9 +124,9 @@ class _Gate:
         for handle in self._handles:
             handle.remove()
 
-    def _watch(self, entrance: Entrance) -> Callable[..., None]:
+    def _watch(self, branch_input: BranchInput) -> Callable[..., None]:
         def leave(inputs: Sequence[Tensor | None], outputs: Any) -> None:
-            gradient, branch = inputs[entrance.place], entrance.branch
+            gradient, branch = inputs[branch_input.place], branch_input.branch
             if gradient is not None:
                 before = self.brought.get(branch)
                 self.brought[branch] = gradient if before is None else before + gradient
@@ -151,10 +151,10 @@ class _Gate:
         return whole - sum(self.brought.values()) if self.brought else whole.clone()
 
 
-def _by_source(edges: Sequence[Sequence[Entrance]]) -> dict[Source, list[Entrance]]:
-    found: dict[Source, list[Entrance]] = {}
-    for entrance in (entrance for entering in edges for entrance in entering):
-        found.setdefault(entrance.source, []).append(entrance)
+def _by_source(edges: Sequence[Sequence[BranchInput]]) -> dict[Source, list[BranchInput]]:
+    found: dict[Source, list[BranchInput]] = {}
+    for branch_input in (branch_input for entering in edges for branch_input in entering):
+        found.setdefault(branch_input.source, []).append(branch_input)
     return found
 
 

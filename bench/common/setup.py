@@ -36,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TUNINGS = ("full", "lora", "qlora")
 LOSSES = ("plain", "chunked")
 KERNELS = {"liger": "liger_kernel", "flash": "flash_attn"}  # what a training may name in `kernels`, and its package
-COUPLINGS = ("exact", "nested")  # a random set of branches, as in the paper; the top to a random depth, the default
+SAMPLERS = ("exact", "nested")  # a random set of branches, as in the paper; the top to a random depth, the default
 LEARNING_RATE = {"full": 2e-5, "lora": 1e-4, "qlora": 1e-4}
 WEIGHT_DECAY = {"full": 0.02, "lora": 0.01, "qlora": 0.01}
 CHUNK_TOKENS = 1024
@@ -46,7 +46,7 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is done: `plain`, with DropBP and masks of a coupling (`exact`, `nested`), or in the reference's way.
+    """How a step is done: `plain`, with DropBP and a mask sampler (`exact`, `nested`), or in the reference's way.
 
     The last, `detach`, has masks of `exact`.
     """

@@ -29,7 +29,7 @@ from ..common import records
 from ..common.options import device_name
 from ..common.presets import MODELS, SEQLEN, THROUGHPUT, ThroughputPreset, Training
 from ..common.processes import Worker, stoppable
-from ..common.setup import COUPLINGS, KERNELS
+from ..common.setup import KERNELS, SAMPLERS
 from ..report import paper
 from .invariants import PRESETS as INVARIANTS
 
@@ -134,7 +134,7 @@ def plan(smoke: bool) -> list[Item]:
 
 def _steps(part: str, preset: str, training: Training, package: str | None = None) -> Item:
     chosen = THROUGHPUT[preset]
-    variants = 3 + (len(COUPLINGS) + (not training.compiled)) * len(chosen.drop_rates)  # plain, split, unrecorded
+    variants = 3 + (len(SAMPLERS) + (not training.compiled)) * len(chosen.drop_rates)  # plain, split, unrecorded
     tokens = (chosen.rounds + chosen.warmup_rounds + 2) * variants * chosen.batch_size * chosen.sequence_length
     command = ("throughput", "--preset", preset, "--only", training.name, "--no-growth")
     return Item(part, command, chosen.model, tokens, package, alone=package is not None)
@@ -142,7 +142,7 @@ def _steps(part: str, preset: str, training: Training, package: str | None = Non
 
 def _growth(preset: str, training: Training) -> Item:
     chosen: ThroughputPreset = THROUGHPUT[preset]
-    variants = 1 + len(COUPLINGS) * len(chosen.drop_rates)
+    variants = 1 + len(SAMPLERS) * len(chosen.drop_rates)
     tokens = variants * (TRIED_SIZES + chosen.growth_rounds) * _tried_tokens(preset)
     command = ("throughput", "--preset", preset, "--only", training.name, "--growth-only")
     return Item("b", command, chosen.model, tokens, alone=True)
@@ -160,7 +160,7 @@ def _tried_tokens(preset: str) -> int:
 
 def _invariants(preset: str, training: Training) -> Item:
     chosen = INVARIANTS[preset]
-    variants = len(COUPLINGS) * len(chosen.drop_rates)
+    variants = len(SAMPLERS) * len(chosen.drop_rates)
     tokens = (chosen.masks if training.compiled else 12) * variants * chosen.batch_size * chosen.sequence_length
     return Item("a", ("invariants", "--preset", preset, "--only", training.name), chosen.model, tokens)
 

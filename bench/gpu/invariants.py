@@ -26,8 +26,8 @@ from ..common.options import add_run_arguments, check_only, device_name, progres
 from ..common.presets import DROP_RATES, Training, chosen
 from ..common.reference_detach import DetachedBranches
 from ..common.setup import (
-    COUPLINGS,
     PLAIN,
+    SAMPLERS,
     Lane,
     Variant,
     build_batch,
@@ -100,7 +100,7 @@ def _check(name: str, preset: InvariantsPreset, training: Training, args: argpar
     if done is not None:
         return all(held(figures) for figures in done["variants"].values())
     check_packages(training, device.name)
-    variants = [Variant(how, rate) for how in COUPLINGS for rate in preset.drop_rates]
+    variants = [Variant(how, rate) for how in SAMPLERS for rate in preset.drop_rates]
     with store.run(run_name, configuration, device, goes_on=True) as record, progress(len(variants), run_name) as bar:
         found: dict[str, Any] = record.setdefault("variants", {})
         check = _Compiled(preset, training, device) if training.compiled else _Eager(preset, training, device)

@@ -67,7 +67,7 @@ class Method:
 
 
 class DropBP(Method):
-    """This library: `dropbp.enable` with a coupling and rates, and without a limit to memory unless one is given.
+    """This library: `dropbp.enable` with a mask sampler and rates, and without a limit to memory unless one is given.
 
     With `slow_deep` each branch's learning rate is its share of steps, 1 - rate, of the given one, and that of what
     feeds the first branch likewise: AdamW moves a parameter that is rarely trained as far each time as any other.
@@ -306,7 +306,7 @@ def _dropped_share(handle: dropbp.Handle) -> float:
     return sum(share for share, dropped in zip(_shares(handle.branches), mask, strict=False) if dropped)
 
 
-# -- DropBP's variants: a coupling and rates, both by name
+# -- DropBP's variants: a mask sampler and rates, both by name
 
 
 def plateau(flops: Sequence[float], drop_rate: float, deep: float) -> tuple[float, ...]:

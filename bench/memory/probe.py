@@ -83,10 +83,10 @@ class Probe:
         self.place, self.accumulated, self.masks = place, accumulated, masks
         self.lane = Lane(variant, place.model, place.device)
         self._start = self.lane.handle.state_dict() if isinstance(self.lane.handle, dropbp.Handle) else None
-        self._greediest_first: list[Mask] | None = None
+        self._peak_memory_first: list[Mask] | None = None
 
     def peak_bytes(self, batch_size: int, sequence_length: int, enough_bytes: float = math.inf) -> int:
-        """The most tensor bytes of the steps with the greediest masks, counted. On the meta device.
+        """The most tensor bytes of the steps with the peak_memory_masks masks, counted. On the meta device.
 
         Masks are left out once one needs more than `enough_bytes`; the answer is then above that, and may be too small.
         """
@@ -98,20 +98,20 @@ class Probe:
         return peak
 
     def rough_peak_bytes(self, batch_size: int, sequence_length: int) -> int:
-        """The same with one mask, the greediest at the first size that was asked about."""
+        """The same with one mask, the peak_memory_masks at the first size that was asked about."""
         return self._peak_with(self._masks(batch_size, sequence_length)[0], batch_size, sequence_length)
 
     def _masks(self, batch_size: int, sequence_length: int) -> list[Mask]:
-        """Those of all sizes, the greediest at the first size in front."""
-        if self._greediest_first is None:
+        """Those of all sizes, the peak_memory_masks at the first size in front."""
+        if self._peak_memory_first is None:
             self._rewind()
             peaks = []
             for mask in self.lane.greedy_masks(self.masks):
                 peak = self._peak_with(mask, batch_size, sequence_length)
                 drawn = self.lane.handle.mask if mask is None and self.lane.handle is not None else mask
                 peaks.append((peak, drawn))
-            self._greediest_first = [mask for _, mask in sorted(peaks, key=lambda pair: -pair[0])]
-        return self._greediest_first
+            self._peak_memory_first = [mask for _, mask in sorted(peaks, key=lambda pair: -pair[0])]
+        return self._peak_memory_first
 
     def _peak_with(self, mask: Mask, batch_size: int, sequence_length: int) -> int:
         place, ids_BS = self.place, self._batch(batch_size, sequence_length)
@@ -121,7 +121,7 @@ class Probe:
         return max(tracked.peak_bytes, tracked.live_bytes + place.update_bytes())
 
     def fits(self, batch_size: int, sequence_length: int) -> bool:
-        """Whether steps with the greediest masks run through. On an accelerator."""
+        """Whether steps with the peak_memory_masks masks run through. On an accelerator."""
         place, ids_BS = self.place, self._batch(batch_size, sequence_length)
         self._rewind()
         try:

@@ -17,7 +17,7 @@ from dropbp.errors import ConfigError, MissingDependencyError
 from ..common import records
 from ..common.options import add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
 from ..common.presets import DEFAULT_SEQLEN, ENDLESS, SEQLEN, SeqlenPreset, Training, chosen
-from ..common.setup import COUPLINGS, PLAIN, Variant, check_packages
+from ..common.setup import PLAIN, SAMPLERS, Variant, check_packages
 from .probe import Probe, Workplace, is_border, largest_counted, tried_in_a_process
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", action="append", choices=tuple(SEQLEN), help="what to run; may be repeated")
     parser.add_argument("--only", metavar="TRAINING", help="only this training of the preset, such as full-bf16")
     parser.add_argument("--drop-rates", type=float, nargs="+", metavar="P", help="only these drop rates, and plain")
-    parser.add_argument("--masks", nargs="+", choices=COUPLINGS, help="only these masks")
+    parser.add_argument("--masks", nargs="+", choices=SAMPLERS, help="only these masks")
     parser.add_argument("--budget-gib", type=float, help="memory there is, in GiB; counted presets only")
     add_time_limit(parser)
     add_run_arguments(parser)
@@ -72,7 +72,7 @@ def _measure(name: str, preset: SeqlenPreset, training: Training, args: argparse
     """Whether every variant's border was found, or the time was over."""
     device = get_device("meta" if preset.counted else device_name(args))
     budget_bytes = _budget_bytes(preset, args)
-    rates, couplings, narrowed = _narrowed(preset, args)
+    rates, samplers, narrowed = _narrowed(preset, args)
     configuration = {
         "model": preset.model,
         **training.configuration(),
@@ -83,13 +83,13 @@ def _measure(name: str, preset: SeqlenPreset, training: Training, args: argparse
         "device": device.name,
         "budget_bytes": budget_bytes,
         "masks": preset.masks,
-        **({"couplings": list(couplings)} if couplings != COUPLINGS else {}),
+        **({"couplings": list(samplers)} if samplers != SAMPLERS else {}),
     }
     store, run_name = records.Store(args.output, KIND), f"{name}--{device.name}--{training.name}{narrowed}"
     if not args.again and store.finished(run_name, configuration) is not None:
         return True
     check_packages(training, device.name)
-    variants = [PLAIN, *(Variant(how, rate) for how in couplings for rate in rates)]
+    variants = [PLAIN, *(Variant(how, rate) for how in samplers for rate in rates)]
     with (
         store.run(run_name, configuration, device, goes_on=True) as record,
         progress(len(variants), run_name) as bar,
@@ -125,13 +125,13 @@ def _death(entry: dict[str, Any]) -> dict[str, str]:
 def _narrowed(preset: SeqlenPreset, args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[str, ...], str]:
     """Drop rates, masks, and how the run's name says that it is not the whole preset."""
     rates = preset.drop_rates if args.drop_rates is None else tuple(args.drop_rates)
-    couplings = tuple(args.masks or COUPLINGS)
+    samplers = tuple(args.masks or SAMPLERS)
     for rate in rates:
         if not 0 < rate < 1:
             raise ConfigError(f"--drop-rates {rate:g} must be above 0 and below 1; plain is always run.")
     words = [] if rates == preset.drop_rates else [f"p{rate:g}" for rate in rates]
-    words += [] if couplings == COUPLINGS else list(couplings)
-    return rates, couplings, "".join(f"--{word}" for word in words)
+    words += [] if samplers == SAMPLERS else list(samplers)
+    return rates, samplers, "".join(f"--{word}" for word in words)
 
 
 def _budget_bytes(preset: SeqlenPreset, args: argparse.Namespace) -> int | None:

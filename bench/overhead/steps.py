@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--branches", type=int, default=160, help="residual branches of the model (%(default)s)")
     parser.add_argument("--drop-rate", type=float, default=0.5, help="share of FLOPs dropped (%(default)s)")
-    parser.add_argument("--masks", default="exact", help="coupling of the masks (%(default)s)")
+    parser.add_argument("--masks", default="exact", help="mask sampler (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each kind, interleaved (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the record instead of a table")
     add_run_arguments(parser)

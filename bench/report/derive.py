@@ -215,7 +215,7 @@ class Length(NamedTuple):
 
 
 def length_ratios(record: Record, how: str = "exact") -> dict[float, Length]:
-    """Drop rate -> longest sequence of a seqlen run, masks of one coupling; plain is rate 0. Not those that failed."""
+    """Drop rate -> longest sequence of a seqlen run, of one mask sampler; plain is rate 0. Not those that failed."""
     entries = {0.0: record["lengths"].get("plain")}
     for name, entry in record["lengths"].items():
         if name.startswith(f"{how}-"):

@@ -15,7 +15,7 @@ from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
 from ..common import records
-from ..common.setup import COUPLINGS, TUNINGS
+from ..common.setup import SAMPLERS, TUNINGS
 from ..throughput.command import GROWTH_KIND, KIND
 from . import paper
 from .derive import Figures, Length, backward_shares, clocks_of, figures, grown, length_ratios, parts_of, share_error
@@ -138,7 +138,7 @@ def page(root: Path, runs: dict[str, list[records.Record]], images: Sequence[str
 
 
 def _how_long(runs: Iterable[records.Record]) -> str:
-    lengths = (length for run in runs for how in COUPLINGS for length in length_ratios(run, how).values())
+    lengths = (length for run in runs for how in SAMPLERS for length in length_ratios(run, how).values())
     cut_short = " ≥: the search was cut short." if any(length.at_least for length in lengths) else ""
     return f"Micro-batch 1, gradients and optimizer states held.{cut_short}"
 
@@ -342,7 +342,7 @@ def _seqlen_table(runs: Sequence[records.Record]) -> str:
     head = ["training", "masks", *("plain" if rate == 0 else f"p = {rate:g}" for rate in rates)]
     lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(rates)]
     for run in runs:
-        for how in COUPLINGS:
+        for how in SAMPLERS:
             ratios = length_ratios(run, how)
             cells = [_length_cell(ratios.get(rate)) for rate in rates]
             lines.append(f"| {_title(run).partition(', ')[2]} | {how} | {' | '.join(cells)} |")
@@ -439,11 +439,11 @@ def _plot_seqlen(runs: Sequence[records.Record]) -> Any:
     figure = _figure(2, 4.0)
     ax = figure.subplots()
     for index, run in enumerate(runs):
-        for how, style in zip(COUPLINGS, ("-", ":"), strict=True):
+        for how, style in zip(SAMPLERS, ("-", ":"), strict=True):
             lengths = {rate: entry.length for rate, entry in length_ratios(run, how).items()}
-            label = _title(run).partition(", ")[2] if how == COUPLINGS[0] else None
+            label = _title(run).partition(", ")[2] if how == SAMPLERS[0] else None
             ax.plot(list(lengths), list(lengths.values()), style, marker="o", color=f"C{index}", label=label)
-    ax.set_xlabel(f"drop rate ({COUPLINGS[0]} masks; dotted: {COUPLINGS[1]})")
+    ax.set_xlabel(f"drop rate ({SAMPLERS[0]} masks; dotted: {SAMPLERS[1]})")
     ax.set_ylabel("longest sequence, tokens")
     ax.set_yscale("log", base=2)
     ax.legend(fontsize=8)

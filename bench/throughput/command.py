@@ -38,8 +38,8 @@ from ..common.options import (
 )
 from ..common.presets import DEFAULT_THROUGHPUT, THROUGHPUT, ThroughputPreset, Training, chosen
 from ..common.setup import (
-    COUPLINGS,
     PLAIN,
+    SAMPLERS,
     Lane,
     Variant,
     build_batch,
@@ -150,7 +150,7 @@ def _measure(name: str, preset: ThroughputPreset, training: Training, device: De
 
 def variants_of(preset: ThroughputPreset, training: Training) -> list[Variant]:
     """Plain and DropBP at each rate; the reference's way, too, where it can run (its masks cannot be compiled)."""
-    hows = COUPLINGS if training.compiled else (*COUPLINGS, "detach")
+    hows = SAMPLERS if training.compiled else (*SAMPLERS, "detach")
     return [PLAIN, *(Variant(how, rate) for how in hows for rate in preset.drop_rates)]
 
 
@@ -393,7 +393,7 @@ class BackwardWatch:
 
 def _grow(name: str, preset: ThroughputPreset, training: Training, device: Device, args: argparse.Namespace) -> None:
     """The largest micro-batch that fits at each rate, then steps of that size, in turns."""
-    variants = [PLAIN, *(Variant(how, rate) for how in COUPLINGS for rate in preset.drop_rates)]
+    variants = [PLAIN, *(Variant(how, rate) for how in SAMPLERS for rate in preset.drop_rates)]
     configuration = configuration_of(preset, training, device) | {
         "drop_rates": list(preset.drop_rates),
         "rounds": preset.growth_rounds,

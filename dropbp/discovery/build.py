@@ -25,7 +25,7 @@ from dropbp.discovery.branches import edges_leaving, found_in, together
 from dropbp.discovery.graph import Graph, other_sums
 from dropbp.discovery.liveness import ALIVE, Cover, Group, exact_groups, needs
 from dropbp.discovery.stem import rests, with_unseen
-from dropbp.discovery.structure import Branch, Exit, LooseParameter, Site, Structure
+from dropbp.discovery.structure import Branch, BranchOutput, LooseParameter, Site, Structure
 from dropbp.discovery.trace import Call, Trace
 from dropbp.discovery.weights import work_of
 from dropbp.errors import DiscoveryError
@@ -230,32 +230,32 @@ class _Builder:
                     found[name, scope] = LooseParameter(name, scope, need)
         return tuple(found.values())
 
-    def _exits(self, branches: Sequence[Branch]) -> tuple[tuple[Exit, ...], dict[str, str]]:
-        exits: list[Exit] = []
+    def _exits(self, branches: Sequence[Branch]) -> tuple[tuple[BranchOutput, ...], dict[str, str]]:
+        exits: list[BranchOutput] = []
         unscalable: dict[str, str] = {}
         for i, branch in enumerate(branches):
             glue, met, _ = self.cover.glue(i, [head for _, head in self.groups[i]])
             reason = self._why_unscalable(i, glue, met)
             if reason:
                 unscalable[branch.name] = reason
-            exits.extend(self._exits_of(i, met))
+            exits.extend(self._outputs_of(i, met))
         return tuple(exits), unscalable
 
-    def _exit_calls(self, branch: int, met: Iterable[int]) -> set[Call]:
+    def _output_calls(self, branch: int, met: Iterable[int]) -> set[Call]:
         own = 1 << branch
         return {next(c for c in self.cover.top_of[n] if not self.cover.call_need[c.index] & ~own) for n in met}
 
-    def _exits_of(self, branch: int, met: Iterable[int]) -> list[Exit]:
+    def _outputs_of(self, branch: int, met: Iterable[int]) -> list[BranchOutput]:
         made = {self.graph.nodes[number].sequence for number in met}
         users = max((self._users_outside(number) for number in met), default=1)
         by_module: dict[str, list[int]] = {}
         places: dict[str, set[int]] = {}
-        for call in self._exit_calls(branch, met):
+        for call in self._output_calls(branch, met):
             same = [c.index for c in self.graph.calls if c.name == call.name]
             by_module.setdefault(call.name, []).append(same.index(call.index))
             places.setdefault(call.name, set()).update(i for i, number in enumerate(call.outputs) if number in made)
         return [
-            Exit(name, tuple(sorted(calls)), branch, tuple(sorted(places[name])), users)
+            BranchOutput(name, tuple(sorted(calls)), branch, tuple(sorted(places[name])), users)
             for name, calls in by_module.items()
         ]
 
@@ -267,15 +267,15 @@ class _Builder:
     def _why_unscalable(self, branch: int, glue: set[int], met: set[int]) -> str:
         if any(self.graph.nodes[n].is_leaf for n in glue):
             return "a parameter is multiplied in outside of any module"
-        calls = self._exit_calls(branch, met)
+        calls = self._output_calls(branch, met)
         inside = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
         for number in met:
             for user in self.graph.consumers[number]:
-                if user in inside and not self._same_exit(calls, number, user):
+                if user in inside and not self._same_output(calls, number, user):
                     return "one of its last modules feeds another"
         return ""
 
-    def _same_exit(self, calls: Iterable[Call], a: int, b: int) -> bool:
+    def _same_output(self, calls: Iterable[Call], a: int, b: int) -> bool:
         made = self.graph.numbers_in_call
         return any(a in made[c.index] and b in made[c.index] for c in calls)
 

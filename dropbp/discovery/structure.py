@@ -61,7 +61,7 @@ class LooseParameter:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exit:
+class BranchOutput:
     """A module whose output is the last of branch `branch`: scaling its gradient scales the branch's whole backward.
 
     `places`: which of its differentiable outputs those are; `users`: how many operations take one of them.
@@ -118,7 +118,7 @@ class Structure:
     branches: tuple[Branch, ...]
     sites: tuple[Site, ...]
     loose: tuple[LooseParameter, ...]
-    exits: tuple[Exit, ...]
+    branch_outputs: tuple[BranchOutput, ...]
     unscalable: Mapping[str, str]
     blocks: Mapping[str, int]
     parameters: Mapping[str, int]

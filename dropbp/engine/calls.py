@@ -23,7 +23,7 @@ from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import held_by_modules, outputs_by_key
 
 if TYPE_CHECKING:
-    from dropbp.discovery.structure import Exit, Structure
+    from dropbp.discovery.structure import BranchOutput, Structure
 
 # Arguments of transformers that change no output but the loss of the logits.
 _ORDINARY = frozenset({
@@ -71,7 +71,7 @@ class Kind:
         if known is None:
             if len(self._plans) >= _REMEMBERED:
                 self._plans.clear()
-            known = self._plans[id(plan)] = plan, self._of(plan, detached, plan.stream_ends, None)
+            known = self._plans[id(plan)] = plan, self._of(plan, detached, plan.truncated, None)
         return known[1]
 
     def _observing(self, plan: ForwardPlan, detached: int) -> CallPlan:
@@ -121,7 +121,7 @@ class Calls:
         self._names = argument_names(model)
         self._ordinary = _ORDINARY if _is_of_transformers(model) else frozenset[str]()
         self._settings = _Settings(model)
-        self._uncuttable = ~_cuttable(structure.exits)
+        self._uncuttable = ~_cuttable(structure.branch_outputs)
         outputs = {**structure.outputs, **({"loss": True} if self._ordinary else {})}
         base = Kind(self._uncuttable, outputs, [name for name, _ in held_by_modules(model)])
         base.closed = self._uncuttable if structure.aside else _EVERY
@@ -186,7 +186,7 @@ def _is_of_transformers(model: Any) -> bool:
     return type(inner).__module__.startswith("transformers.")
 
 
-def _cuttable(exits: Sequence[Exit]) -> int:
+def _cuttable(exits: Sequence[BranchOutput]) -> int:
     """The branches all of whose last outputs are known."""
     every, missing = 0, 0
     for entry in exits:

@@ -54,7 +54,7 @@ class BlockState(Attachment):
             if plan.checkpointed & self.need and not inside_checkpoint():
                 calls = self.runtime.count_call(self.recomputed.name)
                 return self.recomputed.run(forward, args, kwargs, again=calls > 0)
-        elif plan.stream_ends:
+        elif plan.truncated:
             self.runtime.note_unrecorded_block(self.module)
         return forward(*args, **kwargs)
 

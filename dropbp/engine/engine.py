@@ -23,14 +23,14 @@ from dropbp.discovery.structure import Rests, Structure
 from dropbp.engine.calls import Calls
 from dropbp.engine.checkpointing import CheckpointBypass, install_blocks
 from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks
-from dropbp.engine.integrity import Watch, last_modules
+from dropbp.engine.integrity import PatchCheck, last_modules
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import Interception
 from dropbp.engine.recompute import Recomputation
 from dropbp.engine.runtime import RootState, Runtime, root_forward
 from dropbp.engine.trained import Trained
-from dropbp.engine.truncation import Cut
-from dropbp.engine.wrappers import install, install_boundaries, install_exits
+from dropbp.engine.truncation import Truncation
+from dropbp.engine.wrappers import install, install_boundaries, install_outputs
 from dropbp.errors import ConfigError
 from dropbp.flops import shape_of
 from dropbp.inputs import Asked
@@ -72,7 +72,7 @@ class Engine:
         self.runtime = Runtime(model)
         self.calls = Calls(model, structure, asked)
         self.bypass = CheckpointBypass(model, structure, self.runtime)
-        self.cut = Cut(model, self.runtime, self.bypass, self.may_truncate)
+        self.truncation = Truncation(model, self.runtime, self.bypass, self.may_truncate)
         self.abandoned: Callable[[], bool] = bool
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
@@ -115,7 +115,7 @@ class Engine:
             boundary=self.boundary,
             step_boundary=self.device.step_boundary,
         )
-        self._watch = Watch(self.model, last_modules(self.structure))
+        self._watch = PatchCheck(self.model, last_modules(self.structure))
         if self.recomputes:
             self.recomputation.tell()
         if self.config.rehearse:
@@ -208,7 +208,7 @@ class Engine:
         return Conditions(
             self._activations_limit(),
             freezes,
-            freezes and self.cut.ends(),
+            freezes and self.truncation.ends(),
             self._needs_all(args, kwargs),
             many_ranks(),
             self.parameters.with_gradient,
@@ -286,7 +286,7 @@ def _put_in_place(
     made += [Interception(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]
     made += install_blocks(model, structure.blocks, runtime, recomputation)
     if scales:
-        made += install_exits(model, structure, runtime)
+        made += install_outputs(model, structure, runtime)
     if boundary != "none":
         made += install_boundaries(model, _starts(structure, boundary), step_boundary)
         made += install_boundaries(model, _last_blocks(structure), step_boundary, after=True)

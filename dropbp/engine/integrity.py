@@ -32,13 +32,13 @@ def last_modules(structure: Structure) -> list[str]:
     """The modules whose forwards cut the branches off; of a branch with no last module known, all of its modules."""
     found: dict[str, None] = {}
     for number, branch in enumerate(structure.branches):
-        exits = [entry.module for entry in structure.exits if entry.branch == number]
+        exits = [entry.module for entry in structure.branch_outputs if entry.branch == number]
         ends = [name for name in branch.modules if any(f"{end}.".startswith(f"{name}.") for end in exits)]
         found |= dict.fromkeys(ends or branch.modules)
     return list(found)
 
 
-class Watch:
+class PatchCheck:
     """Whether the branches' last modules are still where they were, with the forwards that they had.
 
     Args:

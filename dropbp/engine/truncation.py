@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dropbp.engine.checkpointing import CheckpointBypass
 
 
-class Cut:
+class Truncation:
     """Decides for each training forward.
 
     Args:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from dropbp._torch import never_compile, uncompiled
 from dropbp.discovery.liveness import ALIVE
-from dropbp.discovery.structure import Exit, LooseParameter, Rests, Site, Structure
+from dropbp.discovery.structure import BranchOutput, LooseParameter, Rests, Site, Structure
 from dropbp.engine.attention import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.frozen import LooseState, owner_of, run_frozen
@@ -45,7 +45,7 @@ class SiteState(Attachment):
 
     __slots__ = ("ends", "flag", "module", "need", "needs", "per_call", "running", "runtime", "site", "users")
 
-    def __init__(self, site: Site, module: nn.Module, runtime: Runtime, exits: Sequence[Exit] = ()) -> None:
+    def __init__(self, site: Site, module: nn.Module, runtime: Runtime, exits: Sequence[BranchOutput] = ()) -> None:
         self.site, self.module, self.runtime = site, module, runtime
         self.needs = site.needs
         self.per_call = site.per_call
@@ -70,7 +70,9 @@ class SiteState(Attachment):
         output = forward()
         if isinstance(plan, CallPlan) and plan.observation is not None:
             plan.observation.note(need, start, next_sequence())
-        return self.cut(output, need, lambda tensor: self.runtime.detached(tensor, plan, self.site.module, self.users))
+        return self.truncation(
+            output, need, lambda tensor: self.runtime.detached(tensor, plan, self.site.module, self.users)
+        )
 
     def cut(self, output: Any, need: int, function: TensorMap) -> Any:
         """The output with the function applied to those of its tensors that are the last of a branch."""
@@ -135,7 +137,7 @@ def rest_forward(original: Forward) -> Forward:
         if state is None or plan is None:
             return original(self, *args, **kwargs)
         output = _unrecorded(original, self, args, kwargs)
-        if plan.stream_ends:
+        if plan.truncated:
             return output
         return map_tensors(output, functools.partial(state.runtime.connect, alone=True))
 
@@ -209,10 +211,10 @@ def loose_forward(original: Forward) -> Forward:
     return named_forward(forward)
 
 
-class ExitState(Attachment):
+class OutputState(Attachment):
     """The last module of one or more branches: where the gradient of a kept branch is scaled."""
 
-    def __init__(self, exits: Sequence[Exit], runtime: Runtime) -> None:
+    def __init__(self, exits: Sequence[BranchOutput], runtime: Runtime) -> None:
         self.runtime = runtime
         self.name = exits[0].module
         self.branch_of_call = {call: entry.branch for entry in exits for call in entry.calls}
@@ -230,12 +232,12 @@ class ExitState(Attachment):
         return self.branch_of_call.get(self.runtime.count_call(f"{self.name} (exit)"))
 
 
-def exit_forward(original: Forward) -> Forward:
+def output_forward(original: Forward) -> Forward:
     """Around a branch's last module: its output's gradient is scaled."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state: ExitState | None = self._dropbp_exit
+        state: OutputState | None = self._dropbp_output
         output = original(self, *args, **kwargs)
         factor = 1.0 if state is None or state.original is not original else uncompiled(state.factor)
         if factor == 1.0 or not torch.is_grad_enabled():
@@ -319,7 +321,7 @@ def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> 
     made = []
     for site in structure.sites:
         module = model.get_submodule(site.module)
-        state = SiteState(site, module, runtime, [entry for entry in structure.exits if entry.module == site.module])
+        state = SiteState(site, module, runtime, [end for end in structure.branch_outputs if end.module == site.module])
         if site.learned_mask:
             mask = MaskState(
                 [owner_of(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)
@@ -356,13 +358,13 @@ def _install_loose(
     ]
 
 
-def install_exits(model: nn.Module, structure: Structure, runtime: Runtime) -> list[Interception]:
+def install_outputs(model: nn.Module, structure: Structure, runtime: Runtime) -> list[Interception]:
     """The functions that scale gradients of kept branches."""
-    by_module: dict[str, list[Exit]] = {}
-    for entry in structure.exits:
+    by_module: dict[str, list[BranchOutput]] = {}
+    for entry in structure.branch_outputs:
         by_module.setdefault(entry.module, []).append(entry)
     return [
-        Interception(model.get_submodule(name), "_dropbp_exit", ExitState(exits, runtime), exit_forward)
+        Interception(model.get_submodule(name), "_dropbp_output", OutputState(exits, runtime), output_forward)
         for name, exits in by_module.items()
     ]
 

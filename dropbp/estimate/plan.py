@@ -237,7 +237,7 @@ class _Planner:
         self.note(f"counting memory at drop rate {drop_rate:g}")
         with self._enabled(drop_rate) as handle:
             mix = MaskMix(handle, self.shape, self.accumulation)
-            greedy = [memory for mask in mix.greediest() for memory in self._memories(handle, mix, mask)]
+            greedy = [memory for mask in mix.peak_memory_masks() for memory in self._memories(handle, mix, mask)]
             moved = mix.moved_share()
             return RatePlan(
                 drop_rate,

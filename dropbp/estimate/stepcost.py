@@ -97,8 +97,8 @@ class MaskMix:
         """Share of the branches' FLOPs that the steps drop on average."""
         return self.mean(lambda share: 1 - share.kept)
 
-    def greediest(self) -> tuple[Mask, ...]:
-        """The peak-memory mask is among these: those that hold most, and the one that trains most."""
+    def peak_memory_masks(self) -> tuple[Mask, ...]:
+        """Masks among which is the one that needs most memory: those that hold most, and the one that trains most."""
         held = sorted(self.every, key=lambda mask: self._held(self.share(mask)), reverse=True)[:2]
         most = max(self.every, key=lambda mask: self.share(mask).kept)
         return tuple(dict.fromkeys([*held, most]))

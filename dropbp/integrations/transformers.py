@@ -57,7 +57,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     Args:
         drop_rate: mean share of the branches' backward FLOPs to skip, in [0, 1).
-        masks: the sampler that draws masks; see `dropbp.enable`.
+        masks: the mask sampler from which masks are drawn; see `dropbp.enable`.
         resample: `"forward"` draws a mask for each micro-batch, `"step"` one for each optimizer step.
         calibrate_at: when to set rates from sensitivities: a share of training (a float below 1; the paper's is 0.1)
             or an optimizer step (an int). None keeps the initial rates. `"auto"` is 0.1, but None under `nested`

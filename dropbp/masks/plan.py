@@ -15,7 +15,7 @@ class ForwardPlan:
         factors: of the kept branches' gradients; empty where they are not scaled.
         checkpointed: branches whose blocks are recomputed in the backward instead of kept.
         stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
-        stream_ends: whether the stream then asks for no gradient below the lowest kept branch.
+        truncated: whether the stream then asks for no gradient below the lowest kept branch.
         detached: branches whose backward it drops too, recorded all the same; see `dropbp.engine.calls`.
         kept: the branches that run recorded.
         trained: the branches whose backward it does not drop.
@@ -26,7 +26,7 @@ class ForwardPlan:
     factors: Sequence[float] = ()
     checkpointed: int = 0
     stem_rests: bool = False
-    stream_ends: bool = False
+    truncated: bool = False
     detached: int = 0
     kept: int = dataclasses.field(init=False)
     trained: int = dataclasses.field(init=False)
@@ -35,7 +35,7 @@ class ForwardPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", ~self.dropped)
         object.__setattr__(self, "trained", ~(self.dropped | self.detached))
-        object.__setattr__(self, "watched", self.checkpointed | (self.kept if self.stream_ends else 0))
+        object.__setattr__(self, "watched", self.checkpointed | (self.kept if self.truncated else 0))
 
 
 WHOLE = ForwardPlan()
@@ -48,7 +48,7 @@ class Conditions:
     Attributes:
         limit: share of all activations that may be kept; None where nothing is recomputed for its sake.
         stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
-        stream_ends: whether the stream then asks for no gradient below the lowest kept branch.
+        truncated: whether the stream then asks for no gradient below the lowest kept branch.
         whole: whether nothing may be dropped, as an input asks for its gradient.
         ranks: whether other ranks run the same forward on batches of their own.
         held: tells which branches' parameters have gradients now, as bits; asked by a rehearsal only.
@@ -58,7 +58,7 @@ class Conditions:
 
     limit: float | None = None
     stem_rests: bool = False
-    stream_ends: bool = False
+    truncated: bool = False
     whole: bool = False
     ranks: bool = False
     held: Callable[[], int] = int

@@ -36,7 +36,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill t
 
 @dataclass(frozen=True)
 class Draws:
-    """What a sampler draws from given rates.
+    """What a mask sampler makes of rates.
 
     Attributes:
         draw: the mask of a step.
@@ -51,8 +51,8 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Coupling:
-    """A registered sampler: `build(rates, flops, seed, **options)` returns its `Draws`."""
+class SamplerKind:
+    """A registered mask sampler: `build(rates, flops, seed, **options)` gives its `Draws`."""
 
     name: str
     build: Callable[..., Draws]
@@ -69,11 +69,11 @@ class Coupling:
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
-_COUPLINGS: dict[str, Coupling] = {}
+_SAMPLERS: dict[str, SamplerKind] = {}
 
 
-def register_coupling(name: str) -> Callable[[Callable[..., Draws]], Callable[..., Draws]]:
-    """Decorator that registers a function `(rates, flops, seed, *, option=default) -> Draws` as sampler `name`.
+def register_sampler(name: str) -> Callable[[Callable[..., Draws]], Callable[..., Draws]]:
+    """Decorator that makes a function `(rates, flops, seed, *, option=default) -> Draws` known as mask sampler `name`.
 
     `rates` and `flops` arrive checked, as tuples of floats. `draw(step)` must be a pure function of its step.
 
@@ -82,52 +82,54 @@ def register_coupling(name: str) -> Callable[[Callable[..., Draws]], Callable[..
     """
 
     def register(build: Callable[..., Draws]) -> Callable[..., Draws]:
-        if name in _COUPLINGS:
-            raise ConfigError(f"coupling {name!r} is registered already; known are {', '.join(couplings())}. Rename.")
-        _COUPLINGS[name] = Coupling(name, build)
+        if name in _SAMPLERS:
+            raise ConfigError(
+                f"mask sampler {name!r} is registered already; known are {', '.join(sampler_kinds())}. Rename."
+            )
+        _SAMPLERS[name] = SamplerKind(name, build)
         return build
 
     return register
 
 
-def couplings() -> Mapping[str, Coupling]:
-    """All registered samplers by name, in alphabetical order."""
-    return dict(sorted(_COUPLINGS.items()))
+def sampler_kinds() -> Mapping[str, SamplerKind]:
+    """All registered mask samplers by name, in alphabetical order."""
+    return dict(sorted(_SAMPLERS.items()))
 
 
-def coupling(name: str) -> Coupling:
-    """The sampler registered as `name`. Raises ConfigError that lists the known ones."""
-    if name not in tuple(_COUPLINGS):  # not the mapping, which would want to hash it
+def sampler_kind(name: str) -> SamplerKind:
+    """The mask sampler registered as `name`. Raises ConfigError that lists the known ones."""
+    if name not in tuple(_SAMPLERS):  # not the mapping, which would want to hash it
         raise ConfigError(
-            f"coupling {name!r} is unknown; known are {', '.join(couplings())}. Pass one of these, or add your own "
-            "with dropbp.masks.samplers.register_coupling."
+            f"mask sampler {name!r} is unknown; known are {', '.join(sampler_kinds())}. Pass one of these, or add your "
+            "own with dropbp.masks.samplers.register_sampler."
         )
-    return _COUPLINGS[name]
+    return _SAMPLERS[name]
 
 
 class Sampler:
-    """Draws the mask of any step, from rates and the name of a sampler.
+    """Draws the mask of any step, from rates and a mask sampler.
 
     Args:
-        coupling: name of a registered sampler; see `couplings()`.
+        kind: name of a registered mask sampler; see `sampler_kinds()`.
         rates: share of steps in which each branch is dropped, in [0, 1]. 0 is never and 1 is always dropped.
         flops: backward FLOPs per branch, any unit, positive.
         seed: any integer.
-        **options: what the coupling takes, for instance pool_size=8 of "pool".
+        **options: what the mask sampler takes, for instance pool_size=8 of "pool".
 
     Raises:
-        ConfigError: rates, FLOPs or seed out of bounds, unequal lengths, unknown coupling or option.
+        ConfigError: rates, FLOPs or seed out of bounds, unequal lengths, unknown mask sampler or option.
     """
 
-    __slots__ = ("_ahead", "_draws", "coupling", "flops", "options", "rates", "seed")
+    __slots__ = ("_ahead", "_draws", "flops", "kind", "options", "rates", "seed")
 
     def __init__(
-        self, coupling: str, rates: Iterable[float], flops: Iterable[float], seed: int = 0, **options: Any
+        self, kind: str, rates: Iterable[float], flops: Iterable[float], seed: int = 0, **options: Any
     ) -> None:
-        self.coupling, self.options = coupling, options
+        self.kind, self.options = kind, options
         self.flops, self.rates, self.seed = checked_flops(flops), checked_rates(rates), _checked_int("seed", seed)
         check_lengths("rates", self.rates, self.flops)
-        self._draws = _build(coupling, options)(self.rates, self.flops, self.seed)
+        self._draws = _build(kind, options)(self.rates, self.flops, self.seed)
         self._ahead: dict[int, Mask] = {}
 
     def draw(self, step: int) -> Mask:
@@ -147,7 +149,7 @@ class Sampler:
 
     @property
     def distinct_masks(self) -> tuple[Mask, ...] | None:
-        """Every mask that can occur, each once, if the sampler bounds them; else None."""
+        """Every mask that can occur, each once, where the mask sampler bounds them; else None."""
         return None if self._draws.every is None else tuple(dict.fromkeys(self._draws.every))
 
     @property
@@ -165,16 +167,16 @@ class Sampler:
         return None if self.distinct_masks is None else len(self.distinct_masks)
 
     def with_rates(self, rates: Iterable[float]) -> Sampler:
-        """The same sampler, seed and options with other rates."""
-        return Sampler(self.coupling, rates, self.flops, self.seed, **self.options)
+        """The same mask sampler, seed and options with other rates."""
+        return Sampler(self.kind, rates, self.flops, self.seed, **self.options)
 
     def __reduce__(self) -> tuple[Callable[..., Sampler], tuple[object, ...]]:
-        return partial(Sampler, **self.options), (self.coupling, self.rates, self.flops, self.seed)
+        return partial(Sampler, **self.options), (self.kind, self.rates, self.flops, self.seed)
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return (
-            f"Sampler({self.coupling!r}, {len(self.rates)} branches, drop_rate={self.drop_rate:.4g}, "
+            f"Sampler({self.kind!r}, {len(self.rates)} branches, drop_rate={self.drop_rate:.4g}, "
             f"seed={self.seed}{options})"
         )
 
@@ -192,15 +194,15 @@ def realised_rate(mask: Sequence[bool], flops: Iterable[float]) -> float:
 
 
 def _build(name: str, options: Mapping[str, Any]) -> Callable[..., Draws]:
-    entry = coupling(name)
+    entry = sampler_kind(name)
     for option in options:
         if option not in entry.options:
             allowed = ", ".join(entry.options) or "none"
-            raise ConfigError(f"coupling {name!r} has no option {option!r}; allowed: {allowed}. Leave it out.")
+            raise ConfigError(f"mask sampler {name!r} has no option {option!r}; allowed: {allowed}. Leave it out.")
     return partial(entry.build, **options)
 
 
-@register_coupling("independent")
+@register_sampler("independent")
 def independent(rates: Rates, flops: Rates, seed: int) -> Draws:
     """Each branch is dropped by its own coin (the paper's way); the FLOPs saved vary from step to step."""
 
@@ -211,7 +213,7 @@ def independent(rates: Rates, flops: Rates, seed: int) -> Draws:
     return Draws(draw)
 
 
-@register_coupling("exact")
+@register_sampler("exact")
 def exact(rates: Rates, flops: Rates, seed: int) -> Draws:
     """Each step drops the FLOPs budget to within one branch, by pivotal sampling in random order.
 
@@ -266,7 +268,7 @@ def _pivot(
     return left, mass
 
 
-@register_coupling("cyclic")
+@register_sampler("cyclic")
 def cyclic(rates: Rates, flops: Rates, seed: int) -> Draws:
     """Each branch is dropped in regular turns: in any T steps between floor(T p) and ceil(T p) times.
 
@@ -296,7 +298,7 @@ def _phases(rates: Rates, flops: Rates, coin: Callable[[], float]) -> list[float
     return phases
 
 
-@register_coupling("nested")
+@register_sampler("nested")
 def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") -> Draws:
     """One uniform number per step drops every branch whose rate exceeds it. At most N+1 different masks.
 
@@ -318,19 +320,19 @@ def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") ->
     return Draws(lambda step: masks[bisect_right(edges, number(step)) - 1], masks, tuple(edges))
 
 
-@register_coupling("pool")
+@register_sampler("pool")
 def pool(rates: Rates, flops: Rates, seed: int, *, pool_size: int = 8, pool_of: str = "balanced") -> Draws:
     """`pool_size` masks drawn once, then visited in shuffled laps: each lap visits each mask once.
 
-    `pool_of="balanced"`: floor or ceil of K p_l of the K masks drop branch l (K p_l on average over seeds), and each
-    mask keeps the FLOPs budget to within one branch. `pool_of` may also name a sampler, whose first K draws are taken.
+    `pool_of="balanced"`: branch l falls in floor or ceil of K p_l of the K masks (K p_l on average over seeds), and
+    each mask keeps the FLOPs budget to within one branch. Or the name of a mask sampler, whose first K draws are taken.
     A branch is never trained if all K masks drop it: choose K >= 1 / (1 - p_l).
     """
     size = _checked_int("pool_size", pool_size)
     if size < 1:
         raise ConfigError(f"pool_size is {pool_size}; allowed is 1 and above. Pass how many masks to keep.")
     if pool_of == "pool":
-        raise ConfigError("pool_of is 'pool'; allowed is balanced or another coupling. Pass one of these.")
+        raise ConfigError("pool_of is 'pool'; allowed is balanced or another mask sampler. Pass one of these.")
     balanced = pool_of == "balanced"
     masks = _balanced(rates, flops, seed, size) if balanced else _first(pool_of, rates, flops, seed, size)
 
@@ -342,7 +344,7 @@ def pool(rates: Rates, flops: Rates, seed: int, *, pool_size: int = 8, pool_of: 
 
 
 def _first(name: str, rates: Rates, flops: Rates, seed: int, size: int) -> tuple[Mask, ...]:
-    draw = coupling(name).build(rates, flops, seed).draw
+    draw = sampler_kind(name).build(rates, flops, seed).draw
     return tuple(draw(step) for step in range(size))
 
 

@@ -106,7 +106,7 @@ class Schedule:
         together: sets of neighbouring branches, as bits, that nested masks drop all at once.
 
     Raises:
-        ConfigError: rates or options of the coupling are outside what is allowed.
+        ConfigError: rates or options of the mask sampler are outside what is allowed.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Schedule:
         self.seen = self.here = self.at(shape)
         self.check_trains(self.rates)
         if self.here.total:
-            _ = self.here.sampler  # what is wrong with the coupling's options is said here, not in the first step
+            _ = self.here.sampler  # what is wrong with the sampler's options is said here, not in the first step
         else:
             logger.warning("No branch has a backward, so there is none to skip: DropBP saves nothing on this model.")
 
@@ -157,7 +157,7 @@ class Schedule:
 
     @property
     def every(self) -> tuple[Mask, ...] | None:
-        """Every mask that can occur, each once, where the coupling bounds them."""
+        """Every mask that can occur, each once, where the mask sampler bounds them."""
         masks = self.here.sampler.distinct_masks
         return None if masks is None else tuple(map(self.here.whole, masks))
 
@@ -323,7 +323,7 @@ class Schedule:
 
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
         """Worked out once for each mask: few masks come again and again."""
-        limit, rests, ends = conditions.limit, conditions.stem_rests, conditions.stream_ends
+        limit, rests, ends = conditions.limit, conditions.stem_rests, conditions.truncated
         alone = conditions.left_alone
         key, plans = (mask, scaled, limit, rests, ends, alone), self.here.plans
         plan = plans.get(key)
@@ -480,7 +480,7 @@ class Schedule:
         """Continue where another schedule of the same model stopped, by the options of this one.
 
         Raises:
-            StateError: the state is of another version, model, coupling or seed, or is damaged; nothing is changed.
+            StateError: the state is of another version, model, mask sampler or seed, or is damaged; nothing is changed.
         """
         state = checked_state(state, self.identity())
         try:

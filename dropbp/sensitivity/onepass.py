@@ -46,7 +46,7 @@ LARGEST_MOVE = 0.2  # of a tensor's length: more means that the second forward w
 
 
 @dataclasses.dataclass(frozen=True)
-class Entrance:
+class BranchInput:
     """Where a node of a branch takes what was made outside: the branch, the node, which input, and its source."""
 
     branch: int
@@ -91,7 +91,7 @@ class OnePass:
         self.model, self.structure = model, structure
         self.recorder = Recorder(model, count_flops=False, adds_in_place=structure.adds_in_place)
         self.inputs = _Inputs(model, structure)
-        self.entrances = _Entrances(len(structure.branches))
+        self.branch_inputs = _BranchInputs(len(structure.branches))
         self.own: list[dict[str, int]] = []
         self.below: list[set[str]] = []
 
@@ -105,16 +105,16 @@ class OnePass:
                 self._understand(Graph(self.recorder.trace(loss), self.model))
                 yield loss
             finally:
-                self.entrances.unhook()
+                self.branch_inputs.unhook()
                 self.recorder.functions = ()
 
     def _understand(self, graph: Graph) -> None:
         need = needs(graph, edges_of_branches(graph, self.structure))
-        edges = entrance_edges(graph, self.recorder.functions, need, len(self.structure.branches))
+        edges = input_edges(graph, self.recorder.functions, need, len(self.structure.branches))
         self.own = _owned(graph, need, len(edges))
         self.below = _parameters_below(graph, [[edge.number for edge in entering] for entering in edges])
         kept = self.inputs.keep_only({edge.source for entering in edges for edge in entering})
-        self.entrances.watch(edges, kept)
+        self.branch_inputs.watch(edges, kept)
 
     def step(self, squares: Mapping[str, float]) -> float:
         """How far to go along the gradients; 0 if nothing would be seen.
@@ -123,36 +123,36 @@ class OnePass:
         parameters below add to the loss.
         """
         reach = [
-            self.inputs.norm(source) * self.entrances.norm(source) / below
+            self.inputs.norm(source) * self.branch_inputs.norm(source) / below
             for branch, below in enumerate(self._sums(squares))
-            for source in self.entrances.sources[branch]
+            for source in self.branch_inputs.sources[branch]
             if below > 0 and self.inputs.watches(source)
         ]
         return STEP_SHARE * min(reach, default=0.0)
 
     def comparing(self) -> contextlib.AbstractContextManager[None]:
-        """Run the second forward inside the `with`."""
-        return self.inputs.compared(self.entrances.leaving)
+        """Inside, the second forward is to be run."""
+        return self.inputs.compared(self.branch_inputs.leaving)
 
     def observation(self, squares: Mapping[str, float], step: float) -> Observation:
         """The observations, given the squared norm of every gradient and the step of the second forward (0: none)."""
         own = tuple(math.fsum(squares.get(name, 0.0) / k**2 for name, k in names.items()) for names in self.own)
         falls = tuple(self._fall(branch, step) for branch in range(len(own)))
-        return Observation(own, self._sums(squares), falls, self.entrances.ratios())
+        return Observation(own, self._sums(squares), falls, self.branch_inputs.ratios())
 
     def _sums(self, squares: Mapping[str, float]) -> tuple[float, ...]:
         return tuple(math.fsum(squares.get(name, 0.0) for name in names) for names in self.below)
 
     def _fall(self, branch: int, step: float) -> float:
         """From the inputs that were seen; weights of a mixture, changed in place, may be missing, the stream hardly."""
-        seen = [source for source in self.entrances.sources[branch] if (branch, source) in self.inputs.products]
+        seen = [source for source in self.branch_inputs.sources[branch] if (branch, source) in self.inputs.products]
         if not step or not seen or not all(self.inputs.moved_little(source) for source in seen):
             return math.nan
         return math.fsum(float(self.inputs.products[branch, source]) for source in seen) / step
 
 
-class _Entrances:
-    """The gradients at the branches' inputs, and those that arrive at the inputs' sources."""
+class _BranchInputs:
+    """The gradients that leave the branches at their branch_inputs, and those that arrive where these lead to."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -164,14 +164,14 @@ class _Entrances:
         self.kept: set[Source] = set()
         self.handles: list[RemovableHandle] = []
 
-    def watch(self, entrances: Sequence[Sequence[Entrance]], kept: set[Source]) -> None:
+    def watch(self, branch_inputs: Sequence[Sequence[BranchInput]], kept: set[Source]) -> None:
         """Hook the nodes; the gradients leaving to `kept` sources stay in `leaving`, the others only as norms."""
         self.kept = kept
-        for entrance in (e for entering in entrances for e in entering):
-            if entrance.source not in self.sources[entrance.branch]:
-                self.sources[entrance.branch].append(entrance.source)
-                self.branches.setdefault(entrance.source, []).append(entrance.branch)
-            self.handles.append(entrance.consumer.register_hook(functools.partial(self._leave, entrance)))
+        for branch_input in (e for entering in branch_inputs for e in entering):
+            if branch_input.source not in self.sources[branch_input.branch]:
+                self.sources[branch_input.branch].append(branch_input.source)
+                self.branches.setdefault(branch_input.source, []).append(branch_input.branch)
+            self.handles.append(branch_input.consumer.register_hook(functools.partial(self._leave, branch_input)))
         for source in self.branches:
             self.handles.append(source[0].register_prehook(functools.partial(self._arrive, source)))
 
@@ -181,8 +181,10 @@ class _Entrances:
             handle.remove()
         self.handles.clear()
 
-    def _leave(self, entrance: Entrance, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
-        gradient, key = inputs[entrance.place], (entrance.branch, entrance.source)
+    def _leave(
+        self, branch_input: BranchInput, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]
+    ) -> None:
+        gradient, key = inputs[branch_input.place], (branch_input.branch, branch_input.source)
         if gradient is not None:
             before = self.leaving.get(key)
             self.leaving[key] = gradient if before is None else before + gradient
@@ -325,10 +327,10 @@ def edges_of_branches(graph: Graph, structure: Structure) -> list[list[Edge]]:
     return [[edge for group in found[branch::count] for edge in group] for branch in range(count)]
 
 
-def entrance_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], count: int) -> list[list[Entrance]]:
+def input_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], count: int) -> list[list[BranchInput]]:
     """For every branch where its nodes take what other parts of the model made, parameters left out."""
     number = {function: i for i, function in enumerate(functions)}
-    found: list[list[Entrance]] = [[] for _ in range(count)]
+    found: list[list[BranchInput]] = [[] for _ in range(count)]
     for node in graph.nodes:
         branch = _only_branch(need[node.index])
         if node.is_leaf or branch is None:
@@ -336,8 +338,8 @@ def entrance_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], 
         for place, (function, output) in enumerate(functions[node.index].next_functions):
             source = number.get(function, -1)
             if source >= 0 and need[source] != need[node.index] and not graph.nodes[source].is_leaf:
-                entrance = Entrance(branch, functions[node.index], place, source, (function, output))
-                found[branch].append(entrance)
+                branch_input = BranchInput(branch, functions[node.index], place, source, (function, output))
+                found[branch].append(branch_input)
     return found
 
 

@@ -25,7 +25,7 @@ from tests.reliability.values import damaged, hostile
 
 Call = Callable[[], Any]
 FLOPS, RATES = [3.0, 1.0, 2.0, 2.0], [0.5, 0.25, 0.5, 0.75]
-COUPLING_OPTIONS = {"pool_size": 4, "pool_of": "balanced", "uniform": "golden"}
+SAMPLER_OPTIONS = {"pool_size": 4, "pool_of": "balanced", "uniform": "golden"}
 ENABLE = {
     **{field.name: field.default for field in dataclasses.fields(Config) if field.name != "mask_options"},
     "drop_rate": 0.5,
@@ -83,12 +83,12 @@ def _arguments(random: Random, good: dict[str, Any], most: int = 2) -> dict[str,
     return {**good, **{name: hostile(random) for name in chosen}}
 
 
-def _options(coupling: str) -> dict[str, Any]:
-    return {name: COUPLING_OPTIONS[name] for name in masks.couplings()[coupling].options if name in COUPLING_OPTIONS}
+def _options(how: str) -> dict[str, Any]:
+    return {name: SAMPLER_OPTIONS[name] for name in masks.sampler_kinds()[how].options if name in SAMPLER_OPTIONS}
 
 
 def _enable(random: Random) -> None:
-    name = random.choice(sorted(masks.couplings()))
+    name = random.choice(sorted(masks.sampler_kinds()))
     given = _arguments(random, {**ENABLE, "masks": name, **_options(name)})
     model = plain_net(blocks=2)
     before = set(model.__dict__)
@@ -127,9 +127,9 @@ def _depth_rates(random: Random) -> None:
 
 
 def _sampler(random: Random) -> None:
-    name = random.choice(sorted(masks.couplings()))
-    given = _arguments(random, {"coupling": name, "rates": RATES, "flops": FLOPS, "seed": 0, **_options(name)})
-    positional = [given.pop(key) for key in ("coupling", "rates", "flops", "seed")]
+    name = random.choice(sorted(masks.sampler_kinds()))
+    given = _arguments(random, {"how": name, "rates": RATES, "flops": FLOPS, "seed": 0, **_options(name)})
+    positional = [given.pop(key) for key in ("how", "rates", "flops", "seed")]
     sampler = masks.Sampler(*positional, **given)
     sampler.draw(hostile(random) if random.random() < 0.5 else 3)
 

@@ -1,0 +1,80 @@
+"""What is private to a module stays there: no other module of ours reads or writes it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("dropbp", "backends", "bench")
+OF_TORCH = {name for name in (*dir(torch.Tensor), *vars(nn.Module())) if name.startswith("_")}
+OF_OTHERS = "habana_frameworks"  # mirrors a package that is not ours, with its private names
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def definitions(tree: ast.AST) -> set[str]:
+    """Private names that a module gives to functions, classes, variables, and attributes of its own objects."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_own(node.value):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)  # slots
+    return {name for name in found if is_private(name)}
+
+
+def _is_own(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) and value.id in ("self", "cls")
+
+
+def uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Private names that a module takes from something that is not itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and not _is_own(node.value):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom) and _is_ours(node):
+            yield from ((node.lineno, alias.name) for alias in node.names if is_private(alias.name))
+
+
+def _is_ours(node: ast.ImportFrom) -> bool:
+    return node.level > 0 or (node.module or "").split(".")[0] == "dropbp"
+
+
+def reaches(sources: Mapping[str, str]) -> list[str]:
+    """Each use of a name that only other modules define, as `file:line name`."""
+    trees = {file: ast.parse(text) for file, text in sources.items()}
+    defined = {file: definitions(tree) for file, tree in trees.items()}
+    everywhere: set[str] = set().union(*defined.values())
+    return [
+        f"{file}:{line} {name}"
+        for file, tree in trees.items()
+        for line, name in uses(tree)
+        if name in everywhere - defined[file] - OF_TORCH
+    ]
+
+
+def test_private_names_stay_in_their_module() -> None:
+    files = [
+        path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")) if OF_OTHERS not in path.parts
+    ]
+    assert reaches({str(path.relative_to(ROOT)): path.read_text() for path in files}) == []
+
+
+def test_a_reach_into_another_module_is_caught() -> None:
+    owner = "class Owner:\n    def __init__(self):\n        self._own = 1\n\ndef _helper(): ...\n"
+    sources = {
+        "owner.py": owner,
+        "reader.py": "from dropbp.owner import _helper\n\ndef read(owner):\n    return owner._own\n",
+    }
+    assert reaches(sources) == ["reader.py:1 _helper", "reader.py:4 _own"]
