@@ -84,11 +84,6 @@ class Config:
         _check_integer("seed", self.seed)
         _check_bool("rehearse", self.rehearse)
 
-    @property
-    def anneals(self) -> bool:
-        """Whether nested masks anneal: from deep to shallow steps over the run."""
-        return self.masks == "nested" and self.steps is not None and "uniform" not in self.mask_options
-
 
 def make_config(
     drop_rate: float, masks: str, seed: int, options: Mapping[str, Any], samplers: Mapping[str, Sequence[str]]

@@ -56,11 +56,12 @@ def reaches(sources: Mapping[str, str]) -> list[str]:
     trees = {file: ast.parse(text) for file, text in sources.items()}
     defined = {file: definitions(tree) for file, tree in trees.items()}
     everywhere: set[str] = set().union(*defined.values())
+    files = {Path(file).stem for file in sources}  # `from . import _build` takes a module
     return [
         f"{file}:{line} {name}"
         for file, tree in trees.items()
         for line, name in uses(tree)
-        if name in everywhere - defined[file] - OF_TORCH
+        if name in everywhere - defined[file] - OF_TORCH - files
     ]
 
 

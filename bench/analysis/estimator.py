@@ -19,6 +19,7 @@ from dropbp.checks import check_callables, checked_drop_rates, short
 from dropbp.discovery.discover import find
 from dropbp.errors import ConfigError
 from dropbp.estimate.workload import in_training, is_count
+from dropbp.masks import sampler_kind
 from dropbp.session import enable
 
 from .paths import PathLength, path_lengths
@@ -128,7 +129,9 @@ def analyze(
             for masks, scaling in pairs:
                 note(f"{masks} masks, scaling {scaling}, drop rate {rate:g}")
                 options = {"masks": masks, "scaling": scaling, "seed": seed, "example_inputs": example_inputs}
-                if masks == "nested":  # its masks are given one by one here, and must freeze what they do when drawn
+                if sampler_kind(
+                    masks
+                ).prefixes:  # its masks are given one by one here, and must freeze what they do when drawn
                     options["stem"] = "rest"
                 with enable(model, rate, max_activations=None, **options) as handle:
                     drawn = handle.schedule.every if handle.engine.prefixes else None

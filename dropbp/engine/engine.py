@@ -36,7 +36,7 @@ from dropbp.flops import shape_of
 from dropbp.inputs import Asked
 from dropbp.lazy.warmup import Layer, Rehearsal
 from dropbp.masks.plan import Conditions, ForwardPlan
-from dropbp.masks.samplers import Mask, bits
+from dropbp.masks.samplers import Mask, bits, sampler_kind
 from dropbp.masks.schedule import Schedule
 from dropbp.tensors import ask_for_gradients
 
@@ -63,7 +63,7 @@ class Engine:
         defaults = device.defaults()
         self.fills_gradients = (defaults.fill if config.fill == "auto" else config.fill) == "zero"
         self.boundary = defaults.boundary if config.boundary == "auto" else config.boundary
-        self.prefixes = config.masks == "nested"
+        self.prefixes = sampler_kind(config.masks).prefixes
         self.freezes = config.stem == "rest" or (config.stem == "auto" and self.prefixes)
         self.rests = structure.rests if self.freezes else Rests()
         self.parameters = Parameters(model, structure, self.rests)

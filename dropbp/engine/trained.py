@@ -20,6 +20,7 @@ from torch import nn
 
 from dropbp.config import Config
 from dropbp.discovery.structure import EXACT, Structure
+from dropbp.masks.samplers import sampler_kind
 
 logger = logging.getLogger(__name__)
 
@@ -99,20 +100,21 @@ class Trained:
 
 def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence[float]]) -> Config:
     """The configuration with its `auto` settled by what is trained; `rates` gives the rates of a configuration."""
-    if config.masks != "nested" or config.stem == "train" or config.rates != "auto" or not config.drop_rate:
+    kind = sampler_kind(config.masks)
+    if not kind.prefixes or config.stem == "train" or config.rates != "auto" or not config.drop_rate:
         return config
     if trained.nothing_to_save():
         return dataclasses.replace(config, rates=(0.0,) * len(trained.structure.branches))
     chosen = trained.below() if trained.some_branches_are_frozen() else []
     chosen += trained.low()
-    if not chosen or "uniform" in config.mask_options:
+    if not chosen or config.mask_options:
         return config
     found = trained.shares(rates(config))
     if min(found[name] for name in chosen) >= _whole_steps(config):
         return config
     cap = 1 - _whole_steps(config) if config.max_rate is None else config.max_rate
     options = {**config.mask_options, "uniform": "golden"}
-    return dataclasses.replace(config, rates="shelf", max_rate=cap, mask_options=options)
+    return dataclasses.replace(config, rates=kind.rates, max_rate=cap, mask_options=options)
 
 
 def _whole_steps(config: Config) -> float:

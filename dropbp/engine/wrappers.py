@@ -70,9 +70,7 @@ class SiteState(Attachment):
         output = forward()
         if isinstance(plan, CallPlan) and plan.observation is not None:
             plan.observation.note(need, start, next_sequence())
-        return self.truncation(
-            output, need, lambda tensor: self.runtime.detached(tensor, plan, self.site.module, self.users)
-        )
+        return self.cut(output, need, lambda tensor: self.runtime.detached(tensor, plan, self.site.module, self.users))
 
     def cut(self, output: Any, need: int, function: TensorMap) -> Any:
         """The output with the function applied to those of its tensors that are the last of a branch."""

@@ -34,7 +34,7 @@ from dropbp.estimate.stepcost import (
 from dropbp.estimate.table import plan_table
 from dropbp.estimate.workload import Loss, Workload, in_training, is_count, precision_of, shape_asked_for
 from dropbp.flops import Shape
-from dropbp.masks.samplers import Mask
+from dropbp.masks.samplers import Mask, sampler_kind
 from dropbp.session import Handle, enable
 
 DROP_RATES = (0.0, 0.5, 0.75, 0.875)
@@ -361,8 +361,8 @@ def _branch_flops(handle: Handle, shape: Shape) -> int:
 
 
 def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Rest the stem, as under drawn masks: the masks here are given one by one, which would train it."""
-    if masks == "nested" and options.get("stem", "auto") == "auto":
+    """Masks are given one by one here, under which the stem would stay awake, though it rests when they are drawn."""
+    if sampler_kind(masks).prefixes and options.get("stem", "auto") == "auto":
         return {**options, "stem": "rest"}
     return options
 

@@ -136,7 +136,7 @@ def _windows(schedule: Schedule, accumulation: int) -> list[Sequence[int]]:
     if schedule.config.resample == "step":
         return [(step,) * accumulation for step in range(DRAWS)]
     count = max(1, DRAWS // accumulation)
-    whole = schedule.length if schedule.config.anneals else 0
+    whole = schedule.length if schedule.anneals else 0
     stride = max(accumulation, whole // count)
     return [range(start, start + accumulation) for start in range(0, count * stride, stride)]
 

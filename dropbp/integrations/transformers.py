@@ -25,6 +25,7 @@ from dropbp.files import write_text
 from dropbp.integrations.batches import first_batch
 from dropbp.integrations.by_branch import ByBranch, is_sharded
 from dropbp.integrations.replay import LossReplay
+from dropbp.masks.samplers import sampler_kind
 from dropbp.session import Handle, compile_blocks, enable
 
 try:
@@ -432,7 +433,7 @@ def _calibration_point(calibrate_at: float | int | str | None, masks: str) -> fl
         return calibrate_at
     if calibrate_at != "auto":
         raise ConfigError(f"calibrate_at={calibrate_at!r} must be 'auto', a share of training, a step, or None.")
-    return None if masks == "nested" else 0.1
+    return None if sampler_kind(masks).prefixes else 0.1
 
 
 def _length(loader: Any) -> int | None:

@@ -52,10 +52,24 @@ class Draws:
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """A registered mask sampler: `build(rates, flops, seed, **options)` gives its `Draws`."""
+    """A registered mask sampler, and what it asks of those who use it.
+
+    Attributes:
+        name: it is chosen by.
+        build: `build(rates, flops, seed, **options)` gives its `Draws`.
+        rates: the depth profile that drop rates follow by default; see `dropbp.masks.rates.depth_rates`.
+        annealed_rates: the profile in a run of known length, whose masks are then taken in their order, the deepest
+            first; None where they have no order. Options given to the sampler keep it from that.
+        prefixes: each mask drops the lowest branches and no others. Then what lies below the border is frozen with
+            them, parallel branches are dropped together, the share of activations that a step keeps is limited, and
+            sensitivities set no rates.
+    """
 
     name: str
     build: Callable[..., Draws]
+    rates: str = "uniform"
+    annealed_rates: str | None = None
+    prefixes: bool = False
 
     @property
     def summary(self) -> str:
@@ -72,10 +86,11 @@ class SamplerKind:
 _SAMPLERS: dict[str, SamplerKind] = {}
 
 
-def register_sampler(name: str) -> Callable[[Callable[..., Draws]], Callable[..., Draws]]:
+def register_sampler(name: str, **traits: Any) -> Callable[[Callable[..., Draws]], Callable[..., Draws]]:
     """Decorator that makes a function `(rates, flops, seed, *, option=default) -> Draws` known as mask sampler `name`.
 
-    `rates` and `flops` arrive checked, as tuples of floats. `draw(step)` must be a pure function of its step.
+    `rates` and `flops` arrive checked, as tuples of floats. `draw(step)` must be a pure function of its step. `traits`
+    are what the sampler asks of those who use it: see `SamplerKind`.
 
     Raises:
         ConfigError: the name is taken.
@@ -86,7 +101,7 @@ def register_sampler(name: str) -> Callable[[Callable[..., Draws]], Callable[...
             raise ConfigError(
                 f"mask sampler {name!r} is registered already; known are {', '.join(sampler_kinds())}. Rename."
             )
-        _SAMPLERS[name] = SamplerKind(name, build)
+        _SAMPLERS[name] = SamplerKind(name, build, **traits)
         return build
 
     return register
@@ -298,7 +313,7 @@ def _phases(rates: Rates, flops: Rates, coin: Callable[[], float]) -> list[float
     return phases
 
 
-@register_sampler("nested")
+@register_sampler("nested", rates="shelf", annealed_rates="band", prefixes=True)
 def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") -> Draws:
     """One uniform number per step drops every branch whose rate exceeds it. At most N+1 different masks.
 

@@ -31,7 +31,7 @@ from dropbp.masks.online import Online
 from dropbp.masks.pace import Curve, Pace
 from dropbp.masks.plan import Conditions, ForwardPlan
 from dropbp.masks.rates import allocate, depth_rates, level
-from dropbp.masks.samplers import Mask, Sampler, bits
+from dropbp.masks.samplers import Mask, Sampler, bits, sampler_kind
 from dropbp.masks.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,8 @@ class Schedule:
         self._reference, self._ranks = shape, False
         self._count, self._trains = flops, trains
         self._weigh = flops if weights is None else weights
-        self._together = together if config.masks == "nested" else ()
+        self.kind = sampler_kind(config.masks)
+        self._together = together if self.kind.prefixes else ()
         self._given = self._initial_rates()
         self._known: dict[Shape, AtShape] = {}
         self._training: dict[int, bool] = {}
@@ -162,6 +163,11 @@ class Schedule:
         return None if masks is None else tuple(map(self.here.whole, masks))
 
     @property
+    def anneals(self) -> bool:
+        """Whether masks are taken in their order over the run, the deepest first."""
+        return self.config.steps is not None and self.kind.annealed_rates is not None and not self.config.mask_options
+
+    @property
     def length(self) -> int:
         """Draws in the whole run, after its warm-up; 1 where that is not known."""
         kept_for = self.config.resample if isinstance(self.config.resample, int) else 1
@@ -196,8 +202,7 @@ class Schedule:
         """The name of the profile that rates follow from, at each shape; None where they were given."""
         if self._given is not None:
             return None
-        nested = "band" if self.config.anneals else "shelf"
-        auto = nested if self.config.masks == "nested" else "uniform"
+        auto = self.kind.annealed_rates if self.anneals and self.kind.annealed_rates else self.kind.rates
         return auto if self.config.rates == "auto" else str(self.config.rates)
 
     def check_trains(self, rates: Sequence[float]) -> None:
@@ -229,7 +234,7 @@ class Schedule:
         of equal rates drops everything or nothing.
         """
         live = self.here.live
-        if self.config.masks == "nested" or not any(live):
+        if self.kind.prefixes or not any(live):
             return self.rates
         scores, weights = list(compress(sensitivities, live)), list(compress(self.here.weights, live))
         return _spread(allocate(scores, weights, self.config.drop_rate, self.config.max_rate), live)
@@ -358,7 +363,7 @@ class Schedule:
     def _drawn(self) -> Mask:
         draw, self.draws = self.draws, self.draws + 1
         self.pace.begin()
-        if not self.config.anneals or self.pace.over:
+        if not self.anneals or self.pace.over:
             return self._trained(draw)
         return self._ordered(self.pace.number(self._course()[0], self.here.planned / self.here.total))
 
@@ -404,21 +409,21 @@ class Schedule:
         return self.current
 
     def _in_advance(self, dropped: int) -> Mask:
-        if self.config.anneals:  # it takes up a part of the run, whose rest makes good for what it drops
+        if self.anneals:  # it takes up a part of the run, whose rest makes good for what it drops
             self.draws += 1
             self.pace.begin()
         return tuple(bool(dropped >> i & 1) for i in range(len(self.names)))
 
     def _upcoming(self) -> list[int]:
         """Masks to come, as bits of dropped branches; an annealed run's from all of it, as they come late but come."""
-        if not self.config.anneals:
+        if not self.anneals:
             return [bits(self._trained(draw)) for draw in range(self.draws, self.draws + LOOKAHEAD)]
         spread = [self._ordered((place + 0.5) / LOOKAHEAD) for place in reversed(range(LOOKAHEAD))]
         return [bits(mask) for mask in (*spread, *self._course()[1])]
 
     def foreseen(self, draw: int) -> Mask:
         """The mask of a draw, where a run of known length goes as it should."""
-        return self._ordered(1 - (draw + 0.5) / self.length) if self.config.anneals else self._trained(draw)
+        return self._ordered(1 - (draw + 0.5) / self.length) if self.anneals else self._trained(draw)
 
     def _ordered(self, number: float) -> Mask:
         curve, masks = self._course()
@@ -432,7 +437,7 @@ class Schedule:
         target = done.drawn_planned / max(done.drawn_seen, 1.0)
         if abs(done.drawn_rate - target) <= TOLERANCE:
             return None
-        early = self.config.anneals and not self.pace.over and self.pace.now < 1 - self.pace.width / 2
+        early = self.anneals and not self.pace.over and self.pace.now < 1 - self.pace.width / 2
         advice = (
             f"that were {min(1.0, self.pace.now):.0%} of the run. Annealed masks drop little at first and much at "
             "last: give the run's true length as steps=..., tell handle.progress(share), or leave both out."
