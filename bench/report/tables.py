@@ -140,7 +140,7 @@ def page(root: Path, runs: dict[str, list[records.Record]], images: Sequence[str
 def _how_long(runs: Iterable[records.Record]) -> str:
     lengths = (length for run in runs for how in SAMPLERS for length in length_ratios(run, how).values())
     cut_short = " ≥: the search was cut short." if any(length.at_least for length in lengths) else ""
-    return f"Micro-batch 1, gradients and optimizer states held.{cut_short}"
+    return f"At micro-batch 1, with gradients and optimizer states held.{cut_short}"
 
 
 def _if_any(title: str, runs: Sequence[records.Record], section: Any) -> str:
@@ -156,9 +156,11 @@ def targets_table(runs: Iterable[records.Record]) -> str:
     """Share of the possible saving by run and rate, and the ratio under checkpointing, each against its target."""
     known = list(runs)
     lines = [
-        f"Share of the possible saving: target {TARGET_SHARE:.0%}, in full fine-tuning and with LoRA. Under gradient",
-        f"checkpointing, the step relative to the checkpointed plain one: target {TARGET_CHECKPOINTED_RATIO}, in full",
-        f"fine-tuning at p = {TARGET_RATE}. Wall clock where nothing else is said.",
+        f"- A step saves {TARGET_SHARE:.0%} of what it can, in full fine-tuning and with LoRA.",
+        f"- Under gradient checkpointing, in full fine-tuning at p = {TARGET_RATE}, a step takes at most",
+        f"  {TARGET_CHECKPOINTED_RATIO} of the checkpointed plain one.",
+        "",
+        "Times are wall clock unless stated.",
         "",
         f"| {' | '.join(TARGET_COLUMNS)} |",
         f"|---|{'---:|' * (len(TARGET_COLUMNS) - 1)}",
@@ -174,11 +176,11 @@ def _mean_of_rows(runs: Sequence[records.Record], clock: str) -> str:
     if len(shares) < 2:
         return ""
     error = statistics.stdev(shares) / math.sqrt(len(shares))
-    mean = f"- Mean of the {len(shares)} rows that have this target, {CLOCK_NAMES[clock]}: "
+    mean = f"- Mean of the {len(shares)} rows with the first target, {CLOCK_NAMES[clock]}: "
     mean += f"{100 * statistics.fmean(shares):.1f} ± {100 * error:.1f} %"
     reference = [f.share for f in found if f.how == "detach" and f.share is not None]
     if reference:
-        mean += f"; the reference's way, in {len(reference)} of them, {_percent(statistics.fmean(reference))}"
+        mean += f"; of the reference's way in {len(reference)} of them: {_percent(statistics.fmean(reference))}"
     return f"{mean}."
 
 

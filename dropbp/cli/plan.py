@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--masks", default="nested", help="how masks are drawn: nested, exact, ... (%(default)s)")
     parser.add_argument(
-        "--steps", type=int, help="training forwards of the run: nested masks then recede, as in Trainer"
+        "--steps", type=int, help="training forwards of the run: nested masks then anneal, as in Trainer"
     )
     parser.add_argument("--peft", choices=("lora", "none"), default="lora", help="what is trained (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="mixed precision; with LoRA frozen weights are bf16 too")

@@ -49,7 +49,7 @@ class BlockState(Attachment):
         return not self.need & ~self.runtime.plan_recomputed().dropped
 
     def run_watched(self, plan: ForwardPlan, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block as its plan says: perhaps recomputed in the backward, and looked at whether it records."""
+        """Run the block as its plan says, perhaps to be recomputed; note whether it recorded."""
         if torch.is_grad_enabled():
             if plan.checkpointed & self.need and not inside_checkpoint():
                 calls = self.runtime.count_call(self.recomputed.name)
@@ -59,7 +59,7 @@ class BlockState(Attachment):
         return forward(*args, **kwargs)
 
     def recompute(self, forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
-        """The stream instead of the block's output; the first time the block runs, to see whether that is the same."""
+        """The stream in place of the block's output; the block first runs once, to compare them."""
         if self.only_adds and args[0].requires_grad:
             return args[0]
         output = forward()
@@ -94,7 +94,7 @@ def checkpointed_module(function: Any) -> Any:
 
 
 def block_forward(original: Forward) -> Forward:
-    """Around a block: a border for compilation of the whole model, and a short cut for recomputation."""
+    """Around a block: a boundary for compiling the whole model, and a shortcut for recomputation."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,8 +141,8 @@ def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, tup
 class CheckpointBypass:
     """Lets blocks whose branches are all dropped run outside gradient checkpointing: they have nothing to recompute.
 
-    Models in the style of transformers call `module._gradient_checkpointing_func(function, *args)`, an attribute set on
-    instances when checkpointing is switched on, which may be after `enable`: so it is looked for before each forward.
+    Models in the style of transformers call `module._gradient_checkpointing_func(function, *args)`. Switching
+    checkpointing on sets this attribute on instances, perhaps after `enable`, so each forward looks for it.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, runtime: Runtime) -> None:
@@ -151,7 +151,7 @@ class CheckpointBypass:
         self.need = {module: need for module, (_, need) in _modules(model, structure.blocks).items()}
 
     def refresh(self) -> None:
-        """Find checkpoint functions that were set since the last time."""
+        """Find checkpoint functions that were set since the last forward."""
         for host in self.hosts:
             function = host.get(_FUNCTION)
             if function is not None and type(function) is not _Bypassing:
@@ -162,11 +162,11 @@ class CheckpointBypass:
         return any(host.get("gradient_checkpointing") for host in self.hosts)
 
     def reenters(self) -> bool:
-        """Whether it does so with a checkpoint function that may be reentrant: one that is not told not to be."""
+        """Whether it does so with a checkpoint function that may be reentrant, as it was not told otherwise."""
         return any(host.get("gradient_checkpointing") and _may_reenter(host.get(_FUNCTION)) for host in self.hosts)
 
     def remove(self) -> None:
-        """Put the checkpoint functions back."""
+        """Restore the checkpoint functions."""
         for host in self.hosts:
             function = host.get(_FUNCTION)
             if isinstance(function, _Bypassing) and function.owner is self:
@@ -174,7 +174,7 @@ class CheckpointBypass:
 
     @contextlib.contextmanager
     def without_reentry(self) -> Iterator[None]:
-        """Inside, reentrant checkpoint functions are non-reentrant: only these leave a graph that can be looked at."""
+        """Make reentrant checkpoint functions non-reentrant inside, because only these leave a graph to look at."""
         present = [(host, host[_FUNCTION]) for host in self.hosts if host.get(_FUNCTION) is not None]
         try:
             for host, function in present:

@@ -58,8 +58,8 @@ def refuse_wrapper(model: nn.Module) -> None:
 class ReplicaGuard:
     """Refuses training forwards that `DistributedDataParallel` around the model could not run backward.
 
-    A replica looks for unused parameters after each forward, and takes those of the last one before a backward. So all
-    forwards before one backward take one mask.
+    A replica looks for unused parameters after each forward, and a backward uses those of the last one. So all forwards
+    before one backward must share a mask.
     """
 
     def __init__(self) -> None:
@@ -135,8 +135,8 @@ def _replica() -> Any:
 class KeptReduction:
     """Communication hook of `DistributedDataParallel`: gradients of dropped branches are not sent.
 
-    A bucket's kept gradients are put together, averaged over the ranks, and put back. Gradients that are missing on
-    every rank are known from the masks since the last exchange, so accumulation under `no_sync()` is seen as well.
+    A bucket's kept gradients are packed, averaged over the ranks, and unpacked. The masks since the last exchange tell
+    which gradients are missing on every rank, also under accumulation with `no_sync()`.
     """
 
     def __init__(self, needs: Mapping[nn.Parameter, int], group: Any) -> None:
@@ -192,8 +192,8 @@ class _ShardGroup:
 class Gathering:
     """Keeps FSDP2 from gathering parameters for the backward of blocks that are dropped whole.
 
-    The switch is one per module, not per forward: so it is set when the backward of a forward begins, for all forwards
-    whose backwards run together, and set back when that backward ends. A block that is recomputed nevertheless
+    There is one switch per module, not per forward. So it is set when the backward of a forward begins, for all
+    forwards whose backwards run together, and reset when that backward ends. A block that is recomputed nevertheless
     (gradient checkpointing of more than the block) gathers its parameters then.
 
     Args:
@@ -222,7 +222,7 @@ class Gathering:
             self.hooks = [module.register_forward_pre_hook(self._gather_again) for module in modules]
 
     def remove(self) -> None:
-        """Set the modules back as they were."""
+        """Restore the modules."""
         self._set(0)
         for hook in self.hooks:
             hook.remove()
@@ -258,7 +258,7 @@ class Gathering:
                 (self.off.difference_update if gathered else self.off.update)(group.modules)
 
     def _gather_again(self, module: Any, args: Any) -> None:
-        """Before a forward of a module that was not gathered: it is recomputed in spite of all."""
+        """Before a forward of a module that was not gathered, because it is recomputed nevertheless."""
         if module in self.off:
             module.set_unshard_in_backward(True)
             module.unshard()
@@ -268,8 +268,8 @@ class Gathering:
 def clear_partitioned(parameters: Iterable[Any]) -> None:
     """Zero the gradients that DeepSpeed ZeRO-3 holds, at the beginning of an optimizer step.
 
-    Where a step makes no gradient it would use that of an earlier step: its buffer is overwritten, never cleared. ZeRO
-    has no gradients that are None, so dropped branches get zero: momentum and weight decay go on moving them.
+    ZeRO overwrites its buffer but never clears it, so a step without a gradient would use that of an earlier one. ZeRO
+    has no gradients that are None, so dropped branches get zeros, and momentum and weight decay still move them.
     """
     for parameter in parameters:
         engine = getattr(parameter, "_z3_optimizer", None)
@@ -291,7 +291,7 @@ def _distributed() -> bool:
 
 
 def _shard_groups(model: nn.Module, need_of: Callable[[str], int]) -> list[_ShardGroup]:
-    """The groups that some set of branches can make needless."""
+    """The groups that are not needed if some set of branches is dropped."""
     modules = {name: module for name, module in model.named_modules() if hasattr(module, "set_unshard_in_backward")}
     members: dict[int, dict[str, Any]] = {}
     for name, module in modules.items():

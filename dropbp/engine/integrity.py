@@ -29,7 +29,7 @@ _ADVICE = (
 
 
 def last_modules(structure: Structure) -> list[str]:
-    """The modules whose forwards cut the branches off; of a branch with no last module known, all of its modules."""
+    """The modules whose forwards drop the branches; all modules of a branch whose last one is not known."""
     found: dict[str, None] = {}
     for number, branch in enumerate(structure.branches):
         exits = [entry.module for entry in structure.branch_outputs if entry.branch == number]
@@ -54,7 +54,7 @@ class PatchCheck:
         self._note(self._ways)
 
     def check(self) -> None:
-        """Compare, and where something differs look at it.
+        """Compare, and inspect what differs.
 
         Raises:
             StateError: a module was replaced, or its forward overwritten; the message names it.
@@ -68,7 +68,7 @@ class PatchCheck:
         self._note(ways)
 
     def _note(self, ways: list[Way]) -> None:
-        """The same in the shape in which it is compared fastest: every step of all ways once."""
+        """The same in the form that compares fastest: every step of all paths once."""
         steps = {(id(parent), key): (parent._modules, key, child) for way in ways for parent, key, child in way}
         self._tables: list[dict[str, nn.Module | None]] = [table for table, _, _ in steps.values()]
         self._keys = [key for _, key, _ in steps.values()]
@@ -77,7 +77,7 @@ class PatchCheck:
         self._calls = list(self._forwards.values())
 
     def _present(self, way: Way) -> Way:
-        """The way to the same module now, through wrappers put in between."""
+        """The present path to the same module, through wrappers put in between."""
         found = []
         for place, (parent, key, child) in enumerate(way):
             new = parent._modules.get(key)

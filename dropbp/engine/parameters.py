@@ -20,7 +20,7 @@ MARK = "_dropbp_state"  # of a gradient: its version, and the optimizer steps be
 
 
 class Parameters:
-    """Looks parameters up by name each time: engines put others in their place.
+    """Looks parameters up by name each time, because engines replace them.
 
     Args:
         model: the root.
@@ -42,11 +42,11 @@ class Parameters:
         return self.structure.parameters.get(name, NEEDED)
 
     def needs(self) -> dict[nn.Parameter, int]:
-        """Those of branches."""
+        """The branches that each parameter of a branch belongs to, as bits."""
         return {self.model.get_parameter(name): need for name, need in self.structure.parameters.items()}
 
     def forget_zeros(self, dropped: int) -> None:
-        """Gradients of these branches that are zero all over become None: left by `zero_grad(set_to_none=False)`.
+        """Turn all-zero gradients of these branches, as `zero_grad(set_to_none=False)` leaves them, into None.
 
         An optimizer would move parameters whose gradients are zero, by decay and momentum. A gradient is looked at,
         which makes the host wait, only where an optimizer has made a step, or something other than a backward has
@@ -78,13 +78,13 @@ class Parameters:
                 parameter.grad = None
 
     def release(self) -> None:
-        """Take the hooks off the parameters and the optimizers."""
+        """Remove the hooks from the parameters and the optimizers."""
         for hook in (self._counting, *(hook for _, hook in self._marking.values())):
             hook.remove()
         self._marking = {}
 
     def _smallest(self) -> dict[int, tuple[nn.Module, str]]:
-        """One parameter of each set of branches, the smallest that trains, where it is held."""
+        """The smallest trained parameter of each set of branches: its module and attribute."""
         found: dict[int, tuple[int, nn.Module, str]] = {}
         for name, need in self.structure.parameters.items():
             parameter = self.model.get_parameter(name)
@@ -100,7 +100,7 @@ class Parameters:
         return functools.reduce(operator.or_, held, 0)
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Only these are trained. Where an engine has put others in their place, nothing is known and all count."""
+        """Count only these as trained; if an engine has replaced the parameters, all count."""
         ids = set(map(id, parameters))
         names = frozenset(name for name, parameter in self.model.named_parameters() if id(parameter) in ids)
         self.held = names or None

@@ -342,7 +342,7 @@ class RootState(Attachment):
     """Asks the engine for a plan and runs the root's forward with it; `owner` is what the model is enabled through.
 
     The modules from the root down to the one that holds all blocks have one each: where a backbone is called instead
-    of the root, under a head of one's own, its forward is the training forward.
+    of the root, under another head, its forward is the training forward.
     """
 
     def __init__(

@@ -136,7 +136,7 @@ def _one_pass(model: nn.Module, structure: Structure, closure: Closure, masked: 
 def moved_along_gradients(model: nn.Module, step: float) -> Iterator[float]:
     """Parameters are `step` times their gradients further; afterwards they are as before to the bit.
 
-    Gives the step that was really gone, which rounding of the parameters makes another. The gradients are let go, so
+    Yields the real length of the step, which differs by the rounding of the parameters. The gradients are freed, so
     that the copies of the parameters need no memory of their own.
     """
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
