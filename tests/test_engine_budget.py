@@ -14,7 +14,7 @@ from torch import nn
 import dropbp
 from tests.engine_models import tiny_llama, tokens
 from tests.zoo.tiny import case
-from tests.zoo.training import counted_backward, flops_of_backward
+from tests.zoo.training import counted_backward, flops_of_backward, untie
 
 STEPS = 400
 
@@ -119,18 +119,54 @@ def lora_on_some_layers() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def long_source() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    return case("PegasusForConditionalGeneration", "encoder-decoder").build(), {"input_ids": ids(100), "labels": ids(4)}
+    return untied("PegasusForConditionalGeneration", "encoder-decoder"), {"input_ids": ids(100), "labels": ids(4)}
 
 
 def long_target() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    return case("PegasusForConditionalGeneration", "encoder-decoder").build(), {"input_ids": ids(4), "labels": ids(100)}
+    return untied("PegasusForConditionalGeneration", "encoder-decoder"), {"input_ids": ids(4), "labels": ids(100)}
+
+
+def post_norms() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return untied("BertForMaskedLM", "masked-lm"), {"input_ids": ids(12), "labels": ids(12)}
+
+
+def post_norms_long_source() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return untied("BartForConditionalGeneration", "encoder-decoder"), {"input_ids": ids(100), "labels": ids(4)}
+
+
+def learned_masks() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = untied("T5ForConditionalGeneration", "encoder-decoder")
+    model.config.decoder_start_token_id = 0
+    return model, {"input_ids": ids(30), "labels": ids(9)}
+
+
+def speech() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = untied("WhisperForConditionalGeneration", "speech")
+    for convolution in (model.model.encoder.conv1, model.model.encoder.conv2):  # what feeds the stream rests with it
+        convolution.requires_grad_(False)
+    frames = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    return model, {"input_features": frames, "labels": ids(7)}
+
+
+def parallel_branches() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return untied("GPTJForCausalLM", "causal-lm"), {"input_ids": ids(12), "labels": ids(12)}
+
+
+def untied(name: str, family: str) -> nn.Module:
+    model = case(name, family).build()
+    untie(model)
+    return model
 
 
 def ids(length: int) -> torch.Tensor:
     return torch.arange(2 * length).reshape(2, length) % 20 + 5
 
 
-MADE = (frozen_encoder, frozen_lower_half, lora_on_some_layers, long_source, long_target)
+# Tied heads are given weights of their own: what they save while the embedding rests is saved besides the branches.
+MADE = (
+    frozen_encoder, frozen_lower_half, lora_on_some_layers, long_source, long_target, post_norms,
+    post_norms_long_source, learned_masks, speech, parallel_branches,
+)  # fmt: skip
 # Any set of branches may save more than each by itself: the gradient of the lowest one's input, or an encoder's whole
 # backward where all that looks at it is dropped.
 ANY_SET = (frozen_encoder, frozen_lower_half, long_target)
@@ -150,6 +186,23 @@ def test_the_flops_that_are_really_skipped_are_the_drop_rate(made: Callable[[], 
     realised = (whole - sum(steps) / len(steps)) / (whole - (least or head(model)))
     assert realised == pytest.approx(0.5, abs=0.02)
     assert handle.report()["realised_drop_rate"] == pytest.approx(realised, abs=0.02)
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_mask_skips_as_many_flops_as_its_branches_weigh(made: Callable[[], Any]) -> None:
+    """Of masks that train the top of the model down to a border, each saves exactly what it is counted for."""
+    model, batch = made()
+    handle = dropbp.enable(model.train(), 0.5, masks="nested", max_activations=None)
+    model(**batch)  # the first forward looks whether the stream may end
+    saved: dict[tuple[bool, ...], int] = {}
+    for _ in range(12):
+        loss = model(**batch).loss
+        saved.setdefault(handle.mask, flops_of_backward(loss))
+    whole = counted_backward(handle, batch, [False] * len(handle.branches))
+    weights = [branch["weight"] for branch in handle.report()["branches"]]
+    for mask, left in saved.items():
+        counted = 2 * sum(weight for weight, drop in zip(weights, mask, strict=True) if drop)
+        assert whole - left == pytest.approx(counted, rel=1e-6), mask
 
 
 def head(model: Any) -> int:

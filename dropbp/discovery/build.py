@@ -25,7 +25,7 @@ from dropbp.discovery.branches import edges_leaving, found_in, together
 from dropbp.discovery.graph import Graph, other_sums
 from dropbp.discovery.liveness import ALIVE, Cover, Group, exact_groups, needs
 from dropbp.discovery.stem import rests, with_unseen
-from dropbp.discovery.structure import Branch, BranchOutput, LooseParameter, Site, Structure
+from dropbp.discovery.structure import EXACT, Branch, BranchOutput, LooseParameter, Site, Structure
 from dropbp.discovery.trace import Call, Trace
 from dropbp.discovery.weights import work_of
 from dropbp.errors import DiscoveryError
@@ -107,8 +107,14 @@ def _structure(
     need = needs(graph, groups)
     structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
     found = with_unseen(rests(graph, groups, together), model, structure.sites)
-    work = work_of(graph, need, len(groups))
+    borders = {name: _last(border, together) for name, border in found.borders.items() if border != EXACT}
+    work = work_of(graph, need, len(groups), borders)
     return dataclasses.replace(structure, rests=found, together=together, work=work)
+
+
+def _last(branch: int, together: Iterable[int]) -> int:
+    """Of the branches that are dropped all at once with this one the last: each then weighs what is its own."""
+    return next((bits.bit_length() - 1 for bits in together if bits >> branch & 1), branch)
 
 
 class _Builder:

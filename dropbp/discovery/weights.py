@@ -5,16 +5,17 @@ twice the forward, a frozen projection inside a trained stream once, and a branc
 holds no trained parameter, nor does anything below it) nothing at all. All of that is read off the recorded graph and
 the parameters that are trained now.
 
-Masks that train the top of the model down to a border save a little more: nothing below the border asks for a gradient,
-so the lowest kept branch computes none for its input. That is counted as saved by the branch below it, and no longer by
-the branch itself once that is dropped as well.
+Masks that train the top of the model down to a border save more than the branches below it. A parameter outside of them
+rests with the lowest branch above it, and where all that feeds an operand is dropped or rests, no gradient flows into
+that operand. So a kept branch computes no gradient for its input if nothing below it trains, and a cross-attention none
+for the encoder's output once the encoder rests. Such work weighs on the branch whose dropping ends it. What ends
+outside of branches, as the share of the head in a tied embedding, is saved besides and weighs nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dropbp.discovery.trace import Node
 
 BACKWARD = 2  # times the forward, where everything is trained
+NEVER = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,54 +36,65 @@ class Work:
 
     Attributes:
         inputs: of every node of the graph, in the order of creation.
-        owners: the branch that each node lies in, -1 for none.
+        need: of every node the branches, as bits, that must all be dropped for it to get no gradient.
         parameters: names of the parameters among the nodes.
         products: FLOPs of nodes inside branches, and the nodes of what they multiply.
         branches: how many there are.
+        borders: for parameters below a branch the lowest branch above; see `stem`.
     """
 
     inputs: tuple[tuple[int, ...], ...]
-    owners: tuple[int, ...]
+    need: tuple[int, ...]
     parameters: Mapping[int, str]
     products: Mapping[int, tuple[int, tuple[int, ...]]]
     branches: int
+    borders: Mapping[str, int]
 
-    def backward(self, trained: Collection[str]) -> tuple[list[int], list[int]]:
-        """FLOPs of each branch's backward where these parameters are trained, and those of its input's gradient.
+    def backward(self, trained: Collection[str]) -> list[int]:
+        """FLOPs of each branch's backward where these parameters are trained.
 
-        The first are at least 1 where a gradient flows through the branch, and 0 where none does.
+        At least 1 where a gradient flows through the branch, and 0 where none does.
         """
-        flows, within = ([False] * len(self.inputs) for _ in range(2))
-        costs, to_input = ([0] * self.branches for _ in range(2))
-        reached: set[int] = set()
-        for node, inputs in enumerate(self.inputs):
-            own = self.owners[node]
-            flows[node] = self.parameters.get(node) in trained or any(flows[i] for i in inputs)
-            within[node] = flows[node] and (not inputs or any(within[i] for i in inputs if self._stays(i, own)))
-            if flows[node] and own >= 0:
-                reached.add(own)
+        ends = self._ends(lambda name: self.branches if name in trained else NEVER)
+        costs, branch_of = [0] * self.branches, {1 << i: i for i in range(self.branches)}
         for node, (flops, operands) in self.products.items():
-            own = self.owners[node]
-            costs[own] += flops * sum(flows[i] for i in operands)
-            to_input[own] += flops * sum(flows[i] and not (within[i] and self._stays(i, own)) for i in operands)
-        return [max(cost, branch in reached) for branch, cost in enumerate(costs)], to_input
+            if self.need[node] in branch_of:
+                costs[branch_of[self.need[node]]] += flops * sum(ends[i] > NEVER for i in operands)
+        return self._at_least_one(costs, ends)
 
-    def _stays(self, node: int, branch: int) -> bool:
-        """Whether what a branch consumes is of its own making, or a parameter."""
-        return self.owners[node] == branch or node in self.parameters
+    def from_the_top(self, trained: Collection[str]) -> list[int]:
+        """The same for masks that train the top of the model down to a border: each branch with what ends with it."""
+        ends = self._ends(lambda name: self.borders.get(name, self.branches) if name in trained else NEVER)
+        costs = [0] * self.branches
+        for node, (flops, operands) in self.products.items():
+            own = self.need[node].bit_length() - 1
+            for end in (min(own, ends[i]) for i in operands if ends[i] > NEVER):
+                costs[end] += flops
+        return self._at_least_one(costs, ends)
+
+    def _ends(self, end_of: Callable[[str], int]) -> list[int]:
+        """For each node the branch with whose dropping the last gradient into it ends; `NEVER` where none flows."""
+        ends = [NEVER] * len(self.inputs)
+        for node, inputs in enumerate(self.inputs):
+            name = self.parameters.get(node)
+            ends[node] = max((ends[i] for i in inputs), default=NEVER) if name is None else end_of(name)
+        return ends
+
+    def _at_least_one(self, costs: Sequence[int], ends: Sequence[int]) -> list[int]:
+        reached = {need for need, end in zip(self.need, ends, strict=True) if end > NEVER}
+        return [max(cost, 1 << branch in reached) for branch, cost in enumerate(costs)]
 
 
-NO_WORK = Work((), (), {}, {}, 0)
+NO_WORK = Work((), (), {}, {}, 0, {})
 
 
-def work_of(graph: Graph, need: Sequence[int], branches: int) -> Work:
-    """The work in branches, `need` being for each node the branches that must be dropped for it to get no gradient."""
-    branch_of, names = {1 << i: i for i in range(branches)}, graph.parameter_names
-    owners = tuple(branch_of.get(own, -1) for own in need)
+def work_of(graph: Graph, need: Sequence[int], branches: int, borders: Mapping[str, int]) -> Work:
+    """The work in branches; the arguments are as in `Work`."""
+    names = graph.parameter_names
     parameters = {n.index: names[id(n.leaf)] for n in graph.nodes if n.is_leaf and id(n.leaf) in names}
-    counted = {n.index: graph.trace.flops.get(n.sequence, 0) for n in graph.nodes if owners[n.index] >= 0}
+    counted = {n.index: graph.trace.flops.get(n.sequence, 0) for n in graph.nodes if need[n.index] > 0}
     products = {i: (flops, _operands(graph.nodes[i])) for i, flops in counted.items() if flops}
-    return Work(tuple(node.inputs for node in graph.nodes), owners, parameters, products, branches)
+    return Work(tuple(node.inputs for node in graph.nodes), tuple(need), parameters, products, branches, borders)
 
 
 def _operands(node: Node) -> tuple[int, ...]:
@@ -119,19 +132,11 @@ class Weights:
         if stamp == self._stamp:
             return False
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
-        counts = {shape: self._counts(*work.backward(trained)) for shape, work in self._works.items()}
+        count = Work.from_the_top if self._from_the_top else Work.backward
+        counts = {shape: count(work, trained) for shape, work in self._works.items()}
         self._stamp, self._model = stamp, fitted(counts)
         self._live = [count > 0 for count in next(iter(counts.values()))]
         return True
-
-    def _counts(self, costs: Sequence[int], to_input: Sequence[int]) -> list[int]:
-        """The lowest branch that has a backward keeps the gradient of its input while it is kept itself."""
-        counts, live = list(costs), [i for i, cost in enumerate(costs) if cost]
-        if self._from_the_top:
-            for branch, above in itertools.pairwise(live):
-                counts[branch] += to_input[above]
-                counts[above] -= to_input[above]
-        return [max(count, cost > 0) for count, cost in zip(counts, costs, strict=True)]
 
     def at(self, shape: Shape) -> tuple[float, ...]:
         """Of every branch; 0 for one through which no gradient flows."""

@@ -30,7 +30,7 @@ from dropbp.engine.runtime import (
 )
 from dropbp.engine.skip import ScaleGradient, StepBoundary
 from dropbp.masks.plan import ForwardPlan
-from dropbp.tensors import TensorMap, is_differentiable, map_tensors
+from dropbp.tensors import TensorMap, ask_for_gradients, is_differentiable, map_tensors
 
 T = TypeVar("T")
 
@@ -125,7 +125,8 @@ class RestState(Attachment):
 def rest_forward(original: Forward) -> Forward:
     """Around a module that feeds the stream or stands in it: unrecorded when a branch above it is dropped.
 
-    Unless the stream may end there, it still asks for a gradient: see `dropbp.engine.truncation`.
+    Unless the stream may end there, its output still asks for a gradient, if it does so in plain training: see
+    `dropbp.engine.truncation`.
     """
 
     @functools.wraps(original)
@@ -135,12 +136,17 @@ def rest_forward(original: Forward) -> Forward:
         if state is None or plan is None:
             return original(self, *args, **kwargs)
         output = _unrecorded(original, self, args, kwargs)
-        if plan.truncated:
+        if plan.truncated or not _asks(self, args, kwargs):
             return output
         return map_tensors(output, functools.partial(state.runtime.connect, alone=True))
 
     never_compile(forward)
     return named_forward(forward)
+
+
+def _asks(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether what the module makes of its arguments would ask for a gradient if it were recorded."""
+    return any(parameter.requires_grad for parameter in module.parameters()) or ask_for_gradients(args, kwargs)
 
 
 def shared_site_forward(original: Forward) -> Forward:

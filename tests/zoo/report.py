@@ -34,9 +34,11 @@ it:
 
 - every output and every buffer is equal to the bit;
 - the gradient of a parameter is that of the plain backward, or `None`; every parameter of a kept branch has one;
-- `handle.report()` names what never trains, or only in part (an embedding tied to the head);
+- `handle.report()` names what no step trains, and what rests in some steps though it lies in no branch alone: tied
+  embeddings, position biases, norms of post-norm blocks;
 - over 64 steps, the share of the branches' backward FLOPs that PyTorch counts as skipped is 0.5 within 0.02, or
-  `dropbp` warned.
+  `dropbp` warned. Each head has a weight of its own there: what a tied one saves while the embedding rests comes on
+  top.
 
 **Any mask**: each branch dropped alone, and one mask that drops two branches in three:
 
