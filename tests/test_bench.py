@@ -263,7 +263,7 @@ def test_bytes_counted_on_shapes_are_those_of_a_real_step(training: Training) ->
     optimizer = build_optimizer(lane.model, training.tuning)
     for step in range(2):
         for parameter in lane.model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
         if step == 0:
             optimizer.step()
     ids = build_batch(TINY, 2, 96, "cpu")

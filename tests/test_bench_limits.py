@@ -90,7 +90,7 @@ def whole_steps(training: Training, variant: Variant, accumulated: bool, count: 
     for mask in [None, *lane.greedy_masks(count)]:  # the first makes the optimizer's states and is drawn by no one
         given = accumulated or not peaks
         for parameter in lane.model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if given else None
+            parameter.grad = torch.ones_like(parameter) if given else None
         if not peaks:
             optimizer.step()
             peaks.append(0)

@@ -53,9 +53,9 @@ class Workplace:
         self.optimizer.step()  # makes its states
 
     def give_gradients(self, given: bool) -> None:
-        """Gradients of zeros for all that is trained, or none."""
+        """Gradients for all that is trained, or none. Of ones, as those of zeros count as none and are let go of."""
         for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter) if given else None
+            parameter.grad = torch.ones_like(parameter) if given else None
 
     def update_bytes(self) -> int:
         """What a step of the optimizer needs for itself at its peak, with the gradients there are. On the meta device.
