@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from dropbp.bench.common.records import SCHEMA, Record, read_folder
 from dropbp.bench.learning import command as learning
 from dropbp.bench.learning import curves, presets, tables, tasks
 
 import dropbp
-
-Record = dict[str, Any]
 
 
 def run_record(method: str = "plain", drop_rate: float = 0.0, seed: int = 0, rate: float = 1e-3, **more: Any) -> Record:
@@ -26,6 +25,7 @@ def run_record(method: str = "plain", drop_rate: float = 0.0, seed: int = 0, rat
     ]
     config = {"task": "python", "method": method, "drop_rate": drop_rate, "learning_rate": rate, "seed": seed}
     return {
+        "schema": SCHEMA,
         "kind": "run",
         "status": "finished",
         "config": {**config, "plain_steps": 10},
@@ -42,7 +42,7 @@ def times_record(
         {"method": m, "drop_rate": p, "checkpointing": c, "cpu_s": [r, r], "saved_mib": [(saved or {}).get(m, 1.0)]}
         for (m, p, c), r in ratios.items()
     ]
-    return {"kind": kind, "config": {"task": "python"}, "rows": rows}
+    return {"schema": SCHEMA, "kind": kind, "config": {"task": "python"}, "rows": rows}
 
 
 # -- tasks
@@ -266,7 +266,7 @@ def test_a_cancelled_run_is_kept_as_such(tiny: presets.Preset, tmp_path: Path, m
     monkeypatch.setattr(learning, "Trainer", interrupted)
     with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
         learning.run_preset(tiny, tmp_path, resume=True)
-    statuses = [r["status"] for r in curves.read(tmp_path) if r["kind"] == "run"]
+    statuses = [r["status"] for r in read_folder(tmp_path) if r["kind"] == "run"]
     assert statuses == ["cancelled"]
 
 

@@ -27,7 +27,6 @@ from dropbp.cli.corpus import english_prose, source_code
 from dropbp.cli.embedded import train_briefly
 from dropbp.cli.models import with_lora
 from dropbp.device import get_device
-from dropbp.files import write_text
 
 from ..common import records
 from ..common.options import add_run_arguments, progress, settle
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     record = None if args.again or not path.is_file() else records.read(path)
     if record is None or record["configuration"] != asdict(setting):
         record = measure(setting)
-        write_text(path, json.dumps(record, indent=1) + "\n")
+        records.write(record, path)
     sys.stdout.write(json.dumps(record, indent=1) + "\n" if args.json else table(record) + "\n")
     return 0
 

@@ -90,13 +90,13 @@ class Store:
             raise
         finally:
             record["ended"] = now()
-            _write(record, self.path(name) if record["status"] == "finished" else path)
+            write(record, self.path(name) if record["status"] == "finished" else path)
             if record["status"] == "finished":
                 path.unlink(missing_ok=True)
 
     def save(self, record: Record) -> None:
         """Write what a run that goes on has measured, so that it is not lost if the process is ended."""
-        _write(record, self._unfinished_path(record))
+        write(record, self._unfinished_path(record))
 
     def _unfinished_path(self, record: Record) -> Path:
         started = re.sub(r"\W", "", record["started"])
@@ -152,12 +152,23 @@ def read(path: Path) -> Record:
 
 def read_all(root: Path, kind: str) -> list[Record]:
     """All finished runs of a kind, in the order of their names."""
-    return [read(path) for path in sorted((root / kind).glob(FILES))]
+    return read_folder(root / kind)
 
 
 def read_unfinished(root: Path, kind: str) -> list[Record]:
     """All runs of a kind that failed or were cancelled, oldest first."""
-    return [read(path) for path in sorted((root / kind / UNFINISHED).glob(FILES))]
+    return read_folder(root / kind / UNFINISHED)
+
+
+def read_folder(folder: Path) -> list[Record]:
+    """All records of a folder, in the order of their names."""
+    return [read(path) for path in sorted(folder.glob(FILES))]
+
+
+def write(record: Record, path: Path, *, compact: bool = False) -> None:
+    """Write a record, whole or not at all; a compact one is a single line."""
+    text = json.dumps(record, separators=(",", ":")) if compact else json.dumps(record, indent=1)
+    write_text(path, f"{text}\n")
 
 
 def versions() -> dict[str, str | None]:
@@ -186,10 +197,6 @@ def describe_error(error: BaseException) -> dict[str, str]:
 def now() -> str:
     """The time, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _write(record: Record, path: Path) -> None:
-    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:

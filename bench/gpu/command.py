@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +22,6 @@ from typing import Any
 
 from dropbp.device import get_device
 from dropbp.errors import ConfigError
-from dropbp.files import write_text
 
 from ..common import records
 from ..common.options import device_name
@@ -215,7 +213,7 @@ class Ledger:
         entry.update(status=status, reason=reason, seconds=round(entry["seconds"] + seconds, 1))
         entry["failures"] += status == "failed"
         content = {"schema": records.SCHEMA, "kind": "gpu", "written": records.now(), "items": self.entries}
-        write_text(self.path, json.dumps(content | {"versions": records.versions()}, indent=1) + "\n")
+        records.write(content | {"versions": records.versions()}, self.path)
 
 
 def to_do(items: Iterable[Item], ledger: Ledger) -> list[Item]:

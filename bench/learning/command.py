@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import math
 import sys
@@ -31,21 +30,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from dropbp.device import get_device
-from dropbp.files import write_text
 
-from ..common.records import now, versions
+from ..common import records
+from ..common.records import Record, read_folder
 from . import rivals, tables, tasks
 from .curves import (
     CURVE_POINTS,
     MEMORY_BUDGET,
     MEMORY_TO_SPARE,
     SHORT_OF_MEMORY,
-    Record,
     Variant,
     equal_time_loss,
     memory_share,
     of_kind,
-    read,
     short_of_memory,
     step_ratio,
     timed_anew,
@@ -64,8 +61,7 @@ from .presets import (
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-RESULTS = Path(__file__).parents[1] / "results" / "learning"
+RESULTS = records.RESULTS / "learning"
 WARMUP_STEPS = 8
 WARMUP_ROUNDS = 2  # of timing
 WEIGHT_DECAY = 0.01
@@ -195,7 +191,7 @@ def train(run: Run, step_ratio: float, progress: Callable[[int], None] = lambda 
         record |= {"status": "failed", "error": traceback.format_exc(limit=-3)}
     except KeyboardInterrupt:
         logger.warning("%s was cancelled", run.name)
-    return record | {"finished": now()}
+    return record | {"finished": records.now()}
 
 
 def _train(
@@ -254,7 +250,7 @@ def step_times(task_name: str, variants: Sequence[Variant], rounds: int, seed: i
                 row["wall_s"].append(round(wall_s, 5))
     for trainer, row in zip(trainers, rows, strict=True):
         row["saved_mib"] = [round(_saved_mib(trainer, next(stream)), 3) for _ in range(4)]
-    return record | {"rows": rows, "status": "finished", "finished": now()}
+    return record | {"rows": rows, "status": "finished", "finished": records.now()}
 
 
 def _timed(trainer: Trainer, window: Sequence[Tensor]) -> tuple[float, float]:
@@ -287,18 +283,13 @@ def _header(kind: str, run: Run) -> Record:
     config = {**asdict(run), "optimizer": "AdamW", **settings, "base": asdict(tasks.BASE)}
     config["task_settings"] = asdict(tasks.task(run.task))
     return {
-        "schema": SCHEMA,
+        "schema": records.SCHEMA,
         "kind": kind,
         "config": config,
-        "versions": versions(),
+        "versions": records.versions(),
         "device": device,
-        "started": now(),
+        "started": records.now(),
     }
-
-
-def write(record: Record, path: Path) -> None:
-    """Write a record, whole or not at all."""
-    write_text(path, json.dumps(record, separators=(",", ":")) + "\n")
 
 
 # -- the command
@@ -322,7 +313,7 @@ def run(args: argparse.Namespace) -> int:
         _quiet_libraries()
         preset = PRESETS[args.preset]
         run_preset(dataclasses.replace(preset, tasks=chosen_tasks(preset, args.task)), args.output, args.resume)
-    tables.write(read(args.output), args.docs, fresh=read(args.output / FRESH))
+    tables.write(read_folder(args.output), args.docs, fresh=read_folder(args.output / FRESH))
     return 0
 
 
@@ -338,9 +329,9 @@ def run_preset(preset: Preset, folder: Path, resume: bool) -> None:
     ratios = {name: _measured_times(preset, name, folder, resume) for name in preset.tasks}
     own = folder / preset.folder
     _run_all(first_runs(preset), ratios, own, resume)
-    while wider := wider_runs(preset, read(own)):
+    while wider := wider_runs(preset, read_folder(own)):
         _run_all(wider, ratios, own, resume)
-    _run_all(further_runs(preset, read(own)), ratios, own, resume)
+    _run_all(further_runs(preset, read_folder(own)), ratios, own, resume)
 
 
 def _measured_times(preset: Preset, task_name: str, folder: Path, resume: bool) -> list[Record]:
@@ -358,14 +349,14 @@ def _measured(
     task_name: str, kind: str, wanted: Sequence[Variant], rounds: int, folder: Path, resume: bool
 ) -> list[Record]:
     """All step times of a kind; what is missing is measured beside plain training and goes to a file of its own."""
-    known = of_kind(read(folder), kind, task_name) if resume else []
+    known = of_kind(read_folder(folder), kind, task_name) if resume else []
     rows = {(row["method"], row["drop_rate"], row["checkpointing"]) for record in known for row in record["rows"]}
     missing = [variant for variant in wanted if variant not in rows]
     if not missing:
         return known
     record = step_times(task_name, [("plain", 0.0, False), *missing], rounds) | {"kind": kind}
     number = f"-{len(known) + 1}" if known else ""
-    write(record, folder / f"{task_name}--{kind.replace(' ', '-')}{number}.json")
+    records.write(record, folder / f"{task_name}--{kind.replace(' ', '-')}{number}.json", compact=True)
     return [*known, record]
 
 
@@ -380,12 +371,12 @@ def _run_all(runs: Sequence[Run], times: dict[str, list[Record]], folder: Path, 
             continue
         bar.set_postfix_str(run.name)
         record = train(run, ratio)
-        write(record, path)
+        records.write(record, path, compact=True)
         if record["status"] == "cancelled":
             raise KeyboardInterrupt(f"cancelled in {run.name}; --resume goes on from here")
 
 
 def _is_finished(path: Path, ratio: float) -> bool:
     """Whether the run ended, and by the present step times not before plain training would have."""
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"status": "missing"}
+    record = records.read(path) if path.is_file() else {"status": "missing"}
     return record["status"] == "finished" and math.isfinite(equal_time_loss(timed_anew(record, ratio)))

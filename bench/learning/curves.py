@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from dropbp.errors import ConfigError
 
-from ..common.records import FILES
+from ..common.records import Record
 
-Record = dict[str, Any]
 CURVE_POINTS = 6  # evaluations of a run, within plain training's time
 MEMORY_TO_SPARE, SHORT_OF_MEMORY = "step times", "step times short of memory"
 MEMORY_BUDGET = 0.6  # half of the activations, and what of the head and the norms cannot be dropped
 Variant = tuple[str, float, bool]  # method, drop rate, gradient checkpointing
-
-
-def read(folder: Path) -> list[Record]:
-    """All records of a folder, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(FILES))]
 
 
 def of_kind(records: Iterable[Record], kind: str, task_name: str) -> list[Record]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from dropbp.errors import ConfigError
 
+from ..common.records import Record
 from . import tasks
-from .curves import Record, best_rates, tried_rates
+from .curves import best_rates, tried_rates
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dropbp.cli.figures import new_figure, save_figure
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
+from ..common.records import Record
 from . import curves, tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-Record = dict[str, Any]
 BEGIN, END = "<!-- tables: made by dropbp bench learning --tables -->", "<!-- end of tables -->"
 FRESH_BEGIN, FRESH_END = (
     "<!-- fresh tables: made by dropbp bench learning --tables -->",
