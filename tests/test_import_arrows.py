@@ -23,6 +23,7 @@ PLANTS = {
     "layers": ("errors.py", "from dropbp.integrations import planted"),
     "adapters-by-name": ("errors.py", "import dropbp.backends"),
     "bench-on-top": ("errors.py", "from dropbp.bench import planted"),
+    "bench-layers": ("bench/common/records.py", "from dropbp.bench.gpu import invariants"),
 }
 
 
