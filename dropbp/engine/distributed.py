@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -40,6 +40,8 @@ WRAPPERS = {
     "successor, torch.distributed.fsdp.fully_shard, which does not wrap.",
     "DeepSpeedEngine": "Enable the model inside, dropbp.enable(engine.module), before or after deepspeed.initialize.",
 }
+
+T = TypeVar("T")
 
 
 def refuse_wrapper(model: nn.Module) -> None:
@@ -324,3 +326,10 @@ def many_ranks() -> bool:
     """Whether this process is one of several that train together."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def of_rank_0(value: T) -> T:
+    """What rank 0 has: every rank must call this at the same time."""
+    held = [value]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]

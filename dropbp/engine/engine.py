@@ -22,7 +22,7 @@ from dropbp.device import Device, refuse_capture
 from dropbp.discovery.structure import Rests, Structure
 from dropbp.engine.calls import Calls
 from dropbp.engine.checkpointing import CheckpointBypass, install_blocks
-from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks
+from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks, of_rank_0
 from dropbp.engine.integrity import PatchCheck, last_modules
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import Interception
@@ -140,8 +140,10 @@ class Engine:
             return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
             self.bypass.refresh()
-            conditions = self._conditions(args, kwargs)
-            plan = self.schedule.next(shape_of(args, kwargs), conditions)
+            shape, conditions = shape_of(args, kwargs), self._conditions(args, kwargs)
+            if conditions.ranks and not self.schedule.agreed:
+                self.schedule.agree(of_rank_0(shape))
+            plan = self.schedule.next(shape, conditions)
             self._refresh_sharding(self.schedule.mask or ())
         self._settle_gradients(plan.dropped, conditions.stem_rests)
         return self.calls.plan(plan, args, kwargs)

@@ -7,8 +7,8 @@ the same, nothing dropped during the warm-up, the present mask as long as `resam
 keeps it, a mask for a graph that a lazy device has yet to compile, the mask of this point of an annealed run, or a new
 draw. With its state in hand it is a pure function of seed and step.
 
-Ranks must draw the same masks. Where there are several, all that masks depend on is taken at the shape that the model
-was enabled for, as each rank sees batches of its own.
+Ranks must draw the same masks, though each sees batches of its own. Where there are several, all that masks depend on
+is taken at one shape: that of rank 0 in the first training forward.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Schedule:
         names: of the branches, nearest the input first.
         blocks: each block's branches as a bit mask, nearest the input first.
         flops: counts FLOPs at a shape.
-        shape: of the forwards to come; on several ranks, the one that all masks are drawn for.
+        shape: of the forwards to come; on several ranks, the one that all masks are drawn for until they agree on one.
         weights: counts in the same way what dropping a branch saves; 0 for branches without a backward, which are never
             dropped. None: as much as its FLOPs.
         trains: whether a step that drops these branches, as bits, leaves something with a gradient.
@@ -122,7 +122,7 @@ class Schedule:
         together: Sequence[int] = (),
     ) -> None:
         self.config, self.names, self.blocks = config, tuple(names), tuple(blocks)
-        self._reference, self._ranks = shape, False
+        self._reference, self._ranks, self.agreed = shape, False, False
         self._count, self._trains = flops, trains
         self._weigh = flops if weights is None else weights
         self.kind = sampler_kind(config.masks)
@@ -184,6 +184,10 @@ class Schedule:
             self.shape, self._ranks = shape, ranks
             self.seen = self.at(shape)
             self.here = self.at(self._reference) if ranks else self.seen
+
+    def agree(self, shape: Shape) -> None:
+        """On several ranks all masks are drawn for this shape from now on: the same on each of them."""
+        self._reference, self.agreed = shape, True
 
     def at(self, shape: Shape) -> AtShape:
         """What follows from a shape, worked out once."""
@@ -471,6 +475,7 @@ class Schedule:
             "options": self._options(),
             "given": _list(self._given),
             "shape": list(dataclasses.astuple(self.shape)),
+            "agreed": list(dataclasses.astuple(self._reference)) if self.agreed else None,
             "draws": self.draws,
             "mask": _list(self.mask),
             "current": _list(self.current),
@@ -497,6 +502,8 @@ class Schedule:
         self.draws, self.mask, self.current = saved.draws, saved.mask, saved.current
         self.pace, self.statistics = saved.pace, saved.statistics
         self.sensitivities, self.own, self.online = saved.sensitivities, saved.own, saved.online
+        if saved.agreed is not None:
+            self.agree(saved.agreed)
         self.set_rates(saved.given)
         self.see(saved.shape, self._ranks)
         self._take_over({name for name, mine in self._options().items() if saved.options.get(name) != mine})
@@ -528,6 +535,7 @@ class _Saved:
     options: Mapping[str, Any]
     given: Rates | None
     shape: Shape
+    agreed: Shape | None
     draws: int
     mask: Mask | None
     current: Mask | None
@@ -551,7 +559,8 @@ class _Saved:
         return cls(
             dict(state["options"]),
             given,
-            Shape(*(_count(size) for size in state["shape"])),
+            _shape(state["shape"]),
+            None if state["agreed"] is None else _shape(state["agreed"]),
             _count(state["draws"]),
             _mask(state["mask"], count),
             _mask(state["current"], count),
@@ -618,6 +627,10 @@ def _spread(rates: Iterable[float], live: Sequence[bool]) -> Rates:
 
 def _list(values: Sequence[Any] | None) -> list[Any] | None:
     return None if values is None else list(values)
+
+
+def _shape(sizes: Sequence[int]) -> Shape:
+    return Shape(*(_count(size) for size in sizes))
 
 
 def _mask(mask: Any, branches: int) -> Mask | None:
