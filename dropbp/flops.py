@@ -116,8 +116,10 @@ def _basis_of_two(per_row: Mapping[Shape, float]) -> list[str]:
 
 
 def _solved(per_row: Mapping[Shape, float], basis: Sequence[str]) -> dict[str, float]:
-    table = torch.tensor([[shape.terms[name] for name in basis] for shape in per_row], dtype=torch.float64)
-    values = torch.tensor(list(per_row.values()), dtype=torch.float64)
+    table = torch.tensor(
+        [[shape.terms[name] for name in basis] for shape in per_row], dtype=torch.float64, device="cpu"
+    )
+    values = torch.tensor(list(per_row.values()), dtype=torch.float64, device="cpu")
     scale = table.abs().amax(dim=0)
     solution = torch.linalg.lstsq(table / scale, values[:, None]).solution[:, 0]
     noise = _ROUNDING * float(values.abs().max())

@@ -135,7 +135,7 @@ def _comparable(lines: Lines) -> Lines:
 def _timeline(run: Callable[[Shape], None], shape: Shape, model: nn.Module, held_gradients: bool) -> torch.Tensor:
     for parameter in model.parameters():
         held = held_gradients and parameter.requires_grad
-        parameter.grad = torch.zeros_like(parameter) if held else None
+        parameter.grad = torch.ones_like(parameter) if held else None  # zeros would be let go
     with _no_collection(), track_tensor_bytes(model) as tracked, _Timeline(tracked) as line:
         run(shape)
         line.live_bytes.append(tracked.live_bytes)  # the last operation's own temporaries are gone
