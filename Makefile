@@ -58,7 +58,7 @@ lint: $(INSTALLED)  ## style, types, contents of the wheel, import arrows
 	$(PYTEST) -q tests/test_packaging.py tests/test_import_arrows.py
 
 zoo: $(INSTALLED)  ## every model class of transformers that a tiny config can build
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m tests.zoo $(ARGS)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m tests.campaigns.zoo $(ARGS)
 
 bench: $(INSTALLED)  ## speed, memory and learning against the rivals, on this machine's CPU
 	$(BIN)/dropbp bench all $(ARGS)

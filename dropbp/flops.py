@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 TOKENS = ("input_ids", "inputs_embeds")
 SOUND = ("input_features", "input_values")
@@ -116,6 +117,11 @@ def _basis_of_two(per_row: Mapping[Shape, float]) -> list[str]:
 
 
 def _solved(per_row: Mapping[Shape, float], basis: Sequence[str]) -> dict[str, float]:
+    with _disable_current_modes():  # models are looked at under fake tensors, too
+        return _least_squares(per_row, basis)
+
+
+def _least_squares(per_row: Mapping[Shape, float], basis: Sequence[str]) -> dict[str, float]:
     table = torch.tensor(
         [[shape.terms[name] for name in basis] for shape in per_row], dtype=torch.float64, device="cpu"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dropbp.discovery.record import tensors_in
-from tests.engine_models import take_gradients
+from tests.common.engine_models import take_gradients
 
 Loss = Callable[[nn.Module], torch.Tensor]
 TOLERANCE = 1e-4

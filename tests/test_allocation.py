@@ -14,7 +14,7 @@ from scipy.optimize import LinearConstraint, minimize
 
 from dropbp.errors import ConfigError
 from dropbp.masks.rates import METHODS, PROFILES, allocate, depth_rates, monotone
-from tests.reference import ResidualNet, gradient_norm_sensitivities, greedy_rates
+from tests.common.reference import ResidualNet, gradient_norm_sensitivities, greedy_rates
 
 settings.register_profile("untimed", deadline=None)  # timing never decides a test
 settings.load_profile("untimed")

@@ -19,8 +19,8 @@ import dropbp
 from dropbp.cli import main as cli
 from dropbp.discovery.discover import find
 from dropbp.errors import ConfigError, StateError
-from tests import trained
-from tests.engine_models import tokens
+from tests.common import trained
+from tests.common.engine_models import tokens
 
 RESULT = Path(__file__).parents[1] / "bench" / "results" / "analysis.json"
 

@@ -586,7 +586,7 @@ def test_missing_harness_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_tiny_local_model_is_finetuned_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.tiny import save_model, sums
+    from tests.common.tiny import save_model, sums
 
     asked: list[dict[str, Any]] = []
 

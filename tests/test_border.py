@@ -15,7 +15,7 @@ import dropbp
 from dropbp import inputs as example
 from dropbp.engine.trained import compact
 from dropbp.masks.rates import PROFILES, depth_rates, level
-from tests.engine_models import take_gradients
+from tests.common.engine_models import take_gradients
 from tests.promise import assert_equal, assert_exact_or_none, loss_of
 from tests.test_discovery import REPRESENTATIVE, tiny
 

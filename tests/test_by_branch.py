@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from transformers import Trainer, TrainingArguments
 
 from dropbp.integrations.transformers import DropBPCallback
-from tests.engine_models import tiny_llama
+from tests.common.engine_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 STEPS = 8

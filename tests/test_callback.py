@@ -17,7 +17,7 @@ from dropbp.device import dynamo_graph_count
 from dropbp.errors import ConfigError, StateError
 from dropbp.integrations.replay import LossReplay
 from dropbp.integrations.transformers import STATE_FILE, DropBPCallback
-from tests.tiny import make_model, make_tokenizer, random_examples, save_model
+from tests.common.tiny import make_model, make_tokenizer, random_examples, save_model
 
 
 class Watcher(TrainerCallback):

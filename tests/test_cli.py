@@ -19,7 +19,7 @@ from dropbp.cli import main as cli
 from dropbp.cli.commands import Command
 from dropbp.cli.unused import _uses_bitsandbytes, _uses_deepspeed
 from dropbp.errors import ConfigError
-from tests.tiny import save_model
+from tests.common.tiny import save_model
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib")
 

@@ -9,7 +9,7 @@ import torch
 
 import dropbp
 from dropbp.device import dynamo_graph_count
-from tests.engine_models import (
+from tests.common.engine_models import (
     assert_same_gradients,
     llama_loss,
     masks,

@@ -29,7 +29,7 @@ from dropbp.device import (
     random_state_kept,
 )
 from dropbp.errors import DeviceError
-from tests.engine_models import plain_batch, plain_net
+from tests.common.engine_models import plain_batch, plain_net
 
 MIB = 2**20
 

@@ -17,8 +17,8 @@ from dropbp import inputs as example
 from dropbp.discovery.build import analyse
 from dropbp.discovery.record import record
 from dropbp.flops import Shape, fitted
-from tests.zoo.check import check_model
-from tests.zoo.tiny import case
+from tests.campaigns.zoo.check import check_model
+from tests.campaigns.zoo.tiny import case
 
 # What each architecture stands for, and how many branches its tiny model has.
 REPRESENTATIVE = {

@@ -21,7 +21,7 @@ from torch import nn
 
 import dropbp
 from dropbp.masks import samplers as masks
-from tests.engine_models import llama_loss, tiny_llama, tokens
+from tests.common.engine_models import llama_loss, tiny_llama, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -68,7 +68,7 @@ def given(folder: Path) -> dict[str, Any]:
     """What a page may take for granted: a model, a batch, a loss, and what a trainer needs."""
     from transformers import Trainer, TrainingArguments
 
-    from tests.tiny import random_examples
+    from tests.common.tiny import random_examples
 
     model, batch = tiny_llama(layers=4), {"input_ids": tokens(), "labels": tokens()}
     args = TrainingArguments(str(folder), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)

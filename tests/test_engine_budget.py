@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dropbp
-from tests.engine_models import tiny_llama, tokens
-from tests.zoo.tiny import case
-from tests.zoo.training import counted_backward, flops_of_backward, untie
+from tests.campaigns.zoo.tiny import case
+from tests.campaigns.zoo.training import counted_backward, flops_of_backward, untie
+from tests.common.engine_models import tiny_llama, tokens
 
 STEPS = 400
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dropbp
 from dropbp.errors import StateError
-from tests.engine_models import VOCABULARY, detached, gradients, tiny_llama, tokens
+from tests.common.engine_models import VOCABULARY, detached, gradients, tiny_llama, tokens
 
 LAYERS = 3
 LOSSES = ("loss", "router_logits", "attentions", "hidden_states", "all_hidden_states")

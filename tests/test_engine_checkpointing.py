@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dropbp
-from tests.engine_models import (
+from tests.common.engine_models import (
     Block,
     assert_same_gradients,
     llama_loss,

@@ -12,7 +12,7 @@ from torch import nn
 
 import dropbp
 from dropbp.device import dynamo_graph_count
-from tests.engine_models import (
+from tests.common.engine_models import (
     PlainNet,
     assert_same_gradients,
     llama_loss,

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
-from tests.engine_models import (
+from tests.common.engine_models import (
     assert_same_gradients,
     gradients,
     llama_loss,

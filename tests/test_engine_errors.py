@@ -8,7 +8,7 @@ from torch import nn
 
 import dropbp
 from dropbp.errors import ConfigError, DeviceError, DropBPError, StateError
-from tests.engine_models import plain_batch, plain_loss, plain_net, tiny_llama
+from tests.common.engine_models import plain_batch, plain_loss, plain_net, tiny_llama
 
 
 def enable(model=None, *args, **options):
@@ -193,7 +193,7 @@ def test_every_error_has_one_root():
 def test_a_branch_called_outside_of_the_roots_forward_is_warned_about_once(caplog):
     model = tiny_llama()
     handle = dropbp.enable(model)
-    from tests.engine_models import tokens
+    from tests.common.engine_models import tokens
 
     with handle.fixed((True,) * 4):
         for _ in range(2):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dropbp
-from tests.engine_models import (
+from tests.common.engine_models import (
     assert_same_gradients,
     llama_loss,
     paper_gradients,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dropbp
-from tests import reference
-from tests.engine_models import (
+from tests.common import reference
+from tests.common.engine_models import (
     assert_same_gradients,
     gradients,
     llama_loss,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dropbp
-from tests.engine_models import (
+from tests.common.engine_models import (
     assert_same_gradients,
     llama_loss,
     plain_batch,

@@ -8,7 +8,7 @@ from torch import nn
 
 import dropbp
 from dropbp.errors import ConfigError
-from tests.engine_models import (
+from tests.common.engine_models import (
     assert_same_gradients,
     llama_loss,
     paper_gradients,

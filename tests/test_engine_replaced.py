@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import dropbp
-from tests.engine_models import (
+from tests.common.engine_models import (
     assert_same_gradients,
     detached,
     llama_loss,

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dropbp
 from dropbp.errors import ConfigError
-from tests.engine_models import (
+from tests.common.engine_models import (
     VOCABULARY,
     assert_same_gradients,
     llama_loss,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import dropbp
 from dropbp.errors import StateError
-from tests.engine_models import plain_batch, plain_loss, plain_net, take_gradients, tiny_llama
+from tests.common.engine_models import plain_batch, plain_loss, plain_net, take_gradients, tiny_llama
 
 
 def enabled(**options):

@@ -15,7 +15,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropbp
-from tests.engine_models import llama_loss, plain_batch, plain_loss, plain_net, take_gradients, tiny_llama, tokens
+from tests.common.engine_models import (
+    llama_loss,
+    plain_batch,
+    plain_loss,
+    plain_net,
+    take_gradients,
+    tiny_llama,
+    tokens,
+)
 
 MASK = (True, False, True, False, False, True)
 

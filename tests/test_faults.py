@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dropbp.errors import ResourceError, as_resource_error
 from dropbp.files import fault_of, last_whole_checkpoint, new_file, write_text
-from tests.reliability.registry import CHECKS, FAULTS
+from tests.campaigns.reliability.registry import CHECKS, FAULTS
 
 SLOW = {"kill"}  # in tests/test_killed.py, so that the two files can run side by side
 

@@ -22,7 +22,7 @@ from dropbp.cli.examples import IGNORED, Encoder, Example, collate, collate_answ
 from dropbp.cli.main import main
 from dropbp.cli.rows import read_rows
 from dropbp.errors import ConfigError
-from tests.tiny import CHAT_TEMPLATE, make_model, make_tokenizer, save_model, sums, write_jsonl
+from tests.common.tiny import CHAT_TEMPLATE, make_model, make_tokenizer, save_model, sums, write_jsonl
 
 SMALL = ["--batch-size", "2", "--gradient-accumulation", "2", "--max-length", "128", "--device", "cpu"]
 

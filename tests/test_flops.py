@@ -15,8 +15,8 @@ import dropbp
 from dropbp.discovery.discover import find
 from dropbp.discovery.weights import BACKWARD
 from dropbp.flops import Shape, shape_of
-from tests.zoo.tiny import case
-from tests.zoo.training import backward_flops, counted_backward
+from tests.campaigns.zoo.tiny import case
+from tests.campaigns.zoo.training import backward_flops, counted_backward
 
 ENCODER_DECODERS = (
     "T5ForConditionalGeneration",

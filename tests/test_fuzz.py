@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import dropbp
 from dropbp.errors import ConfigError
-from tests.reliability import fuzz as fuzzing
-from tests.reliability.registry import CHECKS, INPUTS
+from tests.campaigns.reliability import fuzz as fuzzing
+from tests.campaigns.reliability.registry import CHECKS, INPUTS
 
 COVERED = {  # by which target each public name is tried
     "allocate": "allocate",
@@ -31,7 +31,7 @@ def test_input_is_refused_in_our_words_or_works(name: str, tmp_path: Path) -> No
     CHECKS[name].run(CHECKS[name].few, tmp_path)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)  # the random search is `python -m tests.reliability`
+@settings(max_examples=60, deadline=None, derandomize=True)  # at random: `python -m tests.campaigns.reliability`
 @given(name=st.sampled_from(sorted(fuzzing.TARGETS)), random=st.randoms(use_true_random=False))
 def test_hypothesis_finds_nothing_that_escapes(name: str, random: Random) -> None:
     fuzzing._survives(name, random, "hypothesis")
@@ -64,7 +64,7 @@ def test_the_fuzzer_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_handle_with_every_branch_always_dropped_and_nothing_else_to_train_is_refused() -> None:
     """Nothing would train, in silence."""
-    from tests.engine_models import plain_batch, plain_net
+    from tests.common.engine_models import plain_batch, plain_net
 
     model = plain_net().requires_grad_(False)
     model.blocks.requires_grad_(True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import grimp
 import pytest
 
-from tests.wheel import ROOT, build_wheel, install_wheel
+from tests.common.wheel import ROOT, build_wheel, install_wheel
 
 # Programs rather than parts of the core: they may use what an extra installs.
 OUTSIDE_CORE = ("dropbp.cli", "dropbp.integrations", "dropbp.backends", "dropbp.bench")

@@ -1,4 +1,4 @@
-"""Cycles, threads and long runs: nothing is kept, nothing drifts. In full: `python -m tests.reliability`."""
+"""Cycles, threads and long runs: nothing is kept, nothing drifts. In full: `python -m tests.campaigns.reliability`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import dropbp
-from tests.engine_models import plain_batch, plain_net
-from tests.reliability.endurance import OBJECTS, _flat
-from tests.reliability.registry import CHECKS, LEAKS, LONG
+from tests.campaigns.reliability.endurance import OBJECTS, _flat
+from tests.campaigns.reliability.registry import CHECKS, LEAKS, LONG
+from tests.common.engine_models import plain_batch, plain_net
 
 
 @pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if check.part == LEAKS])

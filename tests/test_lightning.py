@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import dropbp
-from tests.engine_models import llama_loss, tiny_llama, tokens
+from tests.common.engine_models import llama_loss, tiny_llama, tokens
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 

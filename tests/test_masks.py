@@ -25,7 +25,7 @@ from dropbp.errors import ConfigError
 from dropbp.masks import samplers as masks
 from dropbp.masks.rates import PROFILES, allocate, depth_rates
 from dropbp.masks.samplers import Draws, Sampler, realised_rate, register_sampler, sampler_kinds
-from tests.reference import independent_mask
+from tests.common.reference import independent_mask
 
 settings.register_profile("untimed", deadline=None)  # timing never decides a test
 settings.load_profile("untimed")

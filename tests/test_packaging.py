@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wheel import ROOT, build_wheel, install_wheel
+from tests.common.wheel import ROOT, build_wheel, install_wheel
 
 PACKAGES = {
     "dropbp": "dropbp",

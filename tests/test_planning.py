@@ -22,9 +22,9 @@ from dropbp.errors import ConfigError, StateError
 from dropbp.estimate.footprint import largest_within
 from dropbp.estimate.stepcost import Costs, Share
 from dropbp.memory import track_tensor_bytes
-from tests import trained
-from tests.engine_models import plain_net, tiny_llama
-from tests.tiny import save_model
+from tests.common import trained
+from tests.common.engine_models import plain_net, tiny_llama
+from tests.common.tiny import save_model
 
 RATES = (0.0, 0.5, 0.875)
 ROWS, LENGTH = 4, 72

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 import dropbp
 from dropbp.memory import track_tensor_bytes
-from tests.engine_models import assert_same_gradients, gradients, llama_loss, tiny_llama
+from tests.common.engine_models import assert_same_gradients, gradients, llama_loss, tiny_llama
 
 WIDTH, DEPTH, ROWS = 8, 4, 6
 SEEN = []

@@ -9,7 +9,7 @@ import torch
 
 import dropbp
 from dropbp import inputs as example
-from tests.engine_models import assert_same_gradients, gradients
+from tests.common.engine_models import assert_same_gradients, gradients
 
 pytest.importorskip("transformers")
 
@@ -27,7 +27,7 @@ STATISTICS = (
 
 def stepped(model, inputs, step):
     """Gradients and buffers after one training step, and the random state."""
-    from tests.zoo.check import _loss
+    from tests.campaigns.zoo.check import _loss
 
     torch.manual_seed(step)
     model.zero_grad()
@@ -38,7 +38,7 @@ def stepped(model, inputs, step):
 
 @pytest.mark.parametrize("name", [*RECOMPUTED, *CACHES, *REPEATED, *STATISTICS])
 def test_deepest_steps_of_the_default_are_plain_steps(name):
-    from tests.zoo import tiny
+    from tests.campaigns.zoo import tiny
 
     case = tiny.case(name, "")
     plain = case.build().train()

@@ -8,7 +8,7 @@ import pytest
 
 import dropbp
 from dropbp.lazy.warmup import MAX_FORWARDS, Layer, Rehearsal
-from tests.engine_models import llama_loss, tiny_llama
+from tests.common.engine_models import llama_loss, tiny_llama
 
 BRANCHES = 8
 EVERYTHING = (1 << BRANCHES) - 1

@@ -20,9 +20,9 @@ from torch import nn
 import dropbp
 from dropbp.errors import ConfigError, StateError
 from dropbp.sensitivity.onepass import Observation
-from tests import trained
-from tests.engine_models import llama_loss, plain_batch, plain_net, tiny_llama, tokens
-from tests.reference import ResidualNet, gradient_norm_sensitivities
+from tests.common import trained
+from tests.common.engine_models import llama_loss, plain_batch, plain_net, tiny_llama, tokens
+from tests.common.reference import ResidualNet, gradient_norm_sensitivities
 
 METHODS = ("one-pass", "exact")
 

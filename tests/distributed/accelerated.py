@@ -19,8 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dropbp
 from dropbp.integrations.transformers import DropBPCallback
+from tests.common.engine_models import llama_loss
 from tests.distributed.training import BATCHES, ROWS, STEPS, global_mean, local_batch, make_model, make_optimizer
-from tests.engine_models import llama_loss
 
 NO_CLIPPING = 1e6  # DeepSpeed takes 0 for its default, which is 1
 ZERO = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

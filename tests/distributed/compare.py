@@ -6,8 +6,8 @@ import functools
 from typing import Any
 
 import dropbp
+from tests.common.engine_models import llama_loss
 from tests.distributed.training import add_lora, alone, local_batch, make_model
-from tests.engine_models import llama_loss
 
 TOLERANCE = 1e-4
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dropbp
+from tests.common.engine_models import llama_loss
 from tests.distributed.traffic import Traffic
 from tests.distributed.training import (
     LAYERS,
@@ -22,7 +23,6 @@ from tests.distributed.training import (
     make_optimizer,
     train,
 )
-from tests.engine_models import llama_loss
 
 
 def start() -> int:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import dropbp
+from tests.common.engine_models import Block, llama_loss
 from tests.distributed.ddp import start, stop, where
 from tests.distributed.traffic import Traffic
 from tests.distributed.training import (
@@ -23,7 +24,6 @@ from tests.distributed.training import (
     make_optimizer,
     train,
 )
-from tests.engine_models import Block, llama_loss
 
 # Not strict: a parameter that was dropped in every step so far has no optimizer state yet.
 WHOLE = StateDictOptions(full_state_dict=True, strict=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import dropbp
+from tests.common.engine_models import llama_loss
 from tests.distributed.compare import assert_as_alone, result, sensitivities
 from tests.distributed.training import local_batch, make_model
-from tests.engine_models import llama_loss
 
 
 @pytest.mark.parametrize("case", ["before", "after", "kept", "views", "resumed"])

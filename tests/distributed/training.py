@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dropbp
-from tests.engine_models import llama_loss, tiny_llama, tokens
+from tests.common.engine_models import llama_loss, tiny_llama, tokens
 
 STEPS = 50
 ROWS = 4  # of the global batch, split evenly over the ranks

@@ -15,6 +15,7 @@ import transformers.models.llama.modeling_llama
 from torch import nn
 
 import dropbp
+from tests.common.engine_models import llama_loss
 from tests.distributed.ddp import where
 from tests.distributed.traffic import Traffic
 from tests.distributed.training import (
@@ -27,7 +28,6 @@ from tests.distributed.training import (
     make_model,
     make_optimizer,
 )
-from tests.engine_models import llama_loss
 
 # By default parameters as small as these are kept whole on every rank, and others for as long as there is room.
 PARTITIONED = {"stage3_param_persistence_threshold": 0}

@@ -1,0 +1,74 @@
+"""What the cells train: one small Llama, in full, with LoRA, or with LoRA over 4-bit weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import save_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests.common.tiny import make_model
+
+TUNINGS = ("full", "LoRA", "QLoRA")
+WIDTH, LAYERS = 64, 3
+
+
+def build(tuning: str) -> Any:
+    """A model ready to train. 4-bit weights come from transformers' own loader, by bitsandbytes."""
+    if tuning == "full":
+        return make_model(LAYERS, WIDTH).train()
+    base = _in_four_bits() if tuning == "QLoRA" else make_model(LAYERS, WIDTH)
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian", task_type="CAUSAL_LM")
+    return peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
+
+
+@functools.cache
+def _saved() -> tempfile.TemporaryDirectory[str]:
+    """On every rank one of its own: `save_pretrained` would write on the first rank only."""
+    folder = tempfile.TemporaryDirectory()
+    model = make_model(LAYERS, WIDTH)
+    Path(folder.name, "config.json").write_text(model.config.to_json_string(), encoding="utf-8")
+    save_model(model, str(Path(folder.name, "model.safetensors")), metadata={"format": "pt"})
+    return folder
+
+
+def _in_four_bits() -> Any:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,  # what FSDP shards must all be of one type
+    )
+    return AutoModelForCausalLM.from_pretrained(Path(_saved().name), quantization_config=config, dtype=torch.float32)
+
+
+def trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the parameters that train, whole, whichever engine holds them. A collective where they are sharded."""
+    return {
+        name.replace("module.", "").replace("_orig_mod.", ""): _whole(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor().detach().clone()
+    with _gathered(parameter):
+        return parameter.detach().clone()
+
+
+def _gathered(parameter: Any) -> Any:
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])

@@ -1,0 +1,288 @@
+"""The training stacks: each trains a model for a few steps under an engine, as its own documentation says to.
+
+A stack is a function of (tuning, engine, folder) that returns the model, its values before, and DropBP's report and
+masks. With `drop_rate=None` it trains without DropBP: that tells a limit of the stack from one of this library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import dropbp
+from dropbp.cli.examples import collate
+from dropbp.integrations.transformers import DropBPCallback
+from tests.campaigns.compatibility.models import build, trained_values
+from tests.common.tiny import make_tokenizer, random_examples
+
+STEPS, BATCH = 6, 2
+LAYER = "LlamaDecoderLayer"
+COMPILER = "eager"
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training left behind."""
+
+    model: nn.Module
+    before: dict[str, torch.Tensor]
+    losses: list[float]
+    masks: list[Any]
+    report: dict[str, Any]
+    processes: int
+
+
+def world() -> int:
+    """Processes that were started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def zero_config() -> dict[str, Any]:
+    """Parameters as small as these are shared out too, which ZeRO-3 would not do by default."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    return {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def batches(count: int = STEPS) -> Iterator[torch.Tensor]:
+    """A rank sees data of its own."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    rows = random_examples(count * BATCH, seed=rank)
+    for step in range(count):
+        yield torch.tensor([row["input_ids"] for row in rows[step * BATCH : (step + 1) * BATCH]])
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Non-reentrant, every block."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer gets."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# -- a loop of one's own
+
+
+def _enabled(tuning: str, engine: str, drop_rate: float | None) -> tuple[Any, Any, dropbp.Handle | None]:
+    """The model, its values before training, and the handle, with what is set up on the model itself."""
+    model = build(tuning)
+    before = trained_values(model)
+    if engine == "checkpointing":
+        checkpoint_blocks(model)
+    handle = None if drop_rate is None else dropbp.enable(model, drop_rate)
+    if engine == "compile" and handle is not None:
+        dropbp.compile_blocks(handle, backend=COMPILER)
+    return model, before, handle
+
+
+def own_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) -> Run:
+    """Engines set up by hand, by their own functions."""
+    model, before, handle = _enabled(tuning, engine, drop_rate)
+    if engine == "compile" and handle is None:
+        model = torch.compile(model, backend=COMPILER)
+    call, backward, step = ENGINES.get(engine, _plain)(model)
+    losses, masks = [], []
+    for ids in batches():
+        loss = call(input_ids=ids, labels=ids).loss
+        backward(loss)
+        step()
+        losses.append(loss.item())
+        masks.append(None if handle is None else handle.mask)
+    return Run(model, before, losses, masks, {} if handle is None else handle.report(), world())
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model), lr=1e-3)
+
+
+def _plain(model: nn.Module, call: Any = None) -> Any:
+    optimizer = _optimizer(model)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call or model, torch.Tensor.backward, step
+
+
+def _replicated(model: nn.Module) -> Any:
+    return _plain(model, nn.parallel.DistributedDataParallel(model, find_unused_parameters=True))
+
+
+def _sharded(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in base.model.layers:
+        fully_shard(layer)
+    return _plain(fully_shard(model))
+
+
+def _zero(model: nn.Module) -> Any:
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(model), config=zero_config())
+    return engine, engine.backward, engine.step
+
+
+ENGINES: dict[str, Callable[[nn.Module], Any]] = {"DDP": _replicated, "FSDP2": _sharded, "ZeRO-3": _zero}
+
+
+# -- trainers
+
+
+class Notes(TrainerCallback):
+    """Masks and losses of a trainer's steps."""
+
+    def __init__(self, callback: DropBPCallback | None) -> None:
+        self.callback, self.masks, self.losses = callback, [], []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.masks.append(None if self.callback is None or self.callback.handle is None else self.callback.handle.mask)
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.losses += [logs["loss"]] if "loss" in logs else []
+
+
+def arguments(engine: str, folder: Path) -> dict[str, Any]:
+    """Training arguments that set the engine up."""
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": engine != "ZeRO-3",
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": engine == "checkpointing",
+    }
+    if engine == "DDP":
+        options |= {"ddp_backend": "gloo", "ddp_find_unused_parameters": True}
+    if engine == "FSDP2":
+        options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [LAYER]}}
+    if engine == "ZeRO-3":
+        options["accelerator_config"] = {"use_configured_state": True}  # the only way to a backend with DeepSpeed
+        options["deepspeed"] = {**zero_config(), "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+    return options
+
+
+def _trainer_run(make: Callable[..., Any], tuning: str, engine: str, folder: Path, drop_rate: float | None) -> Run:
+    options = arguments(engine, folder)
+    if engine == "compile" and drop_rate is None:
+        options |= {"torch_compile": True, "torch_compile_backend": COMPILER}
+    callback = None if drop_rate is None else DropBPCallback(drop_rate, compile_blocks=_compiling(engine))
+    notes = Notes(callback)
+    trainer = make(build(tuning), options, [notes, *([callback] if callback else [])])
+    before = trained_values(trainer.model)
+    with callback or contextlib.nullcontext():
+        trainer.train()
+    report, processes = callback.report() if callback else {}, trainer.accelerator.num_processes
+    return Run(trainer.model, before, notes.losses, notes.masks, report, processes)
+
+
+def _compiling(engine: str) -> dict[str, str] | None:
+    return {"backend": COMPILER} if engine == "compile" else None
+
+
+def _transformers(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Trainer:
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**options),
+        train_dataset=random_examples(32),
+        data_collator=partial(collate, padding_id=0),
+        callbacks=callbacks,
+    )
+
+
+def _sft(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**{"gradient_checkpointing": False, **options}),
+        train_dataset=Dataset.from_list([{"text": f"Add {n} and 1 and say the sum."} for n in range(32)]),
+        processing_class=make_tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def _dpo(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{"prompt": f"Add {n} and 1.", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(32)]
+    return DPOTrainer(
+        model=model,
+        ref_model=None if hasattr(model, "peft_config") else build("full"),
+        args=DPOConfig(**{"gradient_checkpointing": False, **options}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+# -- accelerate
+
+
+def accelerate_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) -> Run:
+    """The loop of accelerate's documentation, with DropBP enabled before `prepare`."""
+    accelerator = _accelerator(engine)
+    model, before, handle = _enabled(tuning, engine, drop_rate)
+    prepared, optimizer = accelerator.prepare(model, _optimizer(model))
+    losses, masks = [], []
+    for ids in batches():
+        with accelerator.accumulate(prepared):
+            loss = prepared(input_ids=ids, labels=ids).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        masks.append(None if handle is None else handle.mask)
+    report = {} if handle is None else handle.report()
+    return Run(accelerator.unwrap_model(prepared), before, losses, masks, report, accelerator.num_processes)
+
+
+def _accelerator(engine: str) -> Any:
+    flag = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+    gloo = accelerate.InitProcessGroupKwargs(backend="gloo" if world() > 1 else None)
+    if engine == "ZeRO-3":
+        plugin = accelerate.DeepSpeedPlugin(hf_ds_config=zero_config())
+        return accelerate.Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
+    if engine == "FSDP2":
+        plugin = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[LAYER]
+        )
+        return accelerate.Accelerator(cpu=True, fsdp_plugin=plugin, kwargs_handlers=[flag, gloo])
+    return accelerate.Accelerator(cpu=True, kwargs_handlers=[flag, gloo])
+
+
+STACKS: dict[str, Callable[[str, str, Path, float | None], Run]] = {
+    "your own loop": own_loop,
+    "accelerate": accelerate_loop,
+    "transformers Trainer": partial(_trainer_run, _transformers),
+    "TRL SFTTrainer": partial(_trainer_run, _sft),
+    "TRL DPOTrainer": partial(_trainer_run, _dpo),
+}

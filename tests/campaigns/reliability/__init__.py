@@ -1,0 +1,1 @@
+"""Faults injected, inputs tried, long runs: a part in the tests, all by `python -m tests.campaigns.reliability`."""

@@ -1,0 +1,16 @@
+"""What commands import, imported once; nothing here may start a thread, or forks of it could hang."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+import matplotlib.backends.backend_agg  # noqa: F401
+import peft  # noqa: F401
+import torch
+import transformers.trainer  # noqa: F401
+
+import tests.common.engine_models  # noqa: F401
+
+torch.set_num_threads(1)

@@ -1,0 +1,331 @@
+"""Is a model trained under the default of `dropbp.enable` as it was promised? Compared with a plain copy, step by step.
+
+The copy is made before `enable` and runs the same batches from the same random state. Under the default each step
+trains the top of the model down to some depth with exact gradients, so a parameter either has the gradient of the plain
+backward or none at all. What lies in no branch alone (a tied embedding, a position bias, the norms of post-norm blocks)
+and therefore rests in some steps is named in the report. The FLOPs of a step's backward are counted with PyTorch's own
+counter.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import itertools
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+import dropbp
+from dropbp import inputs as example
+from dropbp.tensors import tensors_in
+from tests.campaigns.zoo.tiny import batches_to_train_on
+
+TOLERANCE = 1e-4
+BUDGET_TOLERANCE = 0.02
+BUDGET_STEPS = 64
+EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+DROP_RATE = 0.5
+
+
+@dataclasses.dataclass
+class Step:
+    """What one forward and backward left behind."""
+
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+
+
+def problems(model: nn.Module, inputs: example.Inputs | None) -> list[str]:
+    """What differs from plain training, first under each way to call and to enable; empty where nothing does."""
+    model.train()
+    given = None if inputs is None else (dict(inputs.kwargs) or inputs.args)
+    batches = _batches(model, inputs)
+    found = []
+    for title, batch in batches.items():
+        for steps in (False, True):
+            with _enabled(model, given, steps) as (handle, plain):
+                problem = _trained(handle, plain, batch)
+            if problem:
+                found.append(f"{title}, {'with' if steps else 'without'} steps: {problem}")
+    budget = _budget_problem(model, given, next(iter(batches.values())))
+    return [*found, budget] if budget else found
+
+
+def _batches(model: nn.Module, inputs: example.Inputs | None) -> dict[str, dict[str, Any]]:
+    """What a training loop would pass: labels where the model takes them, the cache as the model has it; then more."""
+    found = inputs or example.build(model, 2, 16)
+    batch = {name: value for name, value in found.kwargs.items() if name != "use_cache"}
+    taken = inspect.signature(model.forward).parameters
+    extras = {name: True for name in EXTRA_OUTPUTS if name in taken or hasattr(model.config, name)}
+    batches = {"plain call": next(each for each in batches_to_train_on(model, batch) if _runs(model, each))}
+    for names in (tuple(extras), ("output_hidden_states",)):
+        asked = {**batches["plain call"], **{name: True for name in names if name in extras}}
+        if asked.keys() != batches["plain call"].keys() and _runs(model, asked):
+            return {**batches, f"with {', '.join(names)}": asked}
+    return batches
+
+
+def _runs(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    try:
+        step = _step(copy.deepcopy(model), batch)
+    except Exception:
+        return False
+    return any(gradient is not None and gradient.any() for gradient in step.gradients.values())
+
+
+@contextmanager
+def _enabled(model: nn.Module, given: Any, steps: bool) -> Iterator[tuple[Any, nn.Module]]:
+    plain = copy.deepcopy(model)
+    options = {"steps": len(dropbp.discover(model, given)) + 1} if steps else {}
+    with dropbp.enable(model, DROP_RATE, example_inputs=given, **options) as handle:
+        yield handle, plain
+
+
+def _step(model: nn.Module, batch: Mapping[str, Any]) -> Step:
+    _seed()
+    model.zero_grad(set_to_none=True)
+    outputs = model(**copy.copy(dict(batch)))
+    _loss(outputs, "labels" in batch and not any(name in batch for name in EXTRA_OUTPUTS)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    return Step([t.detach() for t in tensors_in(outputs)], gradients, buffers)
+
+
+def _seed() -> None:
+    """Speech models mask frames by numbers of NumPy's."""
+    torch.manual_seed(1)
+    numpy.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+
+
+def _loss(outputs: Any, labelled: bool) -> torch.Tensor:
+    """The model's own loss; where it has none, or more was asked for, one in which every element of outputs matters."""
+    own = getattr(outputs, "loss", None)
+    if labelled and isinstance(own, torch.Tensor):
+        return own
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in tensors_in(outputs):
+        if tensor.requires_grad:
+            weights = torch.sin(torch.arange(tensor.numel(), dtype=torch.float64)).reshape(tensor.shape)
+            total = total + (tensor.double() * weights).sum()
+    return total
+
+
+class _Plain:
+    """The plain copy's steps; where they leave no trace in buffers, one is like the other."""
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        self.model, self.batch = model, batch
+        before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        self.last = _step(model, batch)
+        self.repeats = all(torch.equal(before[name], b) for name, b in self.last.buffers.items() if name in before)
+        self.taken = 1
+
+    def step(self, number: int) -> Step:
+        if not self.repeats and number >= self.taken:
+            self.last = _step(self.model, self.batch)
+            self.taken += 1
+        return self.last
+
+
+def _trained(handle: Any, plain_model: nn.Module, batch: Mapping[str, Any]) -> str:
+    plain = _Plain(plain_model, batch)
+    ever: set[str] = set()
+    for number in range(len(handle.branches) + 1):
+        try:
+            got = _step(handle.model, batch)
+        except Exception as error:  # TooSlow passes: it is no Exception of the model's
+            return f"step {number + 1}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        problem = _difference(handle, got, plain.step(number))
+        if problem:
+            return f"step {number + 1}, mask {''.join('x' if drop else '-' for drop in handle.mask)}: {problem}"
+        ever |= {name for name, gradient in got.gradients.items() if gradient is not None}
+    return _unnamed(handle, ever, plain.last)
+
+
+def _difference(handle: Any, got: Step, expected: Step) -> str:
+    if len(got.outputs) != len(expected.outputs):
+        return f"{len(got.outputs)} output tensors, expected {len(expected.outputs)}"
+    for place, (one, other) in enumerate(zip(got.outputs, expected.outputs, strict=True)):
+        if not torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)):
+            return f"output {place} differs by {(one.double() - other.double()).abs().max():.1e}"
+    for name, buffer in got.buffers.items():
+        if not torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(expected.buffers[name])):
+            return f"buffer {name} is not as after a plain step"
+    dropped = sum(1 << i for i, drop in enumerate(handle.mask) if drop)
+    each = {
+        name: _gradient_problem(handle, name, dropped, gradient, expected.gradients[name])
+        for name, gradient in got.gradients.items()
+    }
+    wrong = [f"{name} ({problem})" for name, problem in each.items() if problem]
+    return f"{len(wrong)} parameters: {', '.join(wrong[:4])}" if wrong else ""
+
+
+def _gradient_problem(
+    handle: Any, name: str, dropped: int, got: torch.Tensor | None, expected: torch.Tensor | None
+) -> str:
+    need = handle.engine.structure.parameters.get(name)
+    if got is None:
+        kept = need is not None and not need & dropped
+        lost = kept and expected is not None and bool(expected.any())
+        return "no gradient though its branch was kept" if lost else ""
+    if need is not None and need & ~dropped == 0:
+        return "a gradient though its branch was dropped"
+    if expected is None:
+        return "a gradient where plain has none" if got.any() else ""
+    error = (got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    if error <= TOLERANCE or not (got.any() or expected.any()):
+        return ""
+    return f"gradients differ by {error:.1e}"
+
+
+def _unnamed(handle: Any, ever: set[str], plain: Step) -> str:
+    """What plain training moves, and no step will, must be named in the report; a rate below 1 says that one will."""
+    if all(branch.rate < 1 for branch in handle.branches):
+        return ""
+    moved = {name for name, gradient in plain.gradients.items() if gradient is not None and gradient.any()}
+    named = _named_as_resting(handle)
+    silent = sorted(name for name in moved - ever if name not in named)
+    return f"never trained and not named in report(): {len(silent)} parameters, first {silent[0]}" if silent else ""
+
+
+def _named_as_resting(handle: Any) -> set[str]:
+    """Parameters that the report names, and those of branches that it counts as dropped in every step."""
+    report = handle.report()
+    named = {name for key in ("never_trained", "seldom_trained", "at_rest") for name in report.get(key, ())}
+    never = sum(1 << i for i, branch in enumerate(report["branches"]) if branch["dropped"] == report["forwards"])
+    return named | {name for name, need in handle.engine.structure.parameters.items() if need & ~never == 0}
+
+
+# -- the budget
+
+
+def _budget_problem(model: nn.Module, given: Any, batch: Mapping[str, Any]) -> str:
+    """Share of the branches' backward that a run skipped, by counted FLOPs, against drop rate and report."""
+    untie(model)
+    spent: dict[tuple[bool, ...], int] = {}
+    masks = []
+    warned = _Warnings()
+    with (
+        warned,
+        dropbp.enable(model, DROP_RATE, example_inputs=given, steps=BUDGET_STEPS, max_activations=None) as handle,
+    ):
+        for step in range(BUDGET_STEPS):
+            loss = _forward(model, batch)
+            masks.append(handle.mask)
+            if step and handle.mask not in spent:  # the first forward tells the library what kind of graph this is
+                spent[handle.mask] = flops_of_backward(loss)
+        reported = handle.report()["realised_drop_rate"]
+        whole, least = (counted_backward(handle, batch, [drop] * len(handle.branches)) for drop in (False, True))
+    if any("budget" in message for message in warned.seen):
+        return ""
+    known = [spent[mask] for mask in masks if mask in spent]
+    realised = (whole - sum(known) / len(known)) / max(1, whole - least)
+    beside = 0.0 if _only_tokens(batch) else least / max(1, whole - least)  # what feeds the stream rests with it
+    if -BUDGET_TOLERANCE <= realised - DROP_RATE <= BUDGET_TOLERANCE + beside:
+        return "" if abs(reported - DROP_RATE) <= BUDGET_TOLERANCE else f"budget: {reported:.3f} reported"
+    return f"budget: {realised:.3f} of the FLOPs skipped, {reported:.3f} reported"
+
+
+def untie(model: Any) -> None:
+    """Give the head a weight of its own: what it saves while a tied embedding rests is saved besides the branches."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = model.get_input_embeddings() if head is not None else None
+    if isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def _only_tokens(batch: Mapping[str, Any]) -> bool:
+    return not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in batch.values())
+
+
+def flops_of_backward(loss: torch.Tensor) -> int:
+    """By PyTorch's counter, and what it has no formula for."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        loss.backward()
+    return int(counter.get_total_flops())
+
+
+def backward_flops(handle: Any, batch: Mapping[str, Any], dropped: Sequence[bool]) -> tuple[int, list[int]]:
+    """FLOPs of the backward that stay when all of these branches are dropped, and how many less each further one makes.
+
+    They are dropped as masks from the top down drop them: the lowest first.
+    """
+    count = len(handle.branches)
+    masks = [[i < border and dropped[i] for i in range(count)] for border in range(count + 1)]
+    counts = [counted_backward(handle, batch, mask) for mask in masks]
+    return counts[-1], [more - less for more, less in itertools.pairwise(counts)]
+
+
+def counted_backward(handle: Any, batch: Mapping[str, Any], mask: list[bool]) -> int:
+    """FLOPs of the backward of a step under a mask, by PyTorch's counter."""
+    with handle.fixed(mask):
+        return flops_of_backward(_forward(handle.model, batch))
+
+
+def _forward(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    _seed()
+    model.zero_grad(set_to_none=True)
+    return _loss(model(**copy.copy(dict(batch))), "labels" in batch)
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * int(sdpa_flop(query, key, value))
+
+
+def _grouped(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    """Each row of `a` meets one of the matrices in `b`; where both are flat the rows are what is summed over."""
+    batch = a[0] if len(a) == len(b) == 3 else 1
+    return int(2 * batch * a[-2] * a[-1] * b[-1])
+
+
+def _convolution_backward(grad: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    """PyTorch's formula takes the weight of a grouped convolution for that of a full one."""
+    transposed, asked = args[4], args[7]
+    places = x if transposed else grad
+    return int(2 * x[0] * math.prod(weight) * math.prod(places[2:]) * sum(asked[:2]))
+
+
+UNCOUNTED = {
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._grouped_mm: _grouped,
+}
+
+
+class _Warnings(logging.Handler):
+    """Whether the library warned meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.seen: list[str] = []
+        self.logger = logging.getLogger("dropbp")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(record.getMessage())
+
+    def __enter__(self) -> _Warnings:
+        self.disabled, self.root = self.logger.manager.disable, logging.root
+        logging.disable(logging.NOTSET)
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.logger.removeHandler(self)
+        logging.disable(self.disabled)

@@ -1,0 +1,1 @@
+"""Models, data and reference algorithms that tests share."""

@@ -1,1 +1,0 @@
-"""Faults injected, inputs tried, cycles and long runs: fast in the tests, in full by `python -m tests.reliability`."""
