@@ -41,7 +41,7 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
     Raises:
         DiscoveryError: no branch was found, or a block was not understood; the message names it.
     """
-    trace, aside = _by_the_stream(trace, model)
+    trace, aside = by_the_stream(trace, model)
     graph = Graph(trace, model)
     found = [branch for branch in found_in(graph) if branch.group is not None]
     if not found:
@@ -54,7 +54,7 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
     return dataclasses.replace(structure, outputs=_trained_outputs(trace), aside=aside)
 
 
-def _by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
+def by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
     """The trace as the output at the end of the stream sees it, and whether others come out of branches.
 
     An output from inside a branch (the scores of a router, attention maps) would keep the branch from being dropped.

@@ -137,7 +137,7 @@ def _expected(
         outputs = model(*args, **kwargs)
     loss = _loss(outputs)
     for function in _branch_outputs(recorder, outputs, model, mask):
-        function.register_prehook(_zeros)
+        function.register_prehook(zeros)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -151,7 +151,7 @@ def _branch_outputs(recorder: Recorder, outputs: Any, model: nn.Module, mask: li
     return [recorder.functions[head] for head in dict.fromkeys(heads)]
 
 
-def _zeros(gradients: Any) -> Any:
+def zeros(gradients: Any) -> Any:
     return tuple(g if g is None else torch.zeros_like(g) for g in gradients)
 
 

@@ -27,7 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import dropbp
 from dropbp import inputs as example
+from dropbp.discovery.branches import branch_groups
+from dropbp.discovery.build import by_the_stream
+from dropbp.discovery.graph import Graph
+from dropbp.discovery.record import Recorder
 from dropbp.tensors import tensors_in
+from tests.campaigns.zoo.check import zeros
 from tests.campaigns.zoo.tiny import batches_to_train_on
 
 TOLERANCE = 1e-4
@@ -147,14 +152,14 @@ def _trained(handle: Any, plain_model: nn.Module, batch: Mapping[str, Any]) -> s
             got = _step(handle.model, batch)
         except Exception as error:  # TooSlow passes: it is no Exception of the model's
             return f"step {number + 1}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        problem = _difference(handle, got, plain.step(number))
+        problem = _difference(handle, got, plain.step(number), batch)
         if problem:
             return f"step {number + 1}, mask {''.join('x' if drop else '-' for drop in handle.mask)}: {problem}"
         ever |= {name for name, gradient in got.gradients.items() if gradient is not None}
     return _unnamed(handle, ever, plain.last)
 
 
-def _difference(handle: Any, got: Step, expected: Step) -> str:
+def _difference(handle: Any, got: Step, expected: Step, batch: Mapping[str, Any]) -> str:
     if len(got.outputs) != len(expected.outputs):
         return f"{len(got.outputs)} output tensors, expected {len(expected.outputs)}"
     for place, (one, other) in enumerate(zip(got.outputs, expected.outputs, strict=True)):
@@ -164,8 +169,9 @@ def _difference(handle: Any, got: Step, expected: Step) -> str:
         if not torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(expected.buffers[name])):
             return f"buffer {name} is not as after a plain step"
     dropped = sum(1 << i for i, drop in enumerate(handle.mask) if drop)
+    wanted = {**expected.gradients, **_besides_the_stream(handle, got, dropped, batch)}
     each = {
-        name: _gradient_problem(handle, name, dropped, gradient, expected.gradients[name])
+        name: _gradient_problem(handle, name, dropped, gradient, wanted[name])
         for name, gradient in got.gradients.items()
     }
     wrong = [f"{name} ({problem})" for name, problem in each.items() if problem]
@@ -180,14 +186,42 @@ def _gradient_problem(
         kept = need is not None and not need & dropped
         lost = kept and expected is not None and bool(expected.any())
         return "no gradient though its branch was kept" if lost else ""
-    if need is not None and need & ~dropped == 0:
-        return "a gradient though its branch was dropped"
     if expected is None:
-        return "a gradient where plain has none" if got.any() else ""
+        fallen = need is not None and need & ~dropped == 0
+        return "a gradient though its branch was dropped" if fallen else "a gradient where plain has none" * got.any()
     error = (got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
     if error <= TOLERANCE or not (got.any() or expected.any()):
         return ""
     return f"gradients differ by {error:.1e}"
+
+
+def _besides_the_stream(
+    handle: Any, got: Step, dropped: int, batch: Mapping[str, Any]
+) -> dict[str, torch.Tensor | None]:
+    """What the parameters of dropped branches get from outputs that come out of these branches, and were asked for.
+
+    Such a branch is `x + f(x).detach()`: found by a backward of the whole model that is cut where branches are added.
+    """
+    needs = handle.engine.structure.parameters
+    fallen = {name for name, need in needs.items() if need & ~dropped == 0}
+    if all(got.gradients[name] is None for name in fallen) or not any(name in batch for name in EXTRA_OUTPUTS):
+        return dict.fromkeys(fallen)
+    model, before = handle.model, {name: buffer.detach().clone() for name, buffer in handle.model.named_buffers()}
+    recorder = Recorder(model, count_flops=False)
+    _seed()
+    model.zero_grad(set_to_none=True)
+    with handle.engine.measuring((False,) * len(handle.branches)), recorder:
+        outputs = model(**copy.copy(dict(batch)))
+    loss = _loss(outputs, labelled=False)
+    trace, _ = by_the_stream(recorder.trace(outputs), model)
+    for place, group in enumerate(branch_groups(Graph(trace, model))):
+        for head in {head for _, head in group} if dropped >> place & 1 else ():
+            recorder.functions[head].register_prehook(zeros)
+    loss.backward()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+    return {name: model.get_parameter(name).grad for name in fallen}
 
 
 def _unnamed(handle: Any, ever: set[str], plain: Step) -> str:
@@ -228,7 +262,7 @@ def _budget_problem(model: nn.Module, given: Any, batch: Mapping[str, Any]) -> s
                 spent[handle.mask] = flops_of_backward(loss)
         reported = handle.report()["realised_drop_rate"]
         whole, least = (counted_backward(handle, batch, [drop] * len(handle.branches)) for drop in (False, True))
-    if any("budget" in message for message in warned.seen):
+    if any("budget" in message or "nothing is saved" in message for message in warned.seen):
         return ""
     known = [spent[mask] for mask in masks if mask in spent]
     realised = (whole - sum(known) / len(known)) / max(1, whole - least)
