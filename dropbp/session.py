@@ -91,6 +91,9 @@ def enable(
     adapter.check_model(model)
     handle = Handle(model, config, adapter, find(model, example_inputs, branches))
     tell(handle.engine.trained, handle.config, handle.rates)
+    unmet = handle.schedule.out_of_reach()
+    if unmet is not None:
+        logger.warning("%s: %s", type(model).__name__, unmet)
     return handle
 
 

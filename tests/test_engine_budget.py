@@ -234,3 +234,22 @@ def test_the_budget_follows_gradual_unfreezing() -> None:
         seen.append(handle.mask)
     assert any(any(mask[:8]) for mask in seen)
     assert all(entry["weight"] for entry in handle.report()["branches"])
+
+
+@pytest.mark.parametrize("steps", [None, 96])
+@pytest.mark.parametrize(("layers", "drop_rate"), [(None, 0.5), (None, 0.875), ([0, 1], 0.875), ([2, 3], 0.875)])
+def test_a_drop_rate_that_would_leave_nothing_to_train_is_told_before_the_first_step(
+    layers: list[int] | None, drop_rate: float, steps: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Adapters on queries and values alone: a step that keeps nothing but the last MLP would train nothing."""
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, layers_to_transform=layers)
+    model = get_peft_model(tiny_llama(4), config).train()
+    handle = dropbp.enable(model, drop_rate, steps=steps)
+    told = [record.getMessage() for record in caplog.records if "out of reach" in record.getMessage()]
+    for _ in range(96):
+        model(input_ids=ids(12), labels=ids(12))
+    realised = handle.report()["realised_drop_rate"]
+    assert bool(told) == (realised < drop_rate - 0.03)
+    if told:
+        foreseen = float(told[0].split("About ")[1].split(" of ")[0])
+        assert realised == pytest.approx(foreseen, abs=0.03)

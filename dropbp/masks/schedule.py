@@ -14,6 +14,7 @@ is taken at one shape: that of rank 0 in the first training forward.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import threading
 from bisect import bisect_right
@@ -433,7 +434,27 @@ class Schedule:
         curve, masks = self._course()
         return masks[max(0, bisect_right(curve.edges, number, hi=len(masks)) - 1)]
 
-    # -- how it went
+    # -- how it will go, and how it went
+
+    def out_of_reach(self) -> str | None:
+        """What to say beforehand where the masks that meet the drop rate would leave nothing to train."""
+        here = self.here
+        edges, every = (here.sampler.edges, self.every) if here.total else (None, None)
+        if edges is None or every is None:
+            return None
+        widths = [end - start for start, end in itertools.pairwise((*edges, 1.0))]
+        trained = [(width, here.share(mask)) for width, mask in zip(widths, every, strict=True) if self.trains(mask)]
+        target = here.planned / here.total
+        most = max((share for _, share in trained), default=0.0)
+        mean = sum(width * share for width, share in trained) / (sum(width for width, _ in trained) or 1.0)
+        found = min(target, most) if self.anneals else mean
+        if target - found <= TOLERANCE:
+            return None
+        return (
+            f"A drop rate of {target:g} is out of reach: masks that drop much leave nothing to train here, and others "
+            f"are taken in their place. About {found:.2f} of the branches' backward FLOPs will be dropped. Take a "
+            "lower drop rate, train parameters in the last branches as well, or take masks='exact'."
+        )
 
     def shortfall(self) -> str | None:
         """What to say at the end of a run that missed its budget."""
