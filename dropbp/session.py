@@ -174,6 +174,7 @@ class Handle:
         self.schedule = self._scheduled(self.config, trains=engine.parameters.train)
         self.is_abandoned: Callable[[], bool] | None = None
         engine.abandoned = self.abandoned
+        engine.others_train = self._weights.renew
         engine.start(self.schedule, owner=self)
 
     # -- what is there

@@ -74,6 +74,7 @@ class Engine:
         self.bypass = CheckpointBypass(model, structure, self.runtime)
         self.truncation = Truncation(model, self.runtime, self.bypass, self.may_truncate)
         self.abandoned: Callable[[], bool] = bool
+        self.others_train: Callable[[], bool] = bool  # than before: the schedule weighs the branches anew
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
         self.runtime.watchers += [self._gathering.watch, self._replicas.watch]
@@ -139,6 +140,8 @@ class Engine:
         if self._measuring is not None:
             return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
+            if self.others_train():
+                self.schedule.reweigh()
             self.bypass.refresh()
             shape, conditions = shape_of(args, kwargs), self._conditions(args, kwargs)
             if conditions.ranks and not self.schedule.agreed:
