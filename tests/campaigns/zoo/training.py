@@ -275,8 +275,10 @@ def _budget_problem(model: nn.Module, given: Any, batch: Mapping[str, Any]) -> s
 def untie(model: Any) -> None:
     """Give the head a weight of its own: what it saves while a tied embedding rests is saved besides the branches."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embedding = model.get_input_embeddings() if head is not None else None
-    if isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None):
+    if not isinstance(head, nn.Linear):
+        return
+    others = (p for module in model.modules() if module is not head for p in module.parameters(recurse=False))
+    if any(parameter is head.weight for parameter in others):
         head.weight = nn.Parameter(head.weight.detach().clone())
 
 
