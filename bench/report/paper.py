@@ -47,8 +47,7 @@ PUBLISHED = (
     Published("longest sequence, QLoRA", "seqlen", "llama2-70b", "qlora", 6.2, "x", preset="llama2-70b-qlora"),
 )
 ELSEWHERE = (
-    "A step is forward and backward, without the optimizer. The least it could take on the same device is its limit, "
-    "in the tables of its run: where the forward takes longer beside the backward, less can be saved.",
+    "A step is forward and backward, without the optimizer. The tables of its run hold the least it could take.",
     "LLaMA2-70B QLoRA reaches plain training's perplexity 1.5x faster: see the learning part.",
     "Rates from sensitivities against uniform ones, p = .875, lr 3e-4, +1.6 % accuracy: see the sensitivity part.",
 )
