@@ -1,4 +1,4 @@
-"""What is private to a module stays there: no other module of ours reads or writes it."""
+"""What is private to a module stays there, and the page on the architecture shows the arrows that there are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from tests.common.picture import PAGE, imports, mermaid, page_with, reduced
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("dropbp", "backends", "bench")
@@ -79,3 +81,12 @@ def test_a_reach_into_another_module_is_caught() -> None:
         "reader.py": "from dropbp.owner import _helper\n\ndef read(owner):\n    return owner._own\n",
     }
     assert reaches(sources) == ["reader.py:1 _helper", "reader.py:4 _own"]
+
+
+def test_the_picture_of_the_architecture_is_drawn_from_the_code() -> None:
+    """`python -m tests.common.picture` draws it anew."""
+    assert page_with(mermaid(imports())) == PAGE.read_text(encoding="utf-8")
+
+
+def test_an_arrow_that_follows_from_others_is_left_out() -> None:
+    assert reduced({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}

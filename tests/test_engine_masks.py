@@ -8,6 +8,7 @@ from torch import nn
 
 import dropbp
 from dropbp.errors import ConfigError
+from dropbp.masks import samplers
 from tests.common.engine_models import (
     assert_same_gradients,
     llama_loss,
@@ -249,3 +250,17 @@ def test_the_length_of_the_run_changes_nothing_for_other_masks():
         model, handle = enabled(masks="exact", steps=steps)
         drawn.append([(plain_loss(model), handle.mask)[1] for _ in range(8)])
     assert drawn[0] == drawn[1]
+
+
+def test_a_sampler_of_ones_own_that_drops_prefixes_is_treated_as_nested_is(monkeypatch):
+    """What `nested` asks of the engine and the schedule it says itself; no one asks for its name."""
+    monkeypatch.setattr(samplers, "_SAMPLERS", dict(samplers._SAMPLERS))
+    samplers.register_sampler("twin", rates="shelf", annealed_rates="band", prefixes=True)(samplers.nested)
+    runs = []
+    for masks in ("nested", "twin"):
+        model, handle = enabled(masks=masks, steps=12)
+        with handle:
+            drawn = [(plain_loss(model).backward(), handle.mask)[1] for _ in range(12)]
+            report = handle.report()
+        runs.append((drawn, handle.rates, report["never_trained"], report["at_rest"], handle.engine.recomputes))
+    assert runs[0] == runs[1] and len(set(runs[0][0])) > 2
