@@ -290,7 +290,7 @@ def _create_by_name(device: str | torch.device | None, model: nn.Module | None) 
 
 
 def _model_index(name: str, model: nn.Module | None) -> int | None:
-    devices = () if model is None else devices_of(model)
+    devices = devices_of(model) if isinstance(model, nn.Module) else ()
     return next((device.index for device in devices if device.type == name), None)
 
 

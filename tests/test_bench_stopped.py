@@ -275,7 +275,7 @@ def test_a_process_imports_what_its_parent_imports_wherever_it_is_started(
 
 ORPHAN = """
 import sys, time
-from dropbp.bench.processes import Worker
+from dropbp.bench.common.processes import Worker
 worker = Worker({module!r})
 print("started", flush=True)
 time.sleep(600)

@@ -156,9 +156,12 @@ def recompiles(drop_rate: float, steps: int = 24, **options: Any) -> tuple[list[
 
 
 def check_losses_are_those_of_the_cpu() -> None:
+    """With rates of its own: what a branch saves, and so its rate, depends on whether the device can end the stream."""
+    rates = (0.95, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0, 0.0)
     for lora in (False, True):
         for masks, accumulation in (("nested", 2), ("exact", 1)):
             options: dict[str, Any] = {"lora": lora, "masks": masks, "accumulation": accumulation}
+            options |= {"rates": rates} if masks == "nested" else {}
             here, there = (torch.stack(train(device, 0.5, 6, **options)).cpu() for device in ("hpu", "cpu"))
             torch.testing.assert_close(here, there, **CLOSE)
 

@@ -309,7 +309,7 @@ def test_mixed_precision_needs_less():
         ({"drop_rates": ()}, "drop_rates is empty"),
         ({"drop_rates": (1.0,)}, "0 <= drop_rate < 1"),
         ({"memory_limit": -1}, "memory_limit is -1"),
-        ({"masks": "none"}, "masks is 'none'"),
+        ({"masks": "none"}, "mask sampler 'none' is unknown"),
         ({"optimizer": lambda parameters: None}, "does not run on tensors without data"),
         ({"example_inputs": {"input_ids": torch.zeros(1, 4).long()}, "sequence_length": 8}, "cannot be changed"),
     ],
@@ -369,7 +369,7 @@ def test_the_command_prints_and_writes_json(folder, tmp_path, capsys):
         (["--plot", "plan.svg"], "--plot plan.svg must end in .png"),
         (["--output", "/dev/null/plan.json"], "/dev/null is not a folder"),
         (["--output", "/"], "--output / is a folder; name a file in it"),
-        (["--device", "tpu"], "no adapter for device 'tpu'"),
+        (["--device", "tpu"], "device 'tpu' was asked for and is not available here"),
     ],
 )
 def test_the_command_refuses_in_one_line(folder, arguments, message, capsys):

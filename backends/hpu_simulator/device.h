@@ -80,7 +80,7 @@ struct DeviceGuard final : c10::impl::DeviceGuardImplInterface {
   }
   void setDevice(c10::Device device) const override {
     TORCH_CHECK(
-        device.is_hpu() && device.index() <= 0, "habana active device: ", device.index(), " != 0; asked for ", device,
+        device.is_hpu() && device.index() <= 0, "habana active device: ", int(device.index()), " != 0; asked for ", device,
         ", and a process has one device, always called hpu:0");
   }
   void uncheckedSetDevice(c10::Device) const noexcept override {}

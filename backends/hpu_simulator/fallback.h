@@ -480,6 +480,12 @@ inline at::Tensor copy_from_and_resize(const at::Tensor& source, const at::Tenso
   return copy_from(source, target, false);
 }
 
+inline void refuse_another(std::optional<at::Device> device) {
+  if (device) {
+    DeviceGuard().setDevice(*device);
+  }
+}
+
 inline at::Tensor noted(at::TensorBase made) {
   recorder().note_empty(made.storage());
   return at::Tensor(std::move(made));
@@ -489,9 +495,10 @@ inline at::Tensor empty(
     c10::SymIntArrayRef size,
     std::optional<at::ScalarType> dtype,
     std::optional<at::Layout>,
-    std::optional<at::Device>,
+    std::optional<at::Device> device,
     std::optional<bool>,
     std::optional<at::MemoryFormat> format) {
+  refuse_another(device);
   return noted(at::detail::empty_generic(
       C10_AS_INTARRAYREF_SLOW(size), &device_allocator(), c10::DispatchKeySet(c10::DispatchKey::HPU),
       c10::dtype_or_default(dtype), format));
@@ -502,8 +509,9 @@ inline at::Tensor empty_strided(
     c10::SymIntArrayRef stride,
     std::optional<at::ScalarType> dtype,
     std::optional<at::Layout>,
-    std::optional<at::Device>,
+    std::optional<at::Device> device,
     std::optional<bool>) {
+  refuse_another(device);
   return noted(at::detail::empty_strided_generic(
       C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &device_allocator(),
       c10::DispatchKeySet(c10::DispatchKey::HPU), c10::dtype_or_default(dtype)));

@@ -134,7 +134,6 @@ def commands_of_all_kinds(folder: Path) -> dict[str, list[str]]:
     model = str(folder / "model")
     known = {
         "finetune": inputs(folder),
-        "finetune (embedded)": ["finetune", "--output", str(folder / "demo")],
         "inspect": ["inspect", model, "--sequence-length", "4096"],
         "plan": ["plan", model],
         "analyze": ["bench", "analysis"],
