@@ -285,7 +285,7 @@ time.sleep(600)
 def test_a_process_ends_with_the_one_that_started_it_though_that_is_killed(tmp_path: Path) -> None:
     marker = f"module_{os.getpid()}_{random.randrange(10**9)}"
     (tmp_path / f"{marker}.py").write_text(
-        "from dropbp.bench.processes import requests\nfor request in requests():\n    pass\n"
+        "from dropbp.bench.common.processes import requests\nfor request in requests():\n    pass\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     with subprocess.Popen(
