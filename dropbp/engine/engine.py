@@ -150,6 +150,8 @@ class Engine:
             plan = self.schedule.next(shape, conditions)
             self._refresh_sharding(self.schedule.mask or ())
         self._settle_gradients(plan.dropped, conditions.stem_rests)
+        if self.device.is_lazy():  # recording dropped branches at first would be another graph, compiled for nothing
+            return plan
         return self.calls.plan(plan, args, kwargs)
 
     @contextlib.contextmanager
