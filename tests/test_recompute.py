@@ -606,3 +606,16 @@ def test_a_cache_is_named_with_what_to_do(caplog):
     with handle.fixed((False,) * 8):
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     assert not handle.report()["not_recomputed"]
+
+
+def test_a_trainers_switch_of_checkpointing_leaves_blocks_recomputed():
+    """Trainers switch it off before they train, and that leaves a checkpoint function in every block."""
+    model = tiny_llama(layers=4)
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+    assert all("_gradient_checkpointing_func" in vars(block) for block in model.model.layers)
+    with dropbp.enable(model, 0.9) as handle:
+        for mask in drawn_masks(len(handle.branches)):
+            with handle.fixed(mask):
+                llama_loss(model).backward()
+            assert not handle.report()["not_recomputed"]

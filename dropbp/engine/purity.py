@@ -34,7 +34,8 @@ CODE = (
     classmethod, logging.Logger, nn.Module,
 )  # fmt: skip
 CONTAINERS = (list, tuple, set, frozenset, deque)
-INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
+# The checkpoint function is the trainer's: it runs around a block, and DropBP stands in for it.
+INTERNAL = frozenset(vars(nn.Module())) | {"forward", "_gradient_checkpointing_func"}
 KNOWN_HOOKS = ("torch", "transformers", "accelerate", "deepspeed", "peft", "dropbp")
 DEPTH = 3
 
@@ -140,7 +141,7 @@ class _Kinds(dict[type, Any]):
 
     def __missing__(self, kind: type) -> Any:
         known = (torch.Tensor, torch.Generator, random.Random, dict, CONTAINERS)
-        plain = issubclass(kind, (*CONSTANTS, *CODE))
+        plain = issubclass(kind, (*CONSTANTS, *CODE)) or kind.__module__.partition(".")[0] == "dropbp"
         self[kind] = None if plain else next((entry for entry in known if issubclass(kind, entry)), object)
         return self[kind]
 
