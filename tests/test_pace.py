@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dropbp.config import make_config
@@ -73,6 +73,7 @@ class Run:
 
 @settings(deadline=None, max_examples=50)
 @given(DROP_RATES, st.integers(1, 300), st.sampled_from(["forward", 3]))
+@example(0.875, 238, 3)
 def test_a_run_of_known_length_trains_deepest_first_and_meets_its_budget(drop_rate, steps, resample):
     run = Run(schedule(drop_rate, steps=steps, resample=resample))
     for _ in range(steps):

@@ -68,7 +68,7 @@ class Engine:
         self.rests = structure.rests if self.freezes else Rests()
         self.parameters = Parameters(model, structure, self.rests)
         self.trained = Trained(model, structure, self.freezes)
-        self.recomputation = Recomputation(model, structure.blocks, structure.repeated)
+        self.recomputation = Recomputation(model, structure.blocks, structure.repeated, device.is_lazy())
         self.runtime = Runtime(model)
         self.calls = Calls(model, structure, asked)
         self.bypass = CheckpointBypass(model, structure, self.runtime)

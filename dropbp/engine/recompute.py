@@ -53,8 +53,10 @@ class Recomputation:
         left_alone: branches of the blocks that will not be recomputed in calls to come, as a bit mask.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, int], repeated: Mapping[str, str]) -> None:
-        self.blocks, self.reasons = dict(blocks), dict(repeated)
+    def __init__(
+        self, model: nn.Module, blocks: Mapping[str, int], repeated: Mapping[str, str], lazy: bool = False
+    ) -> None:
+        self.blocks, self.reasons, self.lazy = dict(blocks), dict(repeated), lazy
         self.left_alone = self._branches_of(repeated)
         self.function_modes = torch._C._len_torch_function_stack()
         self.sharded = any(hasattr(module, "set_unshard_in_backward") for module in model.modules())
@@ -174,7 +176,8 @@ class _Run:
         return self._first(forward, values)
 
     def _first(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
-        copies = [] if self.block.tried else copied_buffers(self.block.module)
+        # A lazy device would have to wait for the values, and compile other graphs to do so.
+        copies = [] if self.block.tried or self.block.shared.lazy else copied_buffers(self.block.module)
         generators = other_generators()
         with _keeping() as kept:
             output = forward()

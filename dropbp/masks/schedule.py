@@ -370,7 +370,10 @@ class Schedule:
         self.pace.begin()
         if not self.anneals or self.pace.over:
             return self._trained(draw)
-        return self._ordered(self.pace.number(self._course()[0], self.here.planned / self.here.total))
+        number = self.pace.number(self._course()[0], self.here.planned / self.here.total)
+        # Near an edge between two masks the feedback would go back and forth: the mask stays what it is.
+        steady = self._ordered(number - self.pace.width)
+        return steady if steady == self.current else self._ordered(number)
 
     def _trained(self, draw: int) -> Mask:
         """The mask of a draw. Where it would train nothing, another that does is drawn in its place.

@@ -59,7 +59,7 @@ CASES = (
     {"drop_rate": 0.5, "masks": "independent"},
     {"drop_rate": 0.875, "masks": "exact"},
     {"drop_rate": 0.5, "masks": "nested", "accumulation": 2},
-    {"drop_rate": 0.875, "masks": "independent", "accumulation": 2},
+    {"drop_rate": 0.75, "masks": "independent", "accumulation": 2},
 )
 
 

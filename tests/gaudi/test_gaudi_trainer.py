@@ -58,7 +58,7 @@ def test_recipes_of_plain_training_do_not_depend_on_depth():
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_dropping_compiles_nothing_in_a_hundred_steps(method: str):
-    """Default masks and random ones, p=.5 and .875, accumulation 1 and 2, with fused AdamW and clipping."""
+    """Default masks and random ones, p=.5 to .875, accumulation 1 and 2, with fused AdamW and clipping."""
     cases = results("dropbp_run", method)
     assert len(cases) == 6
     for case in cases:
