@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dropbp.discovery.discover import discover as discover
     from dropbp.discovery.structure import Branch as Branch
+    from dropbp.engine.labelled import labelled_logits as labelled_logits
     from dropbp.errors import ConfigError as ConfigError
     from dropbp.errors import DeviceError as DeviceError
     from dropbp.errors import DiscoveryError as DiscoveryError
@@ -47,6 +48,7 @@ _HOMES = {
     "disable": "dropbp.session",
     "discover": "dropbp.discovery.discover",
     "enable": "dropbp.session",
+    "labelled_logits": "dropbp.engine.labelled",
 }
 
 __all__ = ["__version__", *_HOMES]

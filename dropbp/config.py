@@ -12,6 +12,7 @@ SCALINGS = ("none", "unbiased", "clipped")
 BOUNDARIES = ("auto", "none", "layer", "sublayer")
 FILLS = ("auto", "none", "zero")
 STEMS = ("auto", "train", "rest")
+LOGITS = ("all", "labelled")
 RATES = ("auto", "uniform", "shelf", "geometric", "linear", "uniform_depth", "freeze", "band")
 
 
@@ -43,6 +44,8 @@ class Config:
         steps: number of training forwards in the whole run after the warm-up (of optimizer steps with
             `resample="step"`), if it is known. Nested masks then anneal: the deepest steps come first, which learns
             more in the same time (docs/learning.md). None: any depth at any time.
+        logits: which logits a causal language model computes when it is called with labels: `all`, or `labelled`, those
+            of positions whose next token is labelled; see `dropbp.labelled_logits`.
         boundary: where to cut the graph of a lazy device: `none`, `layer`, `sublayer`; `auto` asks the device.
         fill: gradient of skipped parameters: `none` leaves it None, so the optimizer does not move them; `zero` fills
             it, so weight decay and momentum do move them; `auto` asks the device.
@@ -63,6 +66,7 @@ class Config:
     max_activations: str | float | None = "auto"
     warmup: int = 0
     steps: int | None = None
+    logits: str = "all"
     boundary: str = "auto"
     fill: str = "auto"
     rehearse: bool = False
@@ -74,6 +78,7 @@ class Config:
         _check_choice("boundary", self.boundary, BOUNDARIES)
         _check_choice("fill", self.fill, FILLS)
         _check_choice("stem", self.stem, STEMS)
+        _check_choice("logits", self.logits, LOGITS)
         _check_activations(self.max_activations)
         _check_rates(self.rates)
         _check_max_rate(self.max_rate)

@@ -26,6 +26,7 @@ from dropbp.discovery.discover import Findings, checked_module, find, unwrapped
 from dropbp.discovery.structure import Branch
 from dropbp.engine.distributed import refuse_wrapper
 from dropbp.engine.engine import Engine
+from dropbp.engine.labelled import LabelledLogits
 from dropbp.engine.regional import compile_each
 from dropbp.engine.runtime import RootState
 from dropbp.engine.trained import figures, remarks, settled, tell
@@ -89,6 +90,11 @@ def enable(
     model = _checked_model(model)
     adapter = get_device(device, model)
     adapter.check_model(model)
+    if config.logits == "labelled" and adapter.is_lazy():
+        raise ConfigError(
+            f"logits='labelled' does not suit {adapter.name}, a device that compiles for each new shape: the number of "
+            "labelled positions differs from batch to batch. Leave it out."
+        )
     handle = Handle(model, config, adapter, find(model, example_inputs, branches))
     tell(handle.engine.trained, handle.config, handle.rates)
     unmet = handle.schedule.out_of_reach()
@@ -173,6 +179,7 @@ class Handle:
         self.config = settled(config, engine.trained, lambda config: self._scheduled(config).rates)
         self.schedule = self._scheduled(self.config, trains=engine.parameters.train)
         self.is_abandoned: Callable[[], bool] | None = None
+        self._labelled = LabelledLogits(model) if config.logits == "labelled" else None  # the engine goes around it
         engine.abandoned = self.abandoned
         engine.others_train = self._weights.renew
         engine.start(self.schedule, owner=self)
@@ -373,6 +380,8 @@ class Handle:
         if shortfall is not None:
             logger.warning("DropBP missed its budget: %s", shortfall)
         self.engine.stop()
+        if self._labelled is not None:
+            self._labelled.remove()
 
     def __enter__(self) -> Handle:
         return self

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dropbp
 from dropbp.cli import causal_lm, choices, corpus, demo, embedded, registry, report, smollm, training
-from dropbp.cli.examples import IGNORED, Encoder, Example, collate, collate_answers, encode_rows, pack
+from dropbp.cli.examples import IGNORED, Encoder, Example, collate, collate_left, encode_rows, pack
 from dropbp.cli.main import main
 from dropbp.cli.rows import read_rows
 from dropbp.errors import ConfigError
@@ -535,13 +536,29 @@ def test_the_demo_takes_another_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(result_of(output)["runs"]) == 1
 
 
-def test_logits_of_the_answers_alone_give_the_loss_of_all() -> None:
+def test_padded_on_the_left_few_positions_are_labelled_and_the_loss_is_the_same() -> None:
     model, tokenizer = chat_model()
     rows = [question.row for question in QUESTIONS[7:12]]
     examples = encode_rows(rows, Encoder(tokenizer, 256), iter).examples
-    whole, ends = collate(examples, 0), collate_answers(examples, 0)
-    assert ends["logits_to_keep"] == ends["labels"].shape[1] < whole["labels"].shape[1]
-    assert model(**ends).loss.item() == pytest.approx(model(**whole).loss.item(), rel=1e-5)
+    right, left = collate(examples, 0), collate_left(examples, 0)
+    longest = max(sum(label != IGNORED for label in example["labels"]) for example in examples)
+    assert int((left["labels"] != IGNORED).any(0).sum()) == longest
+    with dropbp.labelled_logits(model):
+        outputs = model(**left)
+    assert outputs.logits.shape[1] == longest
+    assert outputs.loss.item() == pytest.approx(model(**right).loss.item(), rel=1e-5)
+
+
+def test_logits_where_a_label_is_give_the_same_training(tmp_path: Path) -> None:
+    folder, data = save_model(tmp_path / "model"), write_jsonl(tmp_path / "data.jsonl", sums(24))
+    losses = []
+    for logits in ("all", "labelled"):
+        output = tmp_path / logits
+        sizes = ["--max-steps", "3", "--batch-size", "4", "--gradient-accumulation", "2", "--device", "cpu"]
+        options = ["--model", str(folder), "--dataset", str(data), "--output", str(output), "--logits", logits, *sizes]
+        assert main(["finetune", *options]) == 0
+        losses.append([point["loss"] for point in result_of(output)["runs"][0]["evaluations"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_accuracy_counts_the_letters_that_are_likeliest() -> None:

@@ -22,6 +22,7 @@ COVERED = {  # by which target each public name is tried
     "discover": "discover",
     "enable": "enable",
     "Handle": "handle",
+    "labelled_logits": "labelled_logits",
     "plan": "plan",
 }
 

@@ -80,7 +80,7 @@ def _job(args: argparse.Namespace) -> Job:
         logger.warning("--dataset %s: %s", args.dataset, note)
     examples, evaluation = split(encoded.examples, args.eval_fraction, args.seed)
     name = "plain" if args.plain else f"dropbp p={args.drop_rate:g}"
-    return Job(name, _model(args), tokenizer, examples, evaluation)
+    return Job(name, _model(args), tokenizer, examples, evaluation, labelled=args.logits == "labelled")
 
 
 def _model(args: argparse.Namespace) -> PreTrainedModel:

@@ -106,7 +106,8 @@ def _run(
     questions, held_out = data
     needed = recipe.steps * recipe.batch_size * (args.gradient_accumulation or 1)
     examples = _examples(questions[:needed], tokenizer, args.max_length)
-    job = Job(name, model, tokenizer, examples, _examples(held_out, tokenizer, args.max_length), answers_last=True)
+    labelled = args.logits == "labelled" or (args.logits is None and args.model is None)
+    job = Job(name, model, tokenizer, examples, _examples(held_out, tokenizer, args.max_length), labelled=labelled)
     run = train(job, _settings(recipe, args), callback)
     return {**run, **_measured(model, tokenizer, held_out, args)}
 

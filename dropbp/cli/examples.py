@@ -182,19 +182,6 @@ def _encode_row(kind: Kind, encoder: Encoder, row: Row, encoded: Encoded) -> lis
     return []
 
 
-def collate_answers(examples: Sequence[Example], padding_id: int) -> dict[str, Any]:
-    """One batch, padded on the left, so that logits are needed for the last positions only: those of the answers.
-
-    `input_ids` and `attention_mask` are `(batch, sequence)`, `labels` are `(batch, logits_to_keep)`.
-    """
-    batch = collate([{name: values[::-1] for name, values in example.items()} for example in examples], padding_id)
-    flipped = {name: tensor.flip(1) for name, tensor in batch.items()}
-    learned = (flipped["labels"] != IGNORED).any(0).nonzero()
-    first = max(int(learned.min()) - 1, 0)  # the position before says what the first answer token will be
-    labels = flipped["labels"][:, first:]
-    return {**flipped, "labels": labels, "logits_to_keep": labels.shape[1]}
-
-
 def collate(examples: Sequence[Example], padding_id: int) -> dict[str, torch.Tensor]:
     """One batch, padded on the right to its longest example. All three tensors are `(batch, sequence)`."""
     import torch
@@ -206,6 +193,12 @@ def collate(examples: Sequence[Example], padding_id: int) -> dict[str, torch.Ten
         "attention_mask": (torch.arange(longest)[None, :] < lengths[:, None]).long(),
         "labels": torch.tensor([_padded(example["labels"], longest, IGNORED) for example in examples]),
     }
+
+
+def collate_left(examples: Sequence[Example], padding_id: int) -> dict[str, torch.Tensor]:
+    """The same padded on the left: then the labels of all rows, which are their ends, stand at the same places."""
+    batch = collate([{name: values[::-1] for name, values in example.items()} for example in examples], padding_id)
+    return {name: tensor.flip(1) for name, tensor in batch.items()}
 
 
 def pack(ids: Sequence[int], length: int) -> list[Example]:

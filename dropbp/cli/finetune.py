@@ -78,6 +78,11 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient-accumulation", type=int, help="micro-batches in a step (64)")
     group.add_argument("--learning-rate", type=float, help="1e-4 with LoRA, 2e-5 without")
     group.add_argument("--warmup-steps", type=int, default=100, help="at most a tenth of all steps (%(default)s)")
+    group.add_argument(
+        "--logits",
+        choices=("all", "labelled"),
+        help="labelled: only of positions with a label; same loss, for less (all; demo: labelled)",
+    )
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--bf16", action="store_true", help="mixed precision; with LoRA the frozen weights are bf16 too")
     group.add_argument("--seed", type=int, default=0, help="of data order, adapters and masks (%(default)s)")

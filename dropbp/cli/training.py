@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,10 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
-from dropbp.cli.examples import Example, collate, collate_answers
+from dropbp.cli.examples import Example, collate, collate_left
 from dropbp.cli.probe import probe_step
 from dropbp.device import Device, get_device
+from dropbp.engine.labelled import labelled_logits
 from dropbp.errors import ConfigError, DeviceError, DropBPError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Settings:
 class Job:
     """A model and the data to train it on; no `evaluation` means no evaluation.
 
-    `answers_last` computes logits for the ends of the examples only, where the answers are, if the model can.
+    `labelled` computes logits only where a label is, and pads on the left, so that these are few positions.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     train: Sequence[Example]
     evaluation: Sequence[Example] = ()
-    answers_last: bool = False
+    labelled: bool = False
 
 
 def train(
@@ -87,14 +87,15 @@ def train(
         The record of the run: configuration, raw step times, evaluations, FLOPs, memory. Only JSON types.
 
     Raises:
+        ConfigError: logits are wanted only where a label is, and the model cannot compute them so.
         DeviceError: the device that was asked for is not the one the trainer would use.
     """
     recorder = StepRecorder(job.name)
-    with closing(recorder), closing(callback) if callback else nullcontext():
+    with _logits(job), closing(recorder), closing(callback) if callback else nullcontext():
         trainer = _trainer(job, settings, [callback, recorder] if callback else [recorder], resume_from is None)
         with suppress(_NoStepLeftError):
             trainer.train(resume_from_checkpoint=resume_from)
-    return _record(trainer, job, settings, recorder, callback)
+        return _record(trainer, job, settings, recorder, callback)
 
 
 class _NoStepLeftError(Exception):
@@ -189,7 +190,7 @@ def _trainer(job: Job, settings: Settings, callbacks: list[TrainerCallback], sta
             args=_arguments(settings, len(job.train), bool(job.evaluation), starts_anew),
             train_dataset=list(job.train),
             eval_dataset=list(job.evaluation) or None,
-            data_collator=partial(_collator(job), padding_id=job.tokenizer.pad_token_id),
+            data_collator=partial(collate_left if job.labelled else collate, padding_id=job.tokenizer.pad_token_id),
             processing_class=job.tokenizer,
             callbacks=callbacks,
         )
@@ -197,9 +198,8 @@ def _trainer(job: Job, settings: Settings, callbacks: list[TrainerCallback], sta
     return trainer
 
 
-def _collator(job: Job) -> Callable[..., dict[str, Any]]:
-    takes = inspect.signature(job.model.forward).parameters
-    return collate_answers if job.answers_last and "logits_to_keep" in takes else collate
+def _logits(job: Job) -> AbstractContextManager[object]:
+    return labelled_logits(job.model, evaluation=True) if job.labelled else nullcontext()
 
 
 @contextmanager

@@ -209,6 +209,11 @@ def _compile_blocks(random: Random) -> None:
     dropbp.compile_blocks(hostile(random))
 
 
+def _labelled_logits(random: Random) -> None:
+    with dropbp.labelled_logits(hostile(random)) as labelled:
+        labelled.remove()
+
+
 def _callback(random: Random) -> None:
     from dropbp.integrations.transformers import DropBPCallback
 
@@ -272,6 +277,7 @@ TARGETS: dict[str, Callable[[Random], None]] = {
     "plan": _plan,
     "state": _state,
     "compile_blocks": _compile_blocks,
+    "labelled_logits": _labelled_logits,
     "DropBPCallback": _callback,
 }
 TRAINS = {

@@ -1,0 +1,143 @@
+"""Logits only where a label is: what the head computes for other positions, no loss ever reads.
+
+In instruction tuning most positions carry no label. With a large vocabulary and a small model, their logits are a large
+part of a step. So the model is asked for the positions whose next token is labelled in a row of the batch, by
+`logits_to_keep`, and its loss is given the labels of these alone, by `shift_labels`. Both arguments are transformers'
+own, so that whatever else a model does with its logits and its loss stays. The loss is the same sum in another order.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dropbp.discovery.discover import checked_module, unwrapped
+from dropbp.engine.patch import Attachment, Forward, Interception
+from dropbp.errors import ConfigError, StateError
+
+_ATTRIBUTE = "_dropbp_labelled"
+_LOSS = "ForCausalLMLoss"
+_IGNORED = -100
+
+
+def labelled_logits(model: nn.Module, *, evaluation: bool = False) -> LabelledLogits:
+    """Make a causal language model compute logits only where a label is, when it is called with `labels`.
+
+    Loss and gradients stay the same, up to rounding. `outputs.logits` then holds the positions that are labelled in a
+    row of the batch, so do not use this with a trainer that reads the logits of training steps (TRL's SFTTrainer does,
+    for its accuracy). Calls without labels, or with `logits_to_keep` or `shift_labels` of their own, are left alone.
+    Under PEFT and `dropbp.enable` it works likewise; call it first then, or pass `logits="labelled"` to `enable`.
+
+    Args:
+        model: a causal language model of transformers, or a wrapper that holds one.
+        evaluation: whether to do so in evaluation mode and without gradients, too. Do not, where metrics are computed
+            from logits.
+
+    Returns:
+        A handle: `remove()`, or leaving `with`, undoes it.
+
+    Raises:
+        ConfigError: the model's forward takes no positions (`logits_to_keep`), or computes its loss in its own way.
+        StateError: it does so already.
+    """
+    return LabelledLogits(model, evaluation)
+
+
+class LabelledLogits:
+    """Takes the function around the model's forward away again. Also a context manager."""
+
+    def __init__(self, model: nn.Module, evaluation: bool = False) -> None:
+        module = _with_head(unwrapped(checked_module(model)))
+        if module.__dict__.get(_ATTRIBUTE) is not None:
+            raise StateError(f"{type(module).__name__} computes logits only where a label is already.")
+        settings = _Settings(evaluation, inspect.signature(module.forward))
+        self._patch: Interception | None = Interception(module, _ATTRIBUTE, settings, _wrap)
+
+    def remove(self) -> None:
+        """Let the model compute all logits. A second call does nothing."""
+        if self._patch is not None:
+            self._patch.remove()
+            self._patch = None
+
+    def __enter__(self) -> LabelledLogits:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class _Settings(Attachment):
+    __slots__ = ("evaluation", "signature")
+
+    def __init__(self, evaluation: bool, signature: inspect.Signature) -> None:
+        self.evaluation, self.signature = evaluation, signature
+
+
+def _wrap(original: Forward) -> Forward:
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        settings = self.__dict__.get(_ATTRIBUTE)
+        if settings is not None and settings.original is original and _is_wanted(self, settings):
+            kwargs = {**kwargs, **_positions(settings.signature, args, kwargs)}
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _is_wanted(module: nn.Module, settings: _Settings) -> bool:
+    return settings.evaluation or (module.training and torch.is_grad_enabled())
+
+
+def _positions(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The two arguments for a call with labels; nothing where it has none, or most positions are needed."""
+    if kwargs.get("shift_labels") is not None:
+        return {}
+    given = signature.bind_partial(*args, **kwargs).arguments
+    labels = given.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or "logits_to_keep" in given:
+        return {}
+    following = labels[:, 1:]
+    wanted = (following != kwargs.get("ignore_index", _IGNORED)).any(0).nonzero().squeeze(1)
+    if not 0 < len(wanted) < labels.shape[1] - 1:
+        return {}
+    return {"logits_to_keep": wanted, "shift_labels": following[:, wanted].contiguous()}
+
+
+def _with_head(model: nn.Module) -> nn.Module:
+    """The outermost module that computes the logits and their loss.
+
+    Raises:
+        ConfigError: there is none, or its loss is another one.
+    """
+    found = next((module for module in model.modules() if _takes_positions(module)), None)
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} cannot compute logits only where a label is: no forward in it takes both "
+            "labels and logits_to_keep, as causal language models of transformers do. Leave it out."
+        )
+    if not _uses_the_known_loss(found):
+        raise ConfigError(
+            f"{type(found).__name__} cannot compute logits only where a label is: its forward does not hand "
+            f"shift_labels on to transformers' {_LOSS}, so its loss would be another one. Leave it out."
+        )
+    return found
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    return {"labels", "logits_to_keep"} <= inspect.signature(module.forward).parameters.keys()
+
+
+def _uses_the_known_loss(module: nn.Module) -> bool:
+    """Whether keywords that the forward does not name reach its `loss_function`, and that is the shifted loss."""
+    function = inspect.unwrap(cast(Any, module.forward))
+    code = getattr(function, "__code__", None)
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    loss = getattr(module, "loss_function", None)
+    return takes_more and "loss_function" in getattr(code, "co_names", ()) and getattr(loss, "__name__", "") == _LOSS
