@@ -56,6 +56,9 @@ PARTS = {
     "learning": Part(
         "dropbp.bench.learning.command", "loss at equal time, FLOPs and memory, against every rival", ("cpu",)
     ),
+    "real": Part(
+        "dropbp.bench.real.command", "a real chat model fine-tuned as people do it: loss and accuracy at equal FLOPs"
+    ),
     "overhead": Part("dropbp.bench.overhead.steps", "what the bookkeeping costs in each step", ("cpu",), smoke=True),
     "callback_overhead": Part(
         "dropbp.bench.overhead.callback", "what the callback costs a trainer", ("cpu",), smoke=True

@@ -1,0 +1,67 @@
+"""`dropbp bench real`: a real chat model, real questions, a decaying rate; loss and accuracy at equal FLOPs.
+
+One JSON file per run, written when it ends; a run that is there already is not done again. Accuracies and losses are
+those of rows that no run trains on; they are parts of the original validation and test sets, so they must not stand
+beside published scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from dataclasses import asdict
+
+from dropbp.cli.quiet import quiet
+from dropbp.device import get_device
+
+from ..common import records
+from ..common.options import add_run_arguments, settle
+from . import training
+from .presets import PRESETS
+from .tasks import HELD_OUT, TASKS
+from .training import Run, Source, train
+
+KIND = "real"
+FIGURES = ("loss", "letter_loss", "accuracy")
+_SETTINGS = ("BATCH", "WARMUP_SHARE", "WEIGHT_DECAY", "CLIP_NORM")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="coarse", help="which runs (%(default)s)")
+    parser.set_defaults(threads=1)
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is not done yet."""
+    settle(args)
+    store = records.Store(args.output, KIND)
+    with quiet():
+        wanted = PRESETS[args.preset]
+        missing = [run for run in wanted if args.again or store.finished(run.name, configuration(run)) is None]
+        source = Source() if missing else None
+        for run in missing:
+            assert source is not None
+            with store.run(run.name, configuration(run), get_device(args.device)) as record:
+                record |= train(run, source, functools.partial(_say, run))
+            figures = {name: round(record[name], 4) for name in FIGURES if name in record}
+            _say(run, None, f"{figures}, CPU {sum(record['cpu_s']):.0f} s")
+    return 0
+
+
+def configuration(run: Run) -> dict[str, object]:
+    """What makes a run what it is."""
+    settings = {name.lower(): getattr(training, name) for name in _SETTINGS}
+    return {**asdict(run), **settings, "model": "SmolLM2-135M-Instruct", **_of_task(run.task)}
+
+
+def _of_task(name: str) -> dict[str, int]:
+    return {"longest": TASKS[name].longest, "held_out": HELD_OUT}
+
+
+def _say(run: Run, step: int | None, text: str = "") -> None:
+    if step is None or step % 10 == 0:
+        sys.stderr.write(f"{run.name}: {f'step {step}' if step is not None else text}\n")
+        sys.stderr.flush()

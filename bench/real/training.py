@@ -1,0 +1,269 @@
+"""One fine-tuning of SmolLM2-135M-Instruct as people do it, and what it learnt, as one plain record.
+
+Chat template, loss on answers alone, padding on the left, rows of one length together, AdamW, clipping, a rate that
+warms up and then decays along a cosine to zero. Every method takes as many steps as the FLOPs of the plain steps allow,
+with a schedule of that length: a decaying rate makes a run that is cut short another run, so each has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import dropbp
+from dropbp.cli.examples import IGNORED, Example, collate_left
+from dropbp.cli.models import with_lora
+from dropbp.cli.smollm import load_smollm
+
+from ..learning import rivals
+from .tasks import TASKS, Data
+
+BATCH = 8
+WARMUP_SHARE = 0.1
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+SORTED_BATCHES = 8  # whose rows are sorted by length together
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the bench: a method at a drop rate and learning rate.
+
+    Attributes:
+        task: of `tasks.TASKS`.
+        epochs: passes of plain training over its rows. One: every step of every run has fresh rows.
+        tuning: `full` or `lora`.
+    """
+
+    method: str
+    drop_rate: float
+    learning_rate: float
+    task: str = "solutions"
+    tuning: str = "full"
+    plain_steps: int = 40
+    epochs: int = 1
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """As in the name of its file."""
+        rate = f"p{self.drop_rate:g}" if self.drop_rate else "p0"
+        length = f"{self.plain_steps}x{self.epochs}"
+        return f"{self.task}--{self.tuning}--{length}--{self.method}--{rate}--lr{self.learning_rate:g}--seed{self.seed}"
+
+
+class Source:
+    """The model and the rows, read once for all runs."""
+
+    def __init__(self, load: Callable[[], Any] = load_smollm) -> None:
+        self.model, self.tokenizer = load()
+        self._weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self._data: dict[str, Data] = {}
+
+    def data(self, task: str) -> Data:
+        """The rows of a task."""
+        if task not in self._data:
+            self._data[task] = TASKS[task].load(self.tokenizer, TASKS[task].longest)
+        return self._data[task]
+
+    def fresh(self, run: Run) -> Any:
+        """The model as it was loaded, in training mode, with adapters where the run wants them."""
+        self.model.load_state_dict(self._weights)
+        self.model.requires_grad_(True)
+        tuned = with_lora(self.model, run.seed, **LORA) if run.tuning == "lora" else self.model
+        return tuned.train()
+
+    def take_back(self, run: Run, model: Any) -> None:
+        """Take the adapters off again."""
+        if run.tuning == "lora":
+            self.model = model.unload()
+
+
+def batches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
+    """Endless passes over the rows, each in an order of its own, rows of about one length together."""
+    order = random.Random(seed)
+    while True:
+        rows = order.sample(examples, len(examples))
+        size = BATCH * SORTED_BATCHES
+        made = []
+        for start in range(0, len(rows), size):
+            near = sorted(rows[start : start + size], key=lambda row: len(row["input_ids"]))
+            made += [near[i : i + BATCH] for i in range(0, len(near), BATCH)]
+        order.shuffle(made)
+        yield from (batch for batch in made if len(batch) == BATCH)
+
+
+def train(run: Run, source: Source, progress: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
+    """Train and evaluate; what was found, in JSON types."""
+    model, data = source.fresh(run), source.data(run.task)
+    padding = source.tokenizer.pad_token_id
+    rows = data.train if run.epochs == 1 else data.train[: run.plain_steps * BATCH // run.epochs]
+    steps, ratio = equal_steps(run, model, collate_left(data.train[:BATCH], padding))
+    stream = batches(rows, run.seed)
+    found: dict[str, Any] = {"steps": steps, "flops_ratio": ratio, "losses": [], "cpu_s": [], "wall_s": []}
+    with torch.random.fork_rng(devices=[]), dropbp.labelled_logits(model):
+        torch.manual_seed(run.seed)
+        with method_of(run, model, steps) as method:
+            groups = method.groups(run.learning_rate)
+            optimizer = torch.optim.AdamW(groups, run.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(decayed, steps=steps))
+            for step in range(steps):
+                batch = collate_left(next(stream), padding)
+                cpu_s, wall_s = time.process_time(), time.perf_counter()
+                method.begin_step(step)
+                loss = _step(model, method, optimizer, batch)
+                schedule.step()
+                found["cpu_s"].append(round(time.process_time() - cpu_s, 3))
+                found["wall_s"].append(round(time.perf_counter() - wall_s, 3))
+                found["losses"].append(round(loss, 4))
+                progress(step + 1)
+    found |= evaluate(model, data, padding)
+    source.take_back(run, model)
+    return found
+
+
+def _step(model: nn.Module, method: rivals.Method, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
+    with method.micro_batch():
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def decayed(step: int, steps: int) -> float:
+    """The factor of the learning rate: up in the first tenth of the steps, then down to zero along a cosine."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Reversed(rivals.DropBP):
+    """The annealed masks of the default in reversed order: the deepest steps come last, with the lowest rates."""
+
+    def __init__(self, model: nn.Module, drop_rate: float, *, seed: int, steps: int) -> None:
+        super().__init__(model, drop_rate, seed=seed, steps=steps, resample="step")
+        schedule = self.handle.fresh_schedule()
+        self.masks = [schedule.foreseen(step) for step in reversed(range(steps))]
+        self.mask = self.masks[0]
+
+    def begin_step(self, step: int) -> None:
+        self.mask = self.masks[step]
+
+    def micro_batch(self) -> AbstractContextManager[object]:
+        return self.handle.fixed(self.mask)
+
+
+def narrow(model: nn.Module, drop_rate: float, seed: int, steps: int, width: float = 0.25) -> rivals.Method:
+    """The default with a border that moves over a share `width` of the model only, around that of freezing."""
+    branches = dropbp.discover(model)
+    total, below, rates = sum(branch.flops for branch in branches), 0.0, []
+    for branch in branches:
+        centre = (below + branch.flops / 2) / total
+        rates.append(min(1.0, max(0.0, 0.5 + (drop_rate - centre) / width)))
+        below += branch.flops
+    return rivals.DropBP(model, drop_rate, seed=seed, steps=steps, resample="step", rates=rates)
+
+
+VARIANTS: dict[str, Callable[..., rivals.Method]] = {
+    "default reversed": lambda model, drop_rate, seed, steps: Reversed(model, drop_rate, seed=seed, steps=steps),
+    "default shelf": lambda model, drop_rate, seed, steps: rivals.DropBP(
+        model, drop_rate, seed=seed, steps=steps, resample="step", rates="shelf"
+    ),
+    "default narrow": narrow,
+}
+
+
+def method_of(run: Run, model: nn.Module, steps: int) -> rivals.Method:
+    """A method of the learning bench by its name, or a variant of the default."""
+    make = VARIANTS.get(run.method)
+    if make is not None:
+        return make(model, run.drop_rate, run.seed, steps)
+    return rivals.method(run.method, model, run.drop_rate, run.seed, steps)
+
+
+def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
+    """What a step does on average; masks of this library keep to their budget."""
+    if isinstance(method, rivals.DropBP):
+        return rivals.Work(1.0, 1 - drop_rate, 1 - drop_rate)
+    method.begin_step(0)
+    return method.work()
+
+
+def equal_steps(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, float]:
+    """Steps that cost the FLOPs of the plain ones, and what one of them costs on average, relative to a plain one."""
+    with method_of(run, model, run.plain_steps) as method:
+        work = expected_work(method, run.drop_rate)
+    whole = Costs.counted(model, batch)
+    ratio = whole.of(work) / whole.of(rivals.Work())
+    return round(run.plain_steps / ratio), ratio
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of one batch: what always runs, and what each pass over the blocks costs in full."""
+
+    rest: float
+    forward: float
+    activations: float
+    weights: float
+
+    def of(self, work: rivals.Work) -> float:
+        """FLOPs of a batch that did this share of the blocks' work."""
+        passes = self.forward * work.forward + self.activations * work.activations + self.weights * work.weights
+        return self.rest + passes
+
+    @classmethod
+    def counted(cls, model: nn.Module, batch: dict[str, Tensor]) -> Costs:
+        """Counted from one forward and backward; gradients of activations cost what the forward does."""
+        blocks = float(sum(branch.flops for branch in dropbp.discover(model, {**batch, "use_cache": False})))
+        with dropbp.labelled_logits(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss = model(**batch, use_cache=False).loss
+            forward = float(counter.get_total_flops())
+            loss.backward()
+            total = float(counter.get_total_flops())
+        model.zero_grad()
+        head_trains = any(p.requires_grad for name, p in model.named_parameters() if "embed" in name)
+        rest = (forward - blocks) * (3 if head_trains else 2)
+        return cls(rest, blocks, blocks, total - rest - 2 * blocks)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, padding: int) -> dict[str, float]:
+    """Loss per token of the held-out answers; where there are options, also of their letter, and the share right."""
+    model.eval()
+    total = tokens = letter_loss = right = 0.0
+    order = sorted(range(len(data.held_out)), key=lambda i: len(data.held_out[i]["input_ids"]))
+    with dropbp.labelled_logits(model, evaluation=True):
+        for start in range(0, len(order), 2 * BATCH):
+            chosen = order[start : start + 2 * BATCH]
+            batch = collate_left([data.held_out[i] for i in chosen], padding)
+            following = batch["labels"][:, 1:]
+            labels_BK = following[:, (following != IGNORED).any(0)]
+            logits_BKV = model(**batch, use_cache=False).logits.float()
+            losses_BK = nn.functional.cross_entropy(logits_BKV.transpose(1, 2), labels_BK, reduction="none")
+            total, tokens = total + float(losses_BK.sum()), tokens + int((labels_BK != IGNORED).sum())
+            first_B = (labels_BK != IGNORED).int().argmax(1).tolist()
+            for row, (i, first) in enumerate(zip(chosen, first_B, strict=True)):
+                letter_loss += float(losses_BK[row, first])
+                if data.options:
+                    best = int(logits_BKV[row, first, data.options[i]].argmax())
+                    right += data.options[i][best] == int(labels_BK[row, first])
+    model.train()
+    found = {"loss": total / tokens}
+    count = len(order)
+    return found | ({"letter_loss": letter_loss / count, "accuracy": right / count} if data.options else {})

@@ -1,0 +1,124 @@
+"""The bench part `real` with a tiny model: steps at equal FLOPs, a rate that decays, records made once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dropbp.bench.real import command, tasks, training
+from dropbp.bench.real.training import Run, Source, batches, decayed
+
+from dropbp.cli.examples import IGNORED, Encoder, encode_rows
+from dropbp.cli.main import main
+from tests.common.tiny import CHAT_TEMPLATE, make_model, make_tokenizer
+
+
+def tiny() -> tuple[Any, Any]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return make_model(8), tokenizer
+
+
+def tiny_data(tokenizer: Any, longest: int) -> tasks.Data:
+    talks = [(f"{n}?\nA. a\nB. b", f"{'AB'[n % 2]}. x") for n in range(80)]
+    roles = ("user", "assistant")
+    rows = [{"messages": [{"role": r, "content": text} for r, text in zip(roles, talk, strict=True)]} for talk in talks]
+    examples = encode_rows(rows, Encoder(tokenizer, 128), iter).examples
+    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "AB"]
+    return tasks.Data(examples[16:], examples[:16], [letters] * 16)
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> Source:
+    monkeypatch.setitem(training.TASKS, "solutions", tasks.Task(tiny_data, 128))
+    monkeypatch.setattr(command, "Source", lambda: Source(tiny))
+    return Source(tiny)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [("plain", 8), ("default", (10, 12)), ("freezing", (10, 12)), ("exact", (10, 12)), ("default reversed", (10, 12)),
+     ("default narrow", (10, 12)), ("default shelf", (10, 12)), ("nested shelf", (10, 12))],
+)  # fmt: skip
+def test_a_method_takes_as_many_steps_as_the_flops_of_plain_training_allow(
+    method: str, steps: Any, source: Source
+) -> None:
+    found = training.train(Run(method, 0.0 if method == "plain" else 0.5, 1e-3, plain_steps=8), source)
+    low, high = steps if isinstance(steps, tuple) else (steps, steps)
+    assert low <= found["steps"] <= high
+    assert len(found["losses"]) == len(found["cpu_s"]) == found["steps"]
+    assert found["losses"][-1] < found["losses"][0]
+    assert 0 <= found["accuracy"] <= 1
+    assert not [key for key in source.model.__dict__ if "dropbp" in key or key == "forward"]
+
+
+def test_every_run_begins_with_the_same_model_and_rows(source: Source) -> None:
+    first, other, again = (training.train(Run(m, p, 1e-3, plain_steps=3), source) for m, p in FIRST)
+    assert first["losses"] == again["losses"]
+    assert first["loss"] == again["loss"] != other["loss"]
+    assert first["losses"][0] == other["losses"][0]
+
+
+FIRST = (("plain", 0.0), ("default", 0.5), ("plain", 0.0))
+
+
+def test_adapters_train_and_are_taken_off(source: Source) -> None:
+    before = training.evaluate(source.model, source.data("solutions"), 0)
+    found = training.train(Run("default", 0.5, 3e-3, tuning="lora", plain_steps=8), source)
+    assert found["loss"] < before["loss"]
+    assert training.train(Run("plain", 0.0, 1e-3, plain_steps=0), source)["loss"] == before["loss"]
+
+
+def test_the_loss_is_that_of_the_answers_and_the_letters_are_counted(source: Source) -> None:
+    data, model = source.data("solutions"), source.model.eval()
+    found = training.evaluate(model, data, 0)
+    total = count = right = 0.0
+    for example, options in zip(data.held_out, data.options, strict=True):
+        logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        places = [i for i, label in enumerate(example["labels"][1:]) if label != IGNORED]
+        total -= sum(logits[i, example["labels"][i + 1]].item() for i in places)
+        count += len(places)
+        right += options[int(logits[places[0], options].argmax())] == example["labels"][places[0] + 1]
+    assert found["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert found["accuracy"] == right / len(data.held_out)
+
+
+def test_rates_rise_for_a_tenth_and_fall_to_zero() -> None:
+    factors = [decayed(step, 50) for step in range(50)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert factors[-1] < 0.01
+
+
+def test_a_pass_has_each_row_once_and_rows_of_one_length_together(source: Source) -> None:
+    rows = source.data("solutions").train
+    stream = batches(rows, seed=0)
+    passed = [row for _ in range(8) for row in next(stream)]
+    assert sorted(map(str, passed)) == sorted(map(str, rows))
+    assert [row for _ in range(8) for row in next(stream)] != passed
+
+
+def test_three_epochs_see_a_third_of_the_rows(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(training, "batches", lambda rows, seed: seen.append(len(rows)) or batches(rows, seed))
+    training.train(Run("plain", 0.0, 1e-3, plain_steps=6, epochs=3), source)
+    assert seen == [16]
+
+
+def test_records_are_kept_and_not_made_twice(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(command.PRESETS, "smoke", [Run("plain", 0.0, 1e-3, plain_steps=2)])
+    options = ["bench", "real", "--preset", "smoke", "--output", str(tmp_path)]
+    assert main(options) == 0
+    (file,) = (tmp_path / "real").glob("*.json")
+    record = json.loads(file.read_text())
+    assert record["status"] == "finished"
+    assert record["configuration"]["learning_rate"] == 1e-3
+    assert len(record["losses"]) == 2
+    assert "loss" in capsys.readouterr().err
+    monkeypatch.setattr(command, "Source", None)  # nothing is loaded where nothing is missing
+    assert main(options) == 0
+    assert json.loads(file.read_text()) == record
