@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dropbp.bench.real import command, tasks, training
 from dropbp.bench.real.training import Run, Source, batches, decayed
 
