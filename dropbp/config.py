@@ -22,7 +22,7 @@ class Config:
 
     Attributes:
         drop_rate: share of the branches' backward FLOPs to skip, 0 <= drop_rate < 1.
-        masks: name of the sampler that draws masks; see `dropbp.masks.samplers.sampler_kinds()`.
+        masks: name of the sampler that draws masks; see `dropbp.masks.sampler_kinds()`.
         seed: of the masks; the same on every rank.
         rates: each branch's initial drop rate: `uniform` (all `drop_rate`), a depth profile of
             `dropbp.masks.rates.depth_rates`, or a sequence of numbers; `auto` takes what suits the sampler.

@@ -33,8 +33,9 @@ from dropbp.engine.trained import figures, remarks, settled, tell
 from dropbp.errors import ConfigError, StateError
 from dropbp.flops import Shape
 from dropbp.lazy.grouping import ParameterGroup
+from dropbp.masks.budget import out_of_reach, shortfall
 from dropbp.masks.online import Online
-from dropbp.masks.samplers import Mask, sampler_kinds
+from dropbp.masks.registry import Mask, sampler_kinds
 from dropbp.masks.schedule import Schedule
 from dropbp.masks.statistics import table
 from dropbp.sensitivity.measure import Calibration, Closure, mean_over_ranks, measure, own_squares
@@ -97,7 +98,7 @@ def enable(
         )
     handle = Handle(model, config, adapter, find(model, example_inputs, branches))
     tell(handle.engine.trained, handle.config, handle.rates)
-    unmet = handle.schedule.out_of_reach()
+    unmet = out_of_reach(handle.schedule)
     if unmet is not None:
         logger.warning("%s: %s", type(model).__name__, unmet)
     return handle
@@ -376,9 +377,9 @@ class Handle:
 
     def remove(self) -> None:
         """Remove DropBP from the model exactly; warn if the run missed its budget. A second call does nothing."""
-        shortfall = self.schedule.shortfall() if self.enabled else None
-        if shortfall is not None:
-            logger.warning("DropBP missed its budget: %s", shortfall)
+        missed = shortfall(self.schedule) if self.enabled else None
+        if missed is not None:
+            logger.warning("DropBP missed its budget: %s", missed)
         self.engine.stop()
         if self._labelled is not None:
             self._labelled.remove()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import dropbp
-from dropbp.masks import samplers as masks
+from dropbp.masks import registry
 from tests.common.engine_models import llama_loss, tiny_llama, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def given(folder: Path) -> dict[str, Any]:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a block may write, and what it may register, without a trace."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(masks, "_SAMPLERS", dict(masks._SAMPLERS))
+    monkeypatch.setattr(registry, "_SAMPLERS", dict(registry._SAMPLERS))
     return tmp_path
 
 

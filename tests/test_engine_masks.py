@@ -8,7 +8,7 @@ from torch import nn
 
 import dropbp
 from dropbp.errors import ConfigError
-from dropbp.masks import samplers
+from dropbp.masks import register_sampler, registry, samplers
 from tests.common.engine_models import (
     assert_same_gradients,
     llama_loss,
@@ -254,8 +254,8 @@ def test_the_length_of_the_run_changes_nothing_for_other_masks():
 
 def test_a_sampler_of_ones_own_that_drops_prefixes_is_treated_as_nested_is(monkeypatch):
     """What `nested` asks of the engine and the schedule it says itself; no one asks for its name."""
-    monkeypatch.setattr(samplers, "_SAMPLERS", dict(samplers._SAMPLERS))
-    samplers.register_sampler("twin", rates="shelf", annealed_rates="band", prefixes=True)(samplers.nested)
+    monkeypatch.setattr(registry, "_SAMPLERS", dict(registry._SAMPLERS))
+    register_sampler("twin", rates="shelf", annealed_rates="band", prefixes=True)(samplers.nested)
     runs = []
     for masks in ("nested", "twin"):
         model, handle = enabled(masks=masks, steps=12)

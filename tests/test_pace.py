@@ -14,9 +14,10 @@ from dropbp.errors import ConfigError, StateError
 from dropbp.flops import FlopsModel, Shape
 from dropbp.lazy.warmup import Layer, Rehearsal
 from dropbp.masks import sampler_kinds
+from dropbp.masks.budget import TOLERANCE, shortfall
 from dropbp.masks.pace import Curve
 from dropbp.masks.plan import Conditions
-from dropbp.masks.schedule import TOLERANCE, Schedule
+from dropbp.masks.schedule import Schedule
 
 BRANCHES = 24
 FLOPS = FlopsModel(({"s": 2.0, "ss": 0.01}, {"s": 3.0}) * (BRANCHES // 2))
@@ -68,7 +69,7 @@ class Run:
 
     def assert_on_target(self, target: float) -> None:
         assert self.one.statistics.drop_rate == pytest.approx(self.rate)
-        assert abs(self.rate - target) <= TOLERANCE + 1e-9 or self.one.shortfall() is not None
+        assert abs(self.rate - target) <= TOLERANCE + 1e-9 or shortfall(self.one) is not None
 
 
 @settings(deadline=None, max_examples=50)
@@ -208,7 +209,7 @@ def test_another_accumulation_leaves_the_rest_of_the_run_what_it_was(factor):
     for _ in range(int(100 * factor)):
         rest.forward()
     assert len(set(rest.masks)) > (3 if factor > 1 else 1)
-    assert run.one.shortfall() is None
+    assert shortfall(run.one) is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_other_options_may_change(change, caplog):
         if place % 2:
             run.one.resample()
         run.forward()
-    assert abs(run.rate - 0.5) <= TOLERANCE or run.one.shortfall()
+    assert abs(run.rate - 0.5) <= TOLERANCE or shortfall(run.one)
     if "warmup" in change:
         assert not any(any(mask) for mask in run.masks[60:80])
 
@@ -259,14 +260,14 @@ def test_branches_without_a_backward_are_no_part_of_the_budget(drop_rate, masks,
         assert not any(one.mask[i] for i in dead)
     assert all(one.rates[i] == 0 for i in dead)
     assert one.statistics.drop_rate == pytest.approx(dropped / (300 * sum(flops)))
-    assert abs(one.statistics.drop_rate - drop_rate) <= TOLERANCE or one.shortfall()
+    assert abs(one.statistics.drop_rate - drop_rate) <= TOLERANCE or shortfall(one)
 
 
 def test_a_model_without_any_backward_in_its_branches_drops_nothing_and_says_so(caplog):
     one = schedule(0.5, weights=Alive(set(range(BRANCHES))))
     assert "No branch has a backward" in caplog.text
     assert one.next(Shape(2, 32), ALONE).dropped == 0
-    assert one.shortfall() is None
+    assert shortfall(one) is None
 
 
 @settings(deadline=None, max_examples=30)
@@ -293,7 +294,7 @@ def test_every_drawn_mask_trains_something(drop_rate, masks, trained, known):
         assert trains(one.next(Shape(2, 32), ALONE).dropped)
         twin.next(Shape(2, 32), ALONE)
         assert one.mask == twin.mask
-    assert abs(one.statistics.drop_rate - drop_rate) <= TOLERANCE or one.shortfall()
+    assert abs(one.statistics.drop_rate - drop_rate) <= TOLERANCE or shortfall(one)
 
 
 def test_a_redrawn_mask_keeps_each_rate_but_for_what_it_must():

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import dropbp
-from dropbp.masks.samplers import Mask, Sampler
+from dropbp.masks.registry import Mask
+from dropbp.masks.samplers import Sampler
 
 
 class DetachedBranches:

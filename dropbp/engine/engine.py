@@ -36,7 +36,8 @@ from dropbp.flops import shape_of
 from dropbp.inputs import Asked
 from dropbp.lazy.warmup import Layer, Rehearsal
 from dropbp.masks.plan import Conditions, ForwardPlan
-from dropbp.masks.samplers import Mask, bits, sampler_kind
+from dropbp.masks.registry import Mask, sampler_kind
+from dropbp.masks.samplers import bits
 from dropbp.masks.schedule import Schedule
 from dropbp.tensors import ask_for_gradients
 

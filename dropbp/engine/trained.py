@@ -20,7 +20,7 @@ from torch import nn
 
 from dropbp.config import Config
 from dropbp.discovery.structure import EXACT, Structure
-from dropbp.masks.samplers import sampler_kind
+from dropbp.masks.registry import sampler_kind
 
 logger = logging.getLogger(__name__)
 

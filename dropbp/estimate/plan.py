@@ -34,7 +34,7 @@ from dropbp.estimate.stepcost import (
 from dropbp.estimate.table import plan_table
 from dropbp.estimate.workload import Loss, Workload, in_training, is_count, precision_of, shape_asked_for
 from dropbp.flops import Shape
-from dropbp.masks.samplers import Mask, sampler_kind
+from dropbp.masks.registry import Mask, sampler_kind
 from dropbp.session import Handle, enable
 
 DROP_RATES = (0.0, 0.5, 0.75, 0.875)

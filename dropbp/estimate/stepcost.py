@@ -26,7 +26,8 @@ from dropbp.device import Device
 from dropbp.estimate.footprint import Optimizer
 from dropbp.estimate.workload import Workload
 from dropbp.flops import Shape
-from dropbp.masks.samplers import Mask, bits
+from dropbp.masks.registry import Mask
+from dropbp.masks.samplers import bits
 from dropbp.masks.schedule import Schedule
 
 if TYPE_CHECKING:

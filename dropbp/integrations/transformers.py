@@ -25,7 +25,7 @@ from dropbp.files import write_text
 from dropbp.integrations.batches import first_batch
 from dropbp.integrations.by_branch import ByBranch, is_sharded
 from dropbp.integrations.replay import LossReplay
-from dropbp.masks.samplers import sampler_kind
+from dropbp.masks.registry import sampler_kind
 from dropbp.session import Handle, compile_blocks, enable
 
 try:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass
@@ -37,19 +36,6 @@ class Online:
     @classmethod
     def new(cls, count: int, forwards: int = 0, dropped: Sequence[int] | None = None) -> Online:
         return cls([0.0] * count, [0.0] * count, 0, forwards, list(dropped or [0] * count))
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], count: int) -> Online:
-        """Raises KeyError, TypeError or ValueError where the state is damaged."""
-        sums, weights = [float(x) for x in state["sums"]], [float(x) for x in state["weights"]]
-        dropped = [int(x) for x in state["dropped"]]
-        if not len(sums) == len(weights) == len(dropped) == count:
-            raise ValueError(f"online averages of {len(sums)} branches, the model has {count}")
-        return cls(sums, weights, int(state["calls"]), int(state["forwards"]), dropped)
-
-    def state(self) -> dict[str, Any]:
-        """Plain numbers and lists."""
-        return dataclasses.asdict(self)
 
     def observe(self, squares: Sequence[float], forwards: int, dropped: Sequence[int], decay: float) -> None:
         """Take in the squared gradient norms of a step, of the branches that were kept in it."""

@@ -9,22 +9,20 @@ of different masks (`nested`, `pool`). `independent` is the paper's (arXiv:2402.
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import accumulate
 from random import Random
 from typing import Any, TypeVar
 
-from dropbp.checks import Rates, check_lengths, checked_flops, checked_mask, checked_rates
+from dropbp.checks import Rates, check_lengths, checked_flops, checked_rates
 from dropbp.errors import ConfigError
+from dropbp.masks.registry import Draws, Mask, register_sampler, sampler_kind
 
-Mask = tuple[bool, ...]
 T = TypeVar("T")
 
 AHEAD = 8  # draws made at once
@@ -32,94 +30,6 @@ _TWO_64 = 1 << 64
 _FAR = 1 << 40
 _DIGITS = b"01" + bytes(254)  # of the bytes 0 and 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill the unit circle most evenly
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What a mask sampler makes of rates.
-
-    Attributes:
-        draw: the mask of a step.
-        every: all masks that can occur, if they are few.
-        edges: where each of `every` follows from a number from 0 to below 1, the smallest number of each, rising: the
-            masks then have an order, in which a run may take them.
-    """
-
-    draw: Callable[[int], Mask]
-    every: tuple[Mask, ...] | None = None
-    edges: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class SamplerKind:
-    """A registered mask sampler, and what it asks of those who use it.
-
-    Attributes:
-        name: it is chosen by.
-        build: `build(rates, flops, seed, **options)` gives its `Draws`.
-        rates: the depth profile that drop rates follow by default; see `dropbp.masks.rates.depth_rates`.
-        annealed_rates: the profile in a run of known length, whose masks are then taken in their order, the deepest
-            first; None where they have no order. Options given to the sampler keep it from that.
-        prefixes: each mask drops the lowest branches and no others. Then what lies below the border is frozen with
-            them, parallel branches are dropped together, the share of activations that a step keeps is limited, and
-            sensitivities set no rates.
-    """
-
-    name: str
-    build: Callable[..., Draws]
-    rates: str = "uniform"
-    annealed_rates: str | None = None
-    prefixes: bool = False
-
-    @property
-    def summary(self) -> str:
-        """First line of the sampler's docstring."""
-        return (inspect.getdoc(self.build) or "").partition("\n")[0]
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Names of the options that `build` takes by keyword."""
-        parameters = inspect.signature(self.build).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-
-
-_SAMPLERS: dict[str, SamplerKind] = {}
-
-
-def register_sampler(name: str, **traits: Any) -> Callable[[Callable[..., Draws]], Callable[..., Draws]]:
-    """Decorator that makes a function `(rates, flops, seed, *, option=default) -> Draws` known as mask sampler `name`.
-
-    `rates` and `flops` arrive checked, as tuples of floats. `draw(step)` must be a pure function of its step. `traits`
-    are what the sampler asks of those who use it: see `SamplerKind`.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-
-    def register(build: Callable[..., Draws]) -> Callable[..., Draws]:
-        if name in _SAMPLERS:
-            raise ConfigError(
-                f"mask sampler {name!r} is registered already; known are {', '.join(sampler_kinds())}. Rename."
-            )
-        _SAMPLERS[name] = SamplerKind(name, build, **traits)
-        return build
-
-    return register
-
-
-def sampler_kinds() -> Mapping[str, SamplerKind]:
-    """All registered mask samplers by name, in alphabetical order."""
-    return dict(sorted(_SAMPLERS.items()))
-
-
-def sampler_kind(name: str) -> SamplerKind:
-    """The mask sampler registered as `name`. Raises ConfigError that lists the known ones."""
-    if name not in tuple(_SAMPLERS):  # not the mapping, which would want to hash it
-        raise ConfigError(
-            f"mask sampler {name!r} is unknown; known are {', '.join(sampler_kinds())}. Pass one of these, or add your "
-            "own with dropbp.masks.samplers.register_sampler."
-        )
-    return _SAMPLERS[name]
 
 
 class Sampler:
@@ -176,15 +86,6 @@ class Sampler:
         """The `attempt`-th other mask for draw number `step`, taken from draws that no run reaches."""
         return self._draws.draw(step + attempt * _FAR)
 
-    @property
-    def max_masks(self) -> int | None:
-        """How many different masks can occur: at most N+1 for nested, pool_size for pool; None = no bound kept."""
-        return None if self.distinct_masks is None else len(self.distinct_masks)
-
-    def with_rates(self, rates: Iterable[float]) -> Sampler:
-        """The same mask sampler, seed and options with other rates."""
-        return Sampler(self.kind, rates, self.flops, self.seed, **self.options)
-
     def __reduce__(self) -> tuple[Callable[..., Sampler], tuple[object, ...]]:
         return partial(Sampler, **self.options), (self.kind, self.rates, self.flops, self.seed)
 
@@ -199,13 +100,6 @@ class Sampler:
 def bits(mask: Mask) -> int:
     """A mask as a number: bit i for branch i."""
     return int(b"0" + bytes(mask)[::-1].translate(_DIGITS), 2)
-
-
-def realised_rate(mask: Sequence[bool], flops: Iterable[float]) -> float:
-    """Share of the FLOPs whose backward `mask` drops. Raises ConfigError for wrong entries or unequal lengths."""
-    work, drops = checked_flops(flops), checked_mask(mask)
-    check_lengths("mask", drops, work)
-    return math.fsum(f for f, dropped in zip(work, drops, strict=True) if dropped) / math.fsum(work)
 
 
 def _build(name: str, options: Mapping[str, Any]) -> Callable[..., Draws]:

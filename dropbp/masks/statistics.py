@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
-from dropbp.masks.samplers import Mask
+from dropbp.masks.registry import Mask
 
 if TYPE_CHECKING:
     from dropbp.discovery.structure import Branch

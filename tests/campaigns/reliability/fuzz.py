@@ -18,8 +18,8 @@ import dropbp
 from dropbp import checks, device
 from dropbp.config import Config
 from dropbp.errors import DropBPError
+from dropbp.masks import Sampler, sampler_kinds
 from dropbp.masks import rates as allocation
-from dropbp.masks import samplers as masks
 from tests.campaigns.reliability.values import damaged, hostile
 from tests.common.engine_models import plain_batch, plain_loss, plain_net
 
@@ -84,11 +84,11 @@ def _arguments(random: Random, good: dict[str, Any], most: int = 2) -> dict[str,
 
 
 def _options(how: str) -> dict[str, Any]:
-    return {name: SAMPLER_OPTIONS[name] for name in masks.sampler_kinds()[how].options if name in SAMPLER_OPTIONS}
+    return {name: SAMPLER_OPTIONS[name] for name in sampler_kinds()[how].options if name in SAMPLER_OPTIONS}
 
 
 def _enable(random: Random) -> None:
-    name = random.choice(sorted(masks.sampler_kinds()))
+    name = random.choice(sorted(sampler_kinds()))
     given = _arguments(random, {**ENABLE, "masks": name, **_options(name)})
     model = plain_net(blocks=2)
     before = set(model.__dict__)
@@ -127,15 +127,11 @@ def _depth_rates(random: Random) -> None:
 
 
 def _sampler(random: Random) -> None:
-    name = random.choice(sorted(masks.sampler_kinds()))
+    name = random.choice(sorted(sampler_kinds()))
     given = _arguments(random, {"how": name, "rates": RATES, "flops": FLOPS, "seed": 0, **_options(name)})
     positional = [given.pop(key) for key in ("how", "rates", "flops", "seed")]
-    sampler = masks.Sampler(*positional, **given)
+    sampler = Sampler(*positional, **given)
     sampler.draw(hostile(random) if random.random() < 0.5 else 3)
-
-
-def _realised_rate(random: Random) -> None:
-    masks.realised_rate(*_arguments(random, {"mask": (True, False, True, False), "flops": FLOPS}).values())
 
 
 def _checks(random: Random) -> None:
@@ -270,7 +266,6 @@ TARGETS: dict[str, Callable[[Random], None]] = {
     "analyze": _analyze,
     "depth_rates": _depth_rates,
     "Sampler": _sampler,
-    "realised_rate": _realised_rate,
     "checks": _checks,
     "get_device": _get_device,
     "handle": _handle,

@@ -1,0 +1,51 @@
+"""Whether a run meets its drop rate: what to say before it, and after."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dropbp.masks.schedule import Schedule
+
+TOLERANCE = 0.02  # of the realised drop rate
+
+
+def out_of_reach(schedule: Schedule) -> str | None:
+    """What to say beforehand where the masks that meet the drop rate would leave nothing to train."""
+    here = schedule.here
+    edges, every = (here.sampler.edges, schedule.every) if here.total else (None, None)
+    if edges is None or every is None:
+        return None
+    widths = [end - start for start, end in itertools.pairwise((*edges, 1.0))]
+    trained = [(width, here.share(mask)) for width, mask in zip(widths, every, strict=True) if schedule.trains(mask)]
+    target = here.planned / here.total
+    most = max((share for _, share in trained), default=0.0)
+    mean = sum(width * share for width, share in trained) / (sum(width for width, _ in trained) or 1.0)
+    found = min(target, most) if schedule.anneals else mean
+    if target - found <= TOLERANCE:
+        return None
+    return (
+        f"A drop rate of {target:g} is out of reach: masks that drop much leave nothing to train here, and others "
+        f"are taken in their place. About {found:.2f} of the branches' backward FLOPs will be dropped. Take a "
+        "lower drop rate, train parameters in the last branches as well, or take masks='exact'."
+    )
+
+
+def shortfall(schedule: Schedule) -> str | None:
+    """What to say at the end of a run that missed its budget."""
+    done, pace = schedule.statistics, schedule.pace
+    target = done.drawn_planned / max(done.drawn_seen, 1.0)
+    if abs(done.drawn_rate - target) <= TOLERANCE:
+        return None
+    early = schedule.anneals and not pace.over and pace.now < 1 - pace.width / 2
+    advice = (
+        f"that were {min(1.0, pace.now):.0%} of the run. Annealed masks drop little at first and much at "
+        "last: give the run's true length as steps=..., tell handle.progress(share), or leave both out."
+        if early
+        else "without the warm-up. Longer runs come nearer, and batches that do not grow shorter toward the end."
+    )
+    return (
+        f"{done.drawn_rate:.3f} of the branches' backward FLOPs were dropped, the target was {target:.3f}, in "
+        f"{done.forwards} forwards {advice}"
+    )

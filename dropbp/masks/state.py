@@ -1,0 +1,140 @@
+"""The state of a schedule: what a resumed run needs to draw the same masks. Written and read here.
+
+Each field of `State` is an attribute of `Schedule`. It is written by its name and read by its type, so a further one
+takes a line here and a line in `Schedule.load`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dropbp.checks import check_lengths, checked_rates, short
+from dropbp.errors import StateError
+from dropbp.flops import Shape
+from dropbp.masks.at_shape import Rates
+from dropbp.masks.online import Online
+from dropbp.masks.pace import Pace
+from dropbp.masks.registry import Mask
+from dropbp.masks.statistics import Statistics
+
+if TYPE_CHECKING:
+    from dropbp.masks.schedule import Schedule
+
+STATE_VERSION = 2
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where a schedule is: options that a resumed run may change, rates that were set, and all that counts."""
+
+    options: Mapping[str, Any]
+    given: Rates | None
+    shape: Shape
+    agreed: Shape | None
+    draws: int
+    mask: Mask | None
+    current: Mask | None
+    pace: Pace
+    statistics: Statistics
+    sensitivities: Rates | None
+    own: Rates | None
+    online: Online
+
+
+def written(schedule: Schedule) -> dict[str, Any]:
+    """The state as plain numbers, lists and strings."""
+    parts = {field.name: _plain(getattr(schedule, field.name)) for field in dataclasses.fields(State)}
+    return {"version": STATE_VERSION, **schedule.identity, **parts}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Shape):
+        return list(dataclasses.astuple(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read(state: Any, schedule: Schedule) -> State:
+    """The state, if it is whole, of this version and of a run like the schedule's.
+
+    Raises:
+        StateError: it is not; the message says in what they differ, or what is damaged.
+    """
+    found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+    if not isinstance(state, Mapping) or not isinstance(found, int) or found != STATE_VERSION:
+        raise StateError(f"The DropBP state is of version {short(found)}; this library reads version {STATE_VERSION}.")
+    for key, mine in schedule.identity.items():
+        if type(state.get(key)) is not type(mine) or state[key] != mine:
+            raise StateError(
+                f"The DropBP state belongs to another run: its {key} are {short(state.get(key))}, this "
+                f"model's are {short(mine)}. Enable the same model with the same options before loading."
+            )
+    try:
+        saved = _of(State, state, len(schedule.names))
+        if saved.given is not None:
+            schedule.check_trains(checked_rates(saved.given))
+        if not saved.pace.width > 0:
+            raise ValueError(f"a width of {saved.pace.width:g}")
+    except DAMAGE as error:
+        raise StateError(f"The DropBP state is damaged ({error}); nothing was loaded.") from error
+    return saved
+
+
+def _of(kind: type[T], values: Mapping[str, Any], branches: int) -> T:
+    """A dataclass from its fields, each of which must be there."""
+    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: _value(type_, name, values[name], branches) for name, type_ in fields.items()})
+
+
+def _value(type_: str, name: str, value: Any, branches: int) -> Any:
+    """One field; where it holds several values, it has one for each branch."""
+    optional = type_.removesuffix(" | None")
+    if value is None and optional != type_:
+        return None
+    if optional in _PARTS:
+        return _of(_PARTS[optional], value, branches)
+    values = _READERS[optional](value)
+    if isinstance(values, (list, tuple)):
+        check_lengths(name, values, range(branches))
+    return values
+
+
+def _shape(sizes: Sequence[int]) -> Shape:
+    return Shape(*map(_count, sizes))
+
+
+def _mask(mask: Any) -> Mask:
+    if not all(isinstance(drop, bool) for drop in mask):
+        raise ValueError(f"a mask is {short(mask)}, not a list of bools")
+    return tuple(mask)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"a count is {short(value)}, not a number of 0 and above")
+    return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < float("inf"):
+        raise ValueError(f"{short(value)} is not a finite number")
+    return float(value)
+
+
+_PARTS: Mapping[str, type[Any]] = {"Online": Online, "Pace": Pace, "Statistics": Statistics}
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "Mapping[str, Any]": dict,
+    "Mask": _mask,
+    "Rates": lambda values: tuple(map(float, values)),
+    "Shape": _shape,
+    "float": _number,
+    "int": _count,
+    "list[float]": lambda values: list(map(_number, values)),
+    "list[int]": lambda values: list(map(_count, values)),
+}
