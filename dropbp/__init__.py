@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from dropbp.errors import ResourceError as ResourceError
     from dropbp.errors import StateError as StateError
     from dropbp.estimate.plan import plan as plan
+    from dropbp.handle import Handle as Handle
     from dropbp.masks.rates import allocate as allocate
-    from dropbp.session import Handle as Handle
     from dropbp.session import compile_blocks as compile_blocks
     from dropbp.session import disable as disable
     from dropbp.session import enable as enable
@@ -44,7 +44,7 @@ _HOMES = {
     "StateError": "dropbp.errors",
     "plan": "dropbp.estimate.plan",
     "compile_blocks": "dropbp.session",
-    "Handle": "dropbp.session",
+    "Handle": "dropbp.handle",
     "disable": "dropbp.session",
     "discover": "dropbp.discovery.discover",
     "enable": "dropbp.session",

@@ -14,8 +14,9 @@ import pytest
 import torch
 from dropbp.bench import parts as command
 from dropbp.bench.common import presets, records
+from dropbp.bench.common.models import build_model
 from dropbp.bench.common.presets import MODELS, SeqlenPreset, ThroughputPreset, Training
-from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
+from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_optimizer, loss_of
 from dropbp.bench.learning import accuracy
 from dropbp.bench.memory import seqlen
 from dropbp.bench.memory.bisection import largest
@@ -24,6 +25,7 @@ from dropbp.bench.report import paper, tables
 from dropbp.bench.report.derive import backward_shares, figures, length_ratios, parts_of, share_error
 from dropbp.bench.report.limits import Parts, limit_s, median_spread, share_of_possible_saving
 from dropbp.bench.throughput import command as throughput
+from dropbp.bench.throughput import rounds
 
 import dropbp
 from dropbp.device import get_device
@@ -208,7 +210,7 @@ def test_quantised_model_trains_its_adapters() -> None:
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_chunked_loss_is_the_plain_loss(tuning: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dropbp.bench.common.setup.CHUNK_TOKENS", 24)
+    monkeypatch.setattr("dropbp.bench.common.models.CHUNK_TOKENS", 24)
     ids = build_batch(TINY, 2, 48, "cpu")
     outcomes = []
     for loss in ("plain", "chunked"):
@@ -395,7 +397,7 @@ def test_plain_backward_is_split_into_blocks_and_rest(measured: Path) -> None:
 
 
 def test_blocks_backward_ends_with_the_backward_where_nothing_below_needs_a_gradient() -> None:
-    bench = throughput.Bench(SMALL, Training("lora", "fp32"), [PLAIN], CPU)
+    bench = rounds.Bench(SMALL, Training("lora", "fp32"), [PLAIN], CPU)
     timing = bench.step(bench.lanes[0], split=True)
     assert 0 < timing["blocks_backward_s"] <= timing["backward_s"]
 
@@ -467,7 +469,7 @@ def test_finished_runs_are_not_run_again(measured: Path, monkeypatch: pytest.Mon
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(throughput, "build_model", refuse)
+    monkeypatch.setattr(rounds, "build_model", refuse)
     throughput.run_preset("small", SMALL, throughput_args(measured))
     with pytest.raises(AssertionError, match="built again"):
         throughput.run_preset("small", SMALL, throughput_args(measured, "--again"))
@@ -479,7 +481,7 @@ def test_run_that_fails_does_not_keep_others_from_running(tmp_path: Path, monkey
             raise torch.OutOfMemoryError("no memory left")
         return build_model(model, training, device)
 
-    monkeypatch.setattr(throughput, "build_model", build)
+    monkeypatch.setattr(rounds, "build_model", build)
     preset = ThroughputPreset(TINY, (Training("full", "fp32"), Training("lora", "fp32")), (0.5,), 1, 16, 1, 0)
     throughput.run_preset("two", preset, throughput_args(tmp_path))
     (finished,), (failed,) = records.read_all(tmp_path, "throughput"), records.read_unfinished(tmp_path, "throughput")

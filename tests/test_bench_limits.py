@@ -9,9 +9,10 @@ from typing import Any, cast
 import pytest
 import torch
 from dropbp.bench.common import options
+from dropbp.bench.common.models import build_model
 from dropbp.bench.common.options import TimeLimit
 from dropbp.bench.common.presets import ThroughputPreset, Training
-from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_model, build_optimizer, loss_of
+from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_optimizer, loss_of
 from dropbp.bench.memory.probe import (
     Probe,
     Workplace,
@@ -21,7 +22,7 @@ from dropbp.bench.memory.probe import (
     tried_in_a_process,
 )
 from dropbp.bench.report import tables
-from dropbp.bench.throughput import command as throughput
+from dropbp.bench.throughput.rounds import Bench
 
 from dropbp.device import get_device
 from dropbp.errors import ConfigError
@@ -168,7 +169,7 @@ def test_no_time_at_all_is_refused() -> None:
 
 def test_rounds_end_early_but_never_before_one_that_counts() -> None:
     preset = ThroughputPreset(TINY, (Training("full", "fp32"),), (0.5,), 1, 16)
-    bench = throughput.Bench(preset, preset.trainings[0], [PLAIN, Variant("exact", 0.5)], CPU)
+    bench = Bench(preset, preset.trainings[0], [PLAIN, Variant("exact", 0.5)], CPU)
     bench.run_rounds(1, 50, "over", TimeLimit(0))
     assert {len(steps) for steps in bench.steps.values()} == {1}
     assert {len(steps) for steps in bench.warmup_steps.values()} == {1}

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from dropbp.bench.common import processes, records, setup
+from dropbp.bench.common import models, processes, records
 from dropbp.bench.common.presets import SeqlenPreset, ThroughputPreset, Training
 from dropbp.bench.common.setup import PLAIN, Variant
 from dropbp.bench.memory import probe, seqlen
 from dropbp.bench.report import paper, tables
 from dropbp.bench.report.derive import figures, grown, length_ratios
 from dropbp.bench.throughput import command as throughput
+from dropbp.bench.throughput.rounds import Bench
 
 from dropbp.device import get_device
 from dropbp.errors import ConfigError
@@ -105,7 +106,7 @@ def test_versions_name_the_build_of_torch() -> None:
 
 def test_rounds_of_a_stopped_run_are_kept_and_have_other_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = ThroughputPreset(TINY, (FULL,), (0.5,), 1, 16, 3, 1)
-    step, done = throughput.Bench.step, []
+    step, done = Bench.step, []
 
     def stop_in_the_middle(self: Any, lane: Any, *rest: Any, **options: Any) -> Any:
         done.append(lane.variant.name)
@@ -113,7 +114,7 @@ def test_rounds_of_a_stopped_run_are_kept_and_have_other_masks(tmp_path: Path, m
             raise KeyboardInterrupt
         return step(self, lane, *rest, **options)
 
-    monkeypatch.setattr(throughput.Bench, "step", stop_in_the_middle)
+    monkeypatch.setattr(Bench, "step", stop_in_the_middle)
     args = arguments(throughput, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         throughput.run_preset("small", preset, args)
@@ -131,14 +132,14 @@ def test_rounds_of_a_stopped_run_are_kept_and_have_other_masks(tmp_path: Path, m
 
 
 def without_memory(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    step = throughput.Bench.step
+    step = Bench.step
 
     def steps(self: Any, lane: Any, *rest: Any, **options: Any) -> Any:
         if lane.variant.name in names:
             raise torch.OutOfMemoryError("no memory left")
         return step(self, lane, *rest, **options)
 
-    monkeypatch.setattr(throughput.Bench, "step", steps)
+    monkeypatch.setattr(Bench, "step", steps)
 
 
 @pytest.mark.parametrize("absent", ["plain", "exact-0.5"])
@@ -170,7 +171,7 @@ def test_a_run_none_of_whose_variants_has_memory_fails(tmp_path: Path, monkeypat
 def test_growth_runs_alone_and_a_micro_batch_that_fragments_memory_is_made_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = throughput.Bench.step
+    step = Bench.step
 
     def steps(self: Any, lane: Any, *rest: Any, **options: Any) -> Any:
         if lane.variant.name == "exact-0.875" and options["ids_BS"].shape[0] >= largest[0]:
@@ -179,7 +180,7 @@ def test_growth_runs_alone_and_a_micro_batch_that_fragments_memory_is_made_small
         return step(self, lane, *rest, **options)
 
     largest = [0]
-    monkeypatch.setattr(throughput.Bench, "step", steps)
+    monkeypatch.setattr(Bench, "step", steps)
     preset = ThroughputPreset(TINY, (FULL,), (0.875,), 1, 24, 2, 1, (FULL,), 4.0, 2)
     assert throughput.run_preset("small", preset, arguments(throughput, tmp_path, "--growth-only")) == 0
     assert records.read_all(tmp_path, "throughput") == []
@@ -254,7 +255,7 @@ def test_without_bitsandbytes_qlora_is_not_run_and_nothing_is_filed(
 
 def test_kernels_that_are_not_installed_or_not_known_are_named() -> None:
     with pytest.raises(ConfigError, match="kernels is 'fast'; allowed: torch, or of liger, flash"):
-        setup.check_training(Training(kernels="fast"))
+        models.check_training(Training(kernels="fast"))
     assert "kernels" not in Training().configuration() and Training(kernels="liger").configuration()["kernels"]
     assert Training("full", kernels="flash").name == "full-bf16-flash"
 

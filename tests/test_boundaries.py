@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.common.picture import PAGE, imports, mermaid, page_with, reduced
+from tests.common.picture import PAGE, imports, longest_chain, mermaid, page_with, reduced
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("dropbp", "backends", "bench")
 OF_TORCH = {name for name in (*dir(torch.Tensor), *vars(nn.Module())) if name.startswith("_")}
+MOST_LINES, MOST_MODULES, LONGEST_CHAIN = 400, 16, 9
 OF_OTHERS = "habana_frameworks"  # mirrors a package that is not ours, with its private names
 
 
@@ -90,3 +91,26 @@ def test_the_picture_of_the_architecture_is_drawn_from_the_code() -> None:
 
 def test_an_arrow_that_follows_from_others_is_left_out() -> None:
     assert reduced({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}
+
+
+def too_long(files: Mapping[str, str]) -> list[str]:
+    """Files with more lines than a reader takes in at once."""
+    return [file for file, text in files.items() if len(text.splitlines()) > MOST_LINES]
+
+
+def test_files_are_short_and_few_lie_beside_the_folders() -> None:
+    files = {str(path): path.read_text() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    assert too_long(files) == []
+    assert len(list((ROOT / "dropbp").glob("*.py"))) <= MOST_MODULES
+
+
+def test_a_file_that_is_too_long_is_named() -> None:
+    assert too_long({"short.py": "x\n" * MOST_LINES, "long.py": "x\n" * (MOST_LINES + 1)}) == ["long.py"]
+
+
+def test_the_longest_chain_of_imports_is_short() -> None:
+    assert longest_chain(imports()) <= LONGEST_CHAIN
+
+
+def test_a_chain_is_counted_by_its_parts() -> None:
+    assert longest_chain({"a": {"b", "d"}, "b": {"c"}, "c": {"d"}, "d": set()}) == 4

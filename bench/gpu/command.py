@@ -24,10 +24,11 @@ from dropbp.device import get_device
 from dropbp.errors import ConfigError
 
 from ..common import records
+from ..common.models import KERNELS
 from ..common.options import device_name
 from ..common.presets import MODELS, SEQLEN, THROUGHPUT, ThroughputPreset, Training
 from ..common.processes import Worker, stoppable
-from ..common.setup import KERNELS, SAMPLERS
+from ..common.setup import SAMPLERS
 from ..report import paper
 from .invariants import PRESETS as INVARIANTS
 

@@ -22,22 +22,11 @@ import dropbp
 from dropbp.device import Device, get_device
 
 from ..common import records
+from ..common.models import build_model, check_packages
 from ..common.options import add_run_arguments, check_only, device_name, progress, settle
 from ..common.presets import DROP_RATES, Training, chosen
 from ..common.reference_detach import DetachedBranches
-from ..common.setup import (
-    PLAIN,
-    SAMPLERS,
-    Lane,
-    Variant,
-    build_batch,
-    build_model,
-    check_packages,
-    compiler_of,
-    loss_of,
-    many_compilations,
-    twin,
-)
+from ..common.setup import PLAIN, SAMPLERS, Lane, Variant, build_batch, compiler_of, loss_of, many_compilations, twin
 
 KIND = "invariants"
 WAIT = "called a synchronizing CUDA operation"  # what PyTorch's warning says

@@ -27,9 +27,10 @@ from dropbp.device import Device, get_device, known_bytes
 from dropbp.errors import DropBPError
 from dropbp.memory import track_tensor_bytes
 
+from ..common.models import build_model
 from ..common.presets import ThroughputPreset, Training
 from ..common.processes import Worker, answer, requests
-from ..common.setup import Lane, Variant, build_batch, build_model, build_optimizer, loss_of
+from ..common.setup import Lane, Variant, build_batch, build_optimizer, loss_of
 from .bisection import largest
 
 MOST_BATCH = 4096

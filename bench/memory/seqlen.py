@@ -15,9 +15,10 @@ from dropbp.device import get_device
 from dropbp.errors import ConfigError, MissingDependencyError
 
 from ..common import records
+from ..common.models import check_packages
 from ..common.options import add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
 from ..common.presets import DEFAULT_SEQLEN, ENDLESS, SEQLEN, SeqlenPreset, Training, chosen
-from ..common.setup import PLAIN, SAMPLERS, Variant, check_packages
+from ..common.setup import PLAIN, SAMPLERS, Variant
 from .probe import Probe, Workplace, is_border, largest_counted, tried_in_a_process
 
 logger = logging.getLogger(__name__)

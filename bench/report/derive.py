@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from ..common.records import Record
 from ..memory.probe import is_border
-from ..throughput.command import SPLIT, UNRECORDED
+from ..throughput.rounds import SPLIT, UNRECORDED
 from .limits import Parts, limit_s, median_spread, share_of_possible_saving
 
+CLOCK_NAMES = {"wall": "wall clock", "cpu": "CPU time"}
 CLOCKS = {"wall": "_s", "cpu": "_cpu_s"}
 GIB = 1 << 30
 RESAMPLES = 100
@@ -236,3 +237,20 @@ def _nothing_known(entry: dict[str, Any]) -> bool:
 
 def _median(steps: Steps, key: str) -> float:
     return float(statistics.median(step[key] for step in steps))
+
+
+def title_of(run: Record) -> str:
+    """What a run trained, and how."""
+    configuration = run["configuration"]
+    words = [configuration["model"], configuration["tuning"], configuration["dtype"]]
+    words += [word for word in ("checkpointing", "compiled") if configuration[word]]
+    words += ["chunked loss"] if configuration["loss"] != "plain" else []
+    words += [configuration["kernels"]] if "kernels" in configuration else []
+    return ", ".join(words)
+
+
+def memory_title(run: Record) -> str:
+    """What a search for lengths trained, and in how much memory."""
+    budget, model = run["configuration"]["budget_bytes"], run["configuration"]["model"]
+    where = run["budget_is"] if budget is None else f"{budget / (1 << 30):g} GiB of {run['budget_is']}"
+    return f"{model}, {where} ({run['device']['name']})"

@@ -10,15 +10,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dropbp.cli.figures import new_figure, save_figure
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
 from ..common import records
-from ..common.setup import SAMPLERS, TUNINGS
-from ..throughput.command import GROWTH_KIND, KIND
+from ..common.models import TUNINGS
+from ..common.setup import SAMPLERS
+from ..throughput.command import KIND
+from ..throughput.growth import KIND as GROWTH_KIND
 from . import paper
-from .derive import Figures, Length, backward_shares, clocks_of, figures, grown, length_ratios, parts_of, share_error
+from .derive import (
+    CLOCK_NAMES,
+    Figures,
+    Length,
+    backward_shares,
+    clocks_of,
+    figures,
+    grown,
+    length_ratios,
+    memory_title,
+    share_error,
+    title_of,
+)
+from .plots import plot_all
 
 SEQLEN_KIND = "seqlen"
 DOCS = Path("docs")
@@ -31,8 +45,6 @@ OTHER_PAGES = {
 }
 TARGET_SHARE, TARGET_CHECKPOINTED_RATIO, TARGET_RATE = 0.97, 0.42, 0.875
 TARGET_TUNINGS = ("full", "lora")
-PANELS_IN_A_ROW = 3  # full, LoRA, QLoRA
-COLOURS = {"exact": "#1f6f8b", "nested": "#7fb069", "detach": "#c8553d"}
 TARGET_COLUMNS = (
     "run",
     "sequence",
@@ -60,7 +72,6 @@ THROUGHPUT_COLUMNS = (
     "activations",
 )
 AT_LEAST = "≥ "  # the search was cut short by time, so this is no border
-CLOCK_NAMES = {"wall": "wall clock", "cpu": "CPU time"}
 
 INTRO = """# Results
 
@@ -101,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     runs = {kind: _shown_runs(args.output, kind) for kind in (KIND, GROWTH_KIND, SEQLEN_KIND)}
     if not any(runs.values()):
         raise ConfigError(f"{args.output} holds no finished runs. Run `dropbp bench throughput` first.")
-    images = plot_all(runs, args.docs / "img")
+    images = plot_all(runs[KIND], runs[SEQLEN_KIND], args.docs / "img")
     write_text(args.docs / PAGE, page(args.output, runs, images, args.docs))
     sys.stdout.write(f"{args.docs / PAGE}\n")
     return 0
@@ -196,7 +207,7 @@ def _target_rows(run: records.Record) -> list[str]:
     rows = []
     for f in [f for f in by_clock["wall"].values() if f.how == paper.OURS]:
         cells = (
-            _title(run),
+            title_of(run),
             str(run["configuration"]["sequence_length"]),
             f"{f.drop_rate:g}",
             _ratio_cell(run, f),
@@ -248,7 +259,7 @@ def _fixed(value: float | None) -> str:
 def throughput_section(run: records.Record) -> str:
     """One run: every variant, on every clock."""
     tables = [f"{CLOCK_NAMES[clock].capitalize()}:\n\n{_throughput_table(run, clock)}" for clock in clocks_of(run)]
-    return f"### {_title(run)}\n\n{_conditions(run)}\n\n" + "\n\n".join(tables)
+    return f"### {title_of(run)}\n\n{_conditions(run)}\n\n" + "\n\n".join(tables)
 
 
 def _throughput_table(run: records.Record, clock: str) -> str:
@@ -273,15 +284,6 @@ def _figures_row(f: Figures) -> str:
         _fixed(f.activations_ratio),
     )
     return f"| {' | '.join(cells)} |"
-
-
-def _title(run: records.Record) -> str:
-    configuration = run["configuration"]
-    words = [configuration["model"], configuration["tuning"], configuration["dtype"]]
-    words += [word for word in ("checkpointing", "compiled") if configuration[word]]
-    words += ["chunked loss"] if configuration["loss"] != "plain" else []
-    words += [configuration["kernels"]] if "kernels" in configuration else []
-    return ", ".join(words)
 
 
 def _conditions(run: records.Record) -> str:
@@ -312,7 +314,7 @@ def growth_section(run: records.Record) -> str:
     clock = clocks_of(run)[-1]
     memory = f"Memory: {run['budget_bytes'] / (1 << 30):.2f} GiB ({run['budget_is']})."
     lines = [
-        f"### {_title(run)}\n\n{memory} {_conditions(run)} {CLOCK_NAMES[clock].capitalize()}.",
+        f"### {title_of(run)}\n\n{memory} {_conditions(run)} {CLOCK_NAMES[clock].capitalize()}.",
         "",
         "| variant | p | largest micro-batch | tokens/s there | ratio to plain |",
         "|---|---:|---:|---:|---:|",
@@ -329,14 +331,8 @@ def seqlen_tables(runs: Sequence[records.Record]) -> str:
     """One table for each model and memory: trainings down, rates across."""
     groups: dict[str, list[records.Record]] = {}
     for run in runs:
-        groups.setdefault(_memory_title(run), []).append(run)
+        groups.setdefault(memory_title(run), []).append(run)
     return "\n\n".join(f"### {title}\n\n{_seqlen_table(group)}" for title, group in groups.items())
-
-
-def _memory_title(run: records.Record) -> str:
-    budget, model = run["configuration"]["budget_bytes"], run["configuration"]["model"]
-    where = run["budget_is"] if budget is None else f"{budget / (1 << 30):g} GiB of {run['budget_is']}"
-    return f"{model}, {where} ({run['device']['name']})"
 
 
 def _seqlen_table(runs: Sequence[records.Record]) -> str:
@@ -347,7 +343,7 @@ def _seqlen_table(runs: Sequence[records.Record]) -> str:
         for how in SAMPLERS:
             ratios = length_ratios(run, how)
             cells = [_length_cell(ratios.get(rate)) for rate in rates]
-            lines.append(f"| {_title(run).partition(', ')[2]} | {how} | {' | '.join(cells)} |")
+            lines.append(f"| {title_of(run).partition(', ')[2]} | {how} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -372,82 +368,3 @@ def _unfinished_section(root: Path) -> str:
 def _other_pages(docs: Path) -> str:
     found = [f"- [{name}]({name}.md)" for name in OTHER_PAGES if (docs / f"{name}.md").is_file()]
     return "## Other parts of the bench\n\n" + "\n".join(found) if found else ""
-
-
-# -- plots
-
-
-def plot_all(runs: dict[str, list[records.Record]], folder: Path) -> list[str]:
-    """All plots; returns their file names."""
-    names = []
-    related = [run for run in runs[KIND] if parts_of(run) is not None]
-    for model, group in _by_model(related).items():
-        names.append(f"throughput-{model}.png")
-        save_figure(_plot_throughput(group), folder / names[-1])
-    for model, group in _by_model(runs[SEQLEN_KIND]).items():
-        names.append(f"seqlen-{model}.png")
-        save_figure(_plot_seqlen(group), folder / names[-1])
-    return names
-
-
-def _by_model(runs: Iterable[records.Record]) -> dict[str, list[records.Record]]:
-    groups: dict[str, list[records.Record]] = {}
-    for run in runs:
-        groups.setdefault(run["configuration"]["model"], []).append(run)
-    return groups
-
-
-def _figure(columns: int, height: float) -> Any:
-    return new_figure(max(5.0, 2.6 * columns), height)
-
-
-def _plot_throughput(runs: Sequence[records.Record]) -> Any:
-    """Step time relative to plain, bars by rate, the limit as a line on each."""
-    columns = min(len(runs), PANELS_IN_A_ROW)
-    rows = math.ceil(len(runs) / columns)
-    figure = _figure(columns, 3.1 * rows + 0.3)
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for ax, run in zip(panels.flat, runs, strict=False):
-        _draw_bars(ax, [f for f in figures(run, clocks_of(run)[-1]) if f.how != "plain"])
-        ax.set_title(_title(run).partition(", ")[2].replace(", ", "\n", 1), fontsize=9)
-    for ax in panels.flat[len(runs) :]:
-        ax.set_axis_off()
-    for first in panels[:, 0]:
-        first.set_ylabel(f"step time / plain ({CLOCK_NAMES[clocks_of(runs[0])[-1]]})", fontsize=8)
-    panels[0, 0].set_ylim(0, 1)
-    panels[0, 0].legend(fontsize=8)
-    figure.suptitle(runs[0]["configuration"]["model"])
-    return figure
-
-
-def _draw_bars(ax: Any, each: Sequence[Figures]) -> None:
-    hows = list(dict.fromkeys(f.how for f in each))
-    rates = sorted({f.drop_rate for f in each})
-    width = 0.8 / len(hows)
-    for f in each:
-        x = rates.index(f.drop_rate) + width * (hows.index(f.how) - (len(hows) - 1) / 2)
-        first = f.drop_rate == rates[0]
-        ax.bar(x, f.ratio, width, color=COLOURS[f.how], label=f.how if first else None)
-        ax.hlines(f.limit_ratio, x - width / 2, x + width / 2, color="black", label=_limit_label(f, first, hows))
-    ax.set_xticks(range(len(rates)), [f"p = {rate:g}" for rate in rates], fontsize=8)
-
-
-def _limit_label(f: Figures, first: bool, hows: Sequence[str]) -> str | None:
-    return "limit" if first and f.how == hows[0] else None
-
-
-def _plot_seqlen(runs: Sequence[records.Record]) -> Any:
-    """Longest sequence against the drop rate."""
-    figure = _figure(2, 4.0)
-    ax = figure.subplots()
-    for index, run in enumerate(runs):
-        for how, style in zip(SAMPLERS, ("-", ":"), strict=True):
-            lengths = {rate: entry.length for rate, entry in length_ratios(run, how).items()}
-            label = _title(run).partition(", ")[2] if how == SAMPLERS[0] else None
-            ax.plot(list(lengths), list(lengths.values()), style, marker="o", color=f"C{index}", label=label)
-    ax.set_xlabel(f"drop rate ({SAMPLERS[0]} masks; dotted: {SAMPLERS[1]})")
-    ax.set_ylabel("longest sequence, tokens")
-    ax.set_yscale("log", base=2)
-    ax.legend(fontsize=8)
-    ax.set_title(_memory_title(runs[0]), fontsize=9)
-    return figure

@@ -21,9 +21,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from dropbp.discovery.branches import edges_leaving, found_in, together
+from dropbp.discovery.branches import found_in, together
 from dropbp.discovery.graph import Graph, other_sums
-from dropbp.discovery.liveness import ALIVE, Cover, Group, exact_groups, needs
+from dropbp.discovery.liveness import ALIVE, Cover, Group, needs
 from dropbp.discovery.stem import rests, with_unseen
 from dropbp.discovery.structure import EXACT, Branch, BranchOutput, LooseParameter, Site, Structure
 from dropbp.discovery.trace import Call, Trace
@@ -50,8 +50,8 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
             "modules. Name the branches yourself with branches=['layers.0.attention', ...]."
         )
     unexplained = other_sums(graph, {branch.edge for branch in found})
-    structure = _structure(graph, model, [branch.group or () for branch in found], unexplained, together(found))
-    return dataclasses.replace(structure, outputs=_trained_outputs(trace), aside=aside)
+    structure = structure_of(graph, model, [branch.group or () for branch in found], unexplained, together(found))
+    return dataclasses.replace(structure, outputs=trained_outputs(trace), aside=aside)
 
 
 def by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
@@ -75,7 +75,7 @@ def _whole_branches(trace: Trace, model: nn.Module) -> int:
     return sum(found.group == [found.edge] for found in found_in(Graph(trace, model)))
 
 
-def _trained_outputs(trace: Trace) -> dict[str, bool]:
+def trained_outputs(trace: Trace) -> dict[str, bool]:
     """The outputs by their keys, and whether a parameter that trains leads to each."""
     trained = [False] * len(trace.nodes)
     for node in trace.nodes:
@@ -85,25 +85,14 @@ def _trained_outputs(trace: Trace) -> dict[str, bool]:
     return {key: any(trained[root] for root in roots) for key, roots in trace.outputs.items()}
 
 
-def analyse_named(trace: Trace, model: nn.Module, named: Sequence[Sequence[str]]) -> Structure:
-    """A structure from branches given by name: each entry lists the modules that run without recording when dropped."""
-    graph = Graph(trace, model)
-    _check_names(model, named)
-    groups = exact_groups(graph, [edges_leaving(graph, names) for names in named])
-    _check_exact(named, groups)
-    structure = _structure(graph, model, [group for group in groups if group is not None])
-    _check_stream_survives(graph, named)
-    modules = tuple(tuple(names) for names in named)
-    return dataclasses.replace(structure, named=modules, outputs=_trained_outputs(trace), aside=trace.holds)
-
-
-def _structure(
+def structure_of(
     graph: Graph,
     model: nn.Module,
     groups: Sequence[Group],
     unexplained: Iterable[int] = (),
     together: tuple[int, ...] = (),
 ) -> Structure:
+    """The structure that branches have which are dropped by cutting these groups of edges."""
     need = needs(graph, groups)
     structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
     found = with_unseen(rests(graph, groups, together), model, structure.sites)
@@ -392,54 +381,3 @@ def _elements(leaf: torch.Tensor) -> int:
 
 def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-def _check_names(model: nn.Module, named: Sequence[Sequence[str]]) -> None:
-    known = {name for name, _ in model.named_modules()}
-    for names in named:
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise DiscoveryError(
-                f"branches= names {unknown or 'an empty branch'}, which {type(model).__name__} does not have. Each "
-                "entry is a module name as in model.named_modules(), or a list of such names."
-            )
-
-
-def _check_exact(named: Sequence[Sequence[str]], groups: Sequence[Group | None]) -> None:
-    lost = [list(names) for names, group in zip(named, groups, strict=True) if group is None]
-    if lost:
-        raise DiscoveryError(
-            f"{len(named)} branches were named, {len(lost)} of them cannot be dropped exactly, first {lost[0]}: they "
-            "share tensors with the residual stream. Name only modules whose outputs are added to the stream."
-        )
-
-
-def _check_stream_survives(graph: Graph, named: Sequence[Sequence[str]]) -> None:
-    """Dropping a branch must leave a path for the gradient to everything below, or nothing there would train."""
-    for names in named:
-        calls = [c for c in graph.calls if c.name in names]
-        first = min(c.start for c in calls)
-        inside = {n for c in calls for n in graph.numbers_in_call[c.index]}
-        if _feeds(graph, inside, first) and not _reaches_below(graph, inside, first):
-            raise DiscoveryError(
-                f"Branch {', '.join(names)} carries the residual stream: dropping it would cut the gradient to all "
-                "that comes before it. Name the branch's modules (attention, MLP), not the whole block."
-            )
-
-
-def _feeds(graph: Graph, inside: set[int], first: int) -> bool:
-    sources = (s for n in inside for s in graph.tensors_into(graph.nodes[n]))
-    return any(graph.nodes[s].sequence < first for s in sources)
-
-
-def _reaches_below(graph: Graph, inside: set[int], first: int) -> bool:
-    seen = set(graph.trace.roots) - inside
-    pending = list(seen)
-    while pending:
-        node = graph.nodes[pending.pop()]
-        if not node.is_leaf and node.sequence < first:
-            return True
-        fresh = [s for s in node.inputs if s not in seen and s not in inside]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False

@@ -13,7 +13,8 @@ from torch import nn
 
 from dropbp import inputs as example
 from dropbp.checks import listed, short
-from dropbp.discovery.build import analyse, analyse_named
+from dropbp.discovery.build import analyse
+from dropbp.discovery.named import analyse_named
 from dropbp.discovery.record import record
 from dropbp.discovery.structure import Branch, Structure
 from dropbp.discovery.weights import Weights

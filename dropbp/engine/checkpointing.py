@@ -22,9 +22,9 @@ from torch import nn
 
 from dropbp.discovery.structure import Structure
 from dropbp.engine.frozen import run_frozen
-from dropbp.engine.patch import Attachment, Forward, Interception
+from dropbp.engine.patch import Attachment, Forward, Interception, named_forward
 from dropbp.engine.recompute import Recomputation, RecomputedBlock, inside_checkpoint
-from dropbp.engine.runtime import Runtime, current_node, is_compiling, named_forward
+from dropbp.engine.runtime import Runtime, current_node, is_compiling
 from dropbp.masks.plan import ForwardPlan
 
 Function = Callable[..., Any]

@@ -27,7 +27,8 @@ from dropbp.engine.integrity import PatchCheck, last_modules
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import Interception
 from dropbp.engine.recompute import Recomputation
-from dropbp.engine.runtime import RootState, Runtime, root_forward
+from dropbp.engine.root import RootState, root_forward
+from dropbp.engine.runtime import Runtime
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Truncation
 from dropbp.engine.wrappers import install, install_boundaries, install_outputs

@@ -21,13 +21,8 @@ from dropbp.discovery.structure import BranchOutput, LooseParameter, Rests, Site
 from dropbp.engine.attention import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.frozen import LooseState, owner_of, run_frozen
-from dropbp.engine.patch import Attachment, Forward, Interception
-from dropbp.engine.runtime import (
-    Runtime,
-    is_compiling,
-    named_forward,
-    next_sequence,
-)
+from dropbp.engine.patch import Attachment, Forward, Interception, named_forward
+from dropbp.engine.runtime import Runtime, is_compiling, next_sequence
 from dropbp.engine.skip import ScaleGradient, StepBoundary
 from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import TensorMap, ask_for_gradients, is_differentiable, map_tensors

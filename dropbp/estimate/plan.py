@@ -34,8 +34,9 @@ from dropbp.estimate.stepcost import (
 from dropbp.estimate.table import plan_table
 from dropbp.estimate.workload import Loss, Workload, in_training, is_count, precision_of, shape_asked_for
 from dropbp.flops import Shape
+from dropbp.handle import Handle
 from dropbp.masks.registry import Mask, sampler_kind
-from dropbp.session import Handle, enable
+from dropbp.session import enable
 
 DROP_RATES = (0.0, 0.5, 0.75, 0.875)
 MOST_ROWS, MOST_TOKENS = 1 << 20, 1 << 24

@@ -31,7 +31,7 @@ from dropbp.masks.samplers import bits
 from dropbp.masks.schedule import Schedule
 
 if TYPE_CHECKING:
-    from dropbp.session import Handle
+    from dropbp.handle import Handle
 
 Clock = Callable[[], float]
 ROUNDS = 5

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from dropbp.device import random_state_kept
-from dropbp.errors import ConfigError
+from dropbp.errors import ConfigError, DiscoveryError
 from dropbp.inputs import device_of
 
 _MOST_ROWS = 2  # enough for models that compare rows with each other
@@ -42,6 +42,16 @@ def first_batch(loader: Any, model: nn.Module) -> dict[str, Any]:
         raise ConfigError(f"the trainer's batches are of type {type(batch).__name__}, and not dictionaries.")
     device = device_of(model)
     return {name: _moved(value, device) for name, value in batch.items()}
+
+
+def batch_for(loader: Any, model: nn.Module, failure: DiscoveryError) -> dict[str, Any]:
+    """The same where the model failed without one. Raises DiscoveryError that says why there is none either."""
+    try:
+        return first_batch(loader, model)
+    except Exception as error:  # data sets and collators are the user's, and so are their errors
+        raise DiscoveryError(
+            f"{failure} The trainer's own data gave no batch to try either ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _first_rows(loader: Any) -> Any:

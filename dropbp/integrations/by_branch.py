@@ -17,7 +17,7 @@ import torch
 from dropbp.lazy.grouping import ParameterGroup, clip_grad_norm_grouped, marked_groups
 
 if TYPE_CHECKING:
-    from dropbp.session import Handle
+    from dropbp.handle import Handle
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from dropbp.errors import ConfigError, MissingDependencyError
-from dropbp.session import Handle, enable
+from dropbp.handle import Handle
+from dropbp.session import enable
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -20,17 +20,18 @@ from typing import Any
 from torch import nn
 
 from dropbp.device import get_device
-from dropbp.errors import ConfigError, DiscoveryError, DropBPError, MissingDependencyError, StateError
+from dropbp.errors import DiscoveryError, DropBPError, MissingDependencyError, StateError
 from dropbp.files import write_text
-from dropbp.integrations.batches import first_batch
+from dropbp.handle import Handle
+from dropbp.integrations.batches import batch_for
 from dropbp.integrations.by_branch import ByBranch, is_sharded
+from dropbp.integrations.callers import calling_handler, calling_trainer, frame_of_train, put_first
+from dropbp.integrations.progress import Position, StepClock, as_steps, calibration_point, check_schedule, length_of
 from dropbp.integrations.replay import LossReplay
-from dropbp.masks.registry import sampler_kind
-from dropbp.session import Handle, compile_blocks, enable
+from dropbp.session import compile_blocks, enable
 
 try:
     from transformers.trainer_callback import (
-        CallbackHandler,
         ExportableState,
         TrainerCallback,
         TrainerControl,
@@ -46,7 +47,6 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "dropbp.json"
-RESAMPLE = ("forward", "step")
 CALIBRATION_BATCHES = 4  # of the step's micro-batches; sensitivities differ from batch to batch
 
 
@@ -94,11 +94,11 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         log: bool = True,
         **options: Any,
     ) -> None:
-        _check_schedule(resample, _calibration_point(calibrate_at, masks), recalibrate_every, warmup_steps)
+        check_schedule(resample, calibration_point(calibrate_at, masks), recalibrate_every, warmup_steps)
         self.drop_rate = drop_rate
         self.masks = masks
         self.resample = resample
-        self.calibrate_at = _calibration_point(calibrate_at, masks)
+        self.calibrate_at = calibration_point(calibrate_at, masks)
         self.recalibrate_every = recalibrate_every
         self.warmup_steps = warmup_steps
         self.compile_blocks = compile_blocks
@@ -113,10 +113,10 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._by_branch: ByBranch | None = None
         self._compiled: list[nn.Module] = []
         self._last_report: dict[str, Any] = {}
-        self._clock = _StepClock()
+        self._clock = StepClock()
         self._train: FrameType | None = None
         self._thread = threading.get_ident()
-        self._position = _Position(1, 1, None)
+        self._position = Position(1, 1, None)
 
     @property
     def handle(self) -> Handle | None:
@@ -171,9 +171,9 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Enable DropBP on the model, in the state of the checkpoint if there is one."""
         self.close()  # what an earlier training left that did not end
-        _put_first(self)
+        put_first(self)
         loader = kwargs.get("train_dataloader")
-        self._position = _Position(state.max_steps, args.gradient_accumulation_steps, _length(loader))
+        self._position = Position(state.max_steps, args.gradient_accumulation_steps, length_of(loader))
         self._enable(_unwrapped(kwargs["model"]), loader)
         try:
             self._restore(_saved_snapshot(state) if state.global_step else None)
@@ -183,7 +183,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             raise
         self._cut_by_branch()
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._clock = _StepClock()
+        self._clock = StepClock()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -251,7 +251,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             **self.options,
         }
         self._handle = self._enabled(model, options, loader)
-        self._train, self._thread = _frame_of_train(self), threading.get_ident()
+        self._train, self._thread = frame_of_train(self), threading.get_ident()
         self._handle.is_abandoned = self._closed_as_train_ended
         if self.compile_blocks is not None:
             names = compile_blocks(self._handle, **self.compile_blocks)
@@ -276,7 +276,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             if loader is None or options.get("example_inputs") is not None:
                 raise
             logger.debug("no branches found without a batch: %s", failure)
-            options = {**options, "example_inputs": _batch_of(loader, model, failure)}
+            options = {**options, "example_inputs": batch_for(loader, model, failure)}
         return enable(model, self.drop_rate, masks=self.masks, **options)
 
     def _tell_progress(self) -> None:
@@ -292,7 +292,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _cut_by_branch(self) -> None:
         if self._handle is None or not self._wants_groups(self._handle):
             return
-        trainer = _calling_trainer(_calling_handler(self))
+        trainer = calling_trainer(calling_handler(self))
         if trainer is None or is_sharded(trainer):
             logger.warning("optimizer and clipping are not cut by branch: a lazy device compiles anew for new masks")
             return
@@ -331,8 +331,8 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             return False
         if self.calibrated_steps:
             again = self.recalibrate_every
-            return again is not None and step >= self.calibrated_steps[-1] + _as_steps(again, max_steps)
-        return step >= max(_as_steps(self.calibrate_at, max_steps), self.warmup_steps + 1)
+            return again is not None and step >= self.calibrated_steps[-1] + as_steps(again, max_steps)
+        return step >= max(as_steps(self.calibrate_at, max_steps), self.warmup_steps + 1)
 
     def _calibrate(self, step: int) -> None:
         replay, self._replay = self._replay, None
@@ -357,112 +357,12 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         }
 
 
-class _Position:
-    """Where a trainer is: its optimizer steps, and the micro-batches of the present one.
-
-    Args:
-        max_steps: optimizer steps of the whole training.
-        accumulation: micro-batches of a step.
-        epoch: micro-batches of an epoch, whose last step has what is left; None where that is not known.
-    """
-
-    def __init__(self, max_steps: int, accumulation: int, epoch: int | None) -> None:
-        self.max_steps, self.accumulation = max(1, max_steps), accumulation
-        self.epoch = epoch or accumulation
-        self.steps = -(-self.epoch // accumulation)
-        self.step = self.done = 0
-
-    def begin_step(self, step: int) -> None:
-        self.step, self.done = step, 0
-
-    def end_micro_batch(self) -> None:
-        self.done += 1
-
-    def draws(self, resample: str, steps: int | None = None) -> int:
-        """Masks drawn in so many optimizer steps, or in all, if the model runs once for each micro-batch."""
-        count = self.max_steps if steps is None else steps
-        if resample == "step":
-            return count
-        epochs, rest = divmod(count, self.steps)
-        return epochs * self.epoch + min(rest * self.accumulation, self.epoch)
-
-    def share_after(self, warmup: int) -> float:
-        """The share of the steps after a warm-up that is done; below 0 in the warm-up."""
-        last = self.step % self.steps == self.steps - 1
-        expected = self.epoch - self.accumulation * (self.steps - 1) if last else self.accumulation
-        done = self.step + min(self.done / expected, 1.0) - warmup
-        return min(done / max(1, self.max_steps - warmup), 1.0)
-
-
-class _StepClock:
-    """Mean time of the steps since it was last asked."""
-
-    def __init__(self) -> None:
-        self._begin_s: float | None = None
-        self._total_s = 0.0
-        self._steps = 0
-        self._mean_s = 0.0
-
-    def begin(self) -> None:
-        self._begin_s = time.perf_counter()
-
-    def end(self) -> None:
-        if self._begin_s is not None:
-            self._total_s += time.perf_counter() - self._begin_s
-            self._steps += 1
-
-    def mean_s(self) -> float:
-        if self._steps:
-            self._mean_s = self._total_s / self._steps
-        self._total_s, self._steps = 0.0, 0
-        return self._mean_s
-
-
-def _check_schedule(resample: Any, calibrate_at: Any, recalibrate_every: Any, warmup_steps: Any) -> None:
-    if resample not in RESAMPLE:
-        raise ConfigError(f"resample={resample!r} is not known; allowed are {' and '.join(map(repr, RESAMPLE))}.")
-    for name, value in (("calibrate_at", calibrate_at), ("recalibrate_every", recalibrate_every)):
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-            raise ConfigError(f"{name}={value!r} must be above 0: a share of training below 1, or a step; None is off.")
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise ConfigError(f"warmup_steps={warmup_steps!r} must be 0 or more: a number of optimizer steps.")
-
-
-def _calibration_point(calibrate_at: float | int | str | None, masks: str) -> float | int | None:
-    if not isinstance(calibrate_at, str):
-        return calibrate_at
-    if calibrate_at != "auto":
-        raise ConfigError(f"calibrate_at={calibrate_at!r} must be 'auto', a share of training, a step, or None.")
-    return None if sampler_kind(masks).prefixes else 0.1
-
-
-def _length(loader: Any) -> int | None:
-    """Micro-batches of an epoch, None where a data set does not tell."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _as_steps(amount: float | int, max_steps: int) -> int:
-    return max(1, round(amount * max_steps)) if amount < 1 else int(amount)
-
-
 def _is_json(value: Any) -> bool:
     try:
         json.dumps(value)
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _batch_of(loader: Any, model: nn.Module, failure: DiscoveryError) -> dict[str, Any]:
-    try:
-        return first_batch(loader, model)
-    except Exception as error:  # data sets and collators are the user's, and so are their errors
-        raise DiscoveryError(
-            f"{failure} The trainer's own data gave no batch to try either ({type(error).__name__}: {error})."
-        ) from error
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -488,51 +388,3 @@ def _refusing_damage() -> Iterator[None]:
             f"DropBP's part of the checkpoint is damaged ({type(error).__name__}: {error}); nothing was loaded. Resume "
             "from an earlier checkpoint."
         ) from error
-
-
-def _put_first(callback: DropBPCallback) -> None:
-    """Move the callback before the reporters, which would otherwise log before it adds its figures.
-
-    A trainer runs the callbacks of `callbacks=[…]` last and offers no other order. Its list is found on the call
-    stack, because an event passes neither the trainer nor the list. Moving an entry to the front while the list
-    is being run skips and repeats nothing: the entries before it shift to the places that have been run already.
-    """
-    handler = _calling_handler(callback)
-    if handler is None:
-        logger.debug("called by something else than a trainer: the reporters will not see the figures of DropBP")
-        return
-    others = [other for other in handler.callbacks if other is not callback]
-    handler.callbacks[:] = [callback, *others]
-
-
-def _calling_handler(callback: DropBPCallback) -> CallbackHandler | None:
-    frame = sys._getframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler) and any(other is callback for other in caller.callbacks):
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _frame_of_train(callback: DropBPCallback) -> FrameType | None:
-    """The outermost frame of the trainer that is training: its `train()`."""
-    trainer = _calling_trainer(_calling_handler(callback))
-    frame: FrameType | None = sys._getframe() if trainer is not None else None
-    found = None
-    while frame is not None:
-        if frame.f_locals.get("self") is trainer:
-            found = frame
-        frame = frame.f_back
-    return found
-
-
-def _calling_trainer(handler: CallbackHandler | None) -> Any:
-    """The trainer whose list of callbacks is being run: found like the list."""
-    frame: FrameType | None = sys._getframe() if handler is not None else None
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if getattr(caller, "callback_handler", None) is handler and hasattr(caller, "accelerator"):
-            return caller
-        frame = frame.f_back
-    return None

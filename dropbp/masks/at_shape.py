@@ -80,6 +80,14 @@ class AtShape:
         rates, weights = compress(self.rates, self.live), compress(self.weights, self.live)
         return Sampler(self.config.masks, rates, weights, self.config.seed, **self.config.mask_options)
 
+    @property
+    def factors(self) -> Rates:
+        """Of the kept branches' gradients; empty where they are not scaled."""
+        if self.config.scaling == "none":
+            return ()
+        top = self.config.max_scale if self.config.scaling == "clipped" else float("inf")
+        return tuple(min(top, 1 / (1 - rate)) if rate < 1 else 1.0 for rate in self.rates)
+
     def whole(self, mask: Mask) -> Mask:
         """A mask of the branches that have a backward as one of all branches."""
         if len(mask) == len(self.live):

@@ -208,12 +208,6 @@ class Schedule:
         check_lengths("rates", rates, range(len(self.names)))
         return rates
 
-    def _factors(self) -> Rates:
-        if self.config.scaling == "none":
-            return ()
-        top = self.config.max_scale if self.config.scaling == "clipped" else float("inf")
-        return tuple(min(top, 1 / (1 - rate)) if rate < 1 else 1.0 for rate in self.rates)
-
     # -- a forward
 
     def next(self, shape: Shape, conditions: Conditions) -> ForwardPlan:
@@ -280,7 +274,7 @@ class Schedule:
         if plan is None:
             if len(plans) >= MAX_PLANS:
                 plans.clear()
-            dropped, factors = bits(mask), self._factors() if scaled else ()
+            dropped, factors = bits(mask), self.here.factors if scaled else ()
             recomputed = self.checkpointed(dropped, asked.limit, asked.left_alone)
             plan = plans[key] = ForwardPlan(dropped, factors, recomputed, asked.stem_rests, asked.truncated)
         return plan

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- picture: python -m tests.common.picture -->\n", "<!-- end of picture -->"
 BASE = "base"
-OWN_NODE = ("session",)  # files that are parts by themselves
+OWN_NODE = {"session": "session", "handle": "session"}  # files that are parts by themselves, and their parts
 FACES = ("__init__", "__main__")
 Graph = Mapping[str, set[str]]
 
@@ -74,7 +74,7 @@ def part_of(names: tuple[str, ...]) -> str:
         return ""
     head = names[0]
     if head in IDEAS or head in OWN_NODE:
-        return head
+        return OWN_NODE.get(head, head)
     return BASE if (ROOT / "dropbp" / f"{head}.py").is_file() else ""
 
 
@@ -84,6 +84,15 @@ def reduced(graph: Graph) -> dict[str, set[str]]:
         part: {target for target in targets if not any(target in _reach(graph, other) for other in targets - {target})}
         for part, targets in graph.items()
     }
+
+
+def longest_chain(graph: Graph) -> int:
+    """Parts on the longest way down the arrows."""
+    return max(1 + max((_chain(graph, target) for target in targets), default=0) for targets in graph.values())
+
+
+def _chain(graph: Graph, start: str) -> int:
+    return 1 + max((_chain(graph, target) for target in graph[start]), default=0)
 
 
 def _reach(graph: Graph, start: str) -> set[str]:

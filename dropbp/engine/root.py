@@ -1,0 +1,76 @@
+"""Around the forward of the model that is enabled: asks the engine for a plan, and runs the forward with it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp._torch import never_compile, pause, resume, resumed
+from dropbp.engine.patch import Attachment, Forward, named_forward
+from dropbp.engine.runtime import Runtime, current_node
+from dropbp.masks.plan import ForwardPlan
+
+
+class RootState(Attachment):
+    """Asks the engine for a plan and runs the root's forward with it; `owner` is what the model is enabled through.
+
+    The modules from the root down to the one that holds all blocks have one each: where a backbone is called instead
+    of the root, under another head, its forward is the training forward.
+    """
+
+    def __init__(
+        self, begin: Callable[[tuple[Any, ...], dict[str, Any]], ForwardPlan], runtime: Runtime, owner: object
+    ) -> None:
+        self.begin, self.runtime, self.owner = begin, runtime, owner
+
+    def run(self, original: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Decide what to drop while nothing is compiled, then run the forward as it would have run."""
+        callback = pause()
+        try:
+            forward = functools.partial(resumed, callback, original, (module, *args), kwargs)
+            return self._run(forward, module, args, kwargs, compiled=callback is not None)
+        finally:
+            resume(callback)
+
+    def _run(
+        self, forward: Callable[[], Any], module: nn.Module, args: Any, kwargs: dict[str, Any], compiled: bool
+    ) -> Any:
+        training = module.training and torch.is_grad_enabled()
+        inside = self.runtime.running.get() is not None
+        if inside and (training or module is not self.runtime.model):
+            return forward()
+        self.runtime.split = compiled and training
+        if training:
+            return self.runtime.run(forward, self._plan(args, kwargs))
+        outputs = self.runtime.run_whole(forward)
+        if not inside and current_node() is None and torch.is_grad_enabled():
+            self.runtime.note_evaluation(outputs)
+        return outputs
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
+        """A new plan, unless this forward recomputes an earlier one."""
+        node = current_node()
+        record = self.runtime.find(node._sequence_nr()) if node is not None else None
+        return record.plan if record else self.begin(args, kwargs)
+
+
+never_compile(RootState.run)
+
+
+def root_forward(original: Forward) -> Forward:
+    """Around the root: never compiled itself, so that masks are drawn outside; what it calls still is."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # None also after removal, for those who took the method from the model while it was enabled, as peft does.
+        state: RootState | None = getattr(self, "_dropbp_root", None)
+        if state is None or state.original is not original:
+            return original(self, *args, **kwargs)
+        return state.run(original, self, args, kwargs)
+
+    never_compile(forward)
+    return named_forward(forward)
