@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropbp
+from dropbp.memory import track_tensor_bytes
 from tests.common.engine_models import (
+    PlainNet,
     assert_same_gradients,
     llama_loss,
     paper_gradients,
@@ -76,6 +80,105 @@ def test_an_exception_in_a_recomputation_leaves_nothing_behind(kind):
         loss.backward()
     model.blocks[1].mix[-1].error = None
     _check(model, plain, handle)
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """The n-th operation raises."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if not self.left:
+            raise torch.OutOfMemoryError("out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def _try_step(model, loss, n):
+    """Whether a step ran through without the n-th operation."""
+    try:
+        with OutOfMemoryAt(n):
+            loss(model).backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.zeros((), requires_grad=True).backward()  # autograd holds what was to be run until its next backward
+    return True
+
+
+class Telling(PlainNet):
+    """Returns what lies inside a branch as well, where a call asks for it."""
+
+    def forward(self, x, states=False):
+        x = self.stem(x)
+        inner = self.blocks[0].mix[:2](x)
+        x = x + self.blocks[0].mix[2](inner)
+        for block in self.blocks[1:]:
+            x = block(x)
+        outputs = self.head(self.norm(x))
+        return (outputs, inner) if states else outputs
+
+
+def _loss_with_states(model):
+    outputs, inner = model(plain_batch(), states=True)
+    return outputs.square().mean() + inner.square().mean()
+
+
+@pytest.mark.parametrize("options", [{"masks": "nested", "stem": "rest"}, {"masks": "exact"}], ids=str)
+@pytest.mark.parametrize("limit", [None, 0.01])
+@pytest.mark.parametrize("loss", [plain_loss, _loss_with_states])
+def test_a_failure_at_any_operation_keeps_no_tensor(options, limit, loss):
+    model = Telling(blocks=2).train()
+    handle = dropbp.enable(model, example_inputs=plain_batch(), max_activations=limit, **options)
+    handle.engine.runtime.connect(torch.zeros(()), alone=True)  # makes what stays
+    gc.disable()  # a script that catches the error and goes on does not wait for it either
+    try:
+        with track_tensor_bytes(model) as tracked, handle.fixed([True, False, False]):
+            assert _try_step(model, plain_loss, 0)
+            before, n = tracked.live_bytes, 1
+            while not _try_step(model, loss, n):
+                assert tracked.live_bytes == before, f"{tracked.live_bytes - before} bytes after operation {n}"
+                n += 1
+    finally:
+        gc.enable()
+    assert n > 50
+
+
+@pytest.mark.parametrize("limit", [None, 0.01])
+def test_a_step_that_is_tried_again_while_the_error_is_handled_is_right(limit):
+    plain, model = plain_net(), plain_net()
+    handle = dropbp.enable(model, example_inputs=plain_batch(), max_activations=limit)
+    names = [branch.name for branch in handle.branches]
+    n = 0
+    with handle.fixed(MASK):
+        plain_loss(model).backward()
+        while True:
+            n += 5
+            model.zero_grad()
+            try:
+                with OutOfMemoryAt(n):
+                    plain_loss(model).backward()
+                break
+            except torch.OutOfMemoryError:
+                got = take_gradients(model, plain_loss(model, plain_batch()[:1]))
+                expected = paper_gradients(plain, names, MASK, lambda net: plain_loss(net, plain_batch()[:1]))
+                assert_same_gradients(got, expected)
+    assert n > 50
+
+
+def test_a_backward_that_failed_leaves_no_plan_to_a_later_one():
+    model = plain_net(kind="non-reentrant")
+    model.blocks[1].mix.append(Raises())
+    handle = dropbp.enable(model, example_inputs=plain_batch())
+    with handle.fixed((False,) * 6):
+        loss = plain_loss(model)
+    model.blocks[1].mix[-1].error = RuntimeError
+    with pytest.raises(RuntimeError, match="in the forward"):
+        loss.backward()
+    assert not handle.engine.runtime.tasks
 
 
 def test_an_exception_in_the_loss_changes_nothing_for_the_next_step():

@@ -230,8 +230,11 @@ class Observation:
             place = bisect.bisect_left(numbers, start)
             if place < len(numbers) and numbers[place] < end_number:
                 found |= need
-        self._made, self._ends = [], {}
         return found
+
+    def forget(self) -> None:
+        """Let go of the graph: the plan of this forward, which holds what it showed, is remembered for its backward."""
+        self._made, self._ends = [], {}
 
     def _check_end(
         self, node: Any, module: str, expected: int, users: Mapping[Any, list[Any]], roots: Mapping[Any, str]

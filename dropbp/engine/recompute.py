@@ -124,7 +124,9 @@ class RecomputedBlock:
         if reason is not None:
             return self._refuse(reason, forward, args, kwargs)
         run = _Run(self, forward, len(args), tuple(kwargs), before)
-        return torchs.checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
+        output = torchs.checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
+        run.raise_error()
+        return output
 
     def _refuse(
         self, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], for_good: bool = False
@@ -166,6 +168,7 @@ class _Run:
         self.before, self.reach, self.kernels = before, block.reach, _allowed_kernels()
         self.versions: list[int] = []
         self.done = False
+        self._error: BaseException | None = None
 
     def __call__(self, *values: Any) -> Any:
         args, kwargs = values[: self.positional], dict(zip(self.names, values[self.positional :], strict=True))
@@ -173,7 +176,20 @@ class _Run:
         if self.done:
             return self._again(forward, values)
         self.done, self.versions = True, versions(values)
-        return self._first(forward, values)
+        try:
+            return self._first(forward, values)
+        except BaseException as error:  # noqa: BLE001
+            self._error = error  # raised past PyTorch's checkpoint, whose hooks would stay in place before 2.13
+            return None
+
+    def raise_error(self) -> None:
+        """Raise what the first call raised."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback holds this frame, and with it what the forward has made
 
     def _first(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
         # A lazy device would have to wait for the values, and compile other graphs to do so.
@@ -228,7 +244,8 @@ def _keeping() -> Iterator[list[_Saved]]:
     kept: list[_Saved] = []
 
     def keep(tensor: torch.Tensor) -> _Saved:
-        kept.append(_Saved(pack(tensor), tensor))
+        # A node that saves its own output would hold itself, and outlive a forward that failed: autograd ties it anew.
+        kept.append(_Saved(pack(tensor), tensor if tensor.is_leaf else tensor.detach()))
         return kept[-1]
 
     def give(saved: _Saved) -> torch.Tensor:

@@ -16,6 +16,7 @@ import logging
 import math
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Reversible
 from contextvars import ContextVar
 from typing import Any
@@ -52,6 +53,16 @@ class ForwardRecord:
         return self.start <= sequence < self.end
 
 
+class _Task:
+    """The plan that a backward recomputes by. Only the backward holds it: both end together, even in an error."""
+
+    def __init__(self, plan: ForwardPlan) -> None:
+        self.thread, self.plan = threading.get_ident(), plan
+
+    def __call__(self) -> None:
+        """Called as the backward ends; it holds what it will call."""
+
+
 class Flag:
     """Whether all branches of `need` are dropped now, and whether recorded: what compiled code reads."""
 
@@ -73,7 +84,7 @@ class Runtime:
         self.running: ContextVar[ForwardPlan | None] = ContextVar("running", default=None)
         self.calls: ContextVar[dict[str, int]] = ContextVar("calls")
         self.records: dict[int, collections.deque[ForwardRecord]] = {}
-        self.tasks: dict[int, tuple[int, ForwardPlan]] = {}
+        self.tasks: weakref.WeakValueDictionary[int, _Task] = weakref.WeakValueDictionary()
         self._flags: dict[int, Flag] = {}
         self._flags_by_branch: collections.defaultdict[int, list[Flag]] = collections.defaultdict(list)
         self.split = False
@@ -130,17 +141,16 @@ class Runtime:
 
     def _remember_task(self, plan: ForwardPlan) -> None:
         """Nodes made by a recomputation are in no record, and a backward nested in this one may recompute from them."""
-        task = torch._C._current_graph_task_id()
-        if task not in self.tasks:
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._forget_task, task))
-        self.tasks[task] = threading.get_ident(), plan
-
-    def _forget_task(self, task: int) -> None:
-        self.tasks.pop(task, None)
+        number = torch._C._current_graph_task_id()
+        task = self.tasks.get(number)
+        if task is None:
+            task = self.tasks[number] = _Task(plan)
+            torch.autograd.Variable._execution_engine.queue_callback(task)
+        task.thread, task.plan = threading.get_ident(), plan
 
     def _plan_of_outer_backward(self) -> ForwardPlan:
         here = threading.get_ident()
-        return next((plan for ident, plan in reversed(list(self.tasks.values())) if ident == here), WHOLE)
+        return next((task.plan for task in reversed(list(self.tasks.values())) if task.thread == here), WHOLE)
 
     def _warn_outside(self) -> None:
         if not self._warned and self.model.training and torch.is_grad_enabled():
@@ -197,16 +207,25 @@ class Runtime:
         fresh = kind.fresh and plan.dropped != 0
         kind.fresh = kind.fresh and not fresh
         restore = random_state(self.model) if fresh else None
-        outputs = self._recorded(forward, plan)
+        outputs = self._recorded_and_learned(forward, plan)
         if plan.observation is None and plan.dropped and kind.has_new(outputs, self.model if fresh else None):
             logger.info("%s has outputs that were not there before: this forward runs again", type(self.model).__name__)
             plan = kind.reopened(plan)
             if restore is not None:
                 restore()
-            outputs = self._recorded(forward, plan)
-        if plan.observation is not None and not transforming():
-            kind.learn(plan, plan.observation, outputs, self.model)
+            outputs = self._recorded_and_learned(forward, plan)
         return outputs
+
+    def _recorded_and_learned(self, forward: Callable[[], Any], plan: CallPlan) -> Any:
+        if plan.observation is None:
+            return self._recorded(forward, plan)
+        try:
+            outputs = self._recorded(forward, plan)
+            if not transforming():
+                plan.kind.learn(plan, plan.observation, outputs, self.model)
+            return outputs
+        finally:
+            plan.observation.forget()
 
     def run_whole(self, forward: Callable[[], Any]) -> Any:
         """Run a forward in which nothing is dropped and nothing is drawn: evaluation, `no_grad`."""
