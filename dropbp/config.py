@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ class Config:
             more in the same time (docs/learning.md). None: any depth at any time.
         logits: which logits a causal language model computes when it is called with labels: `all`, or `labelled`, those
             of positions whose next token is labelled; see `dropbp.labelled_logits`.
+        activation_cache: where to keep the states of rows seen before, which then start at the border below which
+            nothing trains any more (docs/activation_cache.md): True (memory of the host), a folder, None (off).
+        activation_cache_limit: bytes that it may take; None: half of the memory that is free, or of the disk.
         boundary: where to cut the graph of a lazy device: `none`, `layer`, `sublayer`; `auto` asks the device.
         fill: gradient of skipped parameters: `none` leaves it None, so the optimizer does not move them; `zero` fills
             it, so weight decay and momentum do move them; `auto` asks the device.
@@ -67,6 +71,8 @@ class Config:
     warmup: int = 0
     steps: int | None = None
     logits: str = "all"
+    activation_cache: bool | str | os.PathLike[str] | None = None
+    activation_cache_limit: int | None = None
     boundary: str = "auto"
     fill: str = "auto"
     rehearse: bool = False
@@ -86,6 +92,7 @@ class Config:
         _check_warmup(self.warmup)
         _check_steps(self.steps)
         _check_max_scale(self.max_scale)
+        _check_cache(self.activation_cache, self.activation_cache_limit)
         _check_integer("seed", self.seed)
         _check_bool("rehearse", self.rehearse)
 
@@ -173,6 +180,15 @@ def _check_steps(steps: Any) -> None:
 def _check_max_scale(max_scale: Any) -> None:
     if not _is_number(max_scale) or not max_scale >= 1:
         raise ConfigError(f"max_scale is {max_scale!r}; it must be a number of at least 1.")
+
+
+def _check_cache(where: Any, limit: Any) -> None:
+    if where is not None and (where == "" or not isinstance(where, (bool, str, os.PathLike))):
+        raise ConfigError(
+            f"activation_cache is {where!r}; allowed: True (memory of the host), the path of a folder, or None (off)."
+        )
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ConfigError(f"activation_cache_limit is {limit!r}; it must be a number of bytes of at least 1, or None.")
 
 
 def _is_number(value: Any) -> bool:

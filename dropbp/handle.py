@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dropbp.cache.cache import ActivationCache
 from dropbp.checks import check_lengths, checked_rates, checked_share, listed, short
 from dropbp.config import Config
 from dropbp.device import Device
@@ -49,6 +50,7 @@ class Handle:
         config: the options, with `auto` settled where it depends on what is trained.
         engine: makes the model run as scheduled.
         schedule: what each training forward drops.
+        cache: the activation cache; None if it is off.
     """
 
     def __init__(self, model: nn.Module, config: Config, device: Device, findings: Findings) -> None:
@@ -63,6 +65,10 @@ class Handle:
         engine.abandoned = self.abandoned
         engine.others_train = self._weights.renew
         engine.start(self.schedule, owner=self)
+        self.cache: ActivationCache | None = None
+        if self.config.activation_cache:
+            self.cache = ActivationCache(engine, self.config.activation_cache_limit)
+            self.cache.start()
 
     # -- what is there
 
@@ -259,6 +265,8 @@ class Handle:
         missed = shortfall(self.schedule) if self.enabled else None
         if missed is not None:
             logger.warning("DropBP missed its budget: %s", missed)
+        if self.cache is not None:
+            self.cache.stop()
         self.engine.stop()
         if self._labelled is not None:
             self._labelled.remove()
@@ -297,6 +305,7 @@ class Handle:
             "device": self.device.name,
             "shape": dataclasses.asdict(schedule.shape),
             **figures(self.engine.trained, self.rates),
+            **({} if self.cache is None else {"activation_cache": self.cache.report()}),
             "branches": [
                 {**done.of_branch(i, branch), "weight": weight}
                 for i, (branch, weight) in enumerate(zip(self.branches, schedule.seen.weights, strict=True))

@@ -129,11 +129,15 @@ class Calls:
 
     def plan(self, plan: ForwardPlan, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallPlan:
         """What this call does under a plan made for any."""
-        key = self._key(asked(self._names, args, kwargs)), self._settings.changed()
+        key = self.key(args, kwargs)
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = Kind(self._uncuttable)
         return kind.plan(plan)
+
+    def key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Asked, Asked]:
+        """What makes a call one of its kind: what it asks for, and the settings that were changed."""
+        return self._key(asked(self._names, args, kwargs)), self._settings.changed()
 
     def _key(self, asked_for: Asked) -> Asked:
         return frozenset(

@@ -204,15 +204,16 @@ def known_effect(block: nn.Module) -> str | None:
         if isinstance(module, _NormBase) and module.track_running_stats and module.training:
             return f"{type(module).__name__} keeps running statistics"
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if module is not block and any(map(_is_unknown, hooks)):
+        if module is not block and any(map(is_foreign_hook, hooks)):
             return f"a forward hook of {type(module).__name__} would run twice"
     everywhere = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
-    if any(map(_is_unknown, everywhere)):
+    if any(map(is_foreign_hook, everywhere)):
         return "a global forward hook would run twice"
     return None
 
 
-def _is_unknown(hook: Callable[..., Any]) -> bool:
+def is_foreign_hook(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is not one of a library's that is known to stand for nothing but the call."""
     return str(getattr(hook, "__module__", "")).partition(".")[0] not in KNOWN_HOOKS
 
 

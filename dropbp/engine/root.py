@@ -12,7 +12,7 @@ from torch import nn
 from dropbp._torch import never_compile, pause, resume, resumed
 from dropbp.engine.patch import Attachment, Forward, named_forward
 from dropbp.engine.runtime import Runtime, current_node
-from dropbp.masks.plan import ForwardPlan
+from dropbp.masks.plan import WHOLE, ForwardPlan
 
 
 class RootState(Attachment):
@@ -44,8 +44,11 @@ class RootState(Attachment):
         if inside and (training or module is not self.runtime.model):
             return forward()
         self.runtime.split = compiled and training
+        plan = self._plan(args, kwargs) if training else WHOLE
+        if self.runtime.shortened is not None and not (inside or compiled or current_node() is not None):
+            forward = self.runtime.shortened(functools.partial(self.original, module), args, kwargs, plan)
         if training:
-            return self.runtime.run(forward, self._plan(args, kwargs))
+            return self.runtime.run(forward, plan)
         outputs = self.runtime.run_whole(forward)
         if not inside and current_node() is None and torch.is_grad_enabled():
             self.runtime.note_evaluation(outputs)

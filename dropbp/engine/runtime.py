@@ -27,6 +27,7 @@ from torch import nn
 from dropbp._torch import transforming
 from dropbp.device import dynamo_graph_count, random_state
 from dropbp.engine.calls import CallPlan
+from dropbp.engine.patch import Forward
 from dropbp.engine.skip import Connect
 from dropbp.errors import StateError
 from dropbp.masks.plan import WHOLE, ForwardPlan
@@ -35,6 +36,9 @@ from dropbp.tensors import map_tensors, outputs_by_key, tensors_in
 logger = logging.getLogger(__name__)
 
 is_compiling = torch.compiler.is_dynamo_compiling
+
+# From the root's forward, its arguments and the plan, makes what runs in its place: see `dropbp.cache`.
+Shortened = Callable[[Forward, tuple[Any, ...], dict[str, Any], ForwardPlan], Callable[[], Any]]
 
 REMEMBERED_FORWARDS = 4096
 REMEMBERED_THREADS = 64
@@ -93,6 +97,7 @@ class Runtime:
         self._anchor: torch.Tensor | None = None
         self._warned = self._evaluated = False
         self.unrecorded_block = False
+        self.shortened: Shortened | None = None
 
     def flag(self, need: int) -> Flag:
         """The flag of all modules that need these branches dropped; it is kept up to date."""
@@ -226,6 +231,11 @@ class Runtime:
             return outputs
         finally:
             plan.observation.forget()
+
+    def run_aside(self, forward: Callable[[], Any]) -> Any:
+        """Run a forward inside of another, without recording; it drops nothing and no count goes on."""
+        with torch.no_grad():
+            return self._run_with(forward, WHOLE)
 
     def run_whole(self, forward: Callable[[], Any]) -> Any:
         """Run a forward in which nothing is dropped and nothing is drawn: evaluation, `no_grad`."""

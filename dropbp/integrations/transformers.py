@@ -212,6 +212,13 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._replay is not None:
             self._calibrate(state.global_step)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the activation cache that every row has come once."""
+        if self._handle is not None and self._handle.cache is not None:
+            self._handle.cache.end_epoch()
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -349,11 +356,13 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def _figures(self) -> dict[str, float]:
         report = self.report()
+        cache = self._handle.cache if self._handle is not None else None
         return {
             "dropbp_realised_drop_rate": report["realised_drop_rate"],
             "dropbp_backward_saved_share": report["realised_drop_rate"] * report["branch_flops_share"],
             "dropbp_step_s": self._clock.mean_s(),
             "dropbp_calibration_s": self.calibration_s,
+            **({} if cache is None else cache.figures()),
         }
 
 

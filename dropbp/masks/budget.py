@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+from dropbp.masks.samplers import bits
+
 if TYPE_CHECKING:
     from dropbp.masks.schedule import Schedule
 
@@ -49,3 +51,21 @@ def shortfall(schedule: Schedule) -> str | None:
         f"{done.drawn_rate:.3f} of the branches' backward FLOPs were dropped, the target was {target:.3f}, in "
         f"{done.forwards} forwards {advice}"
     )
+
+
+def to_come(schedule: Schedule) -> int:
+    """The branches, as bits, that training forwards to come may keep, as far as is known.
+
+    An annealed run goes on from its present mask toward shallower ones. It may fall back a little where batches are of
+    unequal lengths: by one mask, it is assumed.
+    """
+    here, every = schedule.here, (1 << len(schedule.names)) - 1
+    if not schedule.dropping or schedule.statistics.forwards < schedule.config.warmup or not here.total:
+        return every
+    never = [bits(tuple(rate >= 1 for rate in at.rates)) for at in (here, schedule.seen)]
+    rehearses = schedule.rehearsal is not None and not schedule.rehearsal.done
+    if not schedule.anneals or schedule.pace.over or rehearses or schedule.current is None:
+        return every & ~(never[0] & never[1])
+    masks = here.course[1]
+    place = masks.index(schedule.current) if schedule.current in masks else len(masks) - 1
+    return every & ~bits(masks[min(place + 1, len(masks) - 1)])

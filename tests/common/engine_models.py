@@ -68,7 +68,7 @@ def tiny_llama(layers: int = 2, **changes: Any) -> Any:
 
     torch.manual_seed(1)
     options = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, use_cache=False, **{**options, **changes})
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **{"use_cache": False, **options, **changes})
     return LlamaForCausalLM(config).train()
 
 

@@ -25,6 +25,7 @@ IDEAS = {
     "estimate": "time and memory, before training",
     "session": "enable, Handle",
     "sensitivity": "how much each branch matters",
+    "cache": "starts known rows where training begins",
     "engine": "acts on a mask: what runs around modules",
     "discovery": "finds the branches in one recorded forward",
     "masks": "draws what a step drops, and keeps count",

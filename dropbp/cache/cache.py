@@ -1,0 +1,312 @@
+"""Decides for each forward whether it starts at the border, runs whole, or is run both ways and compared."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp._torch import transforming
+from dropbp.cache.forward import CACHES, CachedForward
+from dropbp.cache.passage import BlockState, Forms, Passage, block_forward, passing, stack_of
+from dropbp.cache.prefix import Prefix
+from dropbp.cache.rows import MASK, Keys, Row
+from dropbp.cache.store import MemoryStore, State, Store
+from dropbp.engine.calls import CallPlan
+from dropbp.engine.distributed import many_ranks
+from dropbp.engine.engine import Engine
+from dropbp.engine.patch import Forward, Interception
+from dropbp.inputs import argument_names
+from dropbp.masks.budget import to_come
+from dropbp.masks.plan import ForwardPlan
+from dropbp.tensors import ask_for_gradients
+
+logger = logging.getLogger(__name__)
+
+MEASURED = 3  # forwards that tell how long the blocks below the border take
+Kind = tuple[Any, ...]
+
+
+class ActivationCache:
+    """The cache of one enabled model.
+
+    Args:
+        engine: makes the model run; its schedule tells what will still train.
+        limit: bytes that may be stored; None takes a share of what is free.
+
+    Attributes:
+        refused: why the cache is off; None while it is on.
+        objections: why some forwards run without it.
+        difference: the largest that was found when a forward was run both ways, relative to the norm of a row's state.
+    """
+
+    def __init__(self, engine: Engine, limit: int | None = None) -> None:
+        self.engine, self.runtime, self.model = engine, engine.runtime, engine.model
+        self.prefix = Prefix(self.model, engine.structure, engine.freezes)
+        self.forms = Forms(self.prefix.names)
+        self.store: Store = MemoryStore(limit)
+        self.keys = Keys(argument_names(self.model), _reads_labels(self.model), _counts_length(self.model))
+        self.refused: str | None = None
+        self.objections: dict[str, None] = {}
+        self.difference = 0.0
+        self.looked_up = self.found = self.forwards_hit = self.border = 0
+        self.saved_s = 0.0
+        self._running: ContextVar[Passage | None] = ContextVar("passage", default=None)
+        self.takes_use_cache = "use_cache" in argument_names(self.model)
+        self.tight: set[tuple[Kind, int | None]] = set()
+        self.stream_asks, self.stream_type = True, torch.float32
+        self._against: dict[Kind, str] = {}
+        self._epochs, self._at_epoch = 0, (0, 0)
+        self._measured: list[float] = []
+        self._untried = True  # whether it matters how much padding is to the left of a row
+        self._gathers = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
+        self._patches: list[Interception] = []
+
+    def start(self) -> None:
+        """Put the functions around the blocks in place."""
+        for place, block in enumerate(self.prefix.blocks):
+            self._patches.append(Interception(block, "_dropbp_cache", BlockState(place, self._running), block_forward))
+        self.runtime.shortened = self.shortened
+
+    def stop(self) -> None:
+        """Remove them, and set everything free."""
+        self.runtime.shortened = None
+        for patch in reversed(self._patches):
+            patch.remove()
+        self._patches = []
+        self.store.close()
+
+    def report(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        return {
+            "rows": self.store.rows,
+            "bytes": self.store.nbytes,
+            "looked_up": self.looked_up,
+            "hits": self.found,
+            "forwards_shortened": self.forwards_hit,
+            "border": self.border,
+            "seconds_saved": self.saved_s,
+            "largest_difference": self.difference,
+            "refused": self.refused,
+            "objections": list(self.objections),
+        }
+
+    def figures(self) -> dict[str, float]:
+        """What a trainer's log shows."""
+        return {
+            "dropbp_cache_hit_share": self.found / max(1, self.looked_up),
+            "dropbp_cache_gib": self.store.nbytes / 2**30,
+            "dropbp_cache_saved_s": self.saved_s,
+        }
+
+    # -- one forward
+
+    def shortened(
+        self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], plan: ForwardPlan
+    ) -> Callable[[], Any]:
+        """What runs in place of the root's forward."""
+        whole = functools.partial(call, *args, **kwargs)
+        if self.refused is not None or not self._may_look(args, kwargs):
+            return whole
+        floor = self._floor(plan)
+        observed = isinstance(plan, CallPlan) and plan.observation is not None  # looks at what dropped branches record
+        self.border = border = self._border(floor, 0 if observed else plan.detached)
+        kind = (
+            type(getattr(call, "args", (None,))[0]).__name__,
+            *self.engine.calls.key(args, kwargs),
+            self.prefix.modes(),
+        )
+        if border == 0 or self._objects(border, kind):
+            return whole
+        rows = self.keys.of(args, kwargs, self._salt(kind))
+        if rows is None:
+            self._object("an input is something else than tensors, numbers and texts")
+            return whole
+        self.looked_up += len(rows)
+        forward = CachedForward(self, call, args, kwargs, kind, rows, border, plan)
+        if self._untried and _padded_on_the_left(kwargs.get(MASK)):
+            self._untried = False
+            forward.try_other_padding()
+            rows = forward.rows = self.keys.of(args, kwargs, self._salt(kind)) or rows
+        states = self._agreed(self._states(rows, floor))
+        self.found += len(states)
+        if len(states) < len(rows) or observed or not self.forms.knows(border):
+            return forward.run_whole
+        return functools.partial(forward.run_short, states)
+
+    def _kind(self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+        """What forwards have in common whose outputs come from the same places: what is called, what is asked for."""
+        module = getattr(call, "args", (self.model,))[0]
+        return (type(module).__name__, *self.engine.calls.key(args, kwargs), self.prefix.modes())
+
+    def passing(self, passage: Passage, forward: Callable[[], Any]) -> Any:
+        """Run a forward with this passage."""
+        return passing(self._running, passage, self.prefix.blocks, forward)
+
+    def _may_look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        if transforming() or ask_for_gradients(args, kwargs):
+            return False
+        return not self._wants_caches(kwargs)
+
+    def _wants_caches(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the key-value caches of all layers are wanted: in generation, and where a call says so."""
+        if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
+            return True
+        loss = kwargs.get("labels") is not None or torch.is_grad_enabled()
+        return self.takes_use_cache and kwargs.get("use_cache") is None and not loss
+
+    def _floor(self, plan: ForwardPlan) -> int:
+        """The highest border below which this forward trains nothing, after states of changed blocks are dropped."""
+        changed = self.prefix.changed()
+        if changed is not None:
+            self.store.drop_above(changed)
+        if not torch.is_grad_enabled():
+            return self.prefix.count
+        every = (1 << len(self.engine.structure.branches)) - 1
+        return self.prefix.floor(plan.trained & every, plan.stem_rests)
+
+    def _below(self, branches: int) -> int:
+        """The highest border with none of these branches below: an output leads to their inside."""
+        needs = self.engine.structure.blocks.values()
+        return next((place for place, need in enumerate(needs) if need & branches), self.prefix.count)
+
+    def _border(self, floor: int, detached: int) -> int:
+        """Where states are stored now: nothing below trains in this forward or in one to come."""
+        resting = self.prefix.floor(to_come(self.engine.schedule), self.engine.freezes)
+        border = min(resting, self.forms.limit, self.prefix.count)
+        below = self._below(detached)
+        if below < border <= floor:
+            self._object(f"an output that is asked for, as hidden_states, comes out of {self.prefix.names[below]}")
+        return border if border <= min(floor, below) else 0
+
+    def _objects(self, border: int, kind: Kind) -> bool:
+        reason = self._against.get(kind) or self.prefix.objection(border)
+        if reason is not None:
+            self._object(reason)
+        return reason is not None
+
+    def _object(self, reason: str) -> None:
+        if reason not in self.objections:
+            self.objections[reason] = None
+            logger.warning("The activation cache is not used, because %s.", reason)
+
+    def _salt(self, kind: Kind) -> str:
+        device = next(self.model.parameters()).device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        name, asked, changed, modes = kind
+        return f"{name}{sorted(map(repr, asked))}{sorted(map(repr, changed))}{modes.hex()}{autocast}"
+
+    def _states(self, rows: Sequence[Row], floor: int) -> dict[int, State]:
+        """The states of the rows, if all are there."""
+        if not all(0 < self.store.border(row.key) <= floor for row in rows):
+            return {}
+        if not all(row.padding is None or self.store.border(row.at(self.store.border(row.key))) for row in rows):
+            return {}
+        found = {place: self.store.get(row.key) for place, row in enumerate(rows)}
+        states = {place: state for place, state in found.items() if state is not None}
+        return states if len(states) == len(rows) else {}
+
+    def padding(self, rows: Sequence[Row], states: Mapping[int, State]) -> dict[int, State]:
+        """The states of the padding to the left of these rows, where they enter."""
+        wanted = {place: rows[place].at(state.border) for place, state in states.items() if rows[place].padding}
+        found = {place: self.store.get(key) for place, key in wanted.items()}
+        return {place: state for place, state in found.items() if state is not None}
+
+    def _agreed(self, states: dict[int, State]) -> dict[int, State]:
+        """Under ZeRO-3 a module that runs gathers its weights from all ranks: all start at one block, or none does."""
+        if not (self._gathers and many_ranks()):
+            return states
+        start = min((state.border for state in states.values()), default=0)
+        device = next(self.model.parameters()).device
+        both = torch.tensor([start, -start], device=device)
+        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MIN)
+        lowest, highest = both[0].item(), -both[1].item()
+        return states if lowest == highest else {}
+
+    # -- what was found
+
+    def refuse(self, reason: str) -> None:
+        """Switch the cache off for the rest of the run."""
+        if self.refused is None:
+            self.refused = reason
+            self.store.close()
+            logger.warning("The activation cache is switched off, because %s.", reason)
+
+    def bound(self, kind: Kind, border: int, leak: str) -> None:
+        """Something besides the stream crosses this border. Stay below the stack of blocks it lies in, if there is one.
+
+        So an encoder can be cached, whose last state every block of the decoder reads.
+        """
+        stack = stack_of(self.prefix.names[border - 1])
+        below = next((i for i in reversed(range(border)) if stack_of(self.prefix.names[i]) != stack), 0)
+        reason = f"something besides the residual stream comes out of the blocks below {self._named(border)}: {leak}"
+        if below:
+            self.forms.bound(below, reason)
+            self.store.drop_above(below)
+        else:
+            self._against[kind] = reason
+            self._object(reason)
+
+    def object_to_randomness(self, kind: Kind, place: int) -> None:
+        """A block, or what feeds the first one, draws random numbers in training."""
+        where = self.prefix.random_module(place)
+        self._against[kind] = reason = (
+            f"{where} draws random numbers in training, so a row's state is another each time. Switch its dropout off "
+            "below the part of the model that trains (lora_dropout=0, attention_dropout=0, and the like)"
+        )
+        self._object(reason)
+
+    def end_epoch(self) -> None:
+        """Every row has come once more. Where none of them was known, none will be: what was stored is set free."""
+        known, seen = self.found - self._at_epoch[0], self.looked_up - self._at_epoch[1]
+        if self._epochs and seen and not known and not self._against:
+            self.refuse(
+                "no row of this epoch was among those of the one before: packed rows are others in each epoch. Pack "
+                "once, before the training, or do not pack"
+            )
+        self._epochs += 1
+        self._at_epoch = self.found, self.looked_up
+
+    def note_whole(self, forward: CachedForward, border: int, stream: torch.Tensor) -> None:
+        """A forward ran whole and has reached the border."""
+        self.stream_type = stream.dtype
+        if torch.is_grad_enabled() and not forward.plan.truncated:
+            self.stream_asks = stream.requires_grad
+        if len(self._measured) < MEASURED:
+            self.engine.device.synchronize()
+            self._measured.append((time.perf_counter() - forward.begin_s) / (border * stream[..., 0].numel()))
+
+    def note_hit(self, forward: CachedForward, start: int, positions: int) -> None:
+        """A forward started at a border."""
+        self.forwards_hit += 1
+        self.saved_s += min(self._measured, default=0.0) * start * positions
+
+    @property
+    def stores(self) -> bool:
+        """Whether states are stored."""
+        return self.refused is None and not self.store.full and self.store.trouble is None
+
+    def _named(self, border: int) -> str:
+        return self.prefix.names[border] if border < self.prefix.count else "the last"
+
+
+def _padded_on_the_left(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
+
+
+def _reads_labels(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _counts_length(model: nn.Module) -> bool:
+    """Whether rotary positions are scaled by the length of the padded batch."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rotary = str([getattr(text, name, None) for name in ("rope_parameters", "rope_scaling")])
+    return any(word in rotary for word in ("dynamic", "longrope"))

@@ -1,0 +1,313 @@
+"""One forward of the root with the cache: whole, shortened, or both ways to compare them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dropbp.cache.passage import MisfitError, Passage, has_nan
+from dropbp.cache.rows import LABELS, MASK, Row
+from dropbp.cache.store import State
+from dropbp.device import random_state_kept
+from dropbp.engine.patch import Forward
+from dropbp.masks.plan import ForwardPlan
+from dropbp.tensors import outputs_by_key
+
+if TYPE_CHECKING:
+    from dropbp.cache.cache import ActivationCache, Kind
+
+CACHES = ("past_key_values", "cache_params", "past_key_value", "mems", "state", "layer_past", "past")
+# Relative to the norm of a row's state: what rounding leaves after many layers, with other rows beside it.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+class CachedForward:
+    """One call of the root.
+
+    Args:
+        cache: whose states are used.
+        call: the root's forward.
+        args: of the call.
+        kwargs: likewise.
+        kind: of the call; what was seen of one holds for all.
+        rows: of the batch.
+        border: where states are stored now.
+        plan: of the forward.
+    """
+
+    def __init__(
+        self,
+        cache: ActivationCache,
+        call: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: Kind,
+        rows: Sequence[Row],
+        border: int,
+        plan: ForwardPlan,
+    ) -> None:
+        self.cache, self.call, self.args, self.kwargs = cache, call, args, kwargs
+        self.kind, self.rows, self.border, self.plan = kind, rows, border, plan
+        self._seen = kind, len(rows) > 1  # a row that was alone so far has yet to meet others
+        self.begin_s = time.perf_counter()
+        self._worst = 0.0
+
+    def run_whole(self, states: Mapping[int, State] | None = None) -> Any:
+        """All blocks run, and what is missing at the border is stored. Given states are compared with what is found."""
+        cache, whole = self.cache, functools.partial(self.call, *self.args, **self.kwargs)
+        watch = _Randomness(cache, self.kind) if cache.model.training else None
+        passage = Passage(
+            cache.forms,
+            self.rows,
+            states,
+            store=functools.partial(self._store, watch),
+            store_at=self.border,
+            compare=self._compare,
+            watch=watch,
+        )
+        outputs = cache.passing(passage, whole)
+        if passage.trouble is not None:
+            cache.refuse(passage.trouble)
+        return outputs
+
+    def run_short(self, states: Mapping[int, State]) -> Any:
+        """The blocks below the border do not run; the first time the forward runs both ways."""
+        cache = self.cache
+        passage = self._passage(states)
+        if (self._seen, None) not in cache.tight:
+            return self._run_both_ways(states)
+        checking = (self._seen, passage.start) not in cache.tight
+        try:
+            outputs = cache.passing(passage, self._short_call())
+        except MisfitError as misfit:
+            cache.refuse(str(misfit))
+            return self.call(*self.args, **self.kwargs)
+        if checking and has_nan(outputs):
+            return self._run_both_ways(states)
+        cache.tight.add((self._seen, passage.start))
+        cache.note_hit(self, passage.start, passage.positions)
+        return outputs
+
+    def try_other_padding(self) -> None:
+        """Whether states depend on how much padding is to the left: one more column of it, and compare.
+
+        They do where positions are counted from the left and learnt; rotary ones only matter by their distance.
+        """
+        cache, keys = self.cache, self.cache.keys
+        call = functools.partial(self.call, *self.args)
+        plain = {name: value for name, value in self.kwargs.items() if name not in LABELS}
+        other = {name: _padded(name, value, self.kwargs[MASK]) for name, value in plain.items()}
+        seen: list[torch.Tensor] = []
+        with random_state_kept(cache.model), _buffers_kept(cache.model):
+            for kwargs in (plain, other):
+                passage = Passage(cache.forms, self.rows, store=lambda _, x: seen.append(x), store_at=self.border)
+                with contextlib.suppress(Exception):  # more positions than the model has, say
+                    cache.runtime.run_aside(
+                        functools.partial(cache.passing, passage, functools.partial(call, **kwargs))
+                    )
+        if len(seen) != 2 or seen[1].shape[1] != seen[0].shape[1] + 1:
+            return
+        masks = self.kwargs[MASK].cpu()
+        keys.offset_counts = not all(
+            _distance(one[mask != 0], more[1:][mask != 0]) <= self._tolerance() and self._alike(one, more, mask)
+            for one, more, mask in zip(*seen, masks, strict=True)
+        )
+
+    def _alike(self, one: torch.Tensor, more: torch.Tensor, mask: torch.Tensor) -> bool:
+        """Whether all padding left of a row has one state."""
+        first = int(mask.nonzero()[0])
+        return all(_distance(more[first], x) <= self._tolerance() for x in (*one[max(0, first - 1) : first], more[0]))
+
+    def _passage(self, states: Mapping[int, State]) -> Passage:
+        moves = any(state.border < self.border for state in states.values()) and self.cache.stores
+        store = functools.partial(self._store, None) if moves else None
+        return Passage(
+            self.cache.forms,
+            self.rows,
+            states,
+            self.cache.padding(self.rows, states),
+            store=store,
+            store_at=self.border if moves else 0,
+            asks=self.cache.stream_asks and not self.plan.truncated,
+        )
+
+    def _short_call(self) -> Callable[[], Any]:
+        """Key-value caches would lack the layers that do not run, so none are made."""
+        kwargs = {**self.kwargs, "use_cache": False} if self.cache.takes_use_cache else self.kwargs
+        return functools.partial(self.call, *self.args, **kwargs)
+
+    def _compare_alone(self, states: Mapping[int, State]) -> None:
+        """Run the last row by itself: what it was stored with may be what it has beside it now."""
+        count = len(self.rows)
+        args, kwargs = (_last_row(value, count) for value in (self.args, {**self.kwargs}))
+        kwargs = {name: value for name, value in kwargs.items() if name not in LABELS}
+        row = self.rows[-1:]
+        alone = CachedForward(self.cache, self.call, args, kwargs, self.kind, row, self.border, self.plan)
+        passage = Passage(self.cache.forms, row, {0: states[count - 1]}, compare=alone._compare)
+        with contextlib.suppress(Exception):  # a model may not take its other inputs for one row
+            self._run_aside(passage, functools.partial(self.call, *args, **kwargs))
+        self._worst = max(self._worst, alone._worst)
+
+    def _run_aside(self, passage: Passage, call: Callable[[], Any]) -> Any:
+        return self.cache.runtime.run_aside(functools.partial(self.cache.passing, passage, call))
+
+    def _run_both_ways(self, states: Mapping[int, State]) -> Any:
+        """Run shortened, with not-a-numbers from the blocks below, then whole, with the same randomness; compare."""
+        cache = self.cache
+        passage = Passage(cache.forms, self.rows, states, cache.padding(self.rows, states), seeks_leaks=True)
+        short: dict[str, Any] | None = None
+        with random_state_kept(cache.model), _buffers_kept(cache.model):
+            try:
+                short = _figures(self._run_aside(passage, self._short_call()))
+            except Exception as error:  # noqa: BLE001 - whatever a model raises when its blocks return nothing real
+                passage.leak = passage.leak or f"a shortened forward raises {type(error).__name__} ({error})"
+            if len(self.rows) > 1:
+                self._compare_alone(states)
+        outputs = self.run_whole(states)
+        self._judge(passage, short, _figures(outputs))
+        return outputs
+
+    def _judge(self, passage: Passage, short: Mapping[str, Any] | None, whole: Mapping[str, Any]) -> None:
+        cache = self.cache
+        cache.difference = max(cache.difference, self._worst)
+        allowed = self._tolerance()
+        if self._worst > allowed:
+            cache.refuse(
+                f"a forward that started at {cache.prefix.names[passage.start - 1]} differed by {self._worst:.2g} of "
+                f"the stream's norm from one that ran whole, where rounding leaves at most {allowed:.2g}: the blocks "
+                "below it compute something else each time, or from other rows"
+            )
+            return
+        lost = [name for name, value in whole.items() if short is None or not _equal(short.get(name), value, allowed)]
+        if lost:
+            cache.bound(self.kind, passage.start, passage.leak or f"its output {lost[0].split()[0]} comes from there")
+            return
+        cache.tight |= {(self._seen, None), (self._seen, passage.start)}
+
+    def _tolerance(self) -> float:
+        device = next(self.cache.model.parameters()).device.type
+        kinds = {self.cache.stream_type}
+        if torch.is_autocast_enabled(device):
+            kinds.add(torch.get_autocast_dtype(device))
+        kinds |= {p.dtype for p in self.cache.model.parameters() if p.dtype in TOLERANCES}
+        return max(TOLERANCES.get(kind, 0.1) for kind in kinds)
+
+    def _compare(self, row: int, state: State, stream: torch.Tensor) -> None:
+        real = self.rows[row].real
+        own = (stream[row] if real is None else stream[row, real]).detach()
+        if own.shape != state.values.shape:
+            self._worst = float("inf")
+            return
+        self._worst = max(self._worst, _distance(own, state.values.to(own.device)))
+        if real is not None:
+            for padding in self.cache.padding(self.rows, {row: state}).values():
+                self._worst = max(self._worst, _distance(stream[row, real.start - 1], padding.values.to(own.device)))
+
+    def _store(self, watch: _Randomness | None, border: int, stream: torch.Tensor) -> None:
+        cache = self.cache
+        if watch is not None and watch.found:
+            return
+        if stream.shape[:1] != (len(self.rows),):
+            cache.bound(self.kind, border, f"the stream after {cache.prefix.names[border - 1]} has no rows of its own")
+            return
+        spans = [row.real for row in self.rows if row.real is not None]
+        if spans and not self._fits(stream):
+            cache.keys.trims = False  # from the next forward on whole rows are hashed and stored
+            return
+        cache.note_whole(self, border, stream)
+        for place, row in enumerate(self.rows):
+            if cache.store.border(row.key) < border:
+                _put(cache, row.key, border, stream[place] if row.real is None else stream[place, row.real])
+            if row.padding is not None and row.real is not None and not cache.store.border(row.at(border)):
+                _put(cache, row.at(border), border, stream[place, row.real.start - 1])
+
+    def _fits(self, stream: torch.Tensor) -> bool:
+        """Whether the stream has a position for each of the mask's."""
+        mask = self.kwargs.get("attention_mask")
+        return stream.dim() == 3 and (mask is None or stream.shape[1] == mask.shape[1])
+
+
+def _put(cache: ActivationCache, key: bytes, border: int, own: torch.Tensor) -> None:
+    if not cache.stores:
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        values = own.detach().to("cpu", copy=True).contiguous()
+        if bool(values.isfinite().all()):
+            cache.store.put(key, State(border, values))
+
+
+class _Randomness:
+    """Looks whether a block below the border draws random numbers."""
+
+    def __init__(self, cache: ActivationCache, kind: Kind) -> None:
+        self.cache, self.kind, self.found = cache, kind, False
+        self._before = self._states()
+
+    def __call__(self, place: int) -> None:
+        """A block has run; those below come first."""
+        if self.found or place >= self.cache.border:
+            return
+        now = self._states()
+        if not all(map(torch.equal, self._before, now)):
+            self.found = True
+            self.cache.object_to_randomness(self.kind, place)
+
+    def _states(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), self.cache.engine.device.generator_state()]
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative to the norm."""
+    one, other = one.double(), other.double()
+    return float((one - other).norm() / one.norm().clamp(min=1e-30))
+
+
+def _padded(name: str, value: Any, mask: torch.Tensor) -> Any:
+    """The argument for rows with one more position of padding on the left."""
+    if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[1] != mask.shape[1]:
+        return value
+    first = torch.zeros_like(value[:, :1]) if name == MASK else value[:, :1]
+    return torch.cat([first, value], dim=1)
+
+
+def _last_row(value: Any, rows: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[-1:] if value.dim() and value.shape[0] == rows else value
+    if isinstance(value, dict):
+        return {name: _last_row(item, rows) for name, item in value.items()}
+    return tuple(_last_row(item, rows) for item in value) if type(value) is tuple else value
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore all buffers afterwards."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def _figures(outputs: Any) -> dict[str, Any]:
+    """What two runs are compared by: the outputs that are numbers, and whether the others hold a not-a-number."""
+    found: dict[str, Any] = {}
+    for name, tensor in outputs_by_key(outputs):
+        if name not in CACHES:
+            own = float(tensor.detach()) if tensor.numel() == 1 else bool(tensor.isnan().any())
+            found[f"{name} {len(found)}"] = own
+    return found
+
+
+def _equal(short: Any, whole: Any, allowed: float) -> bool:
+    if isinstance(whole, bool):
+        return bool(whole) or not short
+    return math.isnan(whole) or (short is not None and abs(short - whole) <= allowed * max(abs(whole), 1.0))

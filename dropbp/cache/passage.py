@@ -1,0 +1,280 @@
+"""One forward of the model with the cache: blocks that do not run, rows that enter, states that are stored.
+
+A block below the start returns not-a-numbers in the form of its output, so that whatever else they lead to shows. After
+the block below which a row's state was stored the row takes its state. This is done to that block's output and not to
+the next one's input: the next block may be checkpointed, and would be recomputed from the input that it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropbp.cache.rows import Row
+from dropbp.cache.store import State
+from dropbp.engine.patch import Attachment, Forward, named_forward
+from dropbp.engine.runtime import is_compiling
+from dropbp.tensors import tensors_in
+
+Watch = Callable[[int], None]
+
+
+class MisfitError(Exception):
+    """A forward cannot go on with the cache; it runs again without."""
+
+
+class Forms:
+    """Where each block takes the stream, and in what form it returns it: learnt from forwards that run whole."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._known: dict[int, tuple[int | str, int | None, int]] = {}
+        self.limit, self.reason = len(names), ""
+
+    def knows(self, border: int) -> bool:
+        """Whether the forms of all blocks below a border are known."""
+        return all(place in self._known for place in range(border))
+
+    def learn(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Look at one call of a block; a block that cannot be passed over bounds the border."""
+        if place in self._known or place >= self.limit:
+            return
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        parts = list(output) if type(output) is tuple else [output]
+        tensors = [part for part in parts if part is not None]
+        if len(tensors) != 1 or type(tensors[0]) is not torch.Tensor:
+            self.bound(place, f"{self.names[place]} returns more than the residual stream")
+            return
+        stream = tensors[0]
+        taken = next((key for key, value in given if _alike(value, stream)), None)
+        if taken is None:
+            self.bound(place, f"{self.names[place]} takes a stream of another shape or type than it returns")
+            return
+        where = next(i for i, part in enumerate(parts) if part is stream) if type(output) is tuple else None
+        self._known[place] = taken, where, len(parts)
+
+    def bound(self, limit: int, reason: str) -> None:
+        """The border is not above this."""
+        if limit < self.limit:
+            self.limit, self.reason = limit, reason
+
+    def taken(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The stream that a block is given."""
+        key, _, _ = self._known[place]
+        value = kwargs.get(key) if isinstance(key, str) else (args[key] if key < len(args) else None)
+        if not isinstance(value, torch.Tensor):
+            raise MisfitError(f"{self.names[place]} was called in another way than before")
+        return value
+
+    def unreal(self, place: int, stream: torch.Tensor) -> torch.Tensor:
+        """Not-a-numbers in place of the stream: made by the first block of a stack, passed on by the others."""
+        first = place == 0 or stack_of(self.names[place]) != stack_of(self.names[place - 1])
+        return torch.full_like(stream, torch.nan) if first else stream
+
+    def returned(self, place: int, output: Any) -> torch.Tensor:
+        """The stream in a block's output."""
+        where = self._known[place][1]
+        stream = output if where is None else output[where]
+        if type(stream) is not torch.Tensor:
+            raise MisfitError(f"{self.names[place]} returned something else than before")
+        return stream
+
+    def with_stream(self, place: int, stream: torch.Tensor) -> Any:
+        """A block's output that holds this stream."""
+        _, where, count = self._known[place]
+        return stream if where is None else tuple(stream if i == where else None for i in range(count))
+
+
+def stack_of(name: str) -> str:
+    """What holds a block and its neighbours."""
+    return name.rpartition(".")[0]
+
+
+def _alike(value: Any, stream: torch.Tensor) -> bool:
+    return type(value) is torch.Tensor and value.shape == stream.shape and value.dtype == stream.dtype
+
+
+class Passage:
+    """One forward.
+
+    Args:
+        forms: of the blocks.
+        rows: of the batch.
+        states: of the rows, each with its border; empty where the forward runs whole.
+        padding: the states of the padding left of these rows.
+        store: called with the stream at the border where it is to be stored.
+        store_at: that border; 0 if none.
+        compare: called with a border, a row and the stream where the row would enter; the rows then do not.
+        seeks_leaks: whether to look what else than the stream comes out of blocks that do not run.
+        asks: whether the stream at the start asks for a gradient.
+        watch: called with the place of each block that has run, and with -1 before the first.
+    """
+
+    def __init__(
+        self,
+        forms: Forms,
+        rows: Sequence[Row],
+        states: Mapping[int, State] | None = None,
+        padding: Mapping[int, State] | None = None,
+        *,
+        store: Callable[[int, torch.Tensor], None] | None = None,
+        store_at: int = 0,
+        compare: Callable[[int, State, torch.Tensor], None] | None = None,
+        seeks_leaks: bool = False,
+        asks: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        self.forms, self.rows, self.states, self.padding = forms, rows, dict(states or {}), dict(padding or {})
+        self.start = min((state.border for state in self.states.values()), default=0) if compare is None else 0
+        self.store, self.store_at, self.compare = store, store_at, compare
+        self.seeks_leaks, self.asks, self.watch = seeks_leaks, asks, watch
+        self.next = 0
+        self.trouble: str | None = None
+        self.leak = ""
+        self.positions = 0
+
+    def block(self, place: int, forward: Callable[[], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a block returns."""
+        self._take_turn(place)
+        border = place + 1
+        if border < self.start:
+            stream = self.forms.taken(place, args, kwargs)
+            return self.forms.with_stream(place, self.forms.unreal(place, stream))
+        if border == self.start:
+            stream = self.forms.taken(place, args, kwargs)
+            self.positions = stream[..., 0].numel()
+            return self.forms.with_stream(place, self._entered(border, torch.zeros_like(stream), self.asks))
+        if self.watch is not None and not place:
+            self.watch(-1)
+        if self.seeks_leaks and not self.leak:
+            self._look_for_leaks(place, args, kwargs)
+        output = forward()
+        if self.trouble is not None:
+            return output
+        return self._after(place, args, kwargs, output)
+
+    def _take_turn(self, place: int) -> None:
+        if place != self.next:
+            self.trouble = f"{self.forms.names[place]} runs more than once in a forward, or not in its turn"
+            if self.start:
+                raise MisfitError(self.trouble)
+        self.next = place + 1
+
+    def _after(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
+        border = place + 1
+        if not self.start:
+            self.forms.learn(place, args, kwargs, output)
+        if self.watch is not None:
+            self.watch(place)
+        entering = {row: state for row, state in self.states.items() if state.border == border}
+        if not (entering or border == self.store_at) or border > self.forms.limit:
+            return output
+        stream = self.forms.returned(place, output)
+        if self.compare is not None:
+            for row, state in entering.items():
+                self.compare(row, state, stream)
+        elif entering:
+            stream = self._entered(border, stream.detach().clone(), stream.requires_grad)
+            output = self.forms.with_stream(place, stream)
+        if border == self.store_at and self.store is not None:
+            self.store(border, stream)
+        return output
+
+    def _entered(self, border: int, stream: torch.Tensor, asks: bool) -> torch.Tensor:
+        """The stream, with the states of the rows that enter here; padding is zero."""
+        with torch.no_grad():
+            for row, state in self.states.items():
+                if state.border != border:
+                    continue
+                real = self.rows[row].real
+                if real is None:
+                    _take(stream[row], state)
+                    continue
+                stream[row].zero_()
+                _take(stream[row, real], state)
+                if row in self.padding:
+                    _take(stream[row, real.start - 1], self.padding[row])
+        return stream.requires_grad_(asks and torch.is_grad_enabled())
+
+    def _look_for_leaks(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        given = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+        stream = self.forms.taken(place, args, kwargs) if self.forms.knows(place + 1) else None
+        for name, value in given.items():
+            if value is not stream and has_nan(value):
+                self.leak = f"{self.forms.names[place]} is given {name}"
+                return
+
+
+def _take(own: torch.Tensor, state: State) -> None:
+    if own.shape != state.values.shape or own.dtype != state.values.dtype:
+        raise MisfitError("a stored state has another shape or type than the stream")
+    own.copy_(state.values, non_blocking=True)
+
+
+def has_nan(value: Any) -> bool:
+    """Whether something holds a not-a-number."""
+    return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_in(value))
+
+
+class BlockState(Attachment):
+    """A block, and the forward that runs now."""
+
+    def __init__(self, place: int, running: ContextVar[Passage | None]) -> None:
+        self.place, self.running = place, running.get
+
+
+def block_forward(original: Forward) -> Forward:
+    """Around a block: lets the passage of the running forward decide what it returns."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: BlockState | None = self._dropbp_cache
+        if state is None or state.original is not original or is_compiling():
+            return original(self, *args, **kwargs)
+        passage = state.running()
+        if passage is None:
+            return original(self, *args, **kwargs)
+        return passage.block(state.place, functools.partial(original, self, *args, **kwargs), args, kwargs)
+
+    return named_forward(forward)
+
+
+@contextlib.contextmanager
+def _uncompiled(blocks: Sequence[nn.Module], passage: Passage) -> Any:
+    """Blocks that were compiled by themselves are called through their passage, which calls what was compiled."""
+    calls = [(place, block, block._compiled_call_impl) for place, block in enumerate(blocks)]
+    compiled = [(place, block, call) for place, block, call in calls if call is not None]
+    try:
+        for place, block, call in compiled:
+            block._compiled_call_impl = _through(passage, place, call)
+        yield
+    finally:
+        for _, block, call in compiled:
+            block._compiled_call_impl = call
+
+
+def _through(passage: Passage, place: int, call: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return passage.block(place, functools.partial(call, *args, **kwargs), args, kwargs)
+
+    return called
+
+
+def passing(
+    running: ContextVar[Passage | None], passage: Passage, blocks: Sequence[nn.Module], forward: Callable[[], Any]
+) -> Any:
+    """Run a forward with this passage."""
+    token = running.set(passage)
+    try:
+        if any(block._compiled_call_impl is not None for block in blocks):
+            with _uncompiled(blocks, passage):
+                return forward()
+        return forward()
+    finally:
+        running.reset(token)

@@ -1,0 +1,132 @@
+"""What lies below each border, and what speaks against storing what comes out of it.
+
+Border `k` lies after the first `k` blocks. A state stored there is right as long as no parameter and no buffer below
+has changed. Which of them may still train follows from the masks to come; whether one has changed is read from the
+versions that PyTorch counts, at every forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from dropbp.discovery.structure import EXACT, Structure
+from dropbp.engine.purity import is_foreign_hook
+
+ALWAYS = -1  # the bits of what trains in every step that trains anything
+
+
+class Prefix:
+    """The blocks of one model in the order in which they run, and what is below each border.
+
+    Args:
+        model: the root.
+        structure: its branches and blocks.
+        rests: whether what feeds the stream rests while a branch above it is dropped.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, rests: bool) -> None:
+        self.model, self._structure, self._rests = model, structure, rests
+        modules = {model.get_submodule(name): name for name in structure.blocks}
+        self.names, self.blocks = list(modules.values()), list(modules)
+        self._inside = [list(block.modules()) for block in self.blocks]
+        self._tensors = sorted(self._found(), key=lambda entry: entry[0])
+        self._modules = list(model.modules())
+        self._seen: list[Any] = []
+        self._floors: dict[tuple[int, bool], int] = {}
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return len(self.blocks)
+
+    def _found(self) -> Iterator[tuple[int, dict[str, Any], str, str]]:
+        """Each parameter and buffer that may be below a border: its place, the table that holds it, its names.
+
+        Outside of the blocks all that a branch comes after counts as being below the first block.
+        """
+        borders = self._structure.rests.borders
+        places = {id(module): place for place, block in enumerate(self.blocks) for module in block.modules()}
+        for path, module in self.model.named_modules():
+            place = places.get(id(module))
+            for key in module._parameters:
+                name = f"{path}.{key}".lstrip(".")
+                if place is not None or borders.get(name, 0) != EXACT:
+                    yield place or 0, module._parameters, key, name
+            for key in module._buffers if place is not None else ():
+                yield place or 0, module._buffers, key, ""
+
+    def changed(self) -> int | None:
+        """The place of the lowest tensor that changed since the last call; None if none did."""
+        now = [_mark(table.get(key)) for _, table, key, _ in self._tensors]
+        before, self._seen = self._seen, now
+        if before == now:
+            return None
+        self._floors.clear()
+        return next(
+            (entry[0] for entry, new, old in zip(self._tensors, now, before, strict=False) if new[:3] != old[:3]),
+            None if before else 0,
+        )
+
+    def floor(self, kept: int, rests: bool) -> int:
+        """The highest border below which nothing trains in steps that keep these branches.
+
+        Args:
+            kept: branches as bits.
+            rests: whether what feeds the stream rests below the lowest of them.
+        """
+        found = self._floors.get((kept, rests))
+        if found is None:
+            found = self._floors[kept, rests] = self._floor(kept, rests)
+        return found
+
+    def _floor(self, kept: int, rests: bool) -> int:
+        known = self._structure.rests
+        for place, table, key, name in self._tensors:
+            tensor = table.get(key)
+            if not name or tensor is None or not tensor.requires_grad:
+                continue
+            border = known.borders.get(name, 0)
+            awake = border == EXACT or (name in known.resting and not rests)
+            if awake or kept >> border & 1:
+                return place
+        return self.count
+
+    def modes(self) -> bytes:
+        """Which modules are in training mode."""
+        return bytes([module.training for module in self._modules])
+
+    def objection(self, border: int) -> str | None:
+        """Why states at a border must not be used; None if nothing is known to speak against it."""
+        for name, modules in zip(self.names[:border], self._inside, strict=False):
+            for module in modules:
+                if module.training and isinstance(module, _NormBase):
+                    return f"{name} holds a {type(module).__name__}, which uses the statistics of the whole batch"
+                if any(map(is_foreign_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))):
+                    return f"a hook is registered on {type(module).__name__} in {name}, and would not be called"
+        everywhere = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
+        if any(map(is_foreign_hook, everywhere)):
+            return "a global forward hook is registered, and would not be called for every module"
+        return None
+
+    def random_module(self, place: int) -> str:
+        """What draws random numbers in a block, as far as its attributes tell."""
+        named = [("", self.model)] if place < 0 else list(self.blocks[place].named_modules())
+        dropouts = (name for name, module in named if isinstance(module, _DropoutNd) and module.p)
+        found = next(dropouts, "")
+        where = self.names[place] if place >= 0 else "what feeds the first block"
+        return f"{where}.{found}" if found else where
+
+
+def _mark(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+    if tensor is None:
+        return (None, 0, 0, False)
+    version = 0 if tensor.is_inference() else tensor._version
+    plain = type(tensor) in (nn.Parameter, torch.Tensor) and not hasattr(tensor, "ds_id")  # others change their storage
+    return (id(tensor), version, tensor.data_ptr() if plain else 0, tensor.requires_grad)

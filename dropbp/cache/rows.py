@@ -1,0 +1,151 @@
+"""Rows of a batch by their content: the same row has the same key in any order, batch, padding and process.
+
+A key is a hash of all that a row's hidden states may depend on: its own part of every tensor that has rows, the whole
+of every other input, and what `salt` adds (modes, autocast). Labels are left out where they only make the loss. A mask
+of padding, as tokenizers make it, says which positions are real: only these are hashed, and only their states stored.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from dropbp.engine.purity import CONSTANTS
+from dropbp.flops import shape_of
+
+MASK = "attention_mask"
+LABELS = frozenset({
+    "labels", "label", "label_ids", "shift_labels", "start_positions", "end_positions", "next_sentence_label",
+    "num_items_in_batch", "logits_to_keep", "use_cache", "return_dict", "return_loss",
+})  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One row.
+
+    Attributes:
+        key: of its content.
+        real: its real positions; None where all count, or where that is not known.
+        padding: the key of the padding just left of them, from whose state the first token is predicted; None if there
+            is none.
+    """
+
+    key: bytes
+    real: slice | None
+    padding: bytes | None = None
+
+    def at(self, border: int) -> bytes:
+        """The key of that padding's state at a border. Each border has one of its own."""
+        return (self.padding or b"") + border.to_bytes(2, "big")
+
+
+class Keys:
+    """Makes the keys of rows.
+
+    Args:
+        names: of the forward's arguments by their places.
+        labels_count: whether labels are inputs too, as those are that a decoder reads.
+        length_counts: whether a state depends on how long the padded row is.
+
+    Attributes:
+        trims: whether padding is left out. Not where the stream has other positions than the mask.
+        offset_counts: whether a state may depend on how much padding is to its left. Such rows are hashed with it.
+    """
+
+    def __init__(self, names: Sequence[str], labels_count: bool, length_counts: bool) -> None:
+        self._names, self._labels_count, self._length_counts = tuple(names), labels_count, length_counts
+        self.trims = self.offset_counts = True
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], salt: str) -> list[Row] | None:
+        """The rows of a batch; None where an input is something that cannot be hashed, or asks for a gradient."""
+        given = dict(_flat([*zip(self._named(args), args, strict=True), *kwargs.items()]))
+        if not self._labels_count:
+            given = {name: value for name, value in given.items() if name.partition("/")[0] not in LABELS}
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        others = {name: value for name, value in given.items() if not isinstance(value, torch.Tensor)}
+        if not tensors or any(t.requires_grad or t.is_meta or t.layout != torch.strided for t in tensors.values()):
+            return None
+        if not all(isinstance(value, CONSTANTS) for value in others.values()):
+            return None
+        rows = shape_of(args, kwargs).batch_size
+        here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        flags = sorted((name, repr(value)) for name, value in others.items() if value is not None)
+        shared = blake2b(f"{salt}|{flags}".encode(), digest_size=KEY_BYTES)
+        own = {name: t for name, t in sorted(here.items()) if _has_rows(t, rows)}
+        for name in sorted(here.keys() - own.keys()):
+            _update(shared, name, here[name])
+        labels = kwargs.get("labels")
+        labels = labels.detach().cpu() if isinstance(labels, torch.Tensor) and labels.shape[:1] == (rows,) else None
+        return [self._row(row, own, labels, shared.copy()) for row in range(rows)]
+
+    def _named(self, args: Sequence[Any]) -> list[str]:
+        return [*self._names, *map(str, range(len(self._names), len(args)))][: len(args)]
+
+    def _row(self, row: int, own: Mapping[str, torch.Tensor], labels: torch.Tensor | None, hashed: Any) -> Row:
+        parts = {name: tensor[row if tensor.shape[0] > 1 else 0] for name, tensor in own.items()}
+        mask = parts.get(MASK)
+        real = self._real(mask, None if labels is None else labels[row])
+        if mask is None or real is None:
+            for name, part in parts.items():
+                _update(hashed, name, part)
+            return Row(hashed.digest(), None)
+        if self._length_counts:
+            hashed.update(str(len(mask)).encode())
+        padding = hashed.copy()
+        padding.update(b"padding")
+        for name, part in parts.items():
+            follows = part.shape[:1] == mask.shape and not name.startswith("decoder_")
+            _update(hashed, name, part[real] if follows else part)
+            _update(padding, name, part[max(0, real.start - 1)] if follows else part)
+        return Row(hashed.digest(), real, padding.digest() if real.start else None)
+
+    def _real(self, mask: torch.Tensor | None, labels: torch.Tensor | None) -> slice | None:
+        """The real positions of one row, if they are one run of them, and if what the model makes of others is lost."""
+        if not self.trims or mask is None or mask.dim() != 1:
+            return None
+        places = mask.nonzero()
+        if not len(places):
+            return None
+        first, last = int(places[0]), int(places[-1])
+        if last - first + 1 != len(places) or (first and self.offset_counts):
+            return None
+        if labels is not None and labels.shape == mask.shape and bool((labels[mask == 0] != IGNORED).any()):
+            return None
+        return slice(first, last + 1)
+
+
+IGNORED = -100  # the label of positions that are not in the loss
+KEY_BYTES = 24
+
+
+def _flat(entries: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Entries of mappings and lists with their way to them: some models take a mask for each kind of layer."""
+    for name, value in entries:
+        if isinstance(value, Mapping):
+            yield from _flat((f"{name}/{key}", item) for key, item in value.items())
+        elif isinstance(value, (list, tuple)):
+            yield from _flat((f"{name}/{place}", item) for place, item in enumerate(value))
+        else:
+            yield name, value
+
+
+def _has_rows(tensor: torch.Tensor, rows: int) -> bool:
+    """Whether the tensor has a part for each row; one of a single row counts for all of them."""
+    return (tensor.dim() > 0 and tensor.shape[0] == rows) or (tensor.dim() > 1 and tensor.shape[0] == 1)
+
+
+def _update(hashed: Any, name: str, tensor: torch.Tensor) -> None:
+    hashed.update(f"|{name}{tensor.dtype}{list(tensor.shape)}".encode())
+    hashed.update(content(tensor))
+
+
+def content(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor on the CPU."""
+    tensor = tensor.contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())

@@ -1,0 +1,479 @@
+"""The activation cache: rows seen before start at the border, exactly, or it says by name why they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dropbp
+from dropbp.session import Handle
+from tests.common.engine_models import (
+    Block,
+    PlainNet,
+    assert_same_gradients,
+    llama_loss,
+    plain_net,
+    take_gradients,
+    tiny_llama,
+    tokens,
+)
+
+BLOCKS = 6
+ROWS = 8
+
+
+def llama(**changes: Any) -> Any:
+    return tiny_llama(layers=BLOCKS, **changes)
+
+
+def cached(model: nn.Module, drop_rate: float = 0.75, **options: Any) -> Handle:
+    return dropbp.enable(model, drop_rate=drop_rate, **{"steps": 12, "activation_cache": True, **options})
+
+
+def found(handle: Handle) -> dict[str, Any]:
+    return handle.report()["activation_cache"]
+
+
+def padded(rows: list[torch.Tensor], side: str, length: int | None = None) -> dict[str, torch.Tensor]:
+    """A batch as a collator makes it: padded to its longest row, or to a length."""
+    length = length or max(map(len, rows))
+    ids, mask, labels = [], [], []
+    for row in rows:
+        gap = length - len(row)
+        before, after = (gap, 0) if side == "left" else (0, gap)
+        ids.append(torch.cat([torch.zeros(before), row, torch.zeros(after)]).long())
+        mask.append(torch.cat([torch.zeros(before), torch.ones(len(row)), torch.zeros(after)]).long())
+        labels.append(torch.where(mask[-1] == 0, -100, ids[-1]))
+    return {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask), "labels": torch.stack(labels)}
+
+
+def data(rows: int = ROWS) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(4, 12, (rows,), generator=generator).tolist()
+    return [torch.randint(1, 32, (length,), generator=generator) for length in lengths]
+
+
+def epoch_order(epoch: int, rows: int = ROWS) -> list[int]:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(epoch)).tolist()
+
+
+def train(model: nn.Module, handle: Handle, side: str, epochs: int = 3, size: int = 2) -> list[float]:
+    """A loop as anyone writes it: shuffled, padded to the longest row of each batch."""
+    optimizer, rows, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), data(), []
+    for epoch in range(epochs):
+        order = epoch_order(epoch)
+        for start in range(0, ROWS, size):
+            loss = model(**padded([rows[i] for i in order[start : start + size]], side)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_from_the_second_epoch_every_row_is_found_and_the_training_is_the_same(side):
+    runs = {}
+    for where in (None, True):
+        model = llama()
+        with cached(model, activation_cache=where) as handle:
+            runs[where] = train(model, handle, side), model
+            report = found(handle) if where else {}
+    assert report["looked_up"] == 3 * ROWS and report["hits"] == 2 * ROWS and report["rows"] == ROWS
+    assert report["refused"] is None and not report["objections"]
+    assert report["forwards_shortened"] >= 5
+    torch.testing.assert_close(runs[True][0], runs[None][0], rtol=1e-4, atol=1e-5)
+    for one, other in zip(runs[True][1].parameters(), runs[None][1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+
+
+def calls_of(model: nn.Module) -> list[int]:
+    """How often each block's attention has run."""
+    counts = [0] * len(model.model.layers)
+
+    def count(place: int) -> None:
+        counts[place] += 1
+
+    for place, layer in enumerate(model.model.layers):
+        original = layer.self_attn.q_proj.forward
+        layer.self_attn.q_proj.forward = lambda x, p=place, o=original: (count(p), o(x))[1]
+    return counts
+
+
+def test_blocks_below_the_border_do_not_run():
+    model = llama()
+    counts = calls_of(model)
+    with cached(model) as handle:
+        for _ in range(3):  # stored, run both ways, shortened
+            llama_loss(model)
+        before = list(counts)
+        llama_loss(model)
+        border = found(handle)["border"]
+    assert 0 < border < BLOCKS
+    assert [now - then for now, then in zip(counts, before, strict=True)] == [0] * border + [1] * (BLOCKS - border)
+
+
+@pytest.mark.parametrize("mode", ["plain", "reentrant", "not reentrant", "compiled"])
+def test_a_shortened_step_has_the_gradients_of_a_whole_one(mode):
+    losses, grads = {}, {}
+    for where in (None, True):
+        model = llama()
+        if "reentrant" in mode:
+            model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
+        with cached(model, activation_cache=where) as handle:
+            if mode == "compiled":
+                dropbp.compile_blocks(handle, backend="eager")
+            for _ in range(5):
+                loss = llama_loss(model)
+                grads[where] = take_gradients(model, loss)
+            losses[where] = loss.item()
+            shortened = found(handle)["forwards_shortened"] if where else 0
+    assert shortened == 3
+    assert losses[True] == pytest.approx(losses[None], rel=1e-6)
+    assert_same_gradients(grads[True], grads[None])
+
+
+def test_a_row_is_carried_on_from_an_old_border():
+    model = llama()
+    with cached(model, drop_rate=0.5, steps=40) as handle:
+        borders = []
+        for _ in range(40):
+            llama_loss(model).backward()
+            borders.append(found(handle)["border"])
+        report = found(handle)
+    assert borders == sorted(borders) and borders[-1] > borders[0] > 0
+    assert report["rows"] == 2 and report["hits"] == 78 and report["refused"] is None
+
+
+def test_rows_of_one_batch_may_enter_at_different_borders():
+    rows = data(4)
+    model, plain = llama(), llama()
+    with cached(model, steps=20) as handle, cached(plain, steps=20, activation_cache=None):
+        for step in range(20):  # the first two rows come early, the others late
+            batch = padded(rows[:2] if step < 8 else rows[2:] if step < 14 else rows, "right")
+            losses = [each(**batch).loss for each in (model, plain)]
+            assert_same_gradients(take_gradients(model, losses[0]), take_gradients(plain, losses[1]))
+        report = found(handle)
+    assert report["rows"] == 4 and report["refused"] is None and report["forwards_shortened"] > 10
+
+
+# -- what changes below the border
+
+
+def test_states_are_dropped_when_weights_below_the_border_change():
+    model = llama()
+    with cached(model) as handle:
+        for _ in range(3):
+            llama_loss(model)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(2.0)
+        changed = llama_loss(model).item()
+        hits = found(handle)["hits"]
+    assert hits == 4
+    assert changed == llama_loss(model).item()
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "data", "embedding"])
+def test_other_ways_to_change_weights_are_seen(change):
+    model, other = llama(), llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    with cached(model):
+        for _ in range(3):
+            llama_loss(model)
+        if change == "load_state_dict":
+            model.load_state_dict(other.state_dict())
+        elif change == "data":
+            model.model.layers[0].mlp.up_proj.weight.data = other.model.layers[0].mlp.up_proj.weight.data
+        else:
+            model.model.embed_tokens.weight.data = other.model.embed_tokens.weight.data
+        changed = llama_loss(model).item()
+    assert changed == llama_loss(model).item()
+
+
+def test_a_given_mask_that_trains_the_bottom_runs_whole_and_with_its_gradients():
+    model, plain = llama(), llama()
+    with cached(model) as handle, cached(plain, activation_cache=None) as other:
+        for _ in range(3):
+            llama_loss(model), llama_loss(plain)
+        none = [False] * len(handle.branches)
+        with handle.fixed(none), other.fixed(none):
+            got, expected = (take_gradients(each, llama_loss(each)) for each in (model, plain))
+    assert all(gradient is not None for gradient in expected.values())
+    assert_same_gradients(got, expected)
+
+
+def test_rates_set_anew_lower_the_border():
+    model = llama()
+    with cached(model, steps=None, rates=[1.0] * 8 + [0.0] * 4, drop_rate=2 / 3) as handle:
+        for _ in range(3):
+            llama_loss(model)
+        assert found(handle)["border"] == 4 and found(handle)["forwards_shortened"] == 1
+        handle.set_rates([1.0] * 4 + [0.0] * 8)
+        take_gradients(model, llama_loss(model))
+        assert found(handle)["border"] == 2
+        assert model.model.layers[2].mlp.up_proj.weight.grad is not None
+
+
+def test_a_part_frozen_by_the_user_is_below_the_border_and_thawing_lowers_it():
+    model = llama()
+    for module in (model.model.embed_tokens, *model.model.layers[:3]):
+        module.requires_grad_(False)
+    with cached(model, drop_rate=0.0, steps=None) as handle:
+        for _ in range(3):
+            take_gradients(model, llama_loss(model))
+        assert found(handle)["border"] == 3 and found(handle)["forwards_shortened"] == 1
+        model.model.layers[1].requires_grad_(True)
+        grads = take_gradients(model, llama_loss(model))
+        assert grads["model.layers.1.mlp.up_proj.weight"] is not None
+        assert found(handle)["border"] == 1
+
+
+def test_calibration_is_not_shortened():
+    measured = {}
+    for where in (None, True):
+        model = llama()
+        with cached(model, activation_cache=where) as handle:
+            for _ in range(3):
+                llama_loss(model)
+            measured[where] = handle.calibrate(lambda model=model: llama_loss(model), method="exact").sensitivities
+    assert measured[True] == pytest.approx(measured[None], rel=1e-4)
+
+
+# -- evaluation and generation
+
+
+def test_evaluation_finds_rows_and_a_recorded_one_trains_everything():
+    model = llama()
+    with cached(model) as handle:
+        llama_loss(model)
+        model.eval()
+        with torch.no_grad():
+            losses = [llama_loss(model).item() for _ in range(4)]
+        assert found(handle)["forwards_shortened"] >= 2
+        recorded = take_gradients(model, llama_loss(model))
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    plain = llama().eval()
+    assert_same_gradients(recorded, take_gradients(plain, llama_loss(plain)))
+
+
+def test_generation_is_as_without_the_cache():
+    model = llama(use_cache=True)
+    prompt = tokens(rows=1)
+    expected = model.eval().generate(prompt, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(prompt))
+    model.train()
+    with cached(model):
+        for _ in range(3):
+            llama_loss(model, prompt)
+        model.eval()
+        got = model.generate(prompt, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(prompt))
+        with torch.no_grad():
+            caches = model(input_ids=prompt).past_key_values
+    assert torch.equal(got, expected)
+    assert all(layer.keys.shape[-2] == prompt.shape[1] for layer in caches.layers)
+
+
+def test_hidden_states_asked_for_are_those_of_a_whole_forward(caplog):
+    model = llama()
+    batch = tokens()
+    expected = llama()(input_ids=batch, output_hidden_states=True).hidden_states
+    with cached(model) as handle:
+        for _ in range(3):
+            llama_loss(model)
+        for _ in range(6):
+            states = model(input_ids=batch, labels=batch, output_hidden_states=True).hidden_states
+            for state, plain in zip(states, expected, strict=True):
+                torch.testing.assert_close(state, plain)
+        hits = found(handle)["forwards_shortened"]
+        llama_loss(model)
+        assert found(handle)["forwards_shortened"] == hits + 1, "other calls go on with the cache"
+    assert "hidden_states" in caplog.text
+
+
+# -- refusals
+
+
+class NetWithMemory(PlainNet):
+    """Every block above the first also reads what the first one made."""
+
+    def forward(self, x_BSD):
+        x_BSD = self.stem(x_BSD)
+        memory = None
+        for block in self.blocks:
+            x_BSD = block(x_BSD) if memory is None else block(x_BSD) + 0.1 * memory.detach().tanh()
+            memory = x_BSD if memory is None else memory
+        return self.head(self.norm(x_BSD))
+
+
+class BlockOfNeighbours(Block):
+    """Looks at the other rows of its batch."""
+
+    def forward(self, x_BSD):
+        return super().forward(x_BSD - 0.5 * x_BSD.mean(dim=0, keepdim=True))
+
+
+class BlockWithDropout(Block):
+    def __init__(self, width):
+        super().__init__(width)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x_BSD):
+        return super().forward(self.drop(x_BSD))
+
+
+class BlockWithStatistics(Block):
+    def __init__(self, width):
+        super().__init__(width)
+        self.whiten = nn.BatchNorm1d(4)
+
+    def forward(self, x_BSD):
+        return super().forward(self.whiten(x_BSD))
+
+
+def net_of(kind: type[nn.Module], at: int = 1) -> PlainNet:
+    net = plain_net(blocks=BLOCKS)
+    net.blocks[at] = kind(8)
+    return net.train()
+
+
+def batches_of_rows(count: int = 6) -> list[torch.Tensor]:
+    rows = torch.randn(8, 4, 8, generator=torch.Generator().manual_seed(4))
+    return [rows[torch.randperm(8, generator=torch.Generator().manual_seed(seed))[:3]] for seed in range(count)] * 3
+
+
+REFUSED = {
+    "memory": (lambda: _filled(NetWithMemory(blocks=BLOCKS)), "its output output comes from there"),
+    "neighbours": (lambda: net_of(BlockOfNeighbours), "from other rows"),
+    "dropout": (lambda: net_of(BlockWithDropout), "blocks.1.drop draws random numbers"),
+    "statistics": (lambda: net_of(BlockWithStatistics), "blocks.1 holds a BatchNorm1d"),
+}
+
+
+def _filled(net: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return net.train()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_a_function_of_the_row_alone_is_refused_by_name(name, caplog):
+    make, said = REFUSED[name]
+    losses = {}
+    for where in (None, True):
+        torch.manual_seed(7)
+        net = make()
+        torch.manual_seed(8)
+        with cached(net, activation_cache=where, example_inputs=batches_of_rows()[0]) as handle:
+            losses[where] = [net(batch).square().mean().item() for batch in batches_of_rows()]
+            report = found(handle) if where else {}
+    assert said in caplog.text
+    assert report["forwards_shortened"] == 0
+    assert losses[True] == pytest.approx(losses[None], rel=1e-5)
+
+
+def test_dropout_is_refused_in_training_only():
+    net = net_of(BlockWithDropout)
+    batch = batches_of_rows()[0]
+    with cached(net, example_inputs=batch) as handle:
+        for _ in range(3):
+            net(batch)
+        assert found(handle)["rows"] == 0
+        net.eval()
+        with torch.no_grad():
+            outputs = [net(batch) for _ in range(4)]
+        assert found(handle)["forwards_shortened"] >= 2
+    torch.testing.assert_close(outputs[-1], outputs[0])
+
+
+def test_a_hook_of_the_user_sees_every_forward():
+    model = llama()
+    seen = []
+    with cached(model) as handle:
+        for _ in range(3):
+            llama_loss(model)
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+        for _ in range(3):
+            llama_loss(model)
+        hook.remove()
+        before = found(handle)["forwards_shortened"]
+        llama_loss(model)
+        assert found(handle)["forwards_shortened"] == before + 1
+    assert len(seen) == 3
+
+
+def test_an_input_that_asks_for_a_gradient_gets_it():
+    model = llama()
+    embeds = model.model.embed_tokens(tokens()).detach()
+    with cached(model) as handle:
+        for _ in range(3):
+            model(inputs_embeds=embeds, labels=tokens())
+        assert found(handle)["forwards_shortened"] == 1
+        asking = embeds.clone().requires_grad_()
+        model(inputs_embeds=asking, labels=tokens()).loss.backward()
+    assert asking.grad is not None and asking.grad.abs().sum() > 0
+
+
+# -- the store
+
+
+def test_a_limit_in_bytes_holds_and_what_is_stored_is_used():
+    model = llama()
+    batches = [tokens(seed=seed) for seed in range(4)]
+    one = tokens().numel() * 16 * 4  # width 16 in float32
+    with cached(model, activation_cache_limit=2 * one, drop_rate=0.8, rates="freeze") as handle:
+        for _ in range(3):
+            for batch in batches:
+                llama_loss(model, batch)
+        report = found(handle)
+    assert report["bytes"] == 2 * one and report["rows"] == 4
+    assert report["hits"] == 2 * 4
+
+
+def test_rows_that_are_not_finite_are_not_stored():
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("nan")
+    batch = tokens().clone()
+    batch[0, 0], batch[1] = 5, batch[1].clamp(min=6)
+    with cached(model) as handle:
+        for _ in range(4):
+            llama_loss(model, batch)
+        report = found(handle)
+    assert report["rows"] == 1 and report["hits"] == 0
+
+
+def test_remove_leaves_no_trace():
+    model = llama()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    handle = cached(model)
+    for _ in range(3):
+        llama_loss(model)
+    handle.remove()
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys(), name
+    assert handle.cache is not None and handle.cache.store.rows == 0
+
+
+def test_without_the_option_nothing_is_there():
+    model = llama()
+    with cached(model, activation_cache=None) as handle:
+        llama_loss(model)
+        assert "activation_cache" not in handle.report()
+        assert not any("_dropbp_cache" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("value", ["", 3, 1.5, []])
+def test_a_wrong_place_is_refused(value):
+    with pytest.raises(dropbp.ConfigError, match="activation_cache"):
+        cached(llama(), activation_cache=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_a_wrong_limit_is_refused(value):
+    with pytest.raises(dropbp.ConfigError, match="activation_cache_limit"):
+        cached(llama(), activation_cache_limit=value)
