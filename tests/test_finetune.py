@@ -507,7 +507,7 @@ def chat_model(layers: int = 4) -> tuple[Any, Any]:
 def demo_of_tiny_things(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "Recipe", lambda: RECIPE)
     monkeypatch.setattr(demo, "load_smollm", chat_model)
-    monkeypatch.setattr(demo, "choice_questions", lambda held_out, seed: (QUESTIONS[held_out:], QUESTIONS[:held_out]))
+    monkeypatch.setattr(demo, "choice_questions", lambda held_out, *_: (QUESTIONS[held_out:], QUESTIONS[:held_out]))
 
 
 def test_the_demo_shows_answers_costs_losses_and_accuracy(

@@ -8,8 +8,6 @@ as the FLOPs of the plain run allow.
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +40,7 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_steps: int = 2
     held_out: int = 32
+    longest: int = 200  # characters of a question, so that a step takes seconds
     evaluations: int = 2
     seed: int = 0
 
@@ -56,18 +55,17 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         ConfigError: model or questions cannot be had.
     """
     recipe, output = _recipe(args), args.output or OUTPUT
-    load = _loader(args)
-    questions, held_out = choice_questions(recipe.held_out, recipe.seed)
-    model, tokenizer = load()
+    questions, held_out = choice_questions(recipe.held_out, recipe.seed, recipe.longest)
+    model, tokenizer = _loaded(args)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
     before = _measured(model, tokenizer, held_out, args)
     runs = [_run("plain", (model, tokenizer), None, recipe, (questions, held_out), args)]
     if not args.plain and args.drop_rate:
-        del model
-        gc.collect()
+        model.load_state_dict(weights)
         callback = DropBPCallback(args.drop_rate, masks=args.masks, seed=recipe.seed)
         longer = replace(recipe, steps=_equal_steps(recipe.steps, args.drop_rate))
         name = f"dropbp p={args.drop_rate:g}"
-        runs.append(_run(name, load(), callback, longer, (questions, held_out), args))
+        runs.append(_run(name, (model, tokenizer), callback, longer, (questions, held_out), args))
     result = new_result({**vars(args), "recipe": asdict(recipe)}, args.device, runs)
     return {**result, "before": before, "questions": [asdict(question) for question in held_out[:_SHOWN]]}, output
 
@@ -82,11 +80,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return replace(Recipe(), **{name: value for name, value in chosen.items() if value is not None})
 
 
-def _loader(args: argparse.Namespace) -> Callable[[], _Model]:
-    """Gives the same model each time it is called."""
+def _loaded(args: argparse.Namespace) -> _Model:
     if args.model is None:
-        return load_smollm
-    return lambda: (load_model(args.model, torch.float32), load_tokenizer(args.model))
+        return load_smollm()
+    return load_model(args.model, torch.float32), load_tokenizer(args.model)
 
 
 def _equal_steps(steps: int, drop_rate: float) -> int:
