@@ -15,6 +15,8 @@ from dropbp.cli.examples import IGNORED, Encoder, encode_rows
 from dropbp.cli.main import main
 from tests.common.tiny import CHAT_TEMPLATE, make_model, make_tokenizer
 
+PLAIN = Run("plain", 0.0, 1e-3, plain_steps=0)
+
 
 def tiny() -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
@@ -33,9 +35,8 @@ def tiny_data(tokenizer: Any, longest: int) -> tasks.Data:
 
 @pytest.fixture
 def source(monkeypatch: pytest.MonkeyPatch) -> Source:
-    monkeypatch.setitem(training.TASKS, "solutions", tasks.Task(tiny_data, 128))
-    monkeypatch.setattr(command, "Source", lambda: Source(tiny))
-    return Source(tiny)
+    monkeypatch.setitem(tasks.TASKS, "solutions", tasks.Task(tiny_data, 128, tiny))
+    return Source()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_a_method_takes_as_many_steps_as_the_flops_of_plain_training_allow(
     assert len(found["losses"]) == len(found["cpu_s"]) == found["steps"]
     assert found["losses"][-1] < found["losses"][0]
     assert 0 <= found["accuracy"] <= 1
-    assert not [key for key in source.model.__dict__ if "dropbp" in key or key == "forward"]
+    assert not [key for key in source.fresh(PLAIN).__dict__ if "dropbp" in key or key == "forward"]
 
 
 def test_every_run_begins_with_the_same_model_and_rows(source: Source) -> None:
@@ -66,14 +67,14 @@ FIRST = (("plain", 0.0), ("default", 0.5), ("plain", 0.0))
 
 
 def test_adapters_train_and_are_taken_off(source: Source) -> None:
-    before = training.evaluate(source.model, source.data("solutions"), 0)
+    before = training.evaluate(source.fresh(PLAIN), source.data("solutions"), 0)
     found = training.train(Run("default", 0.5, 3e-3, tuning="lora", plain_steps=8), source)
     assert found["loss"] < before["loss"]
-    assert training.train(Run("plain", 0.0, 1e-3, plain_steps=0), source)["loss"] == before["loss"]
+    assert training.train(PLAIN, source)["loss"] == before["loss"]
 
 
 def test_the_loss_is_that_of_the_answers_and_the_letters_are_counted(source: Source) -> None:
-    data, model = source.data("solutions"), source.model.eval()
+    data, model = source.data("solutions"), source.fresh(PLAIN).eval()
     found = training.evaluate(model, data, 0)
     total = count = right = 0.0
     for example, options in zip(data.held_out, data.options, strict=True):

@@ -11,15 +11,16 @@ import argparse
 import functools
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from dropbp.cli.quiet import quiet
 from dropbp.device import get_device
 
 from ..common import records
 from ..common.options import add_run_arguments, settle
-from . import training
+from . import tables, training
 from .presets import PRESETS
-from .tasks import HELD_OUT, TASKS
+from .tasks import TASKS
 from .training import Run, Source, train
 
 KIND = "real"
@@ -30,6 +31,8 @@ _SETTINGS = ("BATCH", "WARMUP_SHARE", "WEIGHT_DECAY", "CLIP_NORM")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--preset", choices=tuple(PRESETS), default="coarse", help="which runs (%(default)s)")
+    parser.add_argument("--tables", action="store_true", help="train nothing; make the tables from the files")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where tables go (default: %(default)s)")
     parser.set_defaults(threads=1)
     add_run_arguments(parser)
 
@@ -37,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what is not done yet."""
     settle(args)
+    if args.tables:
+        tables.write(records.read_all(args.output, KIND), args.docs)
+        return 0
     store = records.Store(args.output, KIND)
     with quiet():
         wanted = PRESETS[args.preset]
@@ -54,11 +60,8 @@ def run(args: argparse.Namespace) -> int:
 def configuration(run: Run) -> dict[str, object]:
     """What makes a run what it is."""
     settings = {name.lower(): getattr(training, name) for name in _SETTINGS}
-    return {**asdict(run), **settings, "model": "SmolLM2-135M-Instruct", **_of_task(run.task)}
-
-
-def _of_task(name: str) -> dict[str, int]:
-    return {"longest": TASKS[name].longest, "held_out": HELD_OUT}
+    task = TASKS[run.task]
+    return {**asdict(run), **settings, "model": task.name, "longest": task.longest, "held_out": task.held_out}
 
 
 def _say(run: Run, step: int | None, text: str = "") -> None:

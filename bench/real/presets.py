@@ -22,7 +22,21 @@ COARSE = (
     Run("default", 0.75, 3e-4),
 )
 
+METHODS = (
+    ("plain", 0.0),
+    *((name, 0.5) for name in ("default", "freezing", "default reversed", "default narrow", "nested shelf", "exact")),
+)
+TOY_RATES = {"toy python": (1e-4, 3e-4, 1e-3, 3e-3), "toy prose": (3e-4, 1e-3, 3e-3, 1e-2)}
+TOYS = tuple(
+    Run(method, drop_rate, rate, task, plain_steps=64, seed=seed)
+    for seed in range(3)
+    for task, rates in TOY_RATES.items()
+    for rate in rates
+    for method, drop_rate in METHODS
+)
+
 PRESETS: Mapping[str, Sequence[Run]] = {
     "smoke": (Run("plain", 0.0, 3e-4, plain_steps=2), Run("default", 0.5, 3e-4, "choices", plain_steps=2)),
     "coarse": COARSE,
+    "toys": TOYS,
 }

