@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from dropbp.config import make_config
+from dropbp.config import Config, make_config
 from dropbp.device import Device, get_device
 from dropbp.discovery.discover import checked_module, find, unwrapped
 from dropbp.engine.distributed import refuse_wrapper
@@ -67,8 +68,7 @@ def enable(
 
     Source: Woo et al., DropBP, NeurIPS 2024, https://arxiv.org/abs/2402.17812.
     """
-    known = {name: entry.options for name, entry in sampler_kinds().items()}
-    config = make_config(drop_rate, masks, seed, options, known)
+    config = _config(drop_rate, masks, seed, options)
     model = _checked_model(model)
     adapter = get_device(device, model)
     adapter.check_model(model)
@@ -83,6 +83,18 @@ def enable(
     if unmet is not None:
         logger.warning("%s: %s", type(model).__name__, unmet)
     return handle
+
+
+def check_options(drop_rate: float, masks: str, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError where `enable` would refuse these options for any model."""
+    named = inspect.signature(enable).parameters
+    others = {name: value for name, value in options.items() if name not in named}
+    _config(drop_rate, masks, options.get("seed", 0), others)
+
+
+def _config(drop_rate: float, masks: str, seed: int, options: Mapping[str, Any]) -> Config:
+    known = {name: entry.options for name, entry in sampler_kinds().items()}
+    return make_config(drop_rate, masks, seed, options, known)
 
 
 def disable(model: nn.Module) -> None:

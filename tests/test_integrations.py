@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 import sys
 import types
@@ -9,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dropbp.integrations.transformers import DropBPCallback
 
 PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
 
 
-def snippet(title: str) -> str:
-    """The code that imports something of the stack of this name."""
+def snippet(title: str, language: str = "text") -> str:
+    """The code that imports something of the stack of this name, or its settings."""
     section = PAGE.read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 1
     return str(blocks[0])
 
@@ -31,14 +34,43 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> Non
     sys.modules[name].__dict__.update(contents)
 
 
-def test_axolotls_plugin_gives_its_trainer_the_callback(monkeypatch):
-    stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
-    names: dict[str, Any] = {}
-    exec(snippet("Axolotl"), names)
-    plugin = names["DropBPPlugin"]()
-    (callback,) = plugin.add_callbacks_post_trainer({"dropbp_drop_rate": 0.75}, trainer=None)
-    assert isinstance(callback, DropBPCallback) and callback.drop_rate == 0.75
-    assert plugin.add_callbacks_post_trainer({}, trainer=None)[0].drop_rate == 0.5
+@pytest.fixture
+def axolotl(monkeypatch) -> Any:
+    """Our plugin for Axolotl: with the real package where it is installed, else with a stand-in for its base class."""
+    if importlib.util.find_spec("axolotl") is None:
+        stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
+    module = importlib.import_module("dropbp.integrations.axolotl")
+    yield module
+    sys.modules.pop(module.__name__)
+
+
+def test_axolotls_file_alone_turns_dropbp_on(axolotl):
+    written = yaml.safe_load(snippet("Axolotl", "yaml"))
+    (name,) = written["plugins"]
+    module, _, plugin_class = name.rpartition(".")
+    plugin = getattr(importlib.import_module(module), plugin_class)()
+    module, _, arguments = plugin.get_input_args().rpartition(".")
+    checked = getattr(importlib.import_module(module), arguments)(dropbp=written["dropbp"]).model_dump()
+    (callback,) = plugin.add_callbacks_post_trainer(checked, trainer=None)
+    assert isinstance(callback, DropBPCallback)
+    assert callback.drop_rate == written["dropbp"]["drop_rate"] and callback.masks == written["dropbp"]["masks"]
+    assert plugin.add_callbacks_post_trainer({"dropbp": True}, None)[0].drop_rate == 0.5
+    for off in ({}, {"dropbp": False}, {"dropbp": None}):
+        assert plugin.add_callbacks_post_trainer(off, trainer=None) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"droprate": 0.5}, "droprate"),
+        ({"drop_rate": 1.5}, "drop_rate"),
+        ({"masks": "most"}, "nested"),
+        (0.5, "dropbp"),
+    ],
+)
+def test_axolotls_file_is_checked_before_a_model_is_loaded(axolotl, wrong, named):
+    with pytest.raises(ValueError, match=named):
+        axolotl.DropBPArgs(dropbp=wrong)
 
 
 def test_llama_factorys_script_hands_over_the_file_and_the_callback(monkeypatch, tmp_path):
@@ -49,3 +81,10 @@ def test_llama_factorys_script_hands_over_the_file_and_the_callback(monkeypatch,
     exec(snippet("LLaMA-Factory"), {})
     assert calls[0]["args"] == {"stage": "sft"}
     assert isinstance(calls[0]["callbacks"][0], DropBPCallback)
+
+
+def test_ms_swifts_plugin_file_adds_a_callback_by_name(monkeypatch):
+    known: dict[str, Any] = {}
+    stand_in(monkeypatch, "swift", callbacks_map=known)
+    exec(snippet("ms-swift"), {})
+    assert isinstance(known["dropbp"](args=None, trainer=None), DropBPCallback)

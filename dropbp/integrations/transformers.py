@@ -28,7 +28,7 @@ from dropbp.integrations.by_branch import ByBranch, is_sharded
 from dropbp.integrations.callers import calling_handler, calling_trainer, frame_of_train, put_first
 from dropbp.integrations.progress import Position, StepClock, as_steps, calibration_point, check_schedule, length_of
 from dropbp.integrations.replay import LossReplay
-from dropbp.session import compile_blocks, enable
+from dropbp.session import check_options, compile_blocks, enable
 
 try:
     from transformers.trainer_callback import (
@@ -95,6 +95,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         check_schedule(resample, calibration_point(calibrate_at, masks), recalibrate_every, warmup_steps)
+        check_options(drop_rate, masks, options)
         self.drop_rate = drop_rate
         self.masks = masks
         self.resample = resample
