@@ -16,6 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropbp
+from dropbp.errors import ConfigError
 from tests.common.engine_models import (
     llama_loss,
     plain_batch,
@@ -372,8 +373,23 @@ def test_hooks_on_parameters_and_optimizers_are_gone_after_removal() -> None:
     before, model = len(_global_optimizer_post_hooks), plain_net()
     handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
     plain_loss(model).backward()
+    assert len(_global_optimizer_post_hooks) == before + 1
     handle.remove()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())  # type: ignore[attr-defined]
+    assert len(_global_optimizer_post_hooks) == before
+
+
+def test_no_hook_on_optimizers_is_left_by_an_enable_that_failed_or_a_handle_that_was_forgotten() -> None:
+    gc.collect()
+    before, model = len(_global_optimizer_post_hooks), plain_net()
+    with pytest.raises(ConfigError, match="rates") as kept:  # what was raised holds all that was made
+        dropbp.enable(model, 0.5, rates=[0.5] * 5, example_inputs=plain_batch())
+    assert len(_global_optimizer_post_hooks) == before and kept.value
+    dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    plain_loss(model).backward()
+    assert len(_global_optimizer_post_hooks) == before + 1
+    del model, kept
+    gc.collect()
     assert len(_global_optimizer_post_hooks) == before
 
 

@@ -132,7 +132,6 @@ class Engine:
         self.bypass.remove()
         self._gathering.remove()
         self.parameters.release()
-        self.parameters.release()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """What the next training forward of the root does. Called before each."""

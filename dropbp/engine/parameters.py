@@ -34,8 +34,7 @@ class Parameters:
         self.held: frozenset[str] | None = None
         self._marking: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
         self._steps = _Steps()
-        self._counting = register_optimizer_step_post_hook(self._steps.count)
-        weakref.finalize(self, self._counting.remove)
+        self._counting: RemovableHandle | None = None
 
     def need_of(self, name: str) -> int:
         """The branches that a parameter belongs to, as bits."""
@@ -52,6 +51,7 @@ class Parameters:
         which makes the host wait, only where an optimizer has made a step, or something other than a backward has
         written to it, since the last backward or look. (Its version alone does not tell: some kernels leave it.)
         """
+        self._count_steps()
         written = set[int]()
         for need, (module, attribute) in self._probes.items():
             probe = module._parameters.get(attribute)
@@ -68,6 +68,12 @@ class Parameters:
         if written:
             self._forget(written)
 
+    def _count_steps(self) -> None:
+        """The hook is on all optimizers of the process, so it goes with this object if nobody removes it."""
+        if self._counting is None:
+            self._counting = register_optimizer_step_post_hook(self._steps.count)
+            weakref.finalize(self, self._counting.remove)
+
     def _forget(self, written: set[int]) -> None:
         """Of these sets of branches, those without a gradient other than zero; one transfer tells it of all."""
         own = [(need, p, p.grad) for p, need in self.needs().items() if need in written and p.grad is not None]
@@ -80,8 +86,9 @@ class Parameters:
     def release(self) -> None:
         """Remove the hooks from the parameters and the optimizers."""
         for hook in (self._counting, *(hook for _, hook in self._marking.values())):
-            hook.remove()
-        self._marking = {}
+            if hook is not None:
+                hook.remove()
+        self._counting, self._marking = None, {}
 
     def _smallest(self) -> dict[int, tuple[nn.Module, str]]:
         """The smallest trained parameter of each set of branches: its module and attribute."""
