@@ -331,6 +331,42 @@ def test_what_the_small_forward_did_not_use_rests_and_is_named(caplog: Any) -> N
 # -- the forward that is called
 
 
+class ClampedInTraining(nn.Module):
+    """Uses some weights without calling their modules, but only in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)) for _ in range(3))
+
+    def clamped(self, layer: nn.Linear, x_BD: Tensor) -> Tensor:
+        return nn.functional.linear(x_BD, layer.weight.clamp(-9, 9), layer.bias) if self.training else layer(x_BD)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        x_BD = self.clamped(self.stem, x_BD)
+        for first, second in self.blocks:
+            x_BD = x_BD + second(self.clamped(first, x_BD).tanh())
+        return self.head(x_BD)
+
+
+@pytest.mark.parametrize("masks", ["nested", "exact"])
+def test_a_weight_used_past_its_module_in_training_only_is_skipped_as_well(masks: str) -> None:
+    plain, model = ClampedInTraining().train(), ClampedInTraining().train()
+    batch = torch.randn(4, WIDTH)
+    handle = dropbp.enable(model, 0.5, masks=masks, example_inputs=batch)
+    expected = take_gradients(plain, plain(batch).square().sum())
+    for step in range(12):
+        got = take_gradients(model, model(batch).square().sum())
+        for number, drop in enumerate(handle.mask or ()):
+            inside = {name: grad for name, grad in got.items() if name.startswith(f"blocks.{number}.")}
+            assert all((grad is None) == drop for grad in inside.values()), (step, inside.keys())
+        if masks == "nested":
+            for name, gradient in got.items():
+                if gradient is not None:
+                    assert_equal(name, handle.mask, gradient, expected)
+
+
 def test_a_recorded_forward_in_evaluation_mode_is_told_the_remedy_once(caplog: Any) -> None:
     model = net().eval()
     handle = dropbp.enable(model, example_inputs=ids())

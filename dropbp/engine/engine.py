@@ -29,6 +29,7 @@ from dropbp.engine.patch import Interception
 from dropbp.engine.recompute import Recomputation
 from dropbp.engine.root import RootState, root_forward
 from dropbp.engine.runtime import Runtime
+from dropbp.engine.strays import Strays
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Truncation
 from dropbp.engine.wrappers import install, install_boundaries, install_outputs
@@ -79,6 +80,7 @@ class Engine:
         self.others_train: Callable[[], bool] = bool  # than before: the schedule weighs the branches anew
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
+        self.runtime.cut_strays = Strays(self.parameters).cut
         self.runtime.watchers += [self._gathering.watch, self._replicas.watch]
         self._patches: list[Interception] = []
         self._lock = threading.Lock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from dropbp.discovery.structure import Rests, Structure
 from dropbp.engine.distributed import NEEDED
 from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
+from dropbp.masks.plan import ForwardPlan
 
 MARK = "_dropbp_state"  # of a gradient: its version, and the optimizer steps before, when a backward last wrote to it
 
@@ -122,6 +123,13 @@ class Parameters:
             and resting.get(name, NEEDED) & ~dropped
             for name, parameter in self.model.named_parameters()
         )
+
+    def skipped(self, plan: ForwardPlan) -> Iterator[nn.Parameter]:
+        """The parameters that get no gradient in a step under this plan."""
+        yield from (parameter for parameter, need in self.needs().items() if not need & ~plan.dropped)
+        if plan.stem_rests:
+            borders = self.resting().items()
+            yield from (self.model.get_parameter(name) for name, border in borders if not border & plan.trained)
 
     def resting(self) -> dict[str, int]:
         """Parameters that rest as a whole when a branch is dropped, with that branch as a bit.

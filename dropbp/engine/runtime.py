@@ -93,6 +93,7 @@ class Runtime:
         self._flags_by_branch: collections.defaultdict[int, list[Flag]] = collections.defaultdict(list)
         self.split = False
         self.watchers: list[Callable[[Any, int], None]] = []
+        self.cut_strays: Callable[[Any, ForwardPlan], None] = lambda outputs, plan: None
         self._shown = (0, 0)
         self._anchor: torch.Tensor | None = None
         self._warned = self._evaluated = False
@@ -250,6 +251,7 @@ class Runtime:
             record.end = next_sequence()
         if dynamo_graph_count():
             self._show_flags_in_backward(outputs, plan)
+        self.cut_strays(outputs, plan)
         for watch in self.watchers:
             watch(outputs, plan.dropped)
         return outputs

@@ -14,6 +14,7 @@ from torch import nn
 
 from dropbp.device import dynamo_graph_count
 from dropbp.engine.runtime import Runtime
+from dropbp.engine.strays import nodes_below
 from dropbp.tensors import tensors_in
 
 if TYPE_CHECKING:
@@ -58,12 +59,4 @@ class Truncation:
 
 def _reentrant_checkpoint_in(roots: list[Any]) -> bool:
     """Whether the graph holds a node that recomputes a part of the forward: PyTorch's, or a similar one."""
-    seen, pending = set(roots), list(roots)
-    while pending:
-        node = pending.pop()
-        if hasattr(node, "run_function") or "checkpoint" in node.name().lower():
-            return True
-        fresh = {source for source, _ in node.next_functions if source is not None} - seen
-        seen |= fresh
-        pending.extend(fresh)
-    return False
+    return any(hasattr(node, "run_function") or "checkpoint" in node.name().lower() for node in nodes_below(roots))

@@ -1,0 +1,55 @@
+"""Parameters that a step skips, used by a way which the recorded forward did not show.
+
+A module that is dropped or at rest runs without recording. But a model may use its weight without calling the module:
+only in training, only for some inputs, clamped first. Such a use is in the graph of the step, and there its gradient is
+cut off. The graph is looked at where a step drops a branch that no step before it dropped; once something was found, in
+every step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dropbp._torch import transforming
+from dropbp.engine.parameters import Parameters
+from dropbp.masks.plan import ForwardPlan
+from dropbp.tensors import tensors_in
+
+
+class Strays:
+    """Cuts the gradients of parameters that a step skips in the graph of its forward."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+        self._looked, self._found = 0, False  # the branches, as bits, dropped by the forwards looked at
+
+    def cut(self, outputs: Any, plan: ForwardPlan) -> None:
+        """Look at a forward that was recorded under this plan."""
+        if not plan.dropped or not (self._found or plan.dropped & ~self._looked) or transforming():
+            return
+        self._looked |= plan.dropped
+        skipped = set(map(id, self._parameters.skipped(plan)))
+        for node in nodes_below(tensor.grad_fn for tensor in tensors_in(outputs)):
+            sources = enumerate(node.next_functions)
+            places = [place for place, (leaf, _) in sources if id(getattr(leaf, "variable", None)) in skipped]
+            if places:
+                self._found = True
+                node.register_hook(functools.partial(_without, places))
+
+
+def _without(places: Iterable[int], gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
+    return tuple(None if place in places else gradient for place, gradient in enumerate(gradients))
+
+
+def nodes_below(roots: Iterable[Any]) -> Iterator[Any]:
+    """The roots, and every autograd node that they lead to."""
+    pending = [root for root in roots if root is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        fresh = {source for source, _ in node.next_functions if source is not None} - seen
+        seen |= fresh
+        pending.extend(fresh)
