@@ -23,6 +23,7 @@ TOKENS = ("input_ids", "inputs_embeds")
 SOUND = ("input_features", "input_values")
 MEDIA = (*SOUND, "pixel_values", "pixel_values_videos", "images")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+LEAST = "least"
 _ROUNDING = 1e-6
 
 
@@ -56,15 +57,18 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class FlopsModel:
-    """FLOPs of one row of each branch: a coefficient for each of `Shape.terms` that counts."""
+    """FLOPs of one row of each branch: a coefficient for each of `Shape.terms` that counts, and the least it can be."""
 
     coefficients: tuple[Mapping[str, float], ...]
 
     def at(self, shape: Shape) -> tuple[int, ...]:
         """FLOPs of every branch, at least 1 (a branch must weigh something)."""
         rows, terms = shape.batch_size, shape.terms
-        counts = (rows * sum(factor * terms[name] for name, factor in each.items()) for each in self.coefficients)
-        return tuple(max(1, round(count)) for count in counts)
+        sums = (
+            sum(factor * terms[name] for name, factor in each.items() if name != LEAST) for each in self.coefficients
+        )
+        each_least = (each.get(LEAST, 0.0) for each in self.coefficients)
+        return tuple(max(1, round(rows * max(pair))) for pair in zip(sums, each_least, strict=True))
 
 
 def fitted(counts: Mapping[Shape, Sequence[int]]) -> FlopsModel:
@@ -73,8 +77,8 @@ def fitted(counts: Mapping[Shape, Sequence[int]]) -> FlopsModel:
     They are one (costs are then taken as proportional to the length), some that differ in one of the lengths, or all
     combinations of two source and two target lengths.
 
-    A branch that costs less per token at the longer length pads short inputs to a chunk (linear attention): it is taken
-    as proportional, at the cost per token of the longer one.
+    A branch that costs less per token at the longer length pads short inputs to a chunk (linear or local attention): it
+    is taken as proportional, at the cost per token of the longest one, and never less than that of the shortest.
     """
     branches = zip(*counts.values(), strict=True)
     return FlopsModel(tuple(_coefficients(dict(zip(counts, each, strict=True))) for each in branches))
@@ -96,8 +100,15 @@ def _coefficients(counts: Mapping[Shape, int]) -> dict[str, float]:
         basis = ([constant] if len(per_row) > 2 else []) + [length, 2 * length]
     found = _solved(per_row, basis)
     if min(found.values()) < 0:
-        return {basis[-1][0]: per_row[last] / last.terms[basis[-1][0]]}
+        term = basis[-1][0]
+        longest = max(per_row, key=lambda shape: shape.terms[term])
+        return {term: per_row[longest] / longest.terms[term], LEAST: min(per_row.values())}
     return found
+
+
+def pads(counts: Mapping[Shape, Sequence[int]]) -> bool:
+    """Whether a branch pads short inputs to a chunk that is longer than most of what was recorded."""
+    return any(LEAST in each for each in fitted(counts).coefficients)
 
 
 def _basis_of_two(per_row: Mapping[Shape, float]) -> list[str]:

@@ -38,8 +38,8 @@ def as_inputs(example_inputs: Any) -> Inputs:
     return Inputs(args=(example_inputs,))
 
 
-def longer(model: nn.Module, given: Inputs, source: bool, target: bool) -> Inputs:
-    """The inputs with `MORE` more tokens, or twice the sound, for the encoder, the decoder, or both.
+def longer(model: nn.Module, given: Inputs, source: bool, target: bool, more: int = MORE) -> Inputs:
+    """The inputs with so many more tokens, or twice the sound, for the encoder, the decoder, or both.
 
     A model without a decoder of its own has only a source, and its labels go with it.
     """
@@ -56,8 +56,8 @@ def longer(model: nn.Module, given: Inputs, source: bool, target: bool) -> Input
             of_target = s != t and value.shape[axis] == t
         if value.shape[axis] != (t if of_target else s) or not (target if of_target else source):
             return value
-        more = MORE if of_target or name not in SOUND else s
-        places = torch.arange(value.shape[axis] + more, device=value.device).clamp(max=value.shape[axis] - 1)
+        grows = more if of_target or name not in SOUND else s
+        places = torch.arange(value.shape[axis] + grows, device=value.device).clamp(max=value.shape[axis] - 1)
         return value.index_select(axis, places)
 
     args = tuple(grown("", value) for value in given.args)

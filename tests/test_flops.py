@@ -45,6 +45,25 @@ def test_flops_of_an_encoder_decoder_follow_both_lengths(name: str, source: int,
     assert found.flops.at(shape_of((), batch)) == pytest.approx([branch.flops for branch in counted], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", [*ENCODER_DECODERS, "MarianMTModel"])  # Marian's decoder ends with its encoder
+@pytest.mark.parametrize(("source", "target"), [(60, 5), (7, 50), (33, 33)])
+def test_weights_of_an_encoder_decoder_follow_both_lengths(name: str, source: int, target: int) -> None:
+    model = tiny(name)
+    batch = {"input_ids": ids(source), "decoder_input_ids": ids(target), "use_cache": False}
+    shape = shape_of((), batch)
+    found, recorded = (find(model, given, None).weights.counted_from_the_top() for given in (None, batch))
+    assert found.at(shape) == pytest.approx(recorded.at(shape), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [16, 256, 512])
+def test_a_branch_that_pads_to_chunks_costs_the_same_for_each_chunk(length: int) -> None:
+    model = tiny("LongT5ForConditionalGeneration")
+    batch = {"input_ids": ids(length), "decoder_input_ids": ids(length), "use_cache": False}
+    flops = find(model, None, None).flops.at(shape_of((), batch))
+    counted = find(model, batch, None).structure.branches
+    assert flops == pytest.approx([branch.flops for branch in counted], rel=0.01)
+
+
 def test_labels_alone_tell_the_length_of_the_decoder() -> None:
     assert shape_of((), {"input_ids": ids(20), "labels": ids(6)}) == Shape(2, 20, 6)
     assert shape_of((), {"input_ids": ids(20), "labels": ids(20)}) == Shape(2, 20)

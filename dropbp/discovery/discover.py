@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,12 +19,13 @@ from dropbp.discovery.record import record
 from dropbp.discovery.structure import Branch, Structure
 from dropbp.discovery.weights import Weights
 from dropbp.errors import ConfigError, DiscoveryError
-from dropbp.flops import TOKENS, FlopsModel, Shape, fitted, shape_of
+from dropbp.flops import TOKENS, FlopsModel, Shape, fitted, pads, shape_of
 
 logger = logging.getLogger(__name__)
 
 Names = Sequence[str | Sequence[str]]
 SHORT = 16
+CHUNKS = 240  # tokens more
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings
     given = example.build(model, 1, SHORT) if example_inputs is None else example.as_inputs(example_inputs)
     shape, structure = shape_of(given.args, given.kwargs), _structure(model, given, named)
     found = {shape: structure, **_at_other_lengths(model, given, structure, named)}
-    flops = fitted({shape: [b.flops for b in each.branches] for shape, each in found.items()})
+    if pads(_counts(found)):
+        found |= _at_chunks(model, given, structure, named)
+    flops = fitted(_counts(found))
     works = {shape: each.work for shape, each in found.items()}
     asked = example.asked(example.argument_names(model), given.args, given.kwargs)
     return Findings(structure, flops, Weights(works, dict(model.named_parameters())), shape, asked)
@@ -89,16 +92,7 @@ def _at_other_lengths(
     model: nn.Module, given: example.Inputs, structure: Structure, named: Names | None
 ) -> dict[Shape, Structure]:
     """The same branches recorded at more lengths, the longest last: as many as the fit of their FLOPs needs."""
-
-    def recorded(given: example.Inputs) -> dict[Shape, Structure]:
-        shape = shape_of(given.args, given.kwargs)
-        try:
-            found = _structure(model, given, named)
-        except DiscoveryError as error:
-            logger.debug("FLOPs are not counted at %s: %s", shape, error)
-            return {}
-        return {shape: found} if len(found.branches) == len(structure.branches) else {}
-
+    recorded = partial(_recorded, model, structure, named)
     if not shape_of(given.args, given.kwargs).sequence_length:
         return {}
     longer = partial(example.longer, model)
@@ -111,6 +105,30 @@ def _at_other_lengths(
     if by_source and by_target:
         return {**by_source, **by_target, **recorded(longer(given, source=True, target=True))}
     return {**by_source, **by_target, **recorded(longer(more, source=False, target=bool(by_target)))}
+
+
+def _at_chunks(
+    model: nn.Module, given: example.Inputs, structure: Structure, named: Names | None
+) -> dict[Shape, Structure]:
+    """The same at a length of several chunks, where that is possible."""
+    return _recorded(model, structure, named, example.longer(model, given, source=True, target=True, more=CHUNKS))
+
+
+def _recorded(
+    model: nn.Module, structure: Structure, named: Names | None, given: example.Inputs
+) -> dict[Shape, Structure]:
+    """The same branches in another forward; nothing where that forward fails or has others."""
+    shape = shape_of(given.args, given.kwargs)
+    try:
+        found = _structure(model, given, named)
+    except DiscoveryError as error:
+        logger.debug("FLOPs are not counted at %s: %s", shape, error)
+        return {}
+    return {shape: found} if len(found.branches) == len(structure.branches) else {}
+
+
+def _counts(found: Mapping[Shape, Structure]) -> dict[Shape, list[int]]:
+    return {shape: [branch.flops for branch in each.branches] for shape, each in found.items()}
 
 
 def _only_text(given: example.Inputs) -> bool:

@@ -15,6 +15,7 @@ outside of branches, as the share of the head in a tied embedding, is saved besi
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 BACKWARD = 2  # times the forward, where everything is trained
 NEVER = -1
+
+# FLOPs by the branch with which they end and the branch that they lie in: an encoder's may end with work of a decoder,
+# which grows with another length.
+Costs = Counter[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,26 +55,27 @@ class Work:
     branches: int
     borders: Mapping[str, int]
 
-    def backward(self, trained: Collection[str]) -> list[int]:
+    def backward(self, trained: Collection[str]) -> Costs:
         """FLOPs of each branch's backward where these parameters are trained.
 
-        At least 1 where a gradient flows through the branch, and 0 where none does.
+        At least 1 where a gradient flows through the branch, and none where none does.
         """
         ends = self._ends(lambda name: self.branches if name in trained else NEVER)
-        costs, branch_of = [0] * self.branches, {1 << i: i for i in range(self.branches)}
+        costs, branch_of = Costs(), {1 << i: i for i in range(self.branches)}
         for node, (flops, operands) in self.products.items():
-            if self.need[node] in branch_of:
-                costs[branch_of[self.need[node]]] += flops * sum(ends[i] > NEVER for i in operands)
+            own = branch_of.get(self.need[node])
+            if own is not None:
+                costs[own, own] += flops * sum(ends[i] > NEVER for i in operands)
         return self._at_least_one(costs, ends)
 
-    def from_the_top(self, trained: Collection[str]) -> list[int]:
+    def from_the_top(self, trained: Collection[str]) -> Costs:
         """The same for masks that train the top of the model down to a border: each branch with what ends with it."""
         ends = self._ends(lambda name: self.borders.get(name, self.branches) if name in trained else NEVER)
-        costs = [0] * self.branches
+        costs = Costs()
         for node, (flops, operands) in self.products.items():
             own = self.need[node].bit_length() - 1
             for end in (min(own, ends[i]) for i in operands if ends[i] > NEVER):
-                costs[end] += flops
+                costs[end, own] += flops
         return self._at_least_one(costs, ends)
 
     def _ends(self, end_of: Callable[[str], int]) -> list[int]:
@@ -80,9 +86,10 @@ class Work:
             ends[node] = max((ends[i] for i in inputs), default=NEVER) if name is None else end_of(name)
         return ends
 
-    def _at_least_one(self, costs: Sequence[int], ends: Sequence[int]) -> list[int]:
+    def _at_least_one(self, costs: Costs, ends: Sequence[int]) -> Costs:
         reached = {need for need, end in zip(self.need, ends, strict=True) if end > NEVER}
-        return [max(cost, 1 << branch in reached) for branch, cost in enumerate(costs)]
+        reached_alone = (branch for branch in range(self.branches) if 1 << branch in reached)
+        return costs | Counter({(branch, branch): 1 for branch in reached_alone})
 
 
 NO_WORK = Work((), (), {}, {}, 0, {})
@@ -134,11 +141,13 @@ class Weights:
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         count = Work.from_the_top if self._from_the_top else Work.backward
         counts = {shape: count(work, trained) for shape, work in self._works.items()}
-        self._stamp, self._model = stamp, fitted(counts)
-        self._live = [count > 0 for count in next(iter(counts.values()))]
+        self._places = sorted({place for costs in counts.values() for place, cost in costs.items() if cost})
+        self._stamp, self._model = stamp, fitted({shape: [c[p] for p in self._places] for shape, c in counts.items()})
         return True
 
     def at(self, shape: Shape) -> tuple[float, ...]:
         """Of every branch; 0 for one through which no gradient flows."""
-        counts = zip(self._model.at(shape), self._live, strict=True)
-        return tuple(count / BACKWARD if live else 0.0 for count, live in counts)
+        found = [0] * next(iter(self._works.values())).branches
+        for (branch, _), count in zip(self._places, self._model.at(shape), strict=True):
+            found[branch] += count
+        return tuple(count / BACKWARD for count in found)

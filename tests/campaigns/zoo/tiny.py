@@ -351,6 +351,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "MobileViTV2Config": {"image_size": 64, "patch_size": 2, "width_multiplier": 0.25},
     "ShieldGemma2Config": {"yes_token_index": 7, "no_token_index": 8},
     "Siglip2Config": {"vision_config": {"num_patches": 16}},
+    "EncoderDecoderConfig": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
 }  # fmt: skip
 
 
