@@ -66,8 +66,9 @@ class Handle:
         engine.others_train = self._weights.renew
         engine.start(self.schedule, owner=self)
         self.cache: ActivationCache | None = None
-        if self.config.activation_cache:
-            self.cache = ActivationCache(engine, self.config.activation_cache_limit)
+        where = self.config.activation_cache
+        if where:
+            self.cache = ActivationCache(engine, where, self.config.activation_cache_limit)
             self.cache.start()
 
     # -- what is there

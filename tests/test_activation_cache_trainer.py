@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from dropbp.cli.main import main
 from dropbp.integrations.transformers import DropBPCallback
-from tests.common.tiny import make_model, make_tokenizer
+from tests.common.tiny import make_model, make_tokenizer, save_model, sums, write_jsonl
 
 ROWS, EPOCHS = 16, 3
 ARGUMENTS = {
@@ -132,3 +134,35 @@ def test_rows_that_never_come_again_are_noticed_and_set_free(tmp_path: Path, cap
     report = callback.report()["activation_cache"]
     assert "packed rows" in report["refused"] and report["bytes"] == 0
     assert caplog.text.count("packed rows") == 1
+
+
+# -- the command
+
+
+def finetune(folder: Path, output: str, *options: str) -> dict[str, Any]:
+    model, rows = folder / "model", folder / "sums.jsonl"
+    if not model.exists():
+        save_model(model, layers=6)
+        write_jsonl(rows, sums(12))
+    sizes = ["--batch-size", "2", "--gradient-accumulation", "1", "--max-length", "128", "--device", "cpu"]
+    what = ["--model", str(model), "--dataset", str(rows), "--output", str(folder / output), "--eval-fraction", "0"]
+    assert main(["finetune", *what, *sizes, "--drop-rate", "0.75", "--epochs", "2", *options]) == 0
+    run = json.loads((folder / output / "result.json").read_text())["runs"][0]
+    return run["dropbp"].get("activation_cache", {})
+
+
+@pytest.mark.parametrize("peft", ["lora", "none"])
+def test_the_command_keeps_rows_in_memory_or_in_a_folder(tmp_path: Path, peft: str) -> None:
+    memory = finetune(tmp_path, "memory", "--peft", peft, "--activation-cache")
+    assert memory["refused"] is None and memory["objections"] == [] and memory["hits"] == 12
+    place = str(tmp_path / "states")
+    first = finetune(tmp_path, "first", "--peft", peft, "--activation-cache", place)
+    second = finetune(tmp_path, "second", "--peft", peft, "--activation-cache", place)
+    assert first["hits"] == 12 and second["hits"] == 24, "the second run starts warm"
+
+
+@pytest.mark.parametrize("options", [["--activation-cache"], ["--plain", "--activation-cache"]])
+def test_the_command_says_where_the_cache_does_not_go(tmp_path: Path, options: list[str], capsys: Any) -> None:
+    given = ["--model", "m", "--dataset", "d"] if "--plain" in options else []
+    assert main(["finetune", *given, *options]) != 0
+    assert "--activation-cache needs --model and --dataset" in capsys.readouterr().err

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dropbp._torch import transforming
+from dropbp.cache.files import FileStore
+from dropbp.cache.fingerprint import Fingerprints
 from dropbp.cache.forward import CACHES, CachedForward
 from dropbp.cache.passage import BlockState, Forms, Passage, block_forward, passing, stack_of
 from dropbp.cache.prefix import Prefix
@@ -38,6 +42,7 @@ class ActivationCache:
 
     Args:
         engine: makes the model run; its schedule tells what will still train.
+        where: True, the memory of the host; or a folder.
         limit: bytes that may be stored; None takes a share of what is free.
 
     Attributes:
@@ -46,11 +51,13 @@ class ActivationCache:
         difference: the largest that was found when a forward was run both ways, relative to the norm of a row's state.
     """
 
-    def __init__(self, engine: Engine, limit: int | None = None) -> None:
+    def __init__(self, engine: Engine, where: bool | str | os.PathLike[str], limit: int | None = None) -> None:
         self.engine, self.runtime, self.model = engine, engine.runtime, engine.model
         self.prefix = Prefix(self.model, engine.structure, engine.freezes)
         self.forms = Forms(self.prefix.names)
         self.store: Store = MemoryStore(limit)
+        if not isinstance(where, bool):
+            self.store = FileStore(Path(os.fspath(where)), Fingerprints(self.prefix), limit)
         self.keys = Keys(argument_names(self.model), _reads_labels(self.model), _counts_length(self.model))
         self.refused: str | None = None
         self.objections: dict[str, None] = {}
@@ -72,6 +79,7 @@ class ActivationCache:
         """Put the functions around the blocks in place."""
         for place, block in enumerate(self.prefix.blocks):
             self._patches.append(Interception(block, "_dropbp_cache", BlockState(place, self._running), block_forward))
+        self.engine.recomputation.look()  # what is around a block now is no change of it
         self.runtime.shortened = self.shortened
 
     def stop(self) -> None:
@@ -95,7 +103,12 @@ class ActivationCache:
             "largest_difference": self.difference,
             "refused": self.refused,
             "objections": list(self.objections),
+            "trouble": self._trouble(),
         }
+
+    def _trouble(self) -> str | None:
+        full = "the limit in bytes is reached, and further rows are not stored" if self.store.full else None
+        return self.store.trouble or full
 
     def figures(self) -> dict[str, float]:
         """What a trainer's log shows."""
@@ -124,6 +137,7 @@ class ActivationCache:
         )
         if border == 0 or self._objects(border, kind):
             return whole
+        self.store.reach(border)
         rows = self.keys.of(args, kwargs, self._salt(kind))
         if rows is None:
             self._object("an input is something else than tensors, numbers and texts")

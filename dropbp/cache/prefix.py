@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from dropbp.discovery.structure import EXACT, Structure
 from dropbp.engine.purity import is_foreign_hook
 
-ALWAYS = -1  # the bits of what trains in every step that trains anything
+_OF_ADAPTERS = ("_disable_adapters", "active_adapters", "scaling")  # layers of peft
 
 
 class Prefix:
@@ -38,6 +38,7 @@ class Prefix:
         self._inside = [list(block.modules()) for block in self.blocks]
         self._tensors = sorted(self._found(), key=lambda entry: entry[0])
         self._modules = list(model.modules())
+        self._adapted: list[Any] = [m for m in self._modules if all(hasattr(m, name) for name in _OF_ADAPTERS)]
         self._seen: list[Any] = []
         self._floors: dict[tuple[int, bool], int] = {}
 
@@ -61,6 +62,13 @@ class Prefix:
                     yield place or 0, module._parameters, key, name
             for key in module._buffers if place is not None else ():
                 yield place or 0, module._buffers, key, ""
+
+    def tensors_at(self, place: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers of one block, with their names; with those of the first, what feeds it."""
+        for each, table, key, name in self._tensors:
+            tensor = table.get(key)
+            if each == place and tensor is not None:
+                yield name or key, tensor
 
     def changed(self) -> int | None:
         """The place of the lowest tensor that changed since the last call; None if none did."""
@@ -99,8 +107,9 @@ class Prefix:
         return self.count
 
     def modes(self) -> bytes:
-        """Which modules are in training mode."""
-        return bytes([module.training for module in self._modules])
+        """Which modules are in training mode, and which adapters are on: what a call may switch for a while."""
+        adapters = [(layer._disable_adapters, layer.active_adapters, layer.scaling) for layer in self._adapted]
+        return bytes([module.training for module in self._modules]) + repr(adapters).encode()
 
     def objection(self, border: int) -> str | None:
         """Why states at a border must not be used; None if nothing is known to speak against it."""

@@ -23,18 +23,25 @@ class Store(Protocol):
     """Holds one state for each row.
 
     Attributes:
-        nbytes: how many bytes the states take.
         full: whether a state was turned away for want of room.
         trouble: why nothing more can be stored; None if nothing is wrong.
     """
 
-    nbytes: int
     full: bool
     trouble: str | None
 
     @property
     def rows(self) -> int:
         """How many rows there are."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the states take."""
+        ...
+
+    def reach(self, border: int) -> None:
+        """States up to a border are right now."""
         ...
 
     def border(self, key: bytes) -> int:
@@ -66,7 +73,7 @@ class MemoryStore:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = int(psutil.virtual_memory().available * SHARE_OF_MEMORY) if limit is None else limit
-        self.nbytes = 0
+        self._bytes = 0
         self.full = False
         self.trouble: str | None = None
         self._states: dict[bytes, State] = {}
@@ -75,6 +82,14 @@ class MemoryStore:
     def rows(self) -> int:
         """How many rows there are, without states of padding."""
         return sum(len(key) == KEY_BYTES for key in self._states)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the states take."""
+        return self._bytes
+
+    def reach(self, border: int) -> None:
+        """Nothing is to be looked for: no other process stores here."""
 
     def border(self, key: bytes) -> int:
         """The border of a row's state; 0 where there is none."""
@@ -89,17 +104,17 @@ class MemoryStore:
         """Store a state in place of an earlier one, if there is room."""
         before = self._states.get(key)
         more = state.values.nbytes - (0 if before is None else before.values.nbytes)
-        if self.nbytes + more > self.limit:
+        if self._bytes + more > self.limit:
             self.full = True
             return
         self._states[key] = state
-        self.nbytes += more
+        self._bytes += more
 
     def drop_above(self, border: int) -> None:
         """Forget the states above a border."""
         self._states = {key: state for key, state in self._states.items() if state.border <= border}
-        self.nbytes = sum(state.values.nbytes for state in self._states.values())
+        self._bytes = sum(state.values.nbytes for state in self._states.values())
 
     def close(self) -> None:
         """Set everything free."""
-        self._states, self.nbytes = {}, 0
+        self._states, self._bytes = {}, 0

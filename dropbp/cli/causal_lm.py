@@ -48,11 +48,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     output = args.output or OUTPUT
     checkpoint = _checkpoint(output, args.resume)
     job = _job(args)
-    callback = None if args.plain else DropBPCallback(args.drop_rate, masks=args.masks, seed=args.seed)
+    callback = None if args.plain else _callback(args)
     with _says_what_is_kept(output):
         run = train(job, _settings(args, output), callback, checkpoint)
         _save(job, callback, output)
     return new_result(vars(args), args.device, [run]), output
+
+
+def _callback(args: argparse.Namespace) -> DropBPCallback:
+    return DropBPCallback(args.drop_rate, masks=args.masks, seed=args.seed, activation_cache=args.activation_cache)
 
 
 def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -86,7 +90,9 @@ def _job(args: argparse.Namespace) -> Job:
 def _model(args: argparse.Namespace) -> PreTrainedModel:
     frozen_bf16 = args.bf16 and args.peft == "lora"  # trained weights stay in fp32, under autocast
     model = load_model(args.model, torch.bfloat16 if frozen_bf16 else torch.float32)
-    return with_lora(model, args.seed) if args.peft == "lora" else model
+    # a row's state is the same each time only where nothing is drawn at random
+    options: dict[str, Any] = {} if args.activation_cache is None else {"lora_dropout": 0.0}
+    return with_lora(model, args.seed, **options) if args.peft == "lora" else model
 
 
 def _settings(args: argparse.Namespace, output: Path) -> Settings:

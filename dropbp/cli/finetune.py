@@ -66,6 +66,13 @@ def _add_dropbp_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("DropBP")
     group.add_argument("--drop-rate", type=float, default=0.5, help="share of backward FLOPs to skip (%(default)s)")
     group.add_argument("--masks", default="nested", help="how masks are drawn: nested, exact, ... (%(default)s)")
+    group.add_argument(
+        "--activation-cache",
+        nargs="?",
+        const=True,
+        metavar="DIR",
+        help="start known rows at the border below which nothing trains; in memory, or in a folder",
+    )
     group.add_argument("--plain", action="store_true", help="train without DropBP")
 
 
@@ -104,6 +111,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--dataset needs --model; without --dataset the demo runs, on questions of its own.")
     if args.dataset is None and args.resume:
         raise ConfigError("--resume needs --model and --dataset; the demo keeps no checkpoints.")
+    if args.activation_cache is not None:
+        _check_cache(args)
     check_shares(args, ("drop_rate", "eval_fraction"))
     check_amounts(args, ("epochs", "learning_rate", *_COUNTS))
     check_counts(args, _COUNTS)
@@ -112,6 +121,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--warmup-steps {args.warmup_steps} must be from 0 to {MOST:,}.")
     if args.output is not None:
         check_folder("--output", args.output)
+
+
+def _check_cache(args: argparse.Namespace) -> None:
+    if args.dataset is None or args.plain:
+        raise ConfigError("--activation-cache needs --model and --dataset, and goes with DropBP, not with --plain.")
+    if args.activation_cache is not True:
+        check_folder("--activation-cache", Path(args.activation_cache))
 
 
 def _show(result: dict[str, Any], output: Path, as_json: bool) -> None:

@@ -54,11 +54,11 @@ def make_model(layers: int = 3, width: int = 32, seed: int = 0) -> LlamaForCausa
     )
 
 
-def save_model(folder: Path, *, chat: bool = False) -> Path:
+def save_model(folder: Path, *, chat: bool = False, layers: int = 3) -> Path:
     tokenizer = make_tokenizer()
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
-    make_model().save_pretrained(folder)
+    make_model(layers).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
