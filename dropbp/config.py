@@ -78,6 +78,12 @@ class Config:
     rehearse: bool = False
     mask_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def draws(self) -> int | None:
+        """Masks drawn in the whole run after its warm-up; None where its length is not known."""
+        kept_for = self.resample if isinstance(self.resample, int) else 1
+        return None if self.steps is None else -(-self.steps // kept_for)
+
     def __post_init__(self) -> None:
         _check_drop_rate(self.drop_rate)
         _check_choice("scaling", self.scaling, SCALINGS)

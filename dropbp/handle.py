@@ -289,8 +289,9 @@ class Handle:
         `flops_skipped` counts them in forward FLOPs, of which a whole backward takes two each. A branch's `weight` is
         what dropping it saves, in the same unit; it is 0 if the branch has no backward, because neither it nor anything
         below it is trained. `never_trained`, `seldom_trained`, `at_rest` and `not_seen` name parameters
-        (docs/training.md). `not_recomputed` names the blocks that keep all activations in deep steps, with the
-        reason.
+        (docs/training.md). `branch_flops_share` is the branches' share of the forward that found them; `not_recorded`
+        names the parts of the model, trained or frozen, that this forward did not run. `not_recomputed` names the
+        blocks that keep all activations in deep steps, with the reason.
         """
         schedule, done = self.schedule, self.schedule.statistics
         return {
@@ -305,7 +306,7 @@ class Handle:
             "not_recomputed": dict(self.engine.recomputation.reasons),
             "device": self.device.name,
             "shape": dataclasses.asdict(schedule.shape),
-            **figures(self.engine.trained, self.rates),
+            **figures(self.engine.trained, self.config, self.rates),
             **({} if self.cache is None else {"activation_cache": self.cache.report()}),
             "branches": [
                 {**done.of_branch(i, branch), "weight": weight}

@@ -242,6 +242,19 @@ def test_a_run_trains_all_that_is_trained_or_names_it(kind: Kind, drop_rate: flo
     assert {name for name, count in counts.items() if not count} <= rare
 
 
+@pytest.mark.parametrize("steps", [3, 7, 16, 40, 90])
+@pytest.mark.parametrize("rates", ["auto", "uniform", "decreasing"])
+def test_what_a_run_of_known_length_does_not_train_is_named_and_what_is_named_so_is_not(steps: int, rates: Any) -> None:
+    model = net(blocks=12)
+    rates = rates if rates != "decreasing" else [1 - (i + 1) / 80 for i in range(24)]
+    handle = dropbp.enable(model, 0.5, example_inputs=ids(), max_activations=None, rates=rates, steps=steps)
+    counts = run(handle, model, steps)
+    idle, report = {name for name, count in counts.items() if not count}, handle.report()
+    assert idle <= {*report["never_trained"], *report["seldom_trained"]}
+    assert idle >= set(report["never_trained"])
+    assert all(counts[name] <= 2 + steps // 50 for name in report["seldom_trained"])
+
+
 def test_full_fine_tuning_names_what_no_step_reaches(caplog: Any) -> None:
     handle = dropbp.enable(net(blocks=6), example_inputs=ids(), steps=50)
     said = "no step of this run trains embed.weight, blocks.0, blocks.1.norm1, blocks.1.mix. It lies"
@@ -325,7 +338,19 @@ def test_what_the_small_forward_did_not_use_rests_and_is_named(caplog: Any) -> N
     handle = dropbp.enable(model, example_inputs=stream())
     assert "did not use tower" in caplog.text and "did not use tower" in handle.summary()
     assert handle.report()["not_seen"] == ["tower.weight", "tower.bias"]
+    assert "forward that found them, which did not run tower:" in handle.summary()
     run(handle, model, 12, lambda model: loss_of(model(stream(), stream() + 1)))
+
+
+@pytest.mark.parametrize("masks", ["nested", "exact"])
+def test_frozen_parts_that_were_not_seen_are_named_where_the_share_of_the_branches_is_said(masks: str) -> None:
+    model = Takes().train()
+    model.tower.requires_grad_(False)
+    with dropbp.enable(model, masks=masks, example_inputs=stream()) as handle:
+        assert handle.report()["not_seen"] == [] and handle.report()["not_recorded"] == ["tower"]
+        assert "did not run tower:" in handle.summary()
+    with dropbp.enable(model, masks=masks, example_inputs=(stream(), stream())) as handle:
+        assert handle.report()["not_recorded"] == [] and "did not run" not in handle.summary()
 
 
 # -- the forward that is called

@@ -212,6 +212,27 @@ def test_another_accumulation_leaves_the_rest_of_the_run_what_it_was(factor):
     assert shortfall(run.one) is None
 
 
+@pytest.mark.parametrize("masks", ["nested", "independent"])
+@pytest.mark.parametrize("steps", [None, 200])
+def test_a_budget_missed_as_masks_left_nothing_to_train_says_so(masks, steps):
+    upper = (1 << BRANCHES) - (1 << BRANCHES // 2)
+
+    def trains(dropped):  # only what lies in the upper half is trained, and a little of it
+        return dropped & upper != upper and (dropped & upper).bit_count() <= 3
+
+    run = Run(schedule(0.75, masks=masks, steps=steps, trains=trains))
+    for _ in range(200):
+        run.forward()
+    assert "nothing to train" in shortfall(run.one) and "come nearer" not in shortfall(run.one)
+
+
+def test_a_budget_missed_by_few_draws_says_so():
+    run = Run(schedule(0.5, masks="independent", seed=3))
+    for _ in range(3):
+        run.forward()
+    assert "3 masks were drawn" in (shortfall(run.one) or "")
+
+
 @pytest.mark.parametrize(
     "change", [{"warmup": 80}, {"resample": "step"}, {"resample": 4}, {"steps": None}, {"max_rate": 0.9}]
 )

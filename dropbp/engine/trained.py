@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -88,6 +89,10 @@ class Trained:
         all_shared = bool(inside) and all(name in shared and borders[name] < lower_half for name in inside)
         return lowest != EXACT and (all_shared or all(border == lowest for border in borders.values()))
 
+    def not_recorded(self) -> list[str]:
+        """The parts of the model, trained or not, that the forward which found the branches did not run."""
+        return _labels(self.structure.rests.unseen, [name for name, _ in self.model.named_parameters()])
+
     def compact(self, names: Iterable[str]) -> str:
         """Names of trained parameters, abbreviated."""
         return compact(names, self.names())
@@ -133,14 +138,13 @@ def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[st
     if config.drop_rate and not any(rates) and trained.rests:
         return [_nothing_saved(trained)]
     found = trained.shares(rates)
-    never = [name for name, share in found.items() if share <= 0]
-    seldom = [name for name, share in found.items() if 0 < share < SELDOM]
+    never, seldom, few = *_rare(config, found), _few(config)
     lines = []
     if never:
         lines.append(f"no step of this run trains {trained.compact(never)}. {_REMEDY}")
     if seldom:
-        lines.append(f"less than one step in 100 trains {trained.compact(seldom)}. {_REMEDY}")
-    below = [name for name in trained.below() if found[name] >= SELDOM]
+        lines.append(f"less than one step in {1 / few:.0f} trains {trained.compact(seldom)}. {_REMEDY}")
+    below = [name for name in trained.below() if found[name] >= few]
     if below and trained.some_branches_are_frozen():
         lines.append(
             f"{min(found[name] for name in below):.0%} of the steps train {trained.compact(below)}: those that drop "
@@ -169,14 +173,29 @@ def _nothing_saved(trained: Trained) -> str:
     )
 
 
-def figures(trained: Trained, rates: Sequence[float]) -> dict[str, Any]:
+def _few(config: Config) -> float:
+    """The share of steps below which a parameter trains seldom: one step in 100, or of a shorter run one step."""
+    return max(SELDOM, 1 / (config.draws or math.inf))
+
+
+def _rare(config: Config, shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Those that no step trains, and those that few do. Masks taken in order give no step to less than half of one."""
+    ordered = sampler_kind(config.masks).annealed_rates is not None and not config.mask_options
+    none = (0.5 - 1e-6) / config.draws if config.draws and ordered else 0.0
+    never = [name for name, share in shares.items() if share <= none]
+    return never, [name for name, share in shares.items() if none < share < _few(config)]
+
+
+def figures(trained: Trained, config: Config, rates: Sequence[float]) -> dict[str, Any]:
     """The part of `Handle.report` on how often parameters train."""
     found = trained.shares(rates)
+    never, seldom = _rare(config, found)
     return {
-        "never_trained": [name for name, share in found.items() if share <= 0],
-        "seldom_trained": [name for name, share in found.items() if 0 < share < SELDOM],
+        "never_trained": never,
+        "seldom_trained": seldom,
         "at_rest": {name: found[name] for name in trained.below()},
         "not_seen": [name for name in trained.structure.rests.unseen if name in found],
+        "not_recorded": trained.not_recorded(),
     }
 
 
@@ -185,15 +204,19 @@ def figures(trained: Trained, rates: Sequence[float]) -> dict[str, Any]:
 
 def compact(names: Iterable[str], among: Iterable[str]) -> str:
     """Abbreviated names of parameters: modules that hold no other of `among`, numbered ones as ranges."""
+    labels = _labels(names, among)
+    more = len(labels) - NAMED_AT_MOST
+    return ", ".join(labels[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _labels(names: Iterable[str], among: Iterable[str]) -> list[str]:
     wanted = list(names)
     mine = Counter(path for name in wanted for path in _paths(name))
     total = Counter(path for name in among for path in _paths(name))
     groups: dict[str, list[str]] = {}
     for name in wanted:
         groups.setdefault(next((path for path in _paths(name) if mine[path] >= total[path]), name), []).append(name)
-    labels = _ranges(_common_path(group) for group in groups.values())
-    more = len(labels) - NAMED_AT_MOST
-    return ", ".join(labels[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    return _ranges(_common_path(group) for group in groups.values())
 
 
 def _paths(name: str) -> list[str]:

@@ -36,21 +36,42 @@ def out_of_reach(schedule: Schedule) -> str | None:
 
 def shortfall(schedule: Schedule) -> str | None:
     """What to say at the end of a run that missed its budget."""
-    done, pace = schedule.statistics, schedule.pace
+    done = schedule.statistics
     target = done.drawn_planned / max(done.drawn_seen, 1.0)
     if abs(done.drawn_rate - target) <= TOLERANCE:
         return None
-    early = schedule.anneals and not pace.over and pace.now < 1 - pace.width / 2
-    advice = (
-        f"that were {min(1.0, pace.now):.0%} of the run. Annealed masks drop little at first and much at "
-        "last: give the run's true length as steps=..., tell handle.progress(share), or leave both out."
-        if early
-        else "without the warm-up. Longer runs come nearer, and batches that do not grow shorter toward the end."
-    )
     return (
         f"{done.drawn_rate:.3f} of the branches' backward FLOPs were dropped, the target was {target:.3f}, in "
-        f"{done.forwards} forwards {advice}"
+        f"{done.forwards} forwards {_cause(schedule)}"
     )
+
+
+def _cause(schedule: Schedule) -> str:
+    """Why a run missed its budget, and what to do."""
+    pace = schedule.pace
+    if schedule.anneals and not pace.over and pace.now < 1 - pace.width / 2:
+        return (
+            f"that were {min(1.0, pace.now):.0%} of the run. Annealed masks drop little at first and much at last: "
+            "give the run's true length as steps=..., tell handle.progress(share), or leave both out."
+        )
+    unmet = out_of_reach(schedule)
+    if unmet is not None:
+        return f"without the warm-up. {unmet}"
+    if any(not schedule.trains(schedule.here.whole(schedule.here.sampler.draw(i))) for i in range(_looked(schedule))):
+        return (
+            "without the warm-up. Masks that leave nothing to train were drawn, and others were taken in their place. "
+            "Take a lower drop rate, or train parameters of more branches."
+        )
+    if schedule.draws * TOLERANCE < 1:
+        return f"without the warm-up. {schedule.draws} masks were drawn: runs that draw more come nearer."
+    return (
+        "without the warm-up. Batches that grow shorter or longer toward the end, or rates that change there, leave no "
+        "time to make good for it."
+    )
+
+
+def _looked(schedule: Schedule) -> int:
+    return min(schedule.draws, 256) if schedule.here.total and not schedule.anneals else 0
 
 
 def to_come(schedule: Schedule) -> int:

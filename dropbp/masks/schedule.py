@@ -126,8 +126,7 @@ class Schedule:
     @property
     def length(self) -> int:
         """Draws in the whole run, after its warm-up; 1 where that is not known."""
-        kept_for = self.config.resample if isinstance(self.config.resample, int) else 1
-        return -(-self.config.steps // kept_for) if self.config.steps else 1
+        return self.config.draws or 1
 
     @property
     def fixed(self) -> list[Mask]:

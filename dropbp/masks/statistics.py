@@ -84,7 +84,8 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     never = sum(entry["rate"] == 1 for entry in branches)
     foot = (
-        f"{len(branches)} branches hold {report['branch_flops_share']:.1%} of the forward's FLOPs; target drop "
+        f"{len(branches)} branches hold {report['branch_flops_share']:.1%} of the FLOPs of the forward that found them"
+        f"{_without(report['not_recorded'])}; target drop "
         f"rate {report['drop_rate']:g}, realised {report['realised_drop_rate']:.4f} in {report['forwards']} forwards"
     )
     idle = sum(not entry["weight"] for entry in branches)
@@ -97,3 +98,7 @@ def table(report: Mapping[str, Any]) -> str:
         name, reason = next(iter(kept.items()))
         foot += f"; {len(kept)} blocks keep all activations in deep steps: {name}, as {reason}"
     return "\n".join([head, *rows, foot])
+
+
+def _without(parts: Sequence[str]) -> str:
+    return f", which did not run {', '.join(parts)}: branches there are neither dropped nor counted" if parts else ""
