@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from dropbp.bench.real import command, tasks, training
+from dropbp.bench.real import command, tables, tasks, training
 from dropbp.bench.real.training import Run, Source, batches, decayed
 
 from dropbp.cli.examples import IGNORED, Encoder, encode_rows
 from dropbp.cli.main import main
+from dropbp.errors import ConfigError
 from tests.common.tiny import CHAT_TEMPLATE, make_model, make_tokenizer
 
 PLAIN = Run("plain", 0.0, 1e-3, plain_steps=0)
@@ -124,3 +125,31 @@ def test_records_are_kept_and_not_made_twice(
     monkeypatch.setattr(command, "Source", None)  # nothing is loaded where nothing is missing
     assert main(options) == 0
     assert json.loads(file.read_text()) == record
+
+
+def record_of(run: Run, loss: float, cpu_s: float = 1.0) -> dict[str, Any]:
+    return {"configuration": command.configuration(run), "loss": loss, "steps": run.plain_steps, "cpu_s": [cpu_s]}
+
+
+def test_tables_show_each_method_at_each_rate_and_keep_the_rest_of_the_page(tmp_path: Path) -> None:
+    runs = [
+        record_of(Run("plain", 0.0, 1e-4, plain_steps=0), 4.0),
+        record_of(Run("plain", 0.0, 1e-4), 3.25),
+        record_of(Run("plain", 0.0, 3e-4), 3.1, 3.0),
+        record_of(Run("plain", 0.0, 3e-4, seed=1), 3.3, 1.0),
+        record_of(Run("default", 0.5, 3e-4), 3.0, 0.5),
+        record_of(Run("default", 0.5, 3e-4, tuning="lora"), 3.5),
+    ]
+    page = tmp_path / "learning.md"
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    tables.write(runs, tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| plain | - | 40 | 1.00 | 3.250 | **3.200** ± 0.141 |" in text
+    assert "| default | 0.5 | 40 | 0.50 | - | 3.000 |" in text
+    assert "#### solutions, LoRA" in text and "untrained 4.000; 2 seeds" in text
+    page.write_text("nothing\n")
+    with pytest.raises(ConfigError, match="lacks the lines"):
+        tables.write(runs, tmp_path)
+    with pytest.raises(ConfigError, match="no finished run"):
+        tables.write([], tmp_path)

@@ -7,19 +7,25 @@ from collections.abc import Mapping, Sequence
 from .training import Run
 
 COARSE = (
-    Run("plain", 0.0, 3e-4, plain_steps=0),
     Run("plain", 0.0, 3e-4),
     Run("default", 0.5, 3e-4),
     Run("freezing", 0.5, 3e-4),
     Run("plain", 0.0, 1e-4),
-    Run("default reversed", 0.5, 3e-4),
-    Run("exact", 0.5, 3e-4),
+    Run("plain", 0.0, 1e-4, plain_steps=0),
     Run("default", 0.5, 1e-4),
+    Run("plain", 0.0, 3e-5),
     Run("freezing", 0.5, 1e-4),
-    Run("default narrow", 0.5, 3e-4),
-    Run("nested shelf", 0.5, 3e-4),
-    Run("default", 0.5, 6e-4),
-    Run("default", 0.75, 3e-4),
+    Run("exact", 0.5, 1e-4),
+    Run("default reversed", 0.5, 1e-4),
+    Run("plain", 0.0, 1e-4, seed=1),
+    Run("default", 0.5, 1e-4, seed=1),
+    Run("default", 0.75, 1e-4),
+    Run("default narrow", 0.5, 1e-4),
+    Run("plain", 0.0, 3e-4, tuning="lora"),
+    Run("default", 0.5, 3e-4, tuning="lora"),
+    Run("plain", 0.0, 1e-4, "choices"),
+    Run("default", 0.5, 1e-4, "choices"),
+    Run("freezing", 0.5, 1e-4, "choices"),
 )
 
 METHODS = (

@@ -261,7 +261,7 @@ def evaluate(model: nn.Module, data: Data, padding: int) -> dict[str, float]:
             batch = collate_left([data.held_out[i] for i in chosen], padding)
             following = batch["labels"][:, 1:]
             labels_BK = following[:, (following != IGNORED).any(0)]
-            logits_BKV = model(**batch, use_cache=False).logits.float()
+            logits_BKV = model(**batch, use_cache=False).logits[:, : labels_BK.shape[1]].float()
             losses_BK = nn.functional.cross_entropy(logits_BKV.transpose(1, 2), labels_BK, reduction="none")
             total, tokens = total + float(losses_BK.sum()), tokens + int((labels_BK != IGNORED).sum())
             first_B = (labels_BK != IGNORED).int().argmax(1).tolist()
