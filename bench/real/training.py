@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -186,12 +186,47 @@ def narrow(model: nn.Module, drop_rate: float, seed: int, steps: int, width: flo
     return rivals.DropBP(model, drop_rate, seed=seed, steps=steps, resample="step", rates=rates)
 
 
+class HeadTrains(rivals.Method):
+    """A method that leaves a tied embedding alone, but for its use as the head, whose gradient is at hand in each step.
+
+    What the embedding gives is detached, so that the gradient of the shared weight is that of the head alone.
+    """
+
+    def __init__(self, model: nn.Module, make: Callable[[nn.Module], rivals.Method]) -> None:
+        super().__init__(model)
+        embedding = cast("Any", model).get_input_embeddings()
+        self._hook = embedding.register_forward_hook(lambda module, args, output: output.detach())
+        self.inner = make(model)
+        embedding.requires_grad_(True)
+
+    def begin_step(self, step: int) -> None:
+        self.inner.begin_step(step)
+
+    def micro_batch(self) -> AbstractContextManager[object]:
+        return self.inner.micro_batch()
+
+    def work(self) -> rivals.Work:
+        return self.inner.work()
+
+    def remove(self) -> None:
+        self.inner.remove()
+        self._hook.remove()
+
+
+def _head_trains(name: str) -> Callable[..., rivals.Method]:
+    return lambda model, drop_rate, seed, steps: HeadTrains(
+        model, lambda model: rivals.method(name, model, drop_rate, seed, steps)
+    )
+
+
 VARIANTS: dict[str, Callable[..., rivals.Method]] = {
     "default reversed": lambda model, drop_rate, seed, steps: Reversed(model, drop_rate, seed=seed, steps=steps),
     "default shelf": lambda model, drop_rate, seed, steps: rivals.DropBP(
         model, drop_rate, seed=seed, steps=steps, resample="step", rates="shelf"
     ),
     "default narrow": narrow,
+    "default, head trains": _head_trains("default"),
+    "freezing, head trains": _head_trains("freezing"),
 }
 
 
@@ -205,7 +240,7 @@ def method_of(run: Run, model: nn.Module, steps: int) -> rivals.Method:
 
 def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
     """What a step does on average; masks of this library keep to their budget."""
-    if isinstance(method, rivals.DropBP):
+    if isinstance(getattr(method, "inner", method), rivals.DropBP):
         return rivals.Work(1.0, 1 - drop_rate, 1 - drop_rate)
     method.begin_step(0)
     return method.work()
