@@ -15,6 +15,7 @@ outside of branches, as the share of the head in a tied embedding, is saved besi
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ from dropbp.flops import Shape, fitted
 if TYPE_CHECKING:
     from dropbp.discovery.graph import Graph
     from dropbp.discovery.trace import Node
+
+_is_trained = operator.attrgetter("requires_grad")
 
 BACKWARD = 2  # times the forward, where everything is trained
 NEVER = -1
@@ -135,7 +138,7 @@ class Weights:
 
     def renew(self) -> bool:
         """Take over which parameters are trained now; whether that is others than before."""
-        stamp = bytes([p.requires_grad for p in self._parameters.values()])
+        stamp = bytes(map(_is_trained, self._parameters.values()))
         if stamp == self._stamp:
             return False
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}

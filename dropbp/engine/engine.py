@@ -33,6 +33,7 @@ from dropbp.engine.strays import Strays
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Truncation
 from dropbp.engine.wrappers import install, install_boundaries, install_outputs
+from dropbp.engine.zeros import ZeroGradients
 from dropbp.errors import ConfigError
 from dropbp.flops import shape_of
 from dropbp.inputs import Asked
@@ -70,6 +71,7 @@ class Engine:
         self.freezes = config.stem == "rest" or (config.stem == "auto" and self.prefixes)
         self.rests = structure.rests if self.freezes else Rests()
         self.parameters = Parameters(model, structure, self.rests)
+        self._zeros = ZeroGradients(self.parameters)
         self.trained = Trained(model, structure, self.freezes)
         self.recomputation = Recomputation(model, structure.blocks, structure.repeated, device.is_lazy())
         self.runtime = Runtime(model)
@@ -82,6 +84,8 @@ class Engine:
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
         self.runtime.cut_strays = Strays(self.parameters).cut
         self.runtime.watchers += [self._gathering.watch, self._replicas.watch]
+        if not self.fills_gradients:
+            self.runtime.watchers.append(self._zeros.watch)
         self._patches: list[Interception] = []
         self._lock = threading.Lock()
         self._measuring: Mask | None = None
@@ -133,7 +137,7 @@ class Engine:
         self._patches = []
         self.bypass.remove()
         self._gathering.remove()
-        self.parameters.release()
+        self._zeros.release()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """What the next training forward of the root does. Called before each."""
@@ -242,7 +246,7 @@ class Engine:
     def _settle_gradients(self, dropped: int, freezes: bool) -> None:
         """Make gradients of dropped branches None, or zero where a lazy device needs the same set in every step."""
         if not self.fills_gradients:
-            self.parameters.forget_zeros(dropped)
+            self._zeros.forget(dropped)
         elif dropped:
             boundary = self.device.step_boundary if self.boundary != "none" else None
             self.parameters.fill(dropped, freezes, boundary)

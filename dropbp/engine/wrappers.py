@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dropbp._torch import never_compile, uncompiled
@@ -31,8 +31,7 @@ T = TypeVar("T")
 
 # Called for every module of every branch: each look-up in a module costs as much as the call.
 is_grad_enabled, set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
-is_autocast_cache_enabled = torch.is_autocast_cache_enabled
-set_autocast_cache_enabled = torch.set_autocast_cache_enabled
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 class SiteState(Attachment):
@@ -94,11 +93,12 @@ def site_forward(original: Forward) -> Forward:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not site.flag.dropped):
                 return original(self, *args, **kwargs)
         plan = site.running()
-        if plan is None or site.need & plan.detached:
-            return _run_as_planned(site, original, self, args, kwargs)
-        if site.need & plan.kept:
-            return original(self, *args, **kwargs)
-        return _unrecorded(original, self, args, kwargs)
+        if plan is not None:
+            if site.need & plan.trained:
+                return original(self, *args, **kwargs)
+            if not site.need & plan.detached:
+                return _unrecorded(original, self, args, kwargs)
+        return _run_as_planned(site, original, self, args, kwargs)
 
     return named_forward(forward)
 
@@ -173,24 +173,30 @@ never_compile(_run_as_planned)
 
 def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run under `no_grad`, and keep caches (of casts, of parametrizations) from what carries no gradient: kept branches
-    would take it later.
+    would take it later. Where no cache is in use now, one that the module uses itself ends with it.
     """
-    recording, cache, weights = is_grad_enabled(), is_autocast_cache_enabled(), parametrize._cache_enabled
+    if is_any_autocast_enabled() or parametrize._cache_enabled:
+        original = functools.partial(_uncached, original)
+    recording = is_grad_enabled()
     set_grad_enabled(False)
-    set_autocast_cache_enabled(False)
-    parametrize._cache_enabled = 0
     try:
         output = original(module, *args, **kwargs)
     finally:
-        parametrize._cache_enabled = weights
-        set_autocast_cache_enabled(cache)
         set_grad_enabled(recording)
-    return _no_view(output) if isinstance(output, torch.Tensor) else output
+    if isinstance(output, Tensor) and output._is_view() and not output.requires_grad:
+        return output.detach()  # autograd forbids `output += x` where the output is a view made without recording
+    return output
 
 
-def _no_view(output: torch.Tensor) -> torch.Tensor:
-    """Autograd forbids `output += x` where the output is a view that was made without recording."""
-    return output.detach() if output._is_view() and not output.requires_grad else output
+def _uncached(original: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    cache, weights = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
+    torch.set_autocast_cache_enabled(False)
+    parametrize._cache_enabled = 0
+    try:
+        return original(module, *args, **kwargs)
+    finally:
+        parametrize._cache_enabled = weights
+        torch.set_autocast_cache_enabled(cache)
 
 
 never_compile(_unrecorded)

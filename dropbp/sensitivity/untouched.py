@@ -10,7 +10,6 @@ from torch import nn
 
 from dropbp.device import random_state_kept
 from dropbp.engine.distributed import is_partitioned
-from dropbp.engine.parameters import has_hooks_of_others
 from dropbp.errors import StateError
 
 
@@ -52,7 +51,7 @@ def _refuse_partitioned(model: nn.Module) -> None:
 
 def _refuse_steps_in_backward(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if has_hooks_of_others(parameter):
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise StateError(
                 f"Parameter {name} has a hook that runs when its gradient is ready, as optimizers that step during "
                 "backward do; a calibration would set it off and change the model. Calibrate before the hooks are put "
