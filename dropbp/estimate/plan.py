@@ -362,7 +362,7 @@ def _branch_flops(handle: Handle, shape: Shape) -> int:
 
 
 def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Masks are given one by one here, under which the stem would stay awake, though it rests when they are drawn."""
+    """Given masks leave the input embedding trained, drawn ones freeze it: here masks are given, and meant as drawn."""
     if sampler_kind(masks).prefixes and options.get("stem", "auto") == "auto":
         return {**options, "stem": "rest"}
     return options

@@ -174,7 +174,7 @@ class Schedule:
         if always and not self._trains(always):
             raise ConfigError(
                 "With these rates every step drops all that is trained, so nothing would train. Give the branches "
-                "that hold trained parameters rates below 1, or keep what feeds the stream awake with stem='train'."
+                "that hold trained parameters rates below 1, or train the input embedding always: stem='train'."
             )
 
     def set_rates(self, rates: Rates | None) -> None:
