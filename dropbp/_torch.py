@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 Callback = Any
 T = TypeVar("T")
@@ -106,6 +107,12 @@ def uncompiled(function: Callable[[], T]) -> T:
 def transforming() -> bool:
     """Whether a transform of `torch.func` is at work: it has no graph to look at, and asks for no connected one."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without a backward. Its tangent, which `detach` drops, stays: forward mode has nothing to skip."""
+    tangent = forward_ad.unpack_dual(tensor).tangent if forward_ad._current_level >= 0 else None
+    return tensor.detach() if tangent is None else forward_ad.make_dual(tensor.detach(), tangent).clone()
 
 
 for _own in (pause, resume, resumed, uncompiled):

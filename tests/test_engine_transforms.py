@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -377,6 +378,54 @@ def test_hooks_on_parameters_and_optimizers_are_gone_after_removal() -> None:
     handle.remove()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())  # type: ignore[attr-defined]
     assert len(_global_optimizer_post_hooks) == before
+
+
+class Flat(nn.Module):
+    """Branches of which some end with a view, and some do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.stem(x_BSD)
+        for block in self.blocks:
+            x_BSD = x_BSD + block(x_BSD)
+        return x_BSD
+
+
+def _tangent(model: nn.Module) -> Tensor | None:
+    with forward_ad.dual_level():
+        x = plain_batch()
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def _jvp_of_inputs(model: nn.Module) -> Tensor:
+    return torch.func.jvp(model, (plain_batch(),), (plain_batch().cos(),))[1]
+
+
+def _jvp_of_parameters(model: nn.Module) -> Tensor:
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    along = {name: parameter.cos() for name, parameter in own.items()}
+    return torch.func.jvp(lambda p: torch.func.functional_call(model, p, (plain_batch(),)), (own,), (along,))[1]
+
+
+@pytest.mark.parametrize("make", [plain_net, Flat])
+@pytest.mark.parametrize("options", [{}, {"masks": "exact"}, {"masks": "exact", "max_activations": 0.01}], ids=str)
+@pytest.mark.parametrize("derivative", [_tangent, _jvp_of_inputs, _jvp_of_parameters])
+def test_forward_mode_gives_the_full_derivative_under_any_mask(
+    make: Callable[[], nn.Module], options: dict[str, Any], derivative: Callable[[nn.Module], Tensor]
+) -> None:
+    plain, model = make().train(), make().train()
+    handle = dropbp.enable(model, 0.5, example_inputs=plain_batch(), **options)
+    expected, branches = derivative(plain), len(handle.branches)
+    for _ in range(4):
+        torch.testing.assert_close(derivative(model), expected)
+    for mask in ([True] * branches, [i % 2 == 0 for i in range(branches)]):
+        with handle.fixed(mask):
+            torch.testing.assert_close(derivative(model), expected)
 
 
 def test_no_hook_on_optimizers_is_left_by_an_enable_that_failed_or_a_handle_that_was_forgotten() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dropbp._torch import never_compile, transforming, uncompiled
+from dropbp._torch import detached, never_compile, transforming, uncompiled
 from dropbp.engine.patch import Attachment
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kw
         if _is_own(parameter):
             parameter.requires_grad_(False)
         else:
-            table[name] = parameter.detach()
+            table[name] = detached(parameter)
     try:
         return function(*args, **kwargs)
     finally:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropbp._torch import transforming
+from dropbp._torch import detached, transforming
 from dropbp.device import dynamo_graph_count, random_state
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.patch import Forward
@@ -313,7 +313,7 @@ class Runtime:
         """A branch's last tensor, detached from it; in an observed forward the graph still shows it."""
         if not tensor.requires_grad:
             return tensor
-        end = tensor.detach()
+        end = detached(tensor)
         if isinstance(plan, CallPlan) and plan.observation is not None and not transforming():
             end = self.connect(end, alone=True)
             plan.observation.note_end(end, module, users)

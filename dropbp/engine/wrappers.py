@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dropbp._torch import never_compile, uncompiled
+from dropbp._torch import detached, never_compile, uncompiled
 from dropbp.discovery.liveness import ALIVE
 from dropbp.discovery.structure import BranchOutput, LooseParameter, Rests, Site, Structure
 from dropbp.engine.attention import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
@@ -184,7 +184,7 @@ def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) ->
     finally:
         set_grad_enabled(recording)
     if isinstance(output, Tensor) and output._is_view() and not output.requires_grad:
-        return output.detach()  # autograd forbids `output += x` where the output is a view made without recording
+        return detached(output)  # autograd forbids `output += x` where the output is a view made without recording
     return output
 
 
