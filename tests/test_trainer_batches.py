@@ -17,9 +17,14 @@ from transformers import (
     BartForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     T5Config,
     T5ForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -125,6 +130,44 @@ def make_trainer(name: str, folder: Path, callback: DropBPCallback, data: Any = 
     return Trainer(
         MODELS[name](), arguments, Collator(pictures), Rows(pictures) if data is None else data, callbacks=[callback]
     )
+
+
+IMAGE, IMAGE_TOKENS = 63, 4
+
+
+def llava() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text, vision = LlamaConfig(**sizes, vocab_size=64), CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, vision_feature_layer=-1)
+    )
+
+
+def _pictures_and_text() -> list[dict[str, Tensor]]:
+    ids = torch.tensor([IMAGE] * IMAGE_TOKENS + list(range(5, 13)))
+    return [{"input_ids": ids, "labels": ids, "pixel_values": torch.randn(3, 16, 16)} for _ in range(ROWS)]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_branches_of_a_vision_tower_are_found_by_the_trainers_own_pictures(told: bool, tmp_path: Path) -> None:
+    rows = _pictures_and_text()
+    example = {"example_inputs": {name: value[None] for name, value in rows[0].items()}} if told else {}
+    callback = DropBPCallback(0.5, **example)
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=2,
+        save_strategy="no",
+    )  # fmt: skip
+    seen: dict[str, Any] = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            assert callback.handle is not None
+            seen.update(callback.handle.report())
+
+    Trainer(llava(), arguments, default_collate, rows, callbacks=[callback, Look()]).train()
+    assert seen["not_recorded"] == ["model.vision_tower.post_layernorm"]  # LLaVA has it and never calls it
+    assert sum("vision_tower" in branch["name"] for branch in seen["branches"]) == 4
 
 
 def losses(trainer: Trainer) -> list[float]:
