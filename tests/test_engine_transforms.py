@@ -380,6 +380,24 @@ def test_hooks_on_parameters_and_optimizers_are_gone_after_removal() -> None:
     assert len(_global_optimizer_post_hooks) == before
 
 
+def test_after_a_step_that_the_scaler_skipped_zeroed_gradients_of_dropped_branches_move_nothing() -> None:
+    model = plain_net()
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for step in range(12):
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        scaler.scale(plain_loss(model) * (float("inf") if step % 3 == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=False)
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        dropped = sum(1 << place for place, drop in enumerate(handle.mask or ()) if drop)
+        needs = handle.engine.structure.parameters.items()
+        assert moved.isdisjoint(name for name, need in needs if not need & ~dropped), step
+        assert bool(moved) == (step % 3 != 1)
+
+
 class Flat(nn.Module):
     """Branches of which some end with a view, and some do not."""
 
