@@ -49,7 +49,10 @@ def test_a_drop_rate_outside_of_its_range_is_refused(drop_rate):
         ({"rates": [0.5]}, "rates has 1 entries and flops has 6"),
         ({"rates": 0.5}, "rates is 0.5; allowed: one of auto, uniform"),
         ({"rates": [0.5] * 5 + ["x"]}, "rates"),
-        ({"scalling": "none"}, "unknown option 'scalling'; options are boundary, fill, max_activations"),
+        (
+            {"scalling": "none"},
+            "unknown option 'scalling'; options are activation_cache, activation_cache_limit, boundary, fill, logits, max_activations",
+        ),
         ({"pool_size": 4}, "unknown option 'pool_size'"),
         ({"masks": "pool", "pool_size": 0}, "pool_size"),
         ({"masks": "pool", "poolsize": 4}, "unknown option 'poolsize'.*and .*pool_size.* for masks='pool'"),

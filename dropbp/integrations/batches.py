@@ -7,6 +7,7 @@ here, on copies of whatever may count or draw in it.
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import types
 from collections.abc import Iterator, Mapping, Sized
@@ -22,6 +23,8 @@ from torch.utils.data import IterableDataset
 from dropbp.device import random_state_kept
 from dropbp.errors import ConfigError, DiscoveryError
 from dropbp.inputs import device_of
+
+logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 2  # enough for models that compare rows with each other
 _STATELESS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
@@ -52,6 +55,22 @@ def batch_for(loader: Any, model: nn.Module, failure: DiscoveryError) -> dict[st
         raise DiscoveryError(
             f"{failure} The trainer's own data gave no batch to try either ({type(error).__name__}: {error})."
         ) from error
+
+
+def with_media(options: dict[str, Any], loader: Any, model: nn.Module) -> dict[str, Any]:
+    """The options of `enable`, with a batch as example if the model reads images or sound beside the text.
+
+    It would be shown text alone, and its other parts would not be seen.
+    """
+    config = getattr(model, "config", None)
+    media = any(hasattr(config, part) for part in ("vision_config", "audio_config"))
+    if not media or loader is None or options.get("example_inputs") is not None:
+        return options
+    try:
+        return {**options, "example_inputs": first_batch(loader, model)}
+    except Exception as error:  # noqa: BLE001 - data sets and collators are the user's, and so are their errors
+        logger.debug("no batch to show the model: %s", error)
+        return options
 
 
 def _first_rows(loader: Any) -> Any:

@@ -23,7 +23,7 @@ from dropbp.device import get_device
 from dropbp.errors import DiscoveryError, DropBPError, MissingDependencyError, StateError
 from dropbp.files import write_text
 from dropbp.handle import Handle
-from dropbp.integrations.batches import batch_for
+from dropbp.integrations.batches import batch_for, with_media
 from dropbp.integrations.by_branch import ByBranch, is_sharded
 from dropbp.integrations.callers import calling_handler, calling_trainer, frame_of_train, put_first
 from dropbp.integrations.progress import Position, StepClock, as_steps, calibration_point, check_schedule, length_of
@@ -73,8 +73,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         log: add `dropbp_*` figures to the trainer's own log, and so to TensorBoard, W&B and the like.
         **options: passed on to `dropbp.enable`. By default `rehearse` is on for a lazy device, and `steps` is the
             length of the training, so that nested masks anneal by the trainer's own progress; `steps=None` prevents
-            that. If a forward needs `example_inputs`, or reads images or sound beside the text, they are the first rows
-            of the training data; the order and random states of the run stay.
+            that. `example_inputs` that a forward needs are the first rows of the training data (docs/integrations.md).
 
     After an exception inside `train()` no trainer calls its callbacks. Then `close()`, leaving a `with` block around
     the callback, or the next `train()` removes DropBP from the model.
@@ -277,14 +276,8 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return frame is None
 
     def _enabled(self, model: nn.Module, options: dict[str, Any], loader: Any) -> Handle:
-        """Enable; a batch of the run serves as example if the model does not say (all of) what it takes.
-
-        A model that reads images or sound beside the text would be shown text alone, and its other parts not be seen.
-        """
-        if loader is not None and options.get("example_inputs") is None and _reads_more_than_text(model):
-            with contextlib.suppress(DiscoveryError):
-                batch = batch_for(loader, model, DiscoveryError("A batch of the training was to be an example."))
-                return enable(model, self.drop_rate, masks=self.masks, **{**options, "example_inputs": batch})
+        """Enable; a batch of the run serves as example if the model does not say (all of) what it takes."""
+        options = with_media(options, loader, model)
         try:
             return enable(model, self.drop_rate, masks=self.masks, **options)
         except DiscoveryError as failure:
@@ -380,11 +373,6 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _reads_more_than_text(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return any(hasattr(config, part) for part in ("vision_config", "audio_config"))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
