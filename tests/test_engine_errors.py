@@ -51,7 +51,7 @@ def test_a_drop_rate_outside_of_its_range_is_refused(drop_rate):
         ({"rates": [0.5] * 5 + ["x"]}, "rates"),
         (
             {"scalling": "none"},
-            "unknown option 'scalling'; options are activation_cache, activation_cache_limit, boundary, fill, logits, max_activations",
+            "unknown option 'scalling'; options are activation_cache, activation_cache_limit, boundary, fill,",
         ),
         ({"pool_size": 4}, "unknown option 'pool_size'"),
         ({"masks": "pool", "pool_size": 0}, "pool_size"),
