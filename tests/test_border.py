@@ -445,3 +445,19 @@ def test_names_are_said_in_few_words() -> None:
     names = [name for name in among if name < "layers.5.b"] + ["embed.weight"]
     assert compact(names, [*among, "embed.weight"]) == "layers.0-4, layers.5.a, embed.weight"
     assert compact(["a.weight"], ["a.weight", "b.weight"]) == "a.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "learning rate: these masks did best at about three times"),
+        ({"steps": 20}, "learning rate: these masks did best at about three times"),
+        ({"masks": "exact"}, "masks='exact' learnt less than plain training in the same time"),
+        ({"drop_rate": 0.0}, ""),
+    ],
+)
+def test_what_is_known_about_learning_with_these_masks_is_told(options: Any, said: str, caplog: Any) -> None:
+    handle = dropbp.enable(net(blocks=4), example_inputs=ids(), **options)
+    for text in (caplog.text, handle.summary()):
+        assert said in text
+        assert ("docs/learning.md" in text) is bool(said)

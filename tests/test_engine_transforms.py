@@ -463,6 +463,7 @@ def test_no_hook_on_optimizers_is_left_by_an_enable_that_failed_or_a_handle_that
 def test_looking_up_embeddings_outside_of_the_forward_is_no_cause_for_a_warning(caplog: Any) -> None:
     model = tiny_llama()
     dropbp.enable(model, 0.5)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         model.get_input_embeddings()(tokens())
         llama_loss(model).backward()

@@ -156,6 +156,8 @@ def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[st
             f"the small forward that finds the branches did not use {trained.compact(unseen)}, so it is treated as "
             "lying below all branches. Pass example_inputs=... that use it."
         )
+    if config.drop_rate and any(rates):
+        lines.append(_learning_rate(config))
     return lines
 
 
@@ -163,6 +165,20 @@ _REMEDY = (
     "It lies at or below the greatest depth of the steps: max_rate=0.9 trains every depth in at least a tenth of the "
     "steps, masks='exact' trains all branches alike."
 )
+
+
+def _learning_rate(config: Config) -> str:
+    """What the records of docs/learning.md say to a user who keeps the rate of plain training."""
+    if sampler_kind(config.masks).prefixes:
+        return (
+            "learning rate: these masks did best at about three times plain training's best one. In the same time they "
+            "then learnt more than plain training on small models, but less on a pretrained one (docs/learning.md): "
+            "compare both on your data."
+        )
+    return (
+        f"masks={config.masks!r} learnt less than plain training in the same time, at every learning rate that was "
+        "tried (docs/learning.md); masks='nested' is the default."
+    )
 
 
 def _nothing_saved(trained: Trained) -> str:
