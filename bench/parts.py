@@ -38,6 +38,9 @@ PARTS = {
         ("cpu", "hpu"),
         smoke=True,
     ),
+    "activation_cache": Part(
+        "dropbp.bench.throughput.cached", "whole runs in which known rows start at the border", ("cpu",), smoke=True
+    ),
     "seqlen": Part(
         "dropbp.bench.memory.seqlen", "the longest sequence that trains", ("cpu", "hpu"), ("cpu",), smoke=True
     ),

@@ -154,6 +154,8 @@ class Handle:
         """
         self.engine.parameters.hold(p for group in optimizer.param_groups for p in group["params"])
         self.schedule.forget_what_trains()
+        if self.cache is not None:
+            self.cache.note_optimizer(optimizer)
 
     def calibrate(
         self, closure: Closure | Sequence[Closure], *, method: str = "one-pass", set_rates: bool = True

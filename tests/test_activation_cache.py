@@ -160,6 +160,23 @@ def test_rows_of_one_batch_may_enter_at_different_borders():
     assert report["rows"] == 4 and report["refused"] is None and report["forwards_shortened"] > 10
 
 
+def test_optimizer_states_of_what_never_trains_again_are_set_free():
+    model, plain = llama(), llama()
+    with cached(model, drop_rate=0.5, steps=40) as handle, cached(plain, 0.5, steps=40, activation_cache=None):
+        optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, plain)]
+        handle.note_optimizer(optimizers[0])
+        for _ in range(40):
+            for each, optimizer in zip((model, plain), optimizers, strict=True):
+                llama_loss(each).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        report = found(handle)
+    held = [sum(t.nbytes for state in o.state.values() for t in state.values()) for o in optimizers]
+    assert report["optimizer_bytes_freed"] > 0 and held[0] + report["optimizer_bytes_freed"] == held[1]
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 # -- what changes below the border
 
 
@@ -477,3 +494,101 @@ def test_a_wrong_place_is_refused(value):
 def test_a_wrong_limit_is_refused(value):
     with pytest.raises(dropbp.ConfigError, match="activation_cache_limit"):
         cached(llama(), activation_cache_limit=value)
+
+
+# -- adapters, precision, forms of blocks
+
+
+def with_lora(model: nn.Module, dropout: float = 0.0) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    options = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    return get_peft_model(model, LoraConfig(lora_dropout=dropout, **options)).train()
+
+
+def test_a_forward_without_the_adapters_is_not_one_with_them():
+    model = with_lora(llama())
+    with cached(model) as handle:
+        for _ in range(4):
+            known = llama_loss(model).item()
+        assert found(handle)["forwards_shortened"] >= 2
+        with model.disable_adapter(), torch.no_grad():
+            plain = [llama_loss(model).item() for _ in range(4)]
+        assert llama_loss(model).item() == pytest.approx(known, rel=1e-6)
+    assert abs(plain[0] - known) > 1e-4 and plain == pytest.approx([plain[0]] * 4, rel=1e-6)
+
+
+def test_dropout_of_adapters_is_refused_by_name(caplog):
+    model = with_lora(llama(), dropout=0.1)
+    with cached(model) as handle:
+        for _ in range(4):
+            llama_loss(model)
+        assert found(handle)["forwards_shortened"] == 0
+    assert "lora_dropout=0" in caplog.text and "layers.0" in caplog.text
+
+
+def test_rows_under_autocast_are_others_than_those_without():
+    model = llama()
+    losses = {}
+    with cached(model) as handle:
+        for mixed in (False, True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                losses.setdefault(mixed, []).extend(llama_loss(model).item() for _ in range(4))
+        report = found(handle)
+    assert report["refused"] is None and report["rows"] == 4
+    assert losses[False] == pytest.approx([losses[False][0]] * 8, rel=1e-6)
+    assert losses[True] == pytest.approx([losses[True][0]] * 8, rel=1e-2)
+
+
+class BlockOfTwo(Block):
+    """Returns its stream with attention maps beside it, as some blocks of transformers do."""
+
+    def forward(self, x_BSD):
+        x_BSD = super().forward(x_BSD)
+        return x_BSD, x_BSD.detach().softmax(-1)
+
+
+class NetOfTwo(PlainNet):
+    def forward(self, x_BSD):
+        x_BSD = self.stem(x_BSD)
+        for block in self.blocks:
+            x_BSD = block(x_BSD)[0]
+        return self.head(self.norm(x_BSD))
+
+
+def test_what_a_block_returns_beside_the_stream_may_go_unread():
+    losses = {}
+    for where in (None, True):
+        torch.manual_seed(1)
+        net = NetOfTwo(blocks=0)
+        net.blocks.extend(BlockOfTwo(8) for _ in range(BLOCKS))
+        with cached(net.train(), activation_cache=where, example_inputs=batches_of_rows()[0]) as handle:
+            losses[where] = [net(batch).square().mean().item() for batch in batches_of_rows()]
+            report = found(handle) if where else {}
+    assert report["forwards_shortened"] > 2 and not report["objections"]
+    assert losses[True] == pytest.approx(losses[None], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["learnt", "rotary"])
+def test_padding_on_the_left_counts_where_positions_are_learnt(kind):
+    """GPT-2 counts positions from the left edge, padding included."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make() -> Any:
+        torch.manual_seed(1)
+        if kind == "rotary":
+            return llama()
+        dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.3}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=BLOCKS, n_head=2, **dropouts)).train()
+
+    rows, losses = data(2), {}
+    for where in (None, True):
+        model = make()
+        with cached(model, activation_cache=where, steps=40) as handle:
+            lengths = [12, 12, 12, 16, 16, 20, 20]
+            losses[where] = [model(**padded(rows, "left", length)).loss.item() for length in lengths]
+            report = found(handle) if where else {}
+    assert report["refused"] is None
+    assert report["hits"] == (12 if kind == "rotary" else 2 * (2 + 1 + 1))
+    assert losses[True] == pytest.approx(losses[None], rel=1e-4)

@@ -376,3 +376,14 @@ def test_the_command_prints_and_writes_json(folder, tmp_path, capsys):
 def test_the_command_refuses_in_one_line(folder, arguments, message, capsys):
     assert cli.main(["plan", str(folder), *arguments]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_plan_tells_what_the_activation_cache_spares() -> None:
+    model = trained.llama(layers=6, width=48)
+    planned = dropbp.plan(model, 2, 16, steps=100, clock=Ticks(model))
+    whole, half, most = (planned.at(rate) for rate in (0.0, 0.5, 0.875))
+    assert whole.spared_s == 0 and 0 < half.spared_s < most.spared_s < most.step_s
+    assert most.known_rows_step_s == most.step_s - most.spared_s
+    assert planned.cache_row_bytes == 16 * 48 * 4, "tokens, width, float32"
+    assert planned.fastest(3) is most and planned.fastest(3, activation_cache=False) is most
+    assert "a row's state takes" in str(planned)

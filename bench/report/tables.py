@@ -18,7 +18,7 @@ from ..common.models import TUNINGS
 from ..common.setup import SAMPLERS
 from ..throughput.command import KIND
 from ..throughput.growth import KIND as GROWTH_KIND
-from . import paper
+from . import cached, paper
 from .derive import (
     CLOCK_NAMES,
     Figures,
@@ -142,6 +142,7 @@ def page(root: Path, runs: dict[str, list[records.Record]], images: Sequence[str
         _if_any(f"## The longest sequence\n\n{_how_long(runs[SEQLEN_KIND])}\n\n", runs[SEQLEN_KIND], None),
         *[f"![{Path(image).stem}](img/{image})" for image in images if image.startswith("seqlen")],
         seqlen_tables(runs[SEQLEN_KIND]),
+        cached.section(root),
         _unfinished_section(root),
         _other_pages(docs),
     ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,11 +31,12 @@ from dropbp.engine.patch import Forward, Interception
 from dropbp.inputs import argument_names
 from dropbp.masks.budget import to_come
 from dropbp.masks.plan import ForwardPlan
-from dropbp.tensors import ask_for_gradients
+from dropbp.tensors import ask_for_gradients, tensors_in
 
 logger = logging.getLogger(__name__)
 
 MEASURED = 3  # forwards that tell how long the blocks below the border take
+LAZY_BORDERS = 4  # at most so many on a device that compiles recorded graphs
 Kind = tuple[Any, ...]
 
 
@@ -70,6 +73,8 @@ class ActivationCache:
         self.stream_asks, self.stream_type = True, torch.float32
         self._against: dict[Kind, str] = {}
         self._epochs, self._at_epoch = 0, (0, 0)
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self.freed_bytes = 0
         self._measured: list[float] = []
         self._untried = True  # whether it matters how much padding is to the left of a row
         self._gathers = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
@@ -101,6 +106,7 @@ class ActivationCache:
             "border": self.border,
             "seconds_saved": self.saved_s,
             "largest_difference": self.difference,
+            "optimizer_bytes_freed": self.freed_bytes,
             "refused": self.refused,
             "objections": list(self.objections),
             "trouble": self._trouble(),
@@ -129,7 +135,10 @@ class ActivationCache:
             return whole
         floor = self._floor(plan)
         observed = isinstance(plan, CallPlan) and plan.observation is not None  # looks at what dropped branches record
-        self.border = border = self._border(floor, 0 if observed else plan.detached)
+        border = self._border(floor, 0 if observed else plan.detached)
+        if border > self.border:
+            self._set_free(border)
+        self.border = border
         kind = (
             type(getattr(call, "args", (None,))[0]).__name__,
             *self.engine.calls.key(args, kwargs),
@@ -194,6 +203,8 @@ class ActivationCache:
         """Where states are stored now: nothing below trains in this forward or in one to come."""
         resting = self.prefix.floor(to_come(self.engine.schedule), self.engine.freezes)
         border = min(resting, self.forms.limit, self.prefix.count)
+        if self.engine.device.is_lazy():  # each border is a graph of its own
+            border -= border % max(1, self.prefix.count // LAZY_BORDERS)
         below = self._below(detached)
         if below < border <= floor:
             self._object(f"an output that is asked for, as hidden_states, comes out of {self.prefix.names[below]}")
@@ -242,6 +253,21 @@ class ActivationCache:
         torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MIN)
         lowest, highest = both[0].item(), -both[1].item()
         return states if lowest == highest else {}
+
+    def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Its states of parameters that will never train again are set free as the border moves up."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def _set_free(self, border: int) -> None:
+        """A parameter that did train again, against expectation, would find its state as at the start of the run."""
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if optimizer is None or "deepspeed" in sys.modules:  # whose optimizers keep states of many parameters in one
+            return
+        for place in range(border):
+            for _, tensor in self.prefix.tensors_at(place):
+                if tensor.requires_grad and tensor.grad is None and tensor in optimizer.state:
+                    state = optimizer.state.pop(tensor)
+                    self.freed_bytes += sum(value.nbytes for value in tensors_in(state))
 
     # -- what was found
 

@@ -34,7 +34,7 @@ class Forms:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        self._known: dict[int, tuple[int | str, int | None, int]] = {}
+        self._known: dict[int, tuple[int | str, int | None, tuple[bool, ...]]] = {}
         self.limit, self.reason = len(names), ""
 
     def knows(self, border: int) -> bool:
@@ -47,17 +47,16 @@ class Forms:
             return
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         parts = list(output) if type(output) is tuple else [output]
-        tensors = [part for part in parts if part is not None]
-        if len(tensors) != 1 or type(tensors[0]) is not torch.Tensor:
+        if not all(part is None or (type(part) is torch.Tensor and part.is_floating_point()) for part in parts):
             self.bound(place, f"{self.names[place]} returns more than the residual stream")
             return
-        stream = tensors[0]
-        taken = next((key for key, value in given if _alike(value, stream)), None)
+        pairs = ((key, i) for i, part in enumerate(parts) for key, value in given if _alike(value, part))
+        taken, where = next(pairs, (None, 0))
         if taken is None:
             self.bound(place, f"{self.names[place]} takes a stream of another shape or type than it returns")
             return
-        where = next(i for i, part in enumerate(parts) if part is stream) if type(output) is tuple else None
-        self._known[place] = taken, where, len(parts)
+        known = tuple(part is not None for part in parts)
+        self._known[place] = taken, where if type(output) is tuple else None, known
 
     def bound(self, limit: int, reason: str) -> None:
         """The border is not above this."""
@@ -85,10 +84,18 @@ class Forms:
             raise MisfitError(f"{self.names[place]} returned something else than before")
         return stream
 
+    def replaced(self, place: int, output: Any, stream: torch.Tensor) -> Any:
+        """A block's output with another stream."""
+        where = self._known[place][1]
+        return stream if where is None else (*output[:where], stream, *output[where + 1 :])
+
     def with_stream(self, place: int, stream: torch.Tensor) -> Any:
-        """A block's output that holds this stream."""
-        _, where, count = self._known[place]
-        return stream if where is None else tuple(stream if i == where else None for i in range(count))
+        """A block's output that holds this stream. Whatever else it returns, attention maps say, is not a number."""
+        _, where, tensors = self._known[place]
+        if where is None:
+            return stream
+        other = stream.new_full((), torch.nan) if sum(tensors) > 1 else None
+        return tuple(stream if i == where else other if there else None for i, there in enumerate(tensors))
 
 
 def stack_of(name: str) -> str:
@@ -96,8 +103,10 @@ def stack_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _alike(value: Any, stream: torch.Tensor) -> bool:
-    return type(value) is torch.Tensor and value.shape == stream.shape and value.dtype == stream.dtype
+def _alike(value: Any, stream: Any) -> bool:
+    if type(value) is not torch.Tensor or stream is None:
+        return False
+    return bool(value.shape == stream.shape and value.dtype == stream.dtype)
 
 
 class Passage:
@@ -181,7 +190,7 @@ class Passage:
                 self.compare(row, state, stream)
         elif entering:
             stream = self._entered(border, stream.detach().clone(), stream.requires_grad)
-            output = self.forms.with_stream(place, stream)
+            output = self.forms.replaced(place, output, stream)
         if border == self.store_at and self.store is not None:
             self.store(border, stream)
         return output

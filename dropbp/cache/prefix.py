@@ -72,7 +72,8 @@ class Prefix:
 
     def changed(self) -> int | None:
         """The place of the lowest tensor that changed since the last call; None if none did."""
-        now = [_mark(table.get(key)) for _, table, key, _ in self._tensors]
+        still = not hasattr(self.model, "set_unshard_in_backward")  # FSDP2 gathers what it holds at the root
+        now = [_mark(table.get(key), still) for _, table, key, _ in self._tensors]
         before, self._seen = self._seen, now
         if before == now:
             return None
@@ -133,9 +134,10 @@ class Prefix:
         return f"{where}.{found}" if found else where
 
 
-def _mark(tensor: torch.Tensor | None) -> tuple[Any, ...]:
+def _mark(tensor: torch.Tensor | None, still: bool) -> tuple[Any, ...]:
+    """What tells whether a tensor is what it was; `still`: its storage stays where it is."""
     if tensor is None:
         return (None, 0, 0, False)
     version = 0 if tensor.is_inference() else tensor._version
-    plain = type(tensor) in (nn.Parameter, torch.Tensor) and not hasattr(tensor, "ds_id")  # others change their storage
+    plain = still and type(tensor) in (nn.Parameter, torch.Tensor) and not hasattr(tensor, "ds_id")
     return (id(tensor), version, tensor.data_ptr() if plain else 0, tensor.requires_grad)

@@ -22,6 +22,7 @@ from dropbp.checks import check_callables, checked_drop_rates, short
 from dropbp.device import Device, get_device
 from dropbp.errors import ConfigError
 from dropbp.estimate.footprint import Footprint, Optimizer, OptimizerBytes, largest_within, probe_for
+from dropbp.estimate.forecast import RatePlan, TrainingPlan
 from dropbp.estimate.stepcost import (
     Clock,
     Costs,
@@ -31,88 +32,16 @@ from dropbp.estimate.stepcost import (
     rescaled_flops,
     see_what_recomputes,
 )
-from dropbp.estimate.table import plan_table
 from dropbp.estimate.workload import Loss, Workload, in_training, is_count, precision_of, shape_asked_for
 from dropbp.flops import Shape
 from dropbp.handle import Handle
 from dropbp.masks.registry import Mask, sampler_kind
 from dropbp.session import enable
+from dropbp.tensors import tensors_in
 
 DROP_RATES = (0.0, 0.5, 0.75, 0.875)
 MOST_ROWS, MOST_TOKENS = 1 << 20, 1 << 24
 Note = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class RatePlan:
-    """The prediction for one drop rate.
-
-    Attributes:
-        drop_rate: the planned rate; 0 is plain training.
-        dropped_share: share of the branches' FLOPs that the masks drop on average.
-        forward_backward_s: seconds of forward and backward in an optimizer step, the mean over the masks; None if
-            nothing was timed.
-        optimizer_s: seconds of the optimizer.
-        peak_bytes: the most tensor bytes at once in a step, the peak over the masks.
-        flops: of a step, the mean over the masks.
-        largest_batch: rows of the planned length that fit the memory limit; 0 if not even one does.
-        largest_sequence: tokens per row that fit at the planned rows; None if the length of inputs cannot change.
-    """
-
-    drop_rate: float
-    dropped_share: float
-    forward_backward_s: float | None
-    optimizer_s: float | None
-    peak_bytes: int
-    flops: float
-    largest_batch: int
-    largest_sequence: int | None
-
-    @property
-    def step_s(self) -> float | None:
-        """Seconds of a whole step; None if nothing was timed."""
-        if self.forward_backward_s is None or self.optimizer_s is None:
-            return None
-        return self.forward_backward_s + self.optimizer_s
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingPlan:
-    """What `plan` returns: a prediction for each drop rate, and what it rests on.
-
-    `timed_at` is the shape of the timed steps. It is smaller than the planned one if plain training of that would not
-    fit the memory limit.
-    """
-
-    rates: tuple[RatePlan, ...]
-    batch_size: int
-    sequence_length: int | None
-    accumulation: int
-    masks: str
-    precision: str | None
-    memory_limit_bytes: int
-    parameters: int
-    trained_parameters: int
-    timed_at: tuple[int, int | None] | None
-    device: dict[str, Any]
-
-    def at(self, drop_rate: float) -> RatePlan:
-        """The prediction for one drop rate. Raises ConfigError if it was not planned."""
-        for entry in self.rates:
-            if entry.drop_rate == drop_rate:
-                return entry
-        planned = ", ".join(f"{entry.drop_rate:g}" for entry in self.rates)
-        raise ConfigError(f"drop rate {drop_rate!r} was not planned; planned are {planned}.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and strings, ready for JSON."""
-        found = dataclasses.asdict(self)
-        for entry, rate in zip(found["rates"], self.rates, strict=True):
-            entry["step_s"] = rate.step_s
-        return {"kind": "dropbp plan", "format": 1, **found}
-
-    def __str__(self) -> str:
-        return plan_table(self.as_dict())
 
 
 def plan(
@@ -178,11 +107,13 @@ def plan(
     )  # fmt: skip
     with in_training(model):
         rates, timed_at = planner.run(asked_rates, clock if measure else None)
+        row_bytes = planner.row_bytes()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     return TrainingPlan(
         rates, shape.batch_size, shape.sequence_length or None, accumulation, masks, precision, limit,
         sum(p.numel() for p in model.parameters()), sum(trained),
         None if timed_at is None else (timed_at.batch_size, timed_at.sequence_length or None), adapter.describe(),
+        row_bytes,
     )  # fmt: skip
 
 
@@ -249,7 +180,27 @@ class _Planner:
                 self.accumulation * mix.mean(flops.of),
                 self._largest_batch(greedy),
                 self._largest_sequence(greedy) if self.workload.has_lengths else None,
+                None if seconds is None else self._forward_s(flops, seconds) * mix.resting_share(),
             )
+
+    def _forward_s(self, flops: Costs, seconds: Costs) -> float:
+        """Of all branches: their share of the FLOPs of a step that drops them all."""
+        return self.accumulation * seconds.dropped * flops.recomputing / flops.dropped
+
+    def row_bytes(self) -> int:
+        """What the stream of one row takes."""
+        with self._enabled(0.0, max_activations=None) as handle:
+            first = next(iter(handle.engine.structure.blocks), None)
+            if first is None:
+                return 0
+            seen: list[Any] = []
+            hook = handle.model.get_submodule(first).register_forward_hook(lambda *call: seen.append(call[2]))
+            shape = self.probe.smallest
+            with hook, torch.no_grad():
+                self.workload.forward(self.workload.batch(shape))
+            stream = next(tensors_in(seen))
+            grown = self.shape.sequence_length / shape.sequence_length if self.workload.has_lengths else 1
+            return int(stream.nbytes / shape.batch_size * grown)
 
     # -- memory
 

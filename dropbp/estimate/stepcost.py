@@ -12,6 +12,9 @@ The optimizer's time is in proportion to the parameters it moves.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import operator
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -91,12 +94,27 @@ class MaskMix:
 
     def mean(self, cost: Callable[[Share], float]) -> float:
         """Of a cost over the steps."""
-        return sum(weight * cost(self.share(mask)) for mask, weight in self.weights.items())
+        return self.mean_of(lambda mask: cost(self.share(mask)))
 
     @property
     def dropped_share(self) -> float:
         """Share of the branches' FLOPs that the steps drop on average."""
         return self.mean(lambda share: 1 - share.kept)
+
+    def resting_share(self) -> float:
+        """Share of the branches' FLOPs in the lowest blocks that never train again, on average over the steps."""
+        always = functools.reduce(operator.and_, map(bits, self.every))
+        anneals = self.handle.schedule.anneals
+        return self.mean_of(lambda mask: self._part(self._lowest(bits(mask) if anneals else always)))
+
+    def mean_of(self, figure: Callable[[Mask], float]) -> float:
+        """Of a figure over the steps."""
+        return sum(weight * figure(mask) for mask, weight in self.weights.items())
+
+    def _lowest(self, dropped: int) -> int:
+        """The branches of the lowest blocks that are dropped whole."""
+        blocks = self.handle.engine.structure.blocks.values()
+        return sum(itertools.takewhile(lambda need: not need & ~dropped, blocks))
 
     def peak_memory_masks(self) -> tuple[Mask, ...]:
         """Masks among which is the one that needs most memory: those that hold most, and the one that trains most."""

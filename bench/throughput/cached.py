@@ -1,0 +1,156 @@
+"""What the activation cache saves: whole runs of some epochs, plain, with DropBP, with the cache, and frozen.
+
+The four runs have weights and optimizers of their own and take turns step by step, on the same shuffled rows. Time is
+that of the process, on one thread of PyTorch, so that other processes on the machine weigh less.
+
+Shapes: B micro-batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dropbp
+from dropbp.device import get_device
+
+from ..common import records
+from ..common.options import add_run_arguments, progress, settle
+
+KIND = "activation_cache"
+SIZES = {"layers": 8, "width": 512, "sequence_length": 256, "batch_size": 2, "vocabulary": 1024}
+SMALL = {"layers": 4, "width": 32, "sequence_length": 16, "batch_size": 2, "vocabulary": 64}
+VARIANTS = ("plain", "dropbp", "dropbp, cached", "frozen")
+RUNS = (("full", 0.75), ("full", 0.875), ("lora", 0.75))
+EPOCHS = 3
+Enable = Callable[[nn.Module], Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--width", type=int, help=f"of the model ({SIZES['width']})")
+    parser.add_argument("--sequence-length", type=int, help=f"tokens of a row ({SIZES['sequence_length']})")
+    parser.add_argument("--steps", type=int, default=16, help="of an epoch (%(default)s)")
+    parser.add_argument("--only", choices=[f"{tuning}-{rate:g}" for tuning, rate in RUNS], help="this run alone")
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write a record for each run, print what was found."""
+    settle(args)
+    torch.set_num_threads(1)
+    given = {name: value for name in SIZES if (value := getattr(args, name, None)) is not None}
+    sizes = {**(SMALL if args.smoke else SIZES), **given}
+    store = records.Store(args.output, KIND)
+    for tuning, rate in RUNS:
+        name = f"{tuning}-{rate:g}"
+        if args.only in (None, name):
+            configuration = {**sizes, "tuning": tuning, "drop_rate": rate, "steps": 3 if args.smoke else args.steps}
+            record = None if args.again else store.finished(name, configuration)
+            if record is None:
+                with store.run(name, configuration, get_device("cpu")) as record:
+                    record.update(measure(sizes, tuning, rate, configuration["steps"]))
+            sys.stdout.write(f"{name}: {figures(record)}\n")
+    return 0
+
+
+def measure(sizes: dict[str, int], tuning: str, drop_rate: float, steps: int) -> dict[str, Any]:
+    """Processor seconds of each step of each variant, which steps were shortened, and the cache's own report."""
+    rows = torch.randint(
+        sizes["vocabulary"], (steps * sizes["batch_size"], sizes["sequence_length"]),
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    runs = {name: _Run(name, sizes, tuning, drop_rate, steps * EPOCHS) for name in VARIANTS}
+    with progress(EPOCHS * steps, f"{tuning} p={drop_rate:g}") as bar:
+        for ids_BS in _batches(rows, sizes["batch_size"]):
+            for each in runs.values():
+                each.step(ids_BS)
+            bar.update()
+    cached = runs["dropbp, cached"]
+    return {
+        "step_s": {name: each.step_s for name, each in runs.items()},
+        "losses": {name: each.losses for name, each in runs.items()},
+        "shortened": cached.shortened,
+        "cache": cached.handle.report()["activation_cache"],
+    }
+
+
+def figures(record: dict[str, Any]) -> dict[str, float]:
+    """Relative to plain: the steps that started at the border, and whole runs; and the largest difference of losses."""
+    step_s = record["step_s"]
+    kept = [place for place, is_short in enumerate(record["shortened"]) if is_short]
+    plain_s = statistics.median(step_s["plain"])
+    total = {name: sum(times) / sum(step_s["plain"]) for name, times in step_s.items()}
+    losses = zip(record["losses"]["dropbp"], record["losses"]["dropbp, cached"], strict=True)
+    return {
+        "shortened_step": statistics.median(step_s["dropbp, cached"][i] for i in kept) / plain_s,
+        "uncached_step": statistics.median(step_s["dropbp"][i] for i in kept) / plain_s,
+        "run": total["dropbp, cached"],
+        "uncached_run": total["dropbp"],
+        "frozen_run": total["frozen"],
+        "loss_difference": max(abs(one - other) for one, other in losses),
+    }
+
+
+class _Run:
+    """One variant: a model, its optimizer, and the times of its steps."""
+
+    def __init__(self, name: str, sizes: dict[str, int], tuning: str, drop_rate: float, steps: int) -> None:
+        self.model = _model(sizes, tuning)
+        enable: dict[str, Enable] = {
+            "plain": lambda model: None,
+            "dropbp": functools.partial(dropbp.enable, drop_rate=drop_rate, steps=steps),
+            "dropbp, cached": functools.partial(dropbp.enable, drop_rate=drop_rate, steps=steps, activation_cache=True),
+            "frozen": functools.partial(dropbp.enable, drop_rate=drop_rate, rates="freeze"),
+        }
+        self.handle = enable[name](self.model)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
+        self.step_s: list[float] = []
+        self.losses: list[float] = []
+        self.shortened: list[bool] = []
+
+    def step(self, ids_BS: Tensor) -> None:
+        before, begin_s = self._count(), time.process_time()
+        loss = self.model(input_ids=ids_BS, labels=ids_BS).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step_s.append(time.process_time() - begin_s)
+        self.losses.append(loss.item())
+        self.shortened.append(self._count() > before)
+
+    def _count(self) -> int:
+        cache = None if self.handle is None else self.handle.cache
+        return 0 if cache is None else int(cache.forwards_hit)
+
+
+def _model(sizes: dict[str, int], tuning: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width = sizes["width"]
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=sizes["vocabulary"], hidden_size=width, intermediate_size=width * 43 // 16,
+            num_hidden_layers=sizes["layers"], num_attention_heads=max(2, width // 64), use_cache=False,
+        )
+    )  # fmt: skip
+    if tuning == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
+    return model.train()
+
+
+def _batches(rows_NS: Tensor, size: int) -> Iterator[Tensor]:
+    for epoch in range(EPOCHS):
+        order = torch.randperm(len(rows_NS), generator=torch.Generator().manual_seed(epoch))
+        yield from rows_NS[order].split(size)

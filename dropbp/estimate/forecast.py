@@ -1,0 +1,102 @@
+"""What `plan` returns: the prediction for each drop rate, and what it rests on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dropbp.errors import ConfigError
+from dropbp.estimate.table import plan_table
+
+
+@dataclasses.dataclass(frozen=True)
+class RatePlan:
+    """The prediction for one drop rate.
+
+    Attributes:
+        drop_rate: the planned rate; 0 is plain training.
+        dropped_share: share of the branches' FLOPs that the masks drop on average.
+        forward_backward_s: seconds of forward and backward in an optimizer step, the mean over the masks; None if
+            nothing was timed.
+        optimizer_s: seconds of the optimizer.
+        peak_bytes: the most tensor bytes at once in a step, the peak over the masks.
+        flops: of a step, the mean over the masks.
+        largest_batch: rows of the planned length that fit the memory limit; 0 if not even one does.
+        largest_sequence: tokens per row that fit at the planned rows; None if the length of inputs cannot change.
+        spared_s: seconds that the activation cache spares an optimizer step whose rows are all known; None if nothing
+            was timed.
+    """
+
+    drop_rate: float
+    dropped_share: float
+    forward_backward_s: float | None
+    optimizer_s: float | None
+    peak_bytes: int
+    flops: float
+    largest_batch: int
+    largest_sequence: int | None
+    spared_s: float | None = None
+
+    @property
+    def known_rows_step_s(self) -> float | None:
+        """Seconds of a step whose rows are all known to the activation cache: in every epoch but the first."""
+        return None if self.step_s is None or self.spared_s is None else self.step_s - self.spared_s
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a whole step; None if nothing was timed."""
+        if self.forward_backward_s is None or self.optimizer_s is None:
+            return None
+        return self.forward_backward_s + self.optimizer_s
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What `plan` returns: a prediction for each drop rate, and what it rests on.
+
+    `cache_row_bytes` is what the state of a row takes in the activation cache. `timed_at` is the shape of the timed
+    steps. It is smaller than the planned one if plain training of that would not
+    fit the memory limit.
+    """
+
+    rates: tuple[RatePlan, ...]
+    batch_size: int
+    sequence_length: int | None
+    accumulation: int
+    masks: str
+    precision: str | None
+    memory_limit_bytes: int
+    parameters: int
+    trained_parameters: int
+    timed_at: tuple[int, int | None] | None
+    device: dict[str, Any]
+    cache_row_bytes: int = 0
+
+    def fastest(self, epochs: int, *, activation_cache: bool = True) -> RatePlan | None:
+        """The drop rate with the least time for a whole run; None if nothing was timed."""
+        timed = [rate for rate in self.rates if rate.step_s is not None]
+        return min(timed, key=lambda rate: _run_s(rate, epochs if activation_cache else 1), default=None)
+
+    def at(self, drop_rate: float) -> RatePlan:
+        """The prediction for one drop rate. Raises ConfigError if it was not planned."""
+        for entry in self.rates:
+            if entry.drop_rate == drop_rate:
+                return entry
+        planned = ", ".join(f"{entry.drop_rate:g}" for entry in self.rates)
+        raise ConfigError(f"drop rate {drop_rate!r} was not planned; planned are {planned}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and strings, ready for JSON."""
+        found = dataclasses.asdict(self)
+        for entry, rate in zip(found["rates"], self.rates, strict=True):
+            entry["step_s"], entry["known_rows_step_s"] = rate.step_s, rate.known_rows_step_s
+        return {"kind": "dropbp plan", "format": 1, **found}
+
+    def __str__(self) -> str:
+        return plan_table(self.as_dict())
+
+
+def _run_s(rate: RatePlan, epochs: int) -> float:
+    """Seconds of one step in each epoch."""
+    assert rate.step_s is not None
+    return rate.step_s + (epochs - 1) * (rate.known_rows_step_s or rate.step_s)
