@@ -46,7 +46,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def test_all_runs_every_part_of_the_device_though_one_fails(called: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["all"]) == 1
-    timed = ["throughput", "sensitivity", "learning", "overhead", "callback_overhead"]
+    timed = ["throughput", "activation_cache", "sensitivity", "learning", "overhead", "callback_overhead"]
     assert list(called) == [*timed, "seqlen", "recipes", "tables"]
     assert "did not run to their end: overhead" in capsys.readouterr().err
 

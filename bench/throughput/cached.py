@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--width", type=int, help=f"of the model ({SIZES['width']})")
     parser.add_argument("--sequence-length", type=int, help=f"tokens of a row ({SIZES['sequence_length']})")
-    parser.add_argument("--steps", type=int, default=16, help="of an epoch (%(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="of an epoch (%(default)s)")
     parser.add_argument("--only", choices=[f"{tuning}-{rate:g}" for tuning, rate in RUNS], help="this run alone")
     add_run_arguments(parser)
 
@@ -46,7 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write a record for each run, print what was found."""
     settle(args)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        return _run(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args: argparse.Namespace) -> int:
     given = {name: value for name in SIZES if (value := getattr(args, name, None)) is not None}
     sizes = {**(SMALL if args.smoke else SIZES), **given}
     store = records.Store(args.output, KIND)
@@ -68,7 +76,7 @@ def measure(sizes: dict[str, int], tuning: str, drop_rate: float, steps: int) ->
         sizes["vocabulary"], (steps * sizes["batch_size"], sizes["sequence_length"]),
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    runs = {name: _Run(name, sizes, tuning, drop_rate, steps * EPOCHS) for name in VARIANTS}
+    runs = {name: _Variant(name, sizes, tuning, drop_rate, steps * EPOCHS) for name in VARIANTS}
     with progress(EPOCHS * steps, f"{tuning} p={drop_rate:g}") as bar:
         for ids_BS in _batches(rows, sizes["batch_size"]):
             for each in runs.values():
@@ -100,7 +108,7 @@ def figures(record: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class _Run:
+class _Variant:
     """One variant: a model, its optimizer, and the times of its steps."""
 
     def __init__(self, name: str, sizes: dict[str, int], tuning: str, drop_rate: float, steps: int) -> None:

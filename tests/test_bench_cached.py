@@ -1,0 +1,37 @@
+"""`dropbp bench activation_cache`, and its section of the page on results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from dropbp.bench import parts
+from dropbp.bench.report import cached as report
+from dropbp.bench.throughput import cached
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("results")
+    assert parts.main(["activation_cache", "--smoke", "--only", "full-0.75", "--output", str(output)]) == 0
+    return output
+
+
+def test_a_run_compares_four_ways_to_train_step_by_step(folder: Path) -> None:
+    record = json.loads((folder / cached.KIND / "full-0.75.json").read_text())
+    assert list(record["step_s"]) == list(cached.VARIANTS)
+    assert {len(times) for times in record["step_s"].values()} == {cached.EPOCHS * 3}
+    assert record["cache"]["hits"] == 2 * record["cache"]["rows"] == 12
+    assert sum(record["shortened"]) == record["cache"]["forwards_shortened"] > 0
+    assert cached.figures(record)["loss_difference"] < 1e-4
+
+
+def test_the_page_shows_each_run_beside_its_target(folder: Path) -> None:
+    section = report.section(folder)
+    assert "| full, p = 0.75 |" in section and "0.30 (" in section
+    assert section.count("\n| ") == 2, "a head and a row"
+
+
+def test_without_runs_there_is_no_section(tmp_path: Path) -> None:
+    assert report.section(tmp_path) == ""
