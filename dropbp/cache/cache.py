@@ -82,6 +82,8 @@ class ActivationCache:
 
     def start(self) -> None:
         """Put the functions around the blocks in place."""
+        if not self.prefix.count:
+            self.refuse(f"{type(self.model).__name__} has no blocks that could be passed over")
         for place, block in enumerate(self.prefix.blocks):
             self._patches.append(Interception(block, "_dropbp_cache", BlockState(place, self._running), block_forward))
         self.engine.recomputation.look()  # what is around a block now is no change of it

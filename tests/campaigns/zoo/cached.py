@@ -56,8 +56,9 @@ def check(model: nn.Module, plain: nn.Module) -> tuple[str, str]:
 
 def _enabled(model: nn.Module, where: bool | None) -> Any:
     handle = dropbp.enable(model, 0.5, steps=None, activation_cache=where)
-    blocks = list(handle.engine.structure.blocks.values())
-    rates = [0.0 if blocks[-1] >> place & 1 else 1.0 for place in range(len(handle.branches))]
+    count = len(handle.branches)
+    last = list(handle.engine.structure.blocks.values() or [1 << count - 1])[-1]
+    rates = [0.0 if last >> place & 1 else 1.0 for place in range(count)]
     handle.set_rates(rates)
     return handle
 
