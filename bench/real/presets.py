@@ -18,7 +18,7 @@ COARSE = (
     Run("exact", 0.5, 1e-4),
     Run("plain", 0.0, 3e-5),
     Run("plain", 0.0, 1e-4, seed=1),
-    Run("default", 0.5, 1e-4, seed=1),
+    Run("default", 0.5, 3e-4, seed=1),
     Run("default", 0.25, 1e-4),
     Run("default reversed", 0.5, 1e-4),
     Run("plain", 0.0, 3e-4, tuning="lora"),
