@@ -43,6 +43,10 @@ class Parameters:
     def skipped(self, plan: ForwardPlan) -> Iterator[nn.Parameter]:
         """The parameters that get no gradient in a step under this plan."""
         yield from (parameter for parameter, need in self.needs().items() if not need & ~plan.dropped)
+        yield from self.at_rest(plan)
+
+    def at_rest(self, plan: ForwardPlan) -> Iterator[nn.Parameter]:
+        """Those of them that lie in no dropped branch."""
         if plan.stem_rests:
             borders = self.resting().items()
             yield from (self.model.get_parameter(name) for name, border in borders if not border & plan.trained)

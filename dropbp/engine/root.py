@@ -42,7 +42,9 @@ class RootState(Attachment):
         training = module.training and torch.is_grad_enabled()
         inside = self.runtime.running.get() is not None
         if inside and (training or module is not self.runtime.model):
-            return forward()
+            outputs = forward()
+            self.runtime.note_end_of_blocks()
+            return outputs
         self.runtime.split = compiled and training
         plan = self._plan(args, kwargs) if training else WHOLE
         if self.runtime.shortened is not None and not (inside or compiled or current_node() is not None):

@@ -52,6 +52,7 @@ class ForwardRecord:
     start: int
     plan: ForwardPlan
     end: float = math.inf
+    blocks_end: float = math.inf  # of the module that holds the blocks, if that is not the root
 
     def made(self, sequence: int) -> bool:
         return self.start <= sequence < self.end
@@ -93,7 +94,7 @@ class Runtime:
         self._flags_by_branch: collections.defaultdict[int, list[Flag]] = collections.defaultdict(list)
         self.split = False
         self.watchers: list[Callable[[Any, int], None]] = []
-        self.cut_strays: Callable[[Any, ForwardPlan], None] = lambda outputs, plan: None
+        self.cut_strays: Callable[[Any, ForwardRecord], None] = lambda outputs, record: None
         self._shown = (0, 0)
         self._anchor: torch.Tensor | None = None
         self._warned = self._evaluated = False
@@ -251,10 +252,16 @@ class Runtime:
             record.end = next_sequence()
         if dynamo_graph_count():
             self._show_flags_in_backward(outputs, plan)
-        self.cut_strays(outputs, plan)
+        self.cut_strays(outputs, record)
         for watch in self.watchers:
             watch(outputs, plan.dropped)
         return outputs
+
+    def note_end_of_blocks(self) -> None:
+        """A module inside the root has run; the first to end in a forward is the one that holds the blocks."""
+        records = self._own_records()
+        if records and records[-1].blocks_end == math.inf:
+            records[-1].blocks_end = next_sequence()
 
     def _own_records(self) -> collections.deque[ForwardRecord]:
         here = threading.get_ident()

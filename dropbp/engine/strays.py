@@ -2,20 +2,23 @@
 
 A module that is dropped or at rest runs without recording. But a model may use its weight without calling the module:
 only in training, only for some inputs, clamped first. Such a use is in the graph of the step, and there its gradient is
-cut off. The graph is looked at where a step drops a branch that no step before it dropped; once something was found, in
-every step.
+cut off. What comes after the blocks stays: a loss on a dropped branch's own weights, as AdaLoRA's. The graph is looked
+at where a step drops a branch that no step before it dropped; once something was found, in every step.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dropbp._torch import transforming
+from dropbp.discovery.trace import sequence_of
 from dropbp.engine.parameters import Parameters
-from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import tensors_in
+
+if TYPE_CHECKING:
+    from dropbp.engine.runtime import ForwardRecord
 
 
 class Strays:
@@ -25,15 +28,18 @@ class Strays:
         self._parameters = parameters
         self._looked, self._found = 0, False  # the branches, as bits, dropped by the forwards looked at
 
-    def cut(self, outputs: Any, plan: ForwardPlan) -> None:
-        """Look at a forward that was recorded under this plan."""
+    def cut(self, outputs: Any, record: ForwardRecord) -> None:
+        """Look at a recorded forward."""
+        plan = record.plan
         if not plan.dropped or not (self._found or plan.dropped & ~self._looked) or transforming():
             return
         self._looked |= plan.dropped
         skipped = set(map(id, self._parameters.skipped(plan)))
+        resting = set(map(id, self._parameters.at_rest(plan)))
         for node in nodes_below(tensor.grad_fn for tensor in tensors_in(outputs)):
+            among = skipped if sequence_of(node) < record.blocks_end else resting
             sources = enumerate(node.next_functions)
-            places = [place for place, (leaf, _) in sources if id(getattr(leaf, "variable", None)) in skipped]
+            places = [place for place, (leaf, _) in sources if id(getattr(leaf, "variable", None)) in among]
             if places:
                 self._found = True
                 node.register_hook(functools.partial(_without, places))
