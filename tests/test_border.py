@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dropbp
 from dropbp import inputs as example
-from dropbp.engine.trained import compact
+from dropbp.engine.trained import _tell_once, compact
 from dropbp.masks.rates import PROFILES, depth_rates, level
 from tests.common.engine_models import take_gradients
 from tests.promise import assert_equal, assert_exact_or_none, loss_of
@@ -457,7 +457,11 @@ def test_names_are_said_in_few_words() -> None:
     ],
 )
 def test_what_is_known_about_learning_with_these_masks_is_told(options: Any, said: str, caplog: Any) -> None:
+    _tell_once.cache_clear()
     handle = dropbp.enable(net(blocks=4), example_inputs=ids(), **options)
     for text in (caplog.text, handle.summary()):
         assert said in text
         assert ("docs/learning.md" in text) is bool(said)
+    caplog.clear()
+    dropbp.enable(net(blocks=4), example_inputs=ids(), **options)
+    assert "docs/learning.md" not in caplog.text, "once is enough"

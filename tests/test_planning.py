@@ -385,5 +385,6 @@ def test_a_plan_tells_what_the_activation_cache_spares() -> None:
     assert whole.spared_s == 0 and 0 < half.spared_s < most.spared_s < most.step_s
     assert most.known_rows_step_s == most.step_s - most.spared_s
     assert planned.cache_row_bytes == 16 * 48 * 4, "tokens, width, float32"
-    assert planned.fastest(3) is most and planned.fastest(3, activation_cache=False) is most
+    assert planned.fastest(3) is most
+    assert planned.fastest(3, activation_cache=False) is whole, "this clock gives each rate the same time"
     assert "a row's state takes" in str(planned)

@@ -42,14 +42,19 @@ class Parameters:
 
     def skipped(self, plan: ForwardPlan) -> Iterator[nn.Parameter]:
         """The parameters that get no gradient in a step under this plan."""
-        yield from (parameter for parameter, need in self.needs().items() if not need & ~plan.dropped)
+        present, dropped = self._present(), self.structure.parameters.items()
+        yield from (present[name] for name, need in dropped if not need & ~plan.dropped and name in present)
         yield from self.at_rest(plan)
 
     def at_rest(self, plan: ForwardPlan) -> Iterator[nn.Parameter]:
         """Those of them that lie in no dropped branch."""
         if plan.stem_rests:
-            borders = self.resting().items()
-            yield from (self.model.get_parameter(name) for name, border in borders if not border & plan.trained)
+            present, borders = self._present(), self.resting().items()
+            yield from (present[name] for name, border in borders if not border & plan.trained and name in present)
+
+    def _present(self) -> dict[str, nn.Parameter]:
+        """Every parameter by each of its names. Under a wrapper that was put around a module it has another."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
         """Count only these as trained; if an engine has replaced the parameters, all count."""

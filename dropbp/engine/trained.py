@@ -10,6 +10,7 @@ dropped branch would change the gradient: then nothing is dropped, and a warning
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -128,9 +129,17 @@ def _whole_steps(config: Config) -> float:
 
 
 def tell(trained: Trained, config: Config, rates: Sequence[float]) -> None:
-    """Warn of parameters that train seldom, never, or only in steps that drop nothing."""
+    """Warn of parameters that train seldom, never, or only in steps that drop nothing; once, of the learning rate."""
     for line in remarks(trained, config, rates):
-        logger.warning("%s: %s", type(trained.model).__name__, line)
+        if line == _learning_rate(config):
+            _tell_once(line)
+        else:
+            logger.warning("%s: %s", type(trained.model).__name__, line)
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    logger.warning(line)
 
 
 def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[str]:
