@@ -452,7 +452,7 @@ def test_names_are_said_in_few_words() -> None:
     [
         ({}, "learning rate: these masks did best at about three times"),
         ({"steps": 20}, "learning rate: these masks did best at about three times"),
-        ({"masks": "exact"}, "masks='exact' learnt less than plain training in the same time"),
+        ({"masks": "exact"}, "masks='exact': masks that drop branches anywhere learnt less than plain training"),
         ({"drop_rate": 0.0}, ""),
     ],
 )

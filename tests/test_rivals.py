@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 import torch
-from dropbp.bench.learning import command as learning
-from dropbp.bench.learning import rivals, tasks
+from dropbp.bench.learning import rivals
+from dropbp.bench.learning.costs import Costs
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,10 +78,8 @@ def test_work_counts_the_flops_that_run(model: nn.Module, window: torch.Tensor, 
             assert costs.of(method.work()) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-def costs_of(model: nn.Module, window: torch.Tensor) -> learning.Costs:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "BASE", SMALL)
-        return learning.Costs.counted(model, len(window))
+def costs_of(model: nn.Module, window: torch.Tensor) -> Costs:
+    return Costs.counted(model, {"input_ids": window, "labels": window})
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones(model: nn.Module) -> None:

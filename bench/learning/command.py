@@ -19,14 +19,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 import dropbp
 from dropbp.device import get_device
@@ -34,6 +32,7 @@ from dropbp.device import get_device
 from ..common import records
 from ..common.records import Record, read_folder
 from . import rivals, tables, tasks
+from .costs import Costs
 from .curves import (
     CURVE_POINTS,
     MEMORY_BUDGET,
@@ -82,9 +81,9 @@ class Trainer:
             cast(Any, self.model).gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         size = task.batch_size // task.micro_batches
-        self.costs = plain = Costs.counted(self.model, size)
+        self.costs = plain = Costs.counted(self.model, _blank(size))
         if run.method == "lora":  # what it stands beside is no LoRA
-            plain = Costs.counted(tasks.model_for(task, run.seed), size)
+            plain = Costs.counted(tasks.model_for(task, run.seed), _blank(size))
         self.plain_step_flops = plain.of(rivals.Work()) * task.micro_batches
         self.method = rivals.method(run.method, self.model, run.drop_rate, run.seed, steps or run.plain_steps)
         groups = self.method.groups(run.learning_rate)
@@ -121,44 +120,13 @@ class Trainer:
         return loss
 
 
+def _blank(batch_size: int) -> dict[str, Tensor]:
+    window = torch.zeros(batch_size, tasks.BASE.sequence_length, dtype=torch.long)
+    return {"input_ids": window, "labels": window}
+
+
 def _warmup(step: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs of one micro-batch: what always runs, and what each pass over the blocks costs in full."""
-
-    rest: float
-    forward: float
-    activations: float
-    weights: float
-
-    def of(self, work: rivals.Work) -> float:
-        """FLOPs of a micro-batch that did this share of the blocks' work."""
-        return (
-            self.rest + self.forward * work.forward + self.activations * work.activations + self.weights * work.weights
-        )
-
-    @classmethod
-    def counted(cls, model: nn.Module, batch_size: int) -> Costs:
-        """Counted from one forward and backward of the model as it is; nothing stays on it.
-
-        What the blocks' backward costs beyond the gradients of activations is that of weights; activations' gradients
-        cost as much as the forward does.
-        """
-        window = torch.zeros(batch_size, tasks.BASE.sequence_length, dtype=torch.long)
-        blocks = float(sum(b.flops for b in dropbp.discover(model, {"input_ids": window, "labels": window})))
-        head_trained = any(p.requires_grad for n, p in model.named_parameters() if "lm_head" in n)
-        # The fused attention of CPUs is not known to the counter.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            loss = model(input_ids=window, labels=window).loss
-            forward = float(counter.get_total_flops())
-            loss.backward()
-            total = float(counter.get_total_flops())
-        model.zero_grad()
-        rest = (forward - blocks) * (3 if head_trained else 2)
-        return cls(rest, blocks, blocks, total - rest - 2 * blocks)
 
 
 # -- runs and their files

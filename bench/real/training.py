@@ -18,14 +18,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from dropbp.cli.examples import IGNORED, Example, collate_left
 from dropbp.cli.models import with_lora
 
 from ..learning import rivals
+from ..learning.costs import Costs
 from .tasks import TASKS, Data
 
 BATCH = 8
@@ -250,38 +249,10 @@ def equal_steps(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[i
     """Steps that cost the FLOPs of the plain ones, and what one of them costs on average, relative to a plain one."""
     with method_of(run, model, run.plain_steps) as method:
         work = expected_work(method, run.drop_rate)
-    whole = Costs.counted(model, batch)
+    with dropbp.labelled_logits(model):
+        whole = Costs.counted(model, batch)
     ratio = whole.of(work) / whole.of(rivals.Work())
     return round(run.plain_steps / ratio), ratio
-
-
-@dataclass(frozen=True)
-class Costs:
-    """FLOPs of one batch: what always runs, and what each pass over the blocks costs in full."""
-
-    rest: float
-    forward: float
-    activations: float
-    weights: float
-
-    def of(self, work: rivals.Work) -> float:
-        """FLOPs of a batch that did this share of the blocks' work."""
-        passes = self.forward * work.forward + self.activations * work.activations + self.weights * work.weights
-        return self.rest + passes
-
-    @classmethod
-    def counted(cls, model: nn.Module, batch: dict[str, Tensor]) -> Costs:
-        """Counted from one forward and backward; gradients of activations cost what the forward does."""
-        blocks = float(sum(branch.flops for branch in dropbp.discover(model, {**batch, "use_cache": False})))
-        with dropbp.labelled_logits(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            loss = model(**batch, use_cache=False).loss
-            forward = float(counter.get_total_flops())
-            loss.backward()
-            total = float(counter.get_total_flops())
-        model.zero_grad()
-        head_trains = any(p.requires_grad for name, p in model.named_parameters() if "embed" in name)
-        rest = (forward - blocks) * (3 if head_trains else 2)
-        return cls(rest, blocks, blocks, total - rest - 2 * blocks)
 
 
 @torch.no_grad()
