@@ -72,11 +72,8 @@ def enable(
     model = _checked_model(model)
     adapter = get_device(device, model)
     adapter.check_model(model)
-    if config.logits == "labelled" and adapter.is_lazy():
-        raise ConfigError(
-            f"logits='labelled' does not suit {adapter.name}, a device that compiles for each new shape: the number of "
-            "labelled positions differs from batch to batch. Leave it out."
-        )
+    if adapter.is_lazy():
+        _check_lazy(config, adapter.name)
     handle = Handle(model, config, adapter, find(model, example_inputs, branches))
     tell(handle.engine.trained, handle.config, handle.rates)
     unmet = out_of_reach(handle.schedule)
@@ -95,6 +92,20 @@ def check_options(drop_rate: float, masks: str, options: Mapping[str, Any]) -> N
 def _config(drop_rate: float, masks: str, seed: int, options: Mapping[str, Any]) -> Config:
     known = {name: entry.options for name, entry in sampler_kinds().items()}
     return make_config(drop_rate, masks, seed, options, known)
+
+
+def _check_lazy(config: Config, name: str) -> None:
+    """Raises ConfigError for options that do not suit a device that records graphs and compiles them."""
+    if config.logits == "labelled":
+        raise ConfigError(
+            f"logits='labelled' does not suit {name}, a device that compiles for each new shape: the number of "
+            "labelled positions differs from batch to batch. Leave it out."
+        )
+    if config.activation_cache is not None:
+        raise ConfigError(
+            f"activation_cache does not suit {name}, a device that compiles recorded graphs: each border would be a "
+            "graph of its own, and that was not tried. Leave it out."
+        )
 
 
 def disable(model: nn.Module) -> None:

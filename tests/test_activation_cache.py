@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropbp.backends.cpu import CpuDevice
 from torch import nn
 
 import dropbp
@@ -146,6 +147,39 @@ def test_a_row_is_carried_on_from_an_old_border():
         report = found(handle)
     assert borders == sorted(borders) and borders[-1] > borders[0] > 0
     assert report["rows"] == 2 and report["hits"] == 78 and report["refused"] is None
+
+
+def test_a_compiled_model_runs_whole_and_the_reason_is_said(fresh_compiler, caplog):
+    model = llama()
+    with cached(model) as handle:
+        compiled = torch.compile(model, backend="eager")
+        for _ in range(3):
+            llama_loss(compiled).backward()
+        assert found(handle)["forwards_shortened"] == 0
+        assert any("compile_blocks" in reason for reason in found(handle)["objections"])
+    assert caplog.text.count("dropbp.compile_blocks(handle)") == 1
+
+
+def test_weights_under_zero_3_switch_the_cache_off():
+    model = llama()
+    with cached(model) as handle:
+        for _ in range(3):
+            llama_loss(model).backward()
+        assert found(handle)["forwards_shortened"] == 1
+        next(model.parameters()).ds_id = 0  # DeepSpeed's mark
+        llama_loss(model).backward()
+        assert "ZeRO-3" in found(handle)["refused"] and found(handle)["rows"] == 0
+
+
+def test_a_lazy_device_is_refused():
+    class Lazy(CpuDevice):
+        name = "hpu"
+
+        def is_lazy(self):
+            return True
+
+    with pytest.raises(dropbp.ConfigError, match="activation_cache does not suit hpu"):
+        dropbp.enable(llama(), device=Lazy(), activation_cache=True)
 
 
 def test_rows_of_one_batch_may_enter_at_different_borders():

@@ -24,7 +24,6 @@ from dropbp.cache.prefix import Prefix
 from dropbp.cache.rows import MASK, Keys, Row
 from dropbp.cache.store import MemoryStore, State, Store
 from dropbp.engine.calls import CallPlan
-from dropbp.engine.distributed import many_ranks
 from dropbp.engine.engine import Engine
 from dropbp.engine.patch import Forward, Interception
 from dropbp.inputs import argument_names
@@ -35,7 +34,6 @@ from dropbp.tensors import ask_for_gradients, tensors_in
 logger = logging.getLogger(__name__)
 
 MEASURED = 3  # forwards that tell how long the blocks below the border take
-LAZY_BORDERS = 4  # at most so many on a device that compiles recorded graphs
 Kind = tuple[Any, ...]
 
 
@@ -76,7 +74,6 @@ class ActivationCache:
         self.freed_bytes = 0
         self._measured: list[float] = []
         self._untried = True  # whether it matters how much padding is to the left of a row
-        self._gathers = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
         self._patches: list[Interception] = []
 
     def start(self) -> None:
@@ -128,10 +125,15 @@ class ActivationCache:
     # -- one forward
 
     def shortened(
-        self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], plan: ForwardPlan
-    ) -> Callable[[], Any]:
-        """What runs in place of the root's forward."""
+        self, call: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any], plan: ForwardPlan
+    ) -> Callable[[], Any] | None:
+        """What runs in place of the root's forward; `call` is None where that is compiled, and is left alone."""
+        if call is None:
+            self._object("the whole model is compiled: compile its blocks instead, dropbp.compile_blocks(handle)")
+            return None
         whole = functools.partial(call, *args, **kwargs)
+        if hasattr(next(self.model.parameters(), None), "ds_id"):
+            self.refuse("DeepSpeed ZeRO-3 moves weights without a trace, so a change of them would not be seen")
         if self.refused is not None or not self._may_look(args, kwargs):
             return whole
         floor = self._floor(plan)
@@ -140,11 +142,7 @@ class ActivationCache:
         if border > self.border:
             self._set_free(border)
         self.border = border
-        kind = (
-            type(getattr(call, "args", (None,))[0]).__name__,
-            *self.engine.calls.key(args, kwargs),
-            self.prefix.modes(),
-        )
+        kind = self._kind(call, args, kwargs)
         if border == 0 or self._objects(border, kind):
             return whole
         self.store.reach(border)
@@ -158,13 +156,13 @@ class ActivationCache:
             self._untried = False
             forward.try_other_padding()
             rows = forward.rows = self.keys.of(args, kwargs, self._salt(kind)) or rows
-        states = self._agreed(self._states(rows, floor))
+        states = self._states(rows, floor)
         self.found += len(states)
         if len(states) < len(rows) or observed or not self.forms.knows(border):
             return forward.run_whole
         return functools.partial(forward.run_short, states)
 
-    def _kind(self, call: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+    def _kind(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
         """What forwards have in common whose outputs come from the same places: what is called, what is asked for."""
         module = getattr(call, "args", (self.model,))[0]
         return (type(module).__name__, *self.engine.calls.key(args, kwargs), self.prefix.modes())
@@ -204,8 +202,6 @@ class ActivationCache:
         """Where states are stored now: nothing below trains in this forward or in one to come."""
         resting = self.prefix.floor(to_come(self.engine.schedule), self.engine.freezes)
         border = min(resting, self.forms.limit, self.prefix.count)
-        if self.engine.device.is_lazy():  # each border is a graph of its own
-            border -= border % max(1, self.prefix.count // LAZY_BORDERS)
         below = self._below(detached)
         if below < border <= floor:
             self._object(f"an output that is asked for, as hidden_states, comes out of {self.prefix.names[below]}")
@@ -243,17 +239,6 @@ class ActivationCache:
         wanted = {place: rows[place].at(state.border) for place, state in states.items() if rows[place].padding}
         found = {place: self.store.get(key) for place, key in wanted.items()}
         return {place: state for place, state in found.items() if state is not None}
-
-    def _agreed(self, states: dict[int, State]) -> dict[int, State]:
-        """Under ZeRO-3 a module that runs gathers its weights from all ranks: all start at one block, or none does."""
-        if not (self._gathers and many_ranks()):
-            return states
-        start = min((state.border for state in states.values()), default=0)
-        device = next(self.model.parameters()).device
-        both = torch.tensor([start, -start], device=device)
-        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MIN)
-        lowest, highest = both[0].item(), -both[1].item()
-        return states if lowest == highest else {}
 
     def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Its states of parameters that will never train again are set free as the border moves up."""

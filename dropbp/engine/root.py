@@ -47,8 +47,9 @@ class RootState(Attachment):
             return outputs
         self.runtime.split = compiled and training
         plan = self._plan(args, kwargs) if training else WHOLE
-        if self.runtime.shortened is not None and not (inside or compiled or current_node() is not None):
-            forward = self.runtime.shortened(functools.partial(self.original, module), args, kwargs, plan)
+        if self.runtime.shortened is not None and not inside and current_node() is None:
+            call = None if compiled else functools.partial(self.original, module)
+            forward = self.runtime.shortened(call, args, kwargs, plan) or forward
         if training:
             return self.runtime.run(forward, plan)
         outputs = self.runtime.run_whole(forward)

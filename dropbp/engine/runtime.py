@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 is_compiling = torch.compiler.is_dynamo_compiling
 
 # From the root's forward, its arguments and the plan, makes what runs in its place: see `dropbp.cache`.
-Shortened = Callable[[Forward, tuple[Any, ...], dict[str, Any], ForwardPlan], Callable[[], Any]]
+Shortened = Callable[[Forward | None, tuple[Any, ...], dict[str, Any], ForwardPlan], Callable[[], Any] | None]
 
 REMEMBERED_FORWARDS = 4096
 REMEMBERED_THREADS = 64
