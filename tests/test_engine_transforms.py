@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dropbp
 from dropbp.errors import ConfigError
 from tests.common.engine_models import (
+    assert_same_gradients,
     llama_loss,
     plain_batch,
     plain_loss,
@@ -291,16 +292,21 @@ def to_zero(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
 
 @pytest.mark.parametrize("way", ["optimizer", "model", "data"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_gradients_set_to_zero_move_no_dropped_branch(accumulate: int, way: str) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_set_to_zero_move_no_dropped_branch(accumulate: int, way: str, late: bool) -> None:
     model = plain_net()
     handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     parts = [f"blocks.{i}.{part}" for i in range(3) for part in ("mix", "mlp")]
     for _ in range(12):
-        to_zero(way, model, optimizer)
         dropped = [True] * len(parts)
-        for _ in range(accumulate):
-            plain_loss(model).backward()
+        for micro_batch in range(accumulate):
+            if not late and not micro_batch:
+                to_zero(way, model, optimizer)
+            loss = plain_loss(model)
+            if late and not micro_batch:
+                to_zero(way, model, optimizer)
+            loss.backward()
             dropped = [a and b for a, b in zip(dropped, handle.mask or (), strict=True)]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.step()
@@ -367,6 +373,32 @@ def test_a_gradient_put_in_place_by_hand_is_looked_at() -> None:
         with handle.fixed([True] * 6):
             plain_loss(model).backward()
         assert model.get_parameter("blocks.0.mlp.0.weight").grad is None
+
+
+def test_a_backward_vouches_only_for_gradients_that_it_wrote() -> None:
+    model = plain_net()
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    with handle.fixed([False] * 6):
+        plain_loss(model).backward()
+        model.zero_grad(set_to_none=False)
+        torch.autograd.grad(plain_loss(model), list(model.parameters()))
+    with handle.fixed([True] * 6):
+        plain_loss(model).backward()
+    assert model.get_parameter("blocks.0.mlp.0.weight").grad is None
+
+
+def test_one_backward_of_two_forwards_keeps_what_either_has_kept() -> None:
+    model, plain = plain_net(), plain_net()
+    handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
+    for net in (model, plain):
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    with handle.fixed([True] * 6):
+        skipped = plain_loss(model)
+    with handle.fixed([False] * 6):
+        (skipped * 0 + plain_loss(model)).backward()
+    plain_loss(plain).backward()
+    assert_same_gradients(*({n: p.grad for n, p in net.named_parameters()} for net in (model, plain)))
 
 
 def test_hooks_on_parameters_and_optimizers_are_gone_after_removal() -> None:

@@ -129,6 +129,7 @@ class Weights:
         self, works: Mapping[Shape, Work], parameters: Mapping[str, torch.Tensor], from_the_top: bool = False
     ) -> None:
         self._works, self._parameters, self._from_the_top = works, parameters, from_the_top
+        self._each = list(parameters.values())
         self._stamp: bytes | None = None
         self.renew()
 
@@ -138,7 +139,7 @@ class Weights:
 
     def renew(self) -> bool:
         """Take over which parameters are trained now; whether that is others than before."""
-        stamp = bytes(map(_is_trained, self._parameters.values()))
+        stamp = bytes(map(_is_trained, self._each))
         if stamp == self._stamp:
             return False
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}

@@ -25,11 +25,11 @@ from dropbp.engine.frozen import run_frozen
 from dropbp.engine.patch import Attachment, Forward, Interception, named_forward
 from dropbp.engine.recompute import Recomputation, RecomputedBlock, inside_checkpoint
 from dropbp.engine.runtime import Runtime, current_node, is_compiling
-from dropbp.masks.plan import ForwardPlan
 
 Function = Callable[..., Any]
 
 _FUNCTION = "_gradient_checkpointing_func"
+is_grad_enabled = torch.is_grad_enabled  # asked for every block
 
 
 class BlockState(Attachment):
@@ -48,15 +48,10 @@ class BlockState(Attachment):
             return False
         return not self.need & ~self.runtime.plan_recomputed().dropped
 
-    def run_watched(self, plan: ForwardPlan, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block as its plan says, perhaps to be recomputed; note whether it recorded."""
-        if torch.is_grad_enabled():
-            if plan.checkpointed & self.need and not inside_checkpoint():
-                calls = self.runtime.count_call(self.recomputed.name)
-                return self.recomputed.run(forward, args, kwargs, again=calls > 0)
-        elif plan.truncated:
-            self.runtime.note_unrecorded_block(self.module)
-        return forward(*args, **kwargs)
+    def run_recomputed(self, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block so that the backward recomputes it."""
+        calls = self.runtime.count_call(self.recomputed.name)
+        return self.recomputed.run(forward, args, kwargs, again=calls > 0)
 
     def recompute(self, forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """The stream in place of the block's output; the block first runs once, to compare them."""
@@ -110,9 +105,12 @@ def block_forward(original: Forward) -> Forward:
             if block.recomputes_in_vain():
                 return block.recompute(functools.partial(original, self, *args, **kwargs), args)
             return original(self, *args, **kwargs)
-        if not plan.watched & block.need:
-            return original(self, *args, **kwargs)
-        return block.run_watched(plan, functools.partial(original, self), args, kwargs)
+        if is_grad_enabled():
+            if plan.checkpointed & block.need and not inside_checkpoint():
+                return block.run_recomputed(functools.partial(original, self), args, kwargs)
+        elif plan.truncated and plan.kept & block.need:
+            block.runtime.note_unrecorded_block(self)
+        return original(self, *args, **kwargs) if kwargs else original(self, *args)
 
     return named_forward(forward)
 

@@ -85,7 +85,7 @@ class Engine:
         self.runtime.cut_strays = Strays(self.parameters).cut
         self.runtime.watchers += [self._gathering.watch, self._replicas.watch]
         if not self.fills_gradients:
-            self.runtime.watchers.append(self._zeros.watch)
+            self.runtime.watch_backward = self._zeros.watch
         self._patches: list[Interception] = []
         self._lock = threading.Lock()
         self._measuring: Mask | None = None
@@ -156,7 +156,9 @@ class Engine:
                 self.schedule.agree(of_rank_0(shape))
             plan = self.schedule.next(shape, conditions)
             self._refresh_sharding(self.schedule.mask or ())
-        self._settle_gradients(plan.dropped, conditions.stem_rests)
+        if self.fills_gradients and plan.dropped:
+            boundary = self.device.step_boundary if self.boundary != "none" else None
+            self.parameters.fill(plan.dropped, conditions.stem_rests, boundary)
         if self.device.is_lazy():  # recording dropped branches at first would be another graph, compiled for nothing
             return plan
         return self.calls.plan(plan, args, kwargs)
@@ -242,14 +244,6 @@ class Engine:
             self._looked_for_graphs = True
         if not self.schedule.fixed:
             refuse_capture()
-
-    def _settle_gradients(self, dropped: int, freezes: bool) -> None:
-        """Make gradients of dropped branches None, or zero where a lazy device needs the same set in every step."""
-        if not self.fills_gradients:
-            self._zeros.forget(dropped)
-        elif dropped:
-            boundary = self.device.step_boundary if self.boundary != "none" else None
-            self.parameters.fill(dropped, freezes, boundary)
 
     def _needs_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an input asks for a gradient: it comes through the whole stream and would be biased."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -40,17 +40,14 @@ class Parameters:
         held = (need for parameter, need in self.needs().items() if parameter.grad is not None)
         return functools.reduce(operator.or_, held, 0)
 
-    def skipped(self, plan: ForwardPlan) -> Iterator[nn.Parameter]:
-        """The parameters that get no gradient in a step under this plan."""
-        present, dropped = self._present(), self.structure.parameters.items()
-        yield from (present[name] for name, need in dropped if not need & ~plan.dropped and name in present)
-        yield from self.at_rest(plan)
-
-    def at_rest(self, plan: ForwardPlan) -> Iterator[nn.Parameter]:
-        """Those of them that lie in no dropped branch."""
-        if plan.stem_rests:
-            present, borders = self._present(), self.resting().items()
-            yield from (present[name] for name, border in borders if not border & plan.trained and name in present)
+    def skipped(self, plan: ForwardPlan) -> tuple[set[int], set[int]]:
+        """Ids of the parameters that get no gradient in a step under this plan: all, and those in no dropped branch."""
+        present = self._present()
+        at_rest = self.resting().items() if plan.stem_rests else ()
+        resting = {id(present[name]) for name, border in at_rest if not border & plan.trained and name in present}
+        dropped = self.structure.parameters.items()
+        inside = {id(present[name]) for name, need in dropped if not need & ~plan.dropped and name in present}
+        return inside | resting, resting
 
     def _present(self) -> dict[str, nn.Parameter]:
         """Every parameter by each of its names. Under a wrapper that was put around a module it has another."""

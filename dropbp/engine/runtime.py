@@ -45,7 +45,7 @@ REMEMBERED_THREADS = 64
 EVERY = -1
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class ForwardRecord:
     """A forward of the root: the interval of autograd nodes it made in its thread, and what it dropped."""
 
@@ -95,6 +95,7 @@ class Runtime:
         self.split = False
         self.watchers: list[Callable[[Any, int], None]] = []
         self.cut_strays: Callable[[Any, ForwardRecord], None] = lambda outputs, record: None
+        self.watch_backward: Callable[[Any, int], None] = lambda outputs, dropped: None
         self._shown = (0, 0)
         self._anchor: torch.Tensor | None = None
         self._warned = self._evaluated = False
@@ -206,7 +207,9 @@ class Runtime:
     def run(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         """Run a training forward with the plan's branches dropped."""
         outputs = self._observed(forward, plan) if isinstance(plan, CallPlan) else self._recorded(forward, plan)
-        return outputs if plan.trained == EVERY else self._connected(outputs, plan)
+        outputs = outputs if plan.trained == EVERY else self._connected(outputs, plan)
+        self.watch_backward(outputs, ~plan.trained)
+        return outputs
 
     def _observed(self, forward: Callable[[], Any], plan: CallPlan) -> Any:
         """Run the forward and look at its outputs; if one is new, run it again with dropped branches recorded."""
@@ -241,7 +244,7 @@ class Runtime:
 
     def run_whole(self, forward: Callable[[], Any]) -> Any:
         """Run a forward in which nothing is dropped and nothing is drawn: evaluation, `no_grad`."""
-        return self._recorded(forward, WHOLE) if torch.is_grad_enabled() else self._run_with(forward, WHOLE)
+        return self.run(forward, WHOLE) if torch.is_grad_enabled() else self._run_with(forward, WHOLE)
 
     def _recorded(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         record = ForwardRecord(next_sequence(), plan)

@@ -34,8 +34,7 @@ class Strays:
         if not plan.dropped or not (self._found or plan.dropped & ~self._looked) or transforming():
             return
         self._looked |= plan.dropped
-        skipped = set(map(id, self._parameters.skipped(plan)))
-        resting = set(map(id, self._parameters.at_rest(plan)))
+        skipped, resting = self._parameters.skipped(plan)
         for node in nodes_below(tensor.grad_fn for tensor in tensors_in(outputs)):
             among = skipped if sequence_of(node) < record.blocks_end else resting
             sources = enumerate(node.next_functions)

@@ -94,8 +94,8 @@ def site_forward(original: Forward) -> Forward:
                 return original(self, *args, **kwargs)
         plan = site.running()
         if plan is not None:
-            if site.need & plan.trained:
-                return original(self, *args, **kwargs)
+            if site.need & plan.trained:  # mostly without keywords, and a call without them is faster
+                return original(self, *args, **kwargs) if kwargs else original(self, *args)
             if not site.need & plan.detached:
                 return _unrecorded(original, self, args, kwargs)
         return _run_as_planned(site, original, self, args, kwargs)

@@ -1,9 +1,11 @@
 """Gradients of zero: a dropped branch must have none, or an optimizer would move it by decay and momentum.
 
-`zero_grad(set_to_none=False)` leaves zeros. To look at a gradient makes the host wait for the device. So a gradient is
-looked at only where an optimizer has made a step, or something other than a backward has written to it, since the last
-backward or look. (Its version alone does not tell: some kernels leave it.) All gradients that a backward has written
-are marked at its end: hooks on the parameters would cost more than the rest of a step's bookkeeping.
+`zero_grad(set_to_none=False)` leaves zeros, before the forward or after it. So the end of a backward is where to look:
+what its forwards dropped was not written by it. To look at a gradient makes the host wait for the device, and a
+gradient of zero that an earlier backward wrote must stay. So all gradients there at the end of a backward are noted,
+each with its version, and only those are looked at that were written since by something other than a backward, or that
+an optimizer has made a step with. (Its version alone does not tell: some kernels leave it.) Notes are taken and
+compared by loops in C: hooks on the parameters would cost more than the rest of a step's bookkeeping.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import functools
 import itertools
 import operator
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -24,24 +26,27 @@ from dropbp._torch import transforming
 from dropbp.engine.parameters import Parameters
 from dropbp.tensors import tensors_in
 
-MARK = "_dropbp_state"  # of a gradient: its version, and the optimizer steps before, when a backward last wrote to it
-NO_TASK = -1
-_NONE, _grad_of, _get = itertools.repeat(None), operator.attrgetter("grad"), cast(Any, dict.get)
+_NONE, _get = itertools.repeat(None), cast(Any, dict.get)
+_grad_of, _version_of = operator.attrgetter("grad"), operator.attrgetter("_version")
 Place = tuple[Mapping[str, nn.Parameter | None], str]  # of a parameter: its module's table, and its name there
 
 
 class ZeroGradients:
-    """Turns gradients of zero into None, for the branches that a step drops.
+    """Turns gradients of zero into None, for the branches that all forwards of a backward have dropped.
 
     Of each set of branches the smallest trained parameter stands for all.
     """
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
-        self._probes = _smallest(parameters)
-        self._tables, self._names = ([place[i] for place in self._probes.values()] for i in (0, 1))
-        self._types = [nn.Parameter] * len(self._probes)
-        self._steps, self._task, self._kept = _Steps(), NO_TASK, 0
+        probes = _smallest(parameters)
+        self._needs = list(probes)
+        self._tables, self._names = ([place[i] for place in probes.values()] for i in (0, 1))
+        self._types = [nn.Parameter] * len(probes)
+        self._found: list[Any] | None = None  # the parameters found there last, unless something else was
+        self._running = weakref.WeakValueDictionary[int, _Backward]()
+        self._steps = _Steps()
+        self._noted: tuple[list[weakref.ref[Tensor]], list[int], int] = [], [], 0
         self._counting: RemovableHandle | None = None
 
     def release(self) -> None:
@@ -50,19 +55,16 @@ class ZeroGradients:
             self._counting.remove()
             self._counting = None
 
-    def forget(self, dropped: int) -> None:
-        """Turn all-zero gradients of these branches into None."""
-        self._count_steps()
-        if not dropped or not self._any_gradient():
+    def watch(self, outputs: Any, dropped: int) -> None:
+        """Called after each recorded forward, with the branches that it drops."""
+        if transforming():
             return
-        kept, written = ~dropped, set[int]()
-        for need, place in self._probes.items():
-            grad = None if need & kept else _gradient(place)
-            if grad is not None and not grad.is_meta and getattr(grad, MARK, None) != self._steps.state_of(grad):
-                written.add(need)
-                self._steps.mark(grad)
-        if written:
-            self._forget(written)
+        self._count_steps()
+        roots = [tensor.grad_fn for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
+        for root in roots:
+            root.register_prehook(functools.partial(self._begin, dropped))
+        if dropped and not roots:  # its backward will not be seen
+            self._end(_Backward(dropped, _present(self._gradients()), self._end))
 
     def _count_steps(self) -> None:
         """The hook is on all optimizers of the process, so it goes with this object if nobody removes it."""
@@ -70,50 +72,72 @@ class ZeroGradients:
             self._counting = register_optimizer_step_post_hook(self._steps.count)
             weakref.finalize(self, self._counting.remove)
 
-    def _any_gradient(self) -> bool:
-        """Asked in every forward: a look at each parameter, in C, and a closer one where it is none."""
-        parameters = list(map(_get, self._tables, self._names))
-        return list(map(type, parameters)) != self._types or any(map(operator.is_not, map(_grad_of, parameters), _NONE))
+    def _begin(self, dropped: int, _: Any) -> None:
+        task = torch._C._current_graph_task_id()
+        backward = self._running.get(task)
+        if backward is None:
+            parameters = self._found  # that engines put others there is seen at the end
+            gradients = self._gradients() if parameters is None else list(map(_grad_of, parameters))
+            backward = self._running[task] = _Backward(dropped, _present(gradients), self._end)
+            torch.autograd.Variable._execution_engine.queue_callback(backward)
+        backward.dropped &= dropped
 
-    def _forget(self, written: set[int]) -> None:
+    def _end(self, backward: _Backward) -> None:
+        """Look at what is to be looked at, and note what backwards have written."""
+        gradients = self._gradients()
+        if backward.before:
+            unknown = self._unknown(backward.before, gradients)
+            looked_at = {need for need in unknown if not need & ~backward.dropped}
+            if looked_at:
+                self._forget(looked_at)
+                gradients = self._gradients()
+            left = unknown - looked_at
+            gradients = [None if need in left else g for need, g in zip(self._needs, gradients, strict=True)]
+        written = _present(gradients)
+        self._noted = list(map(weakref.ref, written)), list(map(_version_of, written)), self._steps.made
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Those of the probes, read in C; where an engine has put something else there, one by one."""
+        parameters = list(map(_get, self._tables, self._names))
+        self._found = parameters if list(map(type, parameters)) == self._types else None
+        if self._found is not None:
+            return list(map(_grad_of, parameters))
+        return [p.grad if isinstance(p, nn.Parameter) and p.requires_grad else None for p in parameters]
+
+    def _unknown(self, before: Mapping[int, int], gradients: Sequence[Tensor | None]) -> set[int]:
+        """The sets of branches whose gradient neither this backward has written nor, as it is, an earlier one."""
+        held, versions, made = self._noted
+        known = {id(ref()): version for ref, version in zip(held, versions, strict=True)}
+        known = known if made == self._steps.made else {}
+        each = ((need, g) for need, g in zip(self._needs, gradients, strict=True) if g is not None and not g.is_meta)
+        return {need for need, g in each if before.get(id(g)) == g._version != known.get(id(g))}
+
+    def _forget(self, needs: set[int]) -> None:
         """Of these sets of branches, those without a gradient other than zero; one transfer tells it of all."""
-        needs = self._parameters.needs().items()
-        own = [(need, p, p.grad) for p, need in needs if need in written and p.grad is not None]
-        held = _any([grad for _, _, grad in own])
-        alive = {need for (need, *_), any_ in zip(own, held, strict=True) if any_}
-        for need, parameter, _ in own:
+        own = [(need, p, p.grad) for p, need in self._parameters.needs().items() if need in needs]
+        held = [(need, p, grad) for need, p, grad in own if grad is not None]
+        alive = {need for (need, *_), any_ in zip(held, _any([grad for *_, grad in held]), strict=True) if any_}
+        for need, parameter, _ in held:
             if need not in alive:
                 parameter.grad = None
 
-    def watch(self, outputs: Any, dropped: int) -> None:
-        """Called after each recorded forward: its backward is to be noted."""
-        if not transforming():
-            begin = functools.partial(self._begin_backward, ~dropped)
-            for tensor in tensors_in(outputs):
-                if tensor.grad_fn is not None:
-                    tensor.grad_fn.register_prehook(begin)
 
-    def _begin_backward(self, kept: int, gradients: Any) -> None:
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            self._kept |= kept
-            return
-        self._task, self._kept = task, kept
-        before = {need: _state(place) for need, place in self._probes.items()} if self._any_gradient() else {}
-        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._end_backward, before))
+class _Backward:
+    """A backward that runs: what its forwards have all dropped, and the gradients there before it, with their versions.
 
-    def _end_backward(self, before: Mapping[int, tuple[torch.Tensor | None, int]]) -> None:
-        self._task, kept, made = NO_TASK, self._kept, self._steps.made
-        for need, (table, name) in self._probes.items():
-            if need & kept:
-                grad: torch.Tensor | None = getattr(table.get(name), "grad", None)
-                held, version = before.get(need, (None, -1))
-                if grad is not None and not (grad is held and grad._version == version):
-                    setattr(grad, MARK, (grad._version, made))
+    Only the backward holds it, as what is called at its end: both end together, even in an error.
+    """
+
+    def __init__(self, dropped: int, held: Sequence[Tensor], end: Callable[[_Backward], None]) -> None:
+        self.dropped, self.held, self.end = dropped, held, end
+        self.before = dict(zip(map(id, held), map(_version_of, held), strict=True))
+
+    def __call__(self) -> None:
+        self.end(self)
 
 
 class _Steps:
-    """Counts the steps of all optimizers, and notes on gradients when a backward wrote to them."""
+    """Counts the steps of all optimizers."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -121,11 +145,9 @@ class _Steps:
     def count(self, *_: object) -> None:
         self.made += 1
 
-    def state_of(self, gradient: torch.Tensor) -> tuple[int, int]:
-        return gradient._version, self.made
 
-    def mark(self, gradient: torch.Tensor) -> None:
-        setattr(gradient, MARK, self.state_of(gradient))
+def _present(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    return list(itertools.compress(cast(Sequence[Tensor], gradients), map(operator.is_not, gradients, _NONE)))
 
 
 def _smallest(parameters: Parameters) -> dict[int, Place]:
@@ -140,18 +162,7 @@ def _smallest(parameters: Parameters) -> dict[int, Place]:
     return {need: place for need, (_, place) in found.items()}
 
 
-def _gradient(place: Place) -> torch.Tensor | None:
-    """Of a trained parameter; None where an engine has put something else there."""
-    parameter = place[0].get(place[1])
-    return parameter.grad if isinstance(parameter, nn.Parameter) and parameter.requires_grad else None
-
-
-def _state(place: Place) -> tuple[torch.Tensor | None, int]:
-    grad = _gradient(place)
-    return grad, -1 if grad is None else grad._version
-
-
-def _any(tensors: Sequence[torch.Tensor]) -> list[bool]:
+def _any(tensors: Sequence[Tensor]) -> list[bool]:
     """Whether each holds something other than zero; the host waits once for each device."""
     by_device: dict[torch.device, list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -163,7 +174,7 @@ def _any(tensors: Sequence[torch.Tensor]) -> list[bool]:
     return found
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
+def _whole(value: Tensor) -> Tensor:
     """What all ranks agree on, where a gradient is sharded."""
-    whole: torch.Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole

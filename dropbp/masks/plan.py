@@ -19,7 +19,6 @@ class ForwardPlan:
         detached: branches whose backward it drops too, recorded all the same; see `dropbp.engine.calls`.
         kept: the branches that run recorded.
         trained: the branches whose backward it does not drop.
-        watched: branches in whose blocks there is more to do than to call the branches.
     """
 
     dropped: int = 0
@@ -30,12 +29,10 @@ class ForwardPlan:
     detached: int = 0
     kept: int = dataclasses.field(init=False)
     trained: int = dataclasses.field(init=False)
-    watched: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", ~self.dropped)
         object.__setattr__(self, "trained", ~(self.dropped | self.detached))
-        object.__setattr__(self, "watched", self.checkpointed | (self.kept if self.truncated else 0))
 
 
 WHOLE = ForwardPlan()

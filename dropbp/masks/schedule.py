@@ -248,11 +248,16 @@ class Schedule:
         return self.here.beyond_limit(blocks, limit, dropped)
 
     def trains(self, mask: Mask) -> bool:
-        """Whether a step under this mask leaves something with a gradient."""
-        dropped = bits(mask)
-        if dropped not in self._training:
-            self._training[dropped] = self._trains(dropped)
-        return self._training[dropped]
+        """Whether a step under this mask leaves something with a gradient: where all is dropped, or only here."""
+        return self._trains_under((1 << len(mask)) - 1) or self._trains_under(bits(mask))
+
+    def _trains_under(self, dropped: int) -> bool:
+        found = self._training.get(dropped)
+        if found is None:
+            if len(self._training) >= MAX_PLANS:
+                self._training.clear()
+            found = self._training[dropped] = self._trains(dropped)
+        return found
 
     def forget_what_trains(self) -> None:
         """Something else is trained from now on.
