@@ -45,7 +45,7 @@ REMEMBERED_THREADS = 64
 EVERY = -1
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass
 class ForwardRecord:
     """A forward of the root: the interval of autograd nodes it made in its thread, and what it dropped."""
 

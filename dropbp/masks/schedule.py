@@ -252,12 +252,11 @@ class Schedule:
         return self._trains_under((1 << len(mask)) - 1) or self._trains_under(bits(mask))
 
     def _trains_under(self, dropped: int) -> bool:
-        found = self._training.get(dropped)
-        if found is None:
+        if dropped not in self._training:
             if len(self._training) >= MAX_PLANS:
                 self._training.clear()
-            found = self._training[dropped] = self._trains(dropped)
-        return found
+            self._training[dropped] = self._trains(dropped)
+        return self._training[dropped]
 
     def forget_what_trains(self) -> None:
         """Something else is trained from now on.
