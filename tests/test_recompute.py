@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -527,6 +528,68 @@ def test_a_change_between_forward_and_backward_is_an_error_and_no_wrong_gradient
     model.blocks[1].level.add_(1)
     with pytest.raises(dropbp.StateError, match=r"blocks\.1 was to be recomputed .* max_activations=None"):
         loss.backward()
+
+
+class Scaled(nn.Module):
+    """What its attribute is bound to decides what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp, self.scale = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), [2.0]
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x)) * self.scale[0]
+
+
+@pytest.mark.parametrize("new", [[3.0], (0.5, 1), torch.tensor([4.0])], ids=["list", "tuple", "tensor"])
+def test_an_attribute_bound_anew_between_forward_and_backward_is_as_it_was_in_the_recomputation(new):
+    plain = Net(Scaled).train()
+    model = copy.deepcopy(plain)
+    handle, found = enabled(model), []
+    for net in (plain, model):
+        with handle.fixed((False,) * DEPTH):
+            loss = net(batch()).square().mean()
+        net.blocks[1].scale = new
+        loss.backward()
+        assert net.blocks[1].scale is new
+        found.append(gradients(net))
+    assert handle.engine.recomputed(0) and not handle.report()["not_recomputed"]
+    assert_same_gradients(found[1], found[0])
+
+
+def off(model):
+    return model.disable_adapter()
+
+
+@contextlib.contextmanager
+def other(model):
+    model.set_adapter("reference")
+    yield
+    model.set_adapter("default")
+
+
+@pytest.mark.parametrize("reference", [off, other])
+def test_a_reference_by_the_same_weights_between_forward_and_backward_leaves_blocks_recomputed(reference):
+    """As preference trainers do with adapters: without them, or with others, the model is its own reference."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian", task_type="CAUSAL_LM")
+    found = []
+    for enable in (False, True):
+        torch.manual_seed(3)
+        model = peft.get_peft_model(tiny_llama(4), config)
+        model.add_adapter("reference", config)
+        handle = dropbp.enable(model, 0.5) if enable else None
+        for _ in range(3):
+            model.zero_grad()
+            with handle.fixed((False,) * 8) if handle else contextlib.nullcontext():
+                loss = llama_loss(model.train())
+            with torch.no_grad(), reference(model):
+                llama_loss(model)
+            loss.backward()
+            found.append(gradients(model))
+    assert handle.engine.recomputed(0) and not handle.report()["not_recomputed"]
+    for plain, ours in zip(found[:3], found[3:], strict=True):
+        assert_same_gradients(ours, plain)
 
 
 def test_an_attribute_changed_once_between_steps_costs_one_recomputation():

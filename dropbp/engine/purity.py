@@ -15,6 +15,8 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -58,6 +60,11 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is a constant, or a list or tuple of some."""
+    return isinstance(value, CONSTANTS) or (type(value) in (list, tuple) and all(map(is_plain, value)))
+
+
 class State:
     """What a block's forward can reach beside its arguments. Values are held, so that none is taken for another."""
 
@@ -65,14 +72,26 @@ class State:
         self.modes = [module.training for module in reach.modules]
         self.parameters = [parameter for module in reach.modules for parameter in module._parameters.values()]
         self._versions = [None if parameter is None else _version(parameter) for parameter in self.parameters]
+        self.bound = reach.bound()
         self._found: list[Any] = []
         self._seen: set[int] = set()
-        for value in reach.values():
+        for value in chain(self.bound, reach.values()):
             self._add(value, DEPTH)
 
     def resembles(self, other: State) -> bool:
         """Whether all is the same except the values of parameters, which an optimizer changes."""
         return _same(self.parameters, other.parameters) and _same(self._found, other._found)
+
+    def rebinds_only(self, other: State, reach: Reach) -> bool:
+        """Whether it is the present state, and all that was changed since another one is what attributes are bound to.
+
+        Only plain values count, which nobody changes in place: peft notes in them which adapter is on.
+        """
+        changed = [pair for pair in zip(self.bound, other.bound, strict=False) if pair[0] is not pair[1]]
+        if len(self.bound) != len(other.bound) or not all(is_plain(value) for pair in changed for value in pair):
+            return False
+        with reach.rebound(other.bound):
+            return State(reach).resembles(other)
 
     def equals(self, other: State) -> bool:
         """Whether all is the same."""
@@ -101,11 +120,12 @@ class Reach:
     def __init__(self, block: nn.Module) -> None:
         self.modules = list(block.modules())
         self._cells: list[Any] = []
+        self._own: list[tuple[dict[str, Any], tuple[str, ...]]] = []
         self._named: list[tuple[Mapping[str, Any], tuple[str, ...]]] = []
         self._functions: set[int] = set()
         for module in self.modules:
             own = vars(module)
-            self._named.append((own, tuple(n for n in own if n not in INTERNAL and not n.startswith("_dropbp"))))
+            self._own.append((own, tuple(n for n in own if n not in INTERNAL and not n.startswith("_dropbp"))))
             self._add_function(getattr(module.forward, "__func__", module.forward))
         for kind in dict.fromkeys(kind for module in self.modules for kind in type(module).__mro__):
             if not kind.__module__.startswith("torch.") and kind is not object:
@@ -124,8 +144,30 @@ class Reach:
         if kept:
             self._named.append((values, kept))
 
+    def bound(self) -> list[Any]:
+        """What the attributes of the modules are bound to now."""
+        return [own.get(name) for own, names in self._own for name in names]
+
+    @contextmanager
+    def rebound(self, values: Sequence[Any]) -> Iterator[None]:
+        """Inside, the attributes are bound to other values, as `bound` gave them."""
+        places = [(own, name) for own, names in self._own for name in names]
+        now = self.bound()
+        changed = [
+            (own, name, was, new)
+            for (own, name), was, new in zip(places, now, values, strict=True)
+            if was is not new and name in own
+        ]
+        try:
+            for own, name, _, new in changed:
+                own[name] = new
+            yield
+        finally:
+            for own, name, was, _ in changed:
+                own[name] = was
+
     def values(self) -> Iterator[Any]:
-        """All that is found there now."""
+        """All else that is found there now."""
         for module in self.modules:
             yield from module._buffers.values()
             yield from module._modules.values()

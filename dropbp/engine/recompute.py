@@ -142,9 +142,11 @@ class RecomputedBlock:
         if not self.shared.sharded and any(map(operator.is_not, before.parameters, self.parameters)):
             return "it runs with other parameters than those it had in dropbp.enable"
         if not before.resembles(self.last):
-            self.reach = Reach(self.module)
-            self.last = State(self.reach)
-            return "its attributes were changed since its last call"
+            plainly, self.last = before.rebinds_only(self.last, self.reach), before
+            if not plainly:
+                self.reach = Reach(self.module)
+                self.last = State(self.reach)
+                return "its attributes were changed since its last call"
         return passing_circumstance(self.shared.function_modes)
 
     def passed(self, before: State, same_tensors: bool) -> bool:
@@ -205,13 +207,14 @@ class _Run:
         return output
 
     def _again(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
-        if versions(values) != self.versions or not State(self.reach).resembles(self.before):
-            raise StateError(
-                f"{self.block.name} was to be recomputed in the backward, but something its forward read has changed "
-                "since. Enable the model with max_activations=None, so that nothing is recomputed."
-            )
-        with _modes(self.reach.modules, self.before.modes), sdpa_kernel(self.kernels):
-            return forward()
+        with self.reach.rebound(self.before.bound):
+            if versions(values) != self.versions or not State(self.reach).resembles(self.before):
+                raise StateError(
+                    f"{self.block.name} was to be recomputed in the backward, but something its forward read has "
+                    "changed since. Enable the model with max_activations=None, so that nothing is recomputed."
+                )
+            with _modes(self.reach.modules, self.before.modes), sdpa_kernel(self.kernels):
+                return forward()
 
 
 class _Saved:
