@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dropbp.cli.commands import Command, add_commands
+from dropbp.errors import MissingDependencyError, as_missing_dependency
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the part that was asked for."""
-    return int(PARTS[args.part].load().run(args))
+    """Run the part that was asked for.
+
+    Raises:
+        MissingDependencyError: it needs a package that is not installed.
+    """
+    try:
+        return int(PARTS[args.part].load().run(args))
+    except ImportError as error:
+        missing = as_missing_dependency(error)
+        if missing is None or isinstance(error, MissingDependencyError):
+            raise
+        raise missing from error
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left", "File too large", "quota exceeded")
 _TORCH_FULL_WORDS = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+_EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "gguf", "peft", "safetensors", "transformers"), "hf"),
+    **dict.fromkeys(("matplotlib", "numpy", "scipy", "tqdm"), "bench"),
+}
 
 
 class DropBPError(Exception):
@@ -56,4 +60,22 @@ def as_resource_error(error: BaseException) -> ResourceError | None:
         return ResourceError(f"nothing more can be written ({text}). Free disk space, or write elsewhere.")
     if isinstance(error, MemoryError) or any(words in text for words in _MEMORY_WORDS):
         return ResourceError(f"out of memory ({text}). Make batches smaller or shorter, or drop_rate larger.")
+    return None
+
+
+def as_missing_dependency(error: BaseException) -> MissingDependencyError | None:
+    """The error that names the package to install, if that is what this one means, else None.
+
+    >>> as_missing_dependency(ModuleNotFoundError("No module named 'peft'", name="peft"))
+    MissingDependencyError("peft is needed and not installed; install it with: pip install 'dropbp[hf]'.")
+
+    transformers names a missing package in the text of an `ImportError` of its own.
+    """
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        extra = _EXTRAS.get(package)
+        hint = "" if extra is None else f"; install it with: pip install 'dropbp[{extra}]'"
+        return MissingDependencyError(f"{error.name} is needed and not installed{hint}.")
+    if isinstance(error, ImportError) and error.name is None and str(error):
+        return MissingDependencyError(str(error))
     return None

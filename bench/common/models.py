@@ -46,6 +46,8 @@ def check_training(training: Training) -> None:
 
 def check_packages(training: Training, device: str) -> None:
     """Raises MissingDependencyError, before a run begins, if what it needs is not installed."""
+    if training.tuning != "full":
+        _package("peft", training.tuning)
     if training.tuning == "qlora" and device != "meta":
         _package("bitsandbytes", "qlora")
     for kernels in training.kernels.split("+"):
@@ -61,7 +63,7 @@ def build_model(model: str, training: Training, device: str, seed: int = 0) -> n
 
     Raises:
         ConfigError: the model or a setting is not known.
-        MissingDependencyError: `qlora` without bitsandbytes.
+        MissingDependencyError: `lora` without peft, `qlora` without bitsandbytes.
     """
     check_training(training)
     shape = chosen("model", MODELS, model)

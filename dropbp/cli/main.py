@@ -11,7 +11,7 @@ from typing import Any
 from dropbp import __version__
 from dropbp.cli.commands import Command, add_commands
 from dropbp.cli.unused import leave_out_unused
-from dropbp.errors import DropBPError, ResourceError, as_resource_error
+from dropbp.errors import DropBPError, ResourceError, as_missing_dependency, as_resource_error
 
 EXIT_EXHAUSTED = 1
 EXIT_BAD_INPUT = 2
@@ -38,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except DropBPError as error:
         return _fail(str(error), EXIT_EXHAUSTED if isinstance(error, ResourceError) else EXIT_BAD_INPUT)
-    except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is needed and not installed{_hint(str(error.name))}.", EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
@@ -77,15 +75,12 @@ def _explained(error: Exception) -> tuple[str | None, int]:
     exhausted = as_resource_error(error)
     if exhausted is not None:
         return str(exhausted), EXIT_EXHAUSTED
+    missing = as_missing_dependency(error)
+    if missing is not None:
+        return str(missing), EXIT_BAD_INPUT
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read or written: {error.strerror}.", EXIT_BAD_INPUT
     return None, EXIT_BAD_INPUT
-
-
-def _hint(missing: str) -> str:
-    extras = {**dict.fromkeys(("transformers", "peft", "accelerate", "datasets", "gguf"), "hf"), "matplotlib": "bench"}
-    extra = extras.get(missing.partition(".")[0])
-    return "" if extra is None else f"; install it with: pip install 'dropbp[{extra}]'"
 
 
 def _about() -> dict[str, Any]:

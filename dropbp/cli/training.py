@@ -207,9 +207,9 @@ def _refusing_what_does_not_fit() -> Iterator[None]:
     """The trainer checks many combinations of options, each with an error of its own choice."""
     try:
         yield
-    except DropBPError:
+    except (DropBPError, ImportError):
         raise
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the options do not fit each other, or not this machine: {str(error).strip()} On a machine without an "
             "accelerator --device cpu may be missing."
