@@ -1,4 +1,4 @@
-"""`python -m tests.campaigns.compatibility [--engines NAME ...] [--write-docs]`: run the matrix and record it.
+"""Run the matrix and record it: `python -m tests.campaigns.compatibility [--engines …] [--stacks …] [--write-docs]`.
 
 Engines of one process run here, the others in two processes each. About ten minutes on two cores.
 """
@@ -9,13 +9,14 @@ import argparse
 import importlib.metadata
 import json
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from tests.campaigns.compatibility import page
 from tests.campaigns.compatibility.cells import ALONE, SPREAD, names, try_cell
-from tests.campaigns.compatibility.stacks import COMPILER, STEPS
+from tests.campaigns.compatibility.stacks import COMPILER, STACKS, STEPS
 from tests.distributed.launch import launch
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "deepspeed")
@@ -23,27 +24,29 @@ LIMIT_S = 500
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the cells of the engines asked for, keep the others as they were recorded, and write the page."""
+    """Run the cells of the engines and stacks asked for, keep the others as they were recorded, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.compatibility", description=__doc__)
     parser.add_argument("--engines", nargs="+", choices=page.ENGINES, default=list(page.ENGINES))
+    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
     parser.add_argument("--write-docs", action="store_true", help="write docs/compatibility.md too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cells: dict[str, Any] = page.read()["cells"] if page.RESULTS.exists() else {}
     for engine in options.engines:
-        cells |= _cells_of(engine)
+        cells |= _cells_of(engine, options.stacks)
         _write(cells)
     if options.write_docs:
         page.PAGE.write_text(page.render(page.read()), encoding="utf-8")
     return int(any(cell["status"] == "fails" for cell in cells.values()))
 
 
-def _cells_of(engine: str) -> dict[str, Any]:
-    if engine in ALONE:
-        return {" | ".join(cell): try_cell(*cell) for cell in names(engine)}
+def _cells_of(engine: str, stacks: Collection[str]) -> dict[str, Any]:
+    wanted = [cell for cell in names(engine) if cell[0] in stacks]
+    if engine in ALONE or not wanted:
+        return {" | ".join(cell): try_cell(*cell) for cell in wanted}
     assert engine in SPREAD
     module = f"tests.campaigns.compatibility.{'spread_zero' if engine == 'ZeRO-3' else 'spread'}"
-    first, *_ = launch(module, tuple(" | ".join(cell) for cell in names(engine)), limit_s=LIMIT_S)
+    first, *_ = launch(module, tuple(" | ".join(cell) for cell in wanted), limit_s=LIMIT_S)
     return {name: found["result"] for name, found in first.items()}
 
 

@@ -12,7 +12,7 @@ import peft
 import torch
 from safetensors.torch import save_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from tests.common.tiny import make_model
 
@@ -20,14 +20,33 @@ TUNINGS = ("full", "LoRA", "QLoRA")
 WIDTH, LAYERS = 64, 3
 
 
-def build(tuning: str) -> Any:
-    """A model ready to train. 4-bit weights come from transformers' own loader, by bitsandbytes."""
+def build(tuning: str, task: str = "CAUSAL_LM") -> Any:
+    """A model ready to train; for the task `SEQ_CLS` it gives a score, by a head that is trained in full."""
+    base = _base(tuning == "QLoRA", task)
     if tuning == "full":
-        return make_model(LAYERS, WIDTH).train()
-    base = _in_four_bits() if tuning == "QLoRA" else make_model(LAYERS, WIDTH)
+        return base.train()
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        init_lora_weights="gaussian",
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
     return peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
+
+
+def _base(quantised: bool, task: str) -> Any:
+    """4-bit weights come from transformers' own loader, by bitsandbytes."""
+    if task == "CAUSAL_LM" and not quantised:
+        return make_model(LAYERS, WIDTH)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if quantised:
+        options["quantization_config"] = _in_four_bits()
+    if task == "CAUSAL_LM":
+        return AutoModelForCausalLM.from_pretrained(Path(_saved().name), **options)
+    torch.manual_seed(2)
+    return AutoModelForSequenceClassification.from_pretrained(Path(_saved().name), num_labels=1, **options)
 
 
 @functools.cache
@@ -40,14 +59,14 @@ def _saved() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def _in_four_bits() -> Any:
-    config = BitsAndBytesConfig(
+def _in_four_bits() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_quant_storage=torch.float32,  # what FSDP shards must all be of one type
+        llm_int8_skip_modules=["lm_head", "score"],
     )
-    return AutoModelForCausalLM.from_pretrained(Path(_saved().name), quantization_config=config, dtype=torch.float32)
 
 
 def trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
