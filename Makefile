@@ -75,7 +75,7 @@ test-gaudi: $(GAUDI_INSTALLED)  ## the unmodified GaudiTrainer on the simulated 
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(GAUDI_VENV)/bin/python -m pytest -n $(WORKERS) -m gaudi $(ARGS) tests/gaudi
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
-	$(call install,$(OLDEST_VENV),constraints-oldest.txt,-e '.[hf]' hypothesis pytest pytest-timeout pytest-xdist)
+	$(call install,$(OLDEST_VENV),constraints-oldest.txt,-e '.[hf,bench]' hypothesis pytest pytest-timeout pytest-xdist)
 	@touch $@
 
 test-oldest: $(OLDEST_INSTALLED)  ## the tests of the core with the oldest versions promised, in an environment of its own

@@ -412,17 +412,26 @@ def test_hooks_on_parameters_and_optimizers_are_gone_after_removal() -> None:
     assert len(_global_optimizer_post_hooks) == before
 
 
-def test_after_a_step_that_the_scaler_skipped_zeroed_gradients_of_dropped_branches_move_nothing() -> None:
+@pytest.mark.parametrize("kernel", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscaled"])
+@pytest.mark.parametrize("way", ["optimizer", "model"])
+def test_after_a_step_that_the_scaler_skipped_zeroed_gradients_of_dropped_branches_move_nothing(
+    way: str, unscale: bool, kernel: dict[str, bool]
+) -> None:
+    """A fused optimizer makes the step all the same, with a kernel that does nothing."""
     model = plain_net()
     handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1, **kernel)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     for step in range(12):
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         scaler.scale(plain_loss(model) * (float("inf") if step % 3 == 1 else 1.0)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=False)
+        to_zero(way, model, optimizer)
         moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
         dropped = sum(1 << place for place, drop in enumerate(handle.mask or ()) if drop)
         needs = handle.engine.structure.parameters.items()
