@@ -110,6 +110,19 @@ def test_three_epochs_see_a_third_of_the_rows(source: Source, monkeypatch: pytes
     assert seen == [16]
 
 
+def test_a_cache_changes_the_time_of_later_epochs_and_not_what_is_learnt(source: Source) -> None:
+    runs = {
+        method: training.train(Run(method, 0.5, 1e-3, plain_steps=12, epochs=3, equal="steps"), source)
+        for method in ("default", "default, cache", "freezing", "freezing, cache")
+    }
+    assert {found["steps"] for found in runs.values()} == {12}
+    for method in ("default", "freezing"):
+        assert runs[f"{method}, cache"]["loss"] == pytest.approx(runs[method]["loss"], abs=1e-5)
+        assert runs[f"{method}, cache"]["activation_cache"]["hits"] == 2 * 32
+    assert "activation_cache" not in runs["default"]
+    assert runs["default"]["realised_drop_rate"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_records_are_kept_and_not_made_twice(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +152,8 @@ def test_tables_show_each_method_at_each_rate_and_keep_the_rest_of_the_page(tmp_
         record_of(Run("plain", 0.0, 3e-4, seed=1), 3.3, 1.0),
         record_of(Run("default", 0.5, 3e-4), 3.0, 0.5),
         record_of(Run("default", 0.5, 3e-4, tuning="lora"), 3.5),
+        record_of(Run("plain", 0.0, 1e-4, epochs=3, equal="steps"), 2.5),
+        record_of(Run("plain", 0.0, 1e-4, epochs=3, equal="steps", tuning="lora"), 2.75, 0.75),
     ]
     page = tmp_path / "learning.md"
     page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
@@ -147,6 +162,8 @@ def test_tables_show_each_method_at_each_rate_and_keep_the_rest_of_the_page(tmp_
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| plain | - | 40 | 1.00 | 3.250 | **3.200** ± 0.141 |" in text
     assert "| default | 0.5 | 40 | 0.50 | - | 3.000 |" in text
+    assert "40 steps for every method of batch 8, 3 epochs" in text
+    assert "| plain | - | 40 | 1.00 | 2.500 |\n| LoRA, plain | - | 40 | 0.75 | 2.750 |" in text
     assert "#### solutions, LoRA" in text and "untrained 4.000; 2 seeds" in text
     page.write_text("nothing\n")
     with pytest.raises(ConfigError, match="lacks the lines"):

@@ -56,6 +56,10 @@ class Method:
         """What the latest micro-batch did."""
         return Work()
 
+    def report(self) -> dict[str, Any]:
+        """What else a record of the run should hold, in JSON types."""
+        return {}
+
     def remove(self) -> None:
         """Leave the model as it was found."""
 
@@ -102,6 +106,10 @@ class DropBP(Method):
     def work(self) -> Work:
         kept = 1 - _dropped_share(self.handle)
         return Work(1.0, kept, kept)
+
+    def report(self) -> dict[str, Any]:
+        found = self.handle.report()
+        return {key: found[key] for key in ("realised_drop_rate", "activation_cache") if found.get(key) is not None}
 
     def remove(self) -> None:
         self.handle.remove()

@@ -28,6 +28,29 @@ COARSE = (
     Run("freezing", 0.5, 1e-4, "choices"),
 )
 
+# As people do it: the same rows three times. Every method takes as many steps as plain training; what differs is time.
+_EPOCHS = (
+    ("full", "plain", 0.0, 1e-4),
+    ("full", "default, cache", 0.5, 3e-4),
+    ("full", "freezing, cache", 0.5, 3e-4),
+    ("full", "default", 0.5, 3e-4),
+    ("full", "default, cache", 0.5, 1e-4),
+    ("full", "default, cache", 0.75, 3e-4),
+    ("lora", "plain", 0.0, 1e-3),
+    ("lora", "default, cache", 0.5, 1e-3),
+    ("lora", "freezing, cache", 0.5, 1e-3),
+    ("full", "freezing", 0.5, 3e-4),
+    ("full", "freezing, cache", 0.5, 1e-4),
+    ("full", "freezing, cache", 0.75, 3e-4),
+    ("full", "published", 0.5, 1e-4),
+    ("full", "exact", 0.5, 1e-4),
+    ("full", "plain", 0.0, 3e-5),
+)
+EPOCHS = tuple(
+    Run(method, drop_rate, rate, tuning=tuning, plain_steps=60, epochs=3, equal="steps")
+    for tuning, method, drop_rate, rate in _EPOCHS
+)
+
 ALL = ("default", "freezing", "default reversed", "default narrow", "nested shelf", "exact")
 TOY_RATES = {"toy python": (1e-4, 3e-4, 1e-3, 3e-3), "toy prose": (3e-4, 1e-3, 3e-3, 1e-2)}
 BEST = {"toy python": (3e-4, 1e-3), "toy prose": (1e-3, 3e-3)}  # of those, for further seeds
@@ -49,5 +72,6 @@ TOYS = (*_toys(ALL, TOY_RATES, 0), *_toys(("default", "freezing"), BEST, 1), *_t
 PRESETS: Mapping[str, Sequence[Run]] = {
     "smoke": (Run("plain", 0.0, 3e-4, plain_steps=2), Run("default", 0.5, 3e-4, "choices", plain_steps=2)),
     "coarse": COARSE,
+    "epochs": EPOCHS,
     "toys": TOYS,
 }

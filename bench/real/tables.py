@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from ..common.records import Record
 BEGIN, END = "<!-- real: made by dropbp bench real --tables -->", "<!-- end of real -->"
 PAGE = "learning.md"
 ORDER = ("plain", "default", "freezing", "nested shelf", "exact")
-Group = tuple[str, str, int, int]  # task, tuning, plain steps, epochs
-Line = tuple[str, float]  # method, drop rate
+Group = tuple[str, str, int, int, str]  # task, tuning, plain steps, epochs, what is equal
+Line = tuple[str, str, float]  # tuning, method, drop rate
+PLAIN, LORA_PLAIN = ("full", "plain", 0.0), ("lora", "plain", 0.0)
 
 
 def write(runs: Sequence[Record], docs: Path) -> None:
@@ -37,55 +38,68 @@ def write(runs: Sequence[Record], docs: Path) -> None:
 
 
 def tables(runs: Sequence[Record]) -> str:
-    """One table for each task and way of tuning."""
+    """One table for each task and way of tuning; where runs take equally many steps, both ways stand in one table."""
     groups: dict[Group, list[Record]] = defaultdict(list)
     for run in runs:
         c = run["configuration"]
         if c["plain_steps"]:
-            groups[c["task"], c["tuning"], c["plain_steps"], c["epochs"]].append(run)
+            tuning = c["tuning"] if c["equal"] == "flops" else ""
+            groups[c["task"], tuning, c["plain_steps"], c["epochs"], c["equal"]].append(run)
     before = {run["configuration"]["task"]: run["loss"] for run in runs if not run["configuration"]["plain_steps"]}
     return "\n".join(f"{_title(group, found, before)}\n\n{table(found)}\n" for group, found in sorted(groups.items()))
 
 
 def _title(group: Group, runs: Sequence[Record], before: dict[str, float]) -> str:
-    task, tuning, steps, epochs = group
+    task, tuning, steps, epochs, equal = group
     c = runs[0]["configuration"]
     seeds = len({run["configuration"]["seed"] for run in runs})
-    how = "full fine-tuning" if tuning == "full" else "LoRA"
+    how = {"full": "full fine-tuning", "lora": "LoRA"}.get(tuning, "full fine-tuning and LoRA")
     passes = "each row once" if epochs == 1 else f"{epochs} epochs"
     start = f", untrained {before[task]:.3f}" if task in before else ""
-    size = f"{steps} plain steps of batch {c['batch']}, {passes}; {c['held_out']} held-out rows{start}"
+    count = f"{steps} plain steps" if equal == "flops" else f"{steps} steps for every method"
+    size = f"{count} of batch {c['batch']}, {passes}; {c['held_out']} held-out rows{start}"
     return f"#### {task}, {how}\n\n{c['model']}, {size}; {seeds} seed{'s' if seeds > 1 else ''} at most."
 
 
 def table(runs: Sequence[Record]) -> str:
-    """Losses at equal FLOPs; the best of each method in bold."""
+    """Losses of each method at each learning rate, the best in bold; processor time relative to plain training."""
     rates = sorted({run["configuration"]["learning_rate"] for run in runs})
     lines: dict[Line, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         c = run["configuration"]
-        lines[c["method"], c["drop_rate"]][c["learning_rate"]].append(run)
-    plain_s = _step_s([run for found in lines.get(("plain", 0.0), {}).values() for run in found])
+        lines[c["tuning"], c["method"], c["drop_rate"]][c["learning_rate"]].append(run)
+    plain_s = _step_s(_every(lines.get(PLAIN) or lines.get(LORA_PLAIN)))
     columns = ("method", "p", "steps", "CPU time of a step", *(f"lr {rate:g}" for rate in rates))
-    rows = [_row(line, lines[line], rates, plain_s) for line in sorted(lines, key=_place)]
+    mixed = len({tuning for tuning, _, _ in lines}) > 1
+    rows = [_row(_label(line, mixed), line, lines[line], rates, plain_s) for line in sorted(lines, key=_place)]
     marks = tuple("---" if i < 1 else "---:" for i in range(len(columns)))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, marks, *rows))
 
 
 def _place(line: Line) -> tuple[Any, ...]:
-    method, drop_rate = line
+    tuning, method, drop_rate = line
     known = next((place for place, name in enumerate(ORDER) if method.startswith(name)), len(ORDER))
-    return known, method, drop_rate
+    return tuning, known, method, drop_rate
 
 
-def _row(line: Line, found: dict[float, list[Record]], rates: Sequence[float], plain_s: float | None) -> list[str]:
-    every = [run for runs in found.values() for run in runs]
+def _label(line: Line, mixed: bool) -> str:
+    return f"LoRA, {line[1]}" if mixed and line[0] == "lora" else line[1]
+
+
+def _every(found: Mapping[float, Sequence[Record]] | None) -> list[Record]:
+    return [run for runs in (found or {}).values() for run in runs]
+
+
+def _row(
+    label: str, line: Line, found: dict[float, list[Record]], rates: Sequence[float], plain_s: float | None
+) -> list[str]:
+    every = _every(found)
     means = {rate: statistics.fmean(run["loss"] for run in runs) for rate, runs in found.items()}
     step_s = _step_s(every)
     ratio = f"{step_s / plain_s:.2f}" if step_s and plain_s else "-"
     best = min(means, key=means.__getitem__)
     cells = [_figure(found[rate], bold=rate == best and len(means) > 1) if rate in found else "-" for rate in rates]
-    return [line[0], f"{line[1]:g}" if line[1] else "-", str(every[0]["steps"]), ratio, *cells]
+    return [label, f"{line[2]:g}" if line[2] else "-", str(every[0]["steps"]), ratio, *cells]
 
 
 def _step_s(runs: Sequence[Record]) -> float | None:

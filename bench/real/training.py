@@ -1,8 +1,9 @@
 """One fine-tuning of a pretrained model as people do it, and what it learnt, as one plain record.
 
 Chat template, loss on answers alone, padding on the left, rows of one length together, AdamW, clipping, a rate that
-warms up and then decays along a cosine to zero. Every method takes as many steps as the FLOPs of the plain steps allow,
-with a schedule of that length: a decaying rate makes a run that is cut short another run, so each has its own.
+warms up and then decays along a cosine to zero. A method takes as many steps as the FLOPs of the plain steps allow, or
+just as many steps: then it ends sooner. Its schedule has that length: a decaying rate makes a run that is cut short
+another run, so each has its own.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Run:
         task: of `tasks.TASKS`.
         epochs: passes of plain training over its rows. One: every step of every run has fresh rows.
         tuning: `full` or `lora`.
+        equal: `flops`, as many steps as the FLOPs of the plain steps allow; or `steps`, as many as plain training.
     """
 
     method: str
@@ -53,12 +55,13 @@ class Run:
     plain_steps: int = 40
     epochs: int = 1
     seed: int = 0
+    equal: str = "flops"
 
     @property
     def name(self) -> str:
         """As in the name of its file."""
         rate = f"p{self.drop_rate:g}" if self.drop_rate else "p0"
-        length = f"{self.plain_steps}x{self.epochs}"
+        length = f"{self.plain_steps}x{self.epochs}" + ("-steps" if self.equal == "steps" else "")
         return f"{self.task}--{self.tuning}--{length}--{self.method}--{rate}--lr{self.learning_rate:g}--seed{self.seed}"
 
 
@@ -134,6 +137,7 @@ def train(run: Run, source: Source, progress: Callable[[int], None] = lambda ste
                 found["wall_s"].append(round(time.perf_counter() - wall_s, 3))
                 found["losses"].append(round(loss, 4))
                 progress(step + 1)
+            found |= method.report()
     found |= evaluate(model, data, padding)
     if run.tuning == "lora":
         model.unload()
@@ -212,6 +216,25 @@ class HeadTrains(rivals.Method):
         self._hook.remove()
 
 
+class FreezingCached(rivals.Method):
+    """Freezing, and the cache of this library: the frozen part does not run again for rows it has seen."""
+
+    def __init__(self, model: nn.Module, drop_rate: float, seed: int, steps: int) -> None:
+        super().__init__(model)
+        self.inner = rivals.Freezing(model, drop_rate)
+        self._cache = rivals.DropBP(model, 0.0, seed=seed, steps=steps, activation_cache=True)
+
+    def work(self) -> rivals.Work:
+        return self.inner.work()
+
+    def report(self) -> dict[str, Any]:
+        return self._cache.report()
+
+    def remove(self) -> None:
+        self._cache.remove()
+        self.inner.remove()
+
+
 def _head_trains(name: str) -> Callable[..., rivals.Method]:
     return lambda model, drop_rate, seed, steps: HeadTrains(
         model, lambda model: rivals.method(name, model, drop_rate, seed, steps)
@@ -226,6 +249,10 @@ VARIANTS: dict[str, Callable[..., rivals.Method]] = {
     "default narrow": narrow,
     "default, head trains": _head_trains("default"),
     "freezing, head trains": _head_trains("freezing"),
+    "default, cache": lambda model, drop_rate, seed, steps: rivals.DropBP(
+        model, drop_rate, seed=seed, steps=steps, resample="step", activation_cache=True
+    ),
+    "freezing, cache": FreezingCached,
 }
 
 
@@ -246,13 +273,13 @@ def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
 
 
 def equal_steps(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, float]:
-    """Steps that cost the FLOPs of the plain ones, and what one of them costs on average, relative to a plain one."""
+    """How many steps the run takes, and what one of them costs on average without a cache, relative to a plain one."""
     with method_of(run, model, run.plain_steps) as method:
         work = expected_work(method, run.drop_rate)
     with dropbp.labelled_logits(model):
         whole = Costs.counted(model, batch)
     ratio = whole.of(work) / whole.of(rivals.Work())
-    return round(run.plain_steps / ratio), ratio
+    return run.plain_steps if run.equal == "steps" else round(run.plain_steps / ratio), ratio
 
 
 @torch.no_grad()
