@@ -218,77 +218,62 @@ def _transformers(model: Any, options: dict[str, Any], callbacks: list[Any]) -> 
     )
 
 
-def _sft(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
+def _of_trl(
+    trainer: Any, config: Any, rows: list[dict[str, Any]], model: Any, options: dict[str, Any], callbacks: list[Any],
+    **more: Any,
+) -> Any:  # fmt: skip
     from datasets import Dataset
+
+    given = {"processing_class": make_tokenizer(), **more}
+    args = config(**{"gradient_checkpointing": False, **options})
+    return trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), callbacks=callbacks, **given)
+
+
+def _sft(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(**{"gradient_checkpointing": False, **options}),
-        train_dataset=Dataset.from_list([{"text": f"Add {n} and 1 and say the sum."} for n in range(32)]),
-        processing_class=make_tokenizer(),
-        callbacks=callbacks,
-    )
+    rows = [{"text": f"Add {n} and 1 and say the sum."} for n in range(32)]
+    return _of_trl(SFTTrainer, SFTConfig, rows, model, options, callbacks)
+
+
+def _reference(model: Any) -> Any:
+    """With adapters the model is its own reference, without them."""
+    return None if hasattr(model, "peft_config") else build("full")
 
 
 def _dpo(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{"prompt": f"Add {n} and 1.", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(32)]
-    return DPOTrainer(
-        model=model,
-        ref_model=None if hasattr(model, "peft_config") else build("full"),
-        args=DPOConfig(**{"gradient_checkpointing": False, **options}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-        callbacks=callbacks,
-    )
+    return _of_trl(DPOTrainer, DPOConfig, _pairs(), model, options, callbacks, ref_model=_reference(model))
+
+
+def _pairs() -> list[dict[str, Any]]:
+    return [{"prompt": f"Add {n} and 1.", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(32)]
+
+
+def _prompts() -> list[dict[str, Any]]:
+    return [{"prompt": f"Add {n} and 1."} for n in range(32)]
 
 
 def _kto(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
-    from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
     rows = [{"prompt": f"Add {n} and 1.", "completion": f" {n + n % 2}", "label": bool(n % 2)} for n in range(32)]
-    return KTOTrainer(
-        model=model,
-        ref_model=None if hasattr(model, "peft_config") else build("full"),
-        args=KTOConfig(**{"gradient_checkpointing": False, **options}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-        callbacks=callbacks,
-    )
+    return _of_trl(KTOTrainer, KTOConfig, rows, model, options, callbacks, ref_model=_reference(model))
 
 
 def _reward(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
-    from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    rows = [{"prompt": f"Add {n} and 1.", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(32)]
-    return RewardTrainer(
-        model=model,
-        args=RewardConfig(**{"gradient_checkpointing": False, **options}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-        callbacks=callbacks,
-    )
+    return _of_trl(RewardTrainer, RewardConfig, _pairs(), model, options, callbacks)
 
 
 def _grpo(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
     """Two completions for each prompt, each batch trained on twice."""
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    own = {"num_generations": BATCH, "num_iterations": 2, "max_completion_length": 8}
-    return GRPOTrainer(
-        model=model,
-        reward_funcs=_mean_letter,
-        args=GRPOConfig(**{"gradient_checkpointing": False, **own, **options}),
-        train_dataset=Dataset.from_list([{"prompt": f"Add {n} and 1."} for n in range(32)]),
-        processing_class=make_tokenizer(),
-        callbacks=callbacks,
-    )
+    own = {"num_generations": BATCH, "num_iterations": 2, "max_completion_length": 8, **options}
+    return _of_trl(GRPOTrainer, GRPOConfig, _prompts(), model, own, callbacks, reward_funcs=_mean_letter)
 
 
 def _mean_letter(completions: list[str], **_: Any) -> list[float]:
@@ -298,22 +283,15 @@ def _mean_letter(completions: list[str], **_: Any) -> list[float]:
 
 def _distillation(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
     """On what the student says itself; its backbone is called, and not the whole model."""
-    from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    return DistillationTrainer(
-        model=model,
-        teacher_model=make_model(layers=2, seed=7),
-        args=DistillationConfig(**{"gradient_checkpointing": False, "max_completion_length": 8, **options}),
-        train_dataset=Dataset.from_list([{"prompt": f"Add {n} and 1."} for n in range(32)]),
-        processing_class=make_tokenizer(),
-        callbacks=callbacks,
-    )
+    own = {"max_completion_length": 8, **options}
+    teacher = make_model(layers=2, seed=7)
+    return _of_trl(DistillationTrainer, DistillationConfig, _prompts(), model, own, callbacks, teacher_model=teacher)
 
 
 def _gkd(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
     """Half of the batches are what the student says, half the answers of the data."""
-    from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     tokenizer = make_tokenizer()
@@ -323,14 +301,9 @@ def _gkd(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
         {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
         for asked, said in turns
     ]
-    return GKDTrainer(
-        model=model,
-        teacher_model=make_model(layers=2, seed=7),
-        args=GKDConfig(**{"gradient_checkpointing": False, "max_new_tokens": 8, "max_length": 64, **options}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+    own = {"max_new_tokens": 8, "max_length": 64, **options}
+    more = {"teacher_model": make_model(layers=2, seed=7), "processing_class": tokenizer}
+    return _of_trl(GKDTrainer, GKDConfig, rows, model, own, callbacks, **more)
 
 
 # -- accelerate
