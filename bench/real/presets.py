@@ -45,6 +45,9 @@ _EPOCHS = (
     ("full", "published", 0.5, 1e-4),
     ("full", "exact", 0.5, 1e-4),
     ("full", "plain", 0.0, 3e-5),
+    ("full", "default, cache", 0.5, 3e-5),
+    ("full", "freezing, cache", 0.5, 3e-5),
+    ("full", "plain", 0.0, 1e-5),
 )
 EPOCHS = tuple(
     Run(method, drop_rate, rate, tuning=tuning, plain_steps=60, epochs=3, equal="steps")

@@ -180,10 +180,9 @@ def _learning_rate(config: Config) -> str:
     """What the records of docs/learning.md say to a user who keeps the rate of plain training."""
     if sampler_kind(config.masks).prefixes:
         return (
-            "learning rate: these masks did best at about three times plain training's best one where each row came "
-            "once. For the same FLOPs they then learnt more than plain training on small models, but less in the one "
-            "pretrained model that was tried. Over three epochs of the same rows that rate was far too high in it, and "
-            "plain training's own did better (docs/learning.md): compare both on your data."
+            "learning rate: these masks did best at about three times plain training's best one. For the same FLOPs "
+            "they then learnt more than plain training on small models, but less in the one pretrained model that was "
+            "tried (docs/learning.md): compare both on your data."
         )
     return (
         f"masks={config.masks!r}: masks that drop branches anywhere learnt less than plain training in the same time, "
