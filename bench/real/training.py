@@ -28,7 +28,6 @@ from ..learning import rivals
 from ..learning.costs import Costs
 from .tasks import TASKS, Data
 
-BATCH = 8
 WARMUP_SHARE = 0.1
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
@@ -66,9 +65,10 @@ class Run:
 
 
 class Source:
-    """Models and rows, read once for all runs."""
+    """Models, on a device, and rows, read once for all runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
         self._models: dict[Callable[..., Any], tuple[Any, Any, dict[str, Tensor]]] = {}
         self._data: dict[str, Data] = {}
 
@@ -78,14 +78,16 @@ class Source:
             self._data[task] = TASKS[task].load(self._loaded(task)[1], TASKS[task].longest)
         return self._data[task]
 
-    def padding(self, task: str) -> int:
-        """The token that fills rows up."""
-        return int(self._loaded(task)[1].pad_token_id)
+    def batch(self, task: str, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """Rows of a task, filled up on the left, on the device."""
+        batch = collate_left(rows, int(self._loaded(task)[1].pad_token_id))
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _loaded(self, task: str) -> tuple[Any, Any, dict[str, Tensor]]:
         load = TASKS[task].model
         if load not in self._models:
             model, tokenizer = load()
+            model.to(self.device)
             weights = {name: value.clone() for name, value in model.state_dict().items()}
             self._models[load] = model, tokenizer, weights
         return self._models[load]
@@ -99,27 +101,26 @@ class Source:
         return tuned.train()
 
 
-def batches(examples: Sequence[Example], seed: int) -> Iterator[list[Example]]:
+def batches(examples: Sequence[Example], seed: int, batch_size: int) -> Iterator[list[Example]]:
     """Endless passes over the rows, each in an order of its own, rows of about one length together."""
     order = random.Random(seed)
     while True:
         rows = order.sample(examples, len(examples))
-        size = BATCH * SORTED_BATCHES
+        size = batch_size * SORTED_BATCHES
         made = []
         for start in range(0, len(rows), size):
             near = sorted(rows[start : start + size], key=lambda row: len(row["input_ids"]))
-            made += [near[i : i + BATCH] for i in range(0, len(near), BATCH)]
+            made += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
         order.shuffle(made)
-        yield from (batch for batch in made if len(batch) == BATCH)
+        yield from (batch for batch in made if len(batch) == batch_size)
 
 
 def train(run: Run, source: Source, progress: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
     """Train and evaluate; what was found, in JSON types."""
-    model, data = source.fresh(run), source.data(run.task)
-    padding = source.padding(run.task)
-    rows = data.train if run.epochs == 1 else data.train[: run.plain_steps * BATCH // run.epochs]
-    steps, ratio = equal_steps(run, model, collate_left(data.train[:BATCH], padding))
-    stream = batches(rows, run.seed)
+    model, data, size = source.fresh(run), source.data(run.task), TASKS[run.task].batch_size
+    rows = data.train if run.epochs == 1 else data.train[: run.plain_steps * size // run.epochs]
+    steps, ratio = equal_steps(run, model, source.batch(run.task, data.train[:size]))
+    stream = batches(rows, run.seed, size)
     found: dict[str, Any] = {"steps": steps, "flops_ratio": ratio, "losses": [], "cpu_s": [], "wall_s": []}
     with torch.random.fork_rng(devices=[]), dropbp.labelled_logits(model):
         torch.manual_seed(run.seed)
@@ -128,7 +129,7 @@ def train(run: Run, source: Source, progress: Callable[[int], None] = lambda ste
             optimizer = torch.optim.AdamW(groups, run.learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(decayed, steps=steps))
             for step in range(steps):
-                batch = collate_left(next(stream), padding)
+                batch = source.batch(run.task, next(stream))
                 cpu_s, wall_s = time.process_time(), time.perf_counter()
                 method.begin_step(step)
                 loss = _step(model, method, optimizer, batch)
@@ -138,7 +139,7 @@ def train(run: Run, source: Source, progress: Callable[[int], None] = lambda ste
                 found["losses"].append(round(loss, 4))
                 progress(step + 1)
             found |= method.report()
-    found |= evaluate(model, data, padding)
+    found |= evaluate(model, source, run.task)
     if run.tuning == "lora":
         model.unload()
     return found
@@ -216,6 +217,13 @@ class HeadTrains(rivals.Method):
         self._hook.remove()
 
 
+class Checkpointed(rivals.Method):
+    """Plain training as gradient checkpointing costs it: the blocks' forward runs twice. What is learnt is the same."""
+
+    def work(self) -> rivals.Work:
+        return rivals.Work(forward=2.0)
+
+
 class FreezingCached(rivals.Method):
     """Freezing, and the cache of this library: the frozen part does not run again for rows it has seen."""
 
@@ -247,6 +255,7 @@ VARIANTS: dict[str, Callable[..., rivals.Method]] = {
         model, drop_rate, seed=seed, steps=steps, resample="step", rates="shelf"
     ),
     "default narrow": narrow,
+    "plain, checkpointed": lambda model, drop_rate, seed, steps: Checkpointed(model),
     "default, head trains": _head_trains("default"),
     "freezing, head trains": _head_trains("freezing"),
     "default, cache": lambda model, drop_rate, seed, steps: rivals.DropBP(
@@ -283,15 +292,16 @@ def equal_steps(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[i
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, padding: int) -> dict[str, float]:
+def evaluate(model: nn.Module, source: Source, task: str) -> dict[str, float]:
     """Loss per token of the held-out answers; where there are options, also of their letter, and the share right."""
     model.eval()
+    data, size = source.data(task), 2 * TASKS[task].batch_size
     total = tokens = letter_loss = right = 0.0
     order = sorted(range(len(data.held_out)), key=lambda i: len(data.held_out[i]["input_ids"]))
     with dropbp.labelled_logits(model, evaluation=True):
-        for start in range(0, len(order), 2 * BATCH):
-            chosen = order[start : start + 2 * BATCH]
-            batch = collate_left([data.held_out[i] for i in chosen], padding)
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = source.batch(task, [data.held_out[i] for i in chosen])
             following = batch["labels"][:, 1:]
             labels_BK = following[:, (following != IGNORED).any(0)]
             logits_BKV = model(**batch, use_cache=False).logits[:, : labels_BK.shape[1]].float()

@@ -1,7 +1,8 @@
 """What the activation cache saves: whole runs of some epochs, plain, with DropBP, with the cache, and frozen.
 
-The four runs have weights and optimizers of their own and take turns step by step, on the same shuffled rows. Time is
-that of the process, on one thread of PyTorch, so that other processes on the machine weigh less.
+The four runs have weights and optimizers of their own, on the same shuffled rows. On a CPU they take turns step by
+step, and time is that of the process, on one thread of PyTorch, so that other processes on the machine weigh less. On
+an accelerator a model is large, so they come one after the other, and time is that of the clock.
 
 Shapes: B micro-batch, S sequence.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import statistics
 import sys
 import time
@@ -20,22 +22,27 @@ import torch
 from torch import Tensor, nn
 
 import dropbp
-from dropbp.device import get_device
+from dropbp.device import Device, get_device
 
 from ..common import records
+from ..common.models import build_model
 from ..common.options import add_run_arguments, progress, settle
+from ..common.presets import MODELS, Training
 
 KIND = "activation_cache"
 SIZES = {"layers": 8, "width": 512, "sequence_length": 256, "batch_size": 2, "vocabulary": 1024}
+NAMED = {"sequence_length": 512, "batch_size": 2}
 SMALL = {"layers": 4, "width": 32, "sequence_length": 16, "batch_size": 2, "vocabulary": 64}
 VARIANTS = ("plain", "dropbp", "dropbp, cached", "frozen")
 RUNS = (("full", 0.75), ("full", 0.875), ("lora", 0.75))
 EPOCHS = 3
 Enable = Callable[[nn.Module], Any]
+Sizes = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
+    parser.add_argument("--model", choices=tuple(MODELS), help="a model by its name, in bf16, instead of a small one")
     parser.add_argument("--width", type=int, help=f"of the model ({SIZES['width']})")
     parser.add_argument("--sequence-length", type=int, help=f"tokens of a row ({SIZES['sequence_length']})")
     parser.add_argument("--steps", type=int, default=10, help="of an epoch (%(default)s)")
@@ -56,39 +63,43 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     given = {name: value for name in SIZES if (value := getattr(args, name, None)) is not None}
-    sizes = {**(SMALL if args.smoke else SIZES), **given}
-    store = records.Store(args.output, KIND)
+    sizes = {**(SMALL if args.smoke else NAMED if args.model else SIZES), **given}
+    if args.model:
+        sizes["model"] = args.model
+    store, device = records.Store(args.output, KIND), get_device(args.device)
     for tuning, rate in RUNS:
-        name = f"{tuning}-{rate:g}"
-        if args.only in (None, name):
+        run = f"{tuning}-{rate:g}"
+        name = f"{args.model}--{device.name}--{run}" if args.model else run
+        if args.only in (None, run):
             configuration = {**sizes, "tuning": tuning, "drop_rate": rate, "steps": 3 if args.smoke else args.steps}
             record = None if args.again else store.finished(name, configuration)
             if record is None:
-                with store.run(name, configuration, get_device("cpu")) as record:
-                    record.update(measure(sizes, tuning, rate, configuration["steps"]))
+                with store.run(name, configuration, device) as record:
+                    record.update(measure(sizes, tuning, rate, configuration["steps"], device))
             sys.stdout.write(f"{name}: {figures(record)}\n")
     return 0
 
 
-def measure(sizes: dict[str, int], tuning: str, drop_rate: float, steps: int) -> dict[str, Any]:
-    """Processor seconds of each step of each variant, which steps were shortened, and the cache's own report."""
-    rows = torch.randint(
-        sizes["vocabulary"], (steps * sizes["batch_size"], sizes["sequence_length"]),
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    runs = {name: _Variant(name, sizes, tuning, drop_rate, steps * EPOCHS) for name in VARIANTS}
-    with progress(EPOCHS * steps, f"{tuning} p={drop_rate:g}") as bar:
-        for ids_BS in _batches(rows, sizes["batch_size"]):
-            for each in runs.values():
-                each.step(ids_BS)
-            bar.update()
-    cached = runs["dropbp, cached"]
-    return {
-        "step_s": {name: each.step_s for name, each in runs.items()},
-        "losses": {name: each.losses for name, each in runs.items()},
-        "shortened": cached.shortened,
-        "cache": cached.handle.report()["activation_cache"],
-    }
+def measure(sizes: Sizes, tuning: str, drop_rate: float, steps: int, device: Device) -> dict[str, Any]:
+    """Seconds of each step of each variant, which steps were shortened, and the cache's own report."""
+    vocabulary = MODELS[sizes["model"]].vocabulary if "model" in sizes else sizes["vocabulary"]
+    shape = steps * sizes["batch_size"], sizes["sequence_length"]
+    rows_NS = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device.name)
+    found: dict[str, Any] = {"step_s": {}, "losses": {}}
+    with progress(EPOCHS * steps * len(VARIANTS), f"{tuning} p={drop_rate:g}") as bar:
+        for together in (VARIANTS,) if device.name == "cpu" else ((name,) for name in VARIANTS):
+            runs = {name: _Variant(name, sizes, tuning, drop_rate, steps * EPOCHS, device) for name in together}
+            for ids_BS in _batches(rows_NS, sizes["batch_size"]):
+                for each in runs.values():
+                    each.step(ids_BS)
+                    bar.update()
+            for name, each in runs.items():
+                found["step_s"][name], found["losses"][name] = each.step_s, each.losses
+                if name == "dropbp, cached":
+                    found |= {"shortened": each.shortened, "cache": each.handle.report()["activation_cache"]}
+            del runs, each
+            gc.collect()
+    return found
 
 
 def figures(record: dict[str, Any]) -> dict[str, float]:
@@ -111,8 +122,9 @@ def figures(record: dict[str, Any]) -> dict[str, float]:
 class _Variant:
     """One variant: a model, its optimizer, and the times of its steps."""
 
-    def __init__(self, name: str, sizes: dict[str, int], tuning: str, drop_rate: float, steps: int) -> None:
-        self.model = _model(sizes, tuning)
+    def __init__(self, name: str, sizes: Sizes, tuning: str, drop_rate: float, steps: int, device: Device) -> None:
+        self.device = device
+        self.model = _model(sizes, tuning, device)
         enable: dict[str, Enable] = {
             "plain": lambda model: None,
             "dropbp": functools.partial(dropbp.enable, drop_rate=drop_rate, steps=steps),
@@ -120,29 +132,42 @@ class _Variant:
             "frozen": functools.partial(dropbp.enable, drop_rate=drop_rate, rates="freeze"),
         }
         self.handle = enable[name](self.model)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.name == "cuda")
         self.step_s: list[float] = []
         self.losses: list[float] = []
         self.shortened: list[bool] = []
 
     def step(self, ids_BS: Tensor) -> None:
-        before, begin_s = self._count(), time.process_time()
+        before, begin_s = self._count(), self._now_s()
         loss = self.model(input_ids=ids_BS, labels=ids_BS).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step_s.append(time.process_time() - begin_s)
+        self.step_s.append(self._now_s() - begin_s)
         self.losses.append(loss.item())
         self.shortened.append(self._count() > before)
+
+    def _now_s(self) -> float:
+        if self.device.name == "cpu":
+            return time.process_time()
+        self.device.synchronize()
+        return time.perf_counter()
 
     def _count(self) -> int:
         cache = None if self.handle is None else self.handle.cache
         return 0 if cache is None else int(cache.forwards_hit)
 
 
-def _model(sizes: dict[str, int], tuning: str) -> Any:
+def _model(sizes: Sizes, tuning: str, device: Device) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if "model" in sizes:
+        named = build_model(sizes["model"], Training(tuning), device.name)
+        for module in named.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # a row's state must be the same each time
+        return named
     width = sizes["width"]
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(
@@ -155,7 +180,7 @@ def _model(sizes: dict[str, int], tuning: str) -> Any:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
-    return model.train()
+    return model.to(device.name).train()
 
 
 def _batches(rows_NS: Tensor, size: int) -> Iterator[Tensor]:

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--preset", action="append", choices=tuple(THROUGHPUT), help="what to run; may be repeated")
     parser.add_argument("--only", metavar="TRAINING", help="only this training of the preset, such as full-bf16")
+    parser.add_argument("--drop-rates", type=float, nargs="+", metavar="P", help="only these drop rates, and plain")
     parser.add_argument("--rounds", type=int, help="timed steps of each variant")
     growth = parser.add_mutually_exclusive_group()
     growth.add_argument("--no-growth", action="store_true", help="leave out the largest micro-batches")
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     check_only(args.only, ((*preset.trainings, *preset.growth) for preset in presets.values()))
     failed = 0
     for name, preset in presets.items():
-        failed += run_preset(name, replace(preset, rounds=args.rounds or preset.rounds), args)
+        rates = tuple(args.drop_rates or preset.drop_rates)
+        failed += run_preset(name, replace(preset, rounds=args.rounds or preset.rounds, drop_rates=rates), args)
     return 1 if failed else 0
 
 
