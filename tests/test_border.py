@@ -450,8 +450,8 @@ def test_names_are_said_in_few_words() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "learning rate: these masks did best at about three times"),
-        ({"steps": 20}, "learning rate: these masks did best at about three times"),
+        ({}, "learning rate: on a pretrained model these masks did best at plain"),
+        ({"steps": 20}, "learning rate: on a pretrained model these masks did best at plain"),
         ({"masks": "exact"}, "masks='exact': masks that drop branches anywhere learnt less than plain training"),
         ({"drop_rate": 0.0}, ""),
     ],

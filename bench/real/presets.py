@@ -116,6 +116,8 @@ WHOLE = (
     *_whole("full", "choices whole", 2),
     *_others("solutions whole", 2),
     *_others("choices whole", 0),
+    Run("default", 0.5, 3e-5, "solutions whole", plain_steps=228, epochs=3),
+    Run("default", 0.5, 1e-4, "choices whole", plain_steps=228, epochs=3),
 )
 
 ALL = ("default", "freezing", "default reversed", "default narrow", "nested shelf", "exact")

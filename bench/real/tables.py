@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dropbp.cli.figures import save_figure
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
 from ..common.records import Record
+from . import gains
 
 BEGIN, END = "<!-- real: made by dropbp bench real --tables -->", "<!-- end of real -->"
-PAGE = "learning.md"
+PAGE, PLOT = "learning.md", "real.png"
 ORDER = ("plain", "default", "freezing", "nested shelf", "exact")
 Group = tuple[str, str, int, int, str]  # task, tuning, plain steps, epochs, what is equal
 Line = tuple[str, str, float]  # tuning, method, drop rate
@@ -34,7 +36,10 @@ def write(runs: Sequence[Record], docs: Path) -> None:
     if BEGIN not in text or END not in text:
         raise ConfigError(f"{page} lacks the lines {BEGIN} and {END}, between which the tables go. Add them.")
     head, _, rest = text.partition(BEGIN)
-    write_text(page, f"{head}{BEGIN}\n\n{tables(runs)}\n{END}{rest.partition(END)[2]}")
+    parts = [part for part in (gains.section(runs), tables(runs)) if part]
+    write_text(page, f"{head}{BEGIN}\n\n{chr(10).join(parts)}\n{END}{rest.partition(END)[2]}")
+    if gains.gains(runs, "flops"):
+        save_figure(gains.figure(runs), docs / "img" / PLOT)
 
 
 def tables(runs: Sequence[Record]) -> str:
@@ -62,16 +67,29 @@ def _title(group: Group, runs: Sequence[Record], before: dict[str, float]) -> st
 
 
 def table(runs: Sequence[Record]) -> str:
-    """Losses of each method at each learning rate, the best in bold; processor time relative to plain training."""
+    """Losses of each method at each learning rate, the best in bold; what a step costs relative to plain training.
+
+    That is processor time, or FLOPs where the runs shared an accelerator.
+    """
     rates = sorted({run["configuration"]["learning_rate"] for run in runs})
     lines: dict[Line, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         c = run["configuration"]
         lines[c["tuning"], c["method"], c["drop_rate"]][c["learning_rate"]].append(run)
-    plain_s = _step_s(_every(lines.get(PLAIN) or lines.get(LORA_PLAIN)))
-    columns = ("method", "p", "steps", "CPU time of a step", *(f"lr {rate:g}" for rate in rates))
+    shared = any(run["device"]["name"] != "cpu" for run in runs)
+    plain_s = None if shared else _step_s(_every(lines.get(PLAIN) or lines.get(LORA_PLAIN)))
+    columns = (
+        "method",
+        "p",
+        "steps",
+        f"{'FLOPs' if shared else 'CPU time'} of a step",
+        *(f"lr {rate:g}" for rate in rates),
+    )
     mixed = len({tuning for tuning, _, _ in lines}) > 1
-    rows = [_row(_label(line, mixed), line, lines[line], rates, plain_s) for line in sorted(lines, key=_place)]
+    rows = [
+        _row(_label(line, mixed), line, lines[line], rates, None if shared else plain_s)
+        for line in sorted(lines, key=_place)
+    ]
     marks = tuple("---" if i < 1 else "---:" for i in range(len(columns)))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, marks, *rows))
 
@@ -96,7 +114,7 @@ def _row(
     every = _every(found)
     means = {rate: statistics.fmean(run["loss"] for run in runs) for rate, runs in found.items()}
     step_s = _step_s(every)
-    ratio = f"{step_s / plain_s:.2f}" if step_s and plain_s else "-"
+    ratio = f"{every[0]['flops_ratio'] if plain_s is None else (step_s or 0) / plain_s:.2f}"
     best = min(means, key=means.__getitem__)
     cells = [_figure(found[rate], bold=rate == best and len(means) > 1) if rate in found else "-" for rate in rates]
     return [label, f"{line[2]:g}" if line[2] else "-", str(every[0]["steps"]), ratio, *cells]

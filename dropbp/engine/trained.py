@@ -180,14 +180,13 @@ def _learning_rate(config: Config) -> str:
     """What the records of docs/learning.md say to a user who keeps the rate of plain training."""
     if sampler_kind(config.masks).prefixes:
         return (
-            "learning rate: these masks did best at about three times plain training's best one. For the same FLOPs "
-            "they then learnt more than plain training on small models, but less in the one pretrained model that was "
-            "tried (docs/learning.md): compare both on your data."
+            "learning rate: on a pretrained model these masks did best at plain training's best rate or up to three "
+            "times it. For the same FLOPs they then learnt nearly as much as plain training, and more where that needs "
+            "gradient checkpointing (docs/learning.md): compare both on your data."
         )
     return (
-        f"masks={config.masks!r}: masks that drop branches anywhere learnt less than plain training in the same time, "
-        "on the small models that were tried and at every learning rate (docs/learning.md). masks='nested' is the "
-        "default."
+        f"masks={config.masks!r}: masks that drop branches anywhere learnt less than plain training for the same "
+        "FLOPs, at every learning rate that was tried (docs/learning.md). masks='nested' is the default."
     )
 
 

@@ -1,0 +1,151 @@
+"""In short, what the runs on a pretrained model say: the share of plain training's gain that a method reaches.
+
+The gain is what the held-out loss falls by from the untrained model. Plain training and each method stand at the
+learning rates that are best for them over all seeds; shares are taken seed by seed, and have standard errors.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dropbp.cli.figures import new_figure
+
+from ..common.records import Record
+
+TITLES = {"flops": "one epoch, at equal FLOPs", "steps": "three epochs, as many steps as plain training"}
+LINES = (
+    ("plain, checkpointed", 0.0),
+    ("default", 0.25),
+    ("default", 0.5),
+    ("default", 0.75),
+    ("freezing", 0.5),
+    ("freezing", 0.75),
+    ("nested shelf", 0.5),
+    ("exact", 0.5),
+    ("published", 0.5),
+)
+PLAIN = ("plain", 0.0)
+COLOURS = ("#1f6f8b", "#7fb069", "#c8553d", "#e0a030")
+Line = tuple[str, float]  # method, drop rate
+Setting = tuple[str, str]  # task, tuning
+Losses = Mapping[int, float]  # by seed
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A share of plain training's gain, and what a step costs in FLOPs, relative to a plain one."""
+
+    shares: Sequence[float]
+    flops: float
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.shares)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean; 0 for a single seed."""
+        return statistics.stdev(self.shares) / len(self.shares) ** 0.5 if len(self.shares) > 1 else 0.0
+
+    def __str__(self) -> str:
+        spread = f" ± {100 * self.error:.1f}" if len(self.shares) > 1 else ""
+        return f"{100 * self.mean:.1f}{spread}"
+
+
+def gains(runs: Iterable[Record], equal: str, suffix: str = " whole") -> dict[Line, dict[Setting, Gain]]:
+    """By method and setting, for tasks of that suffix whose untrained loss is known."""
+    found: dict[Setting, dict[Line, dict[float, dict[int, Record]]]] = defaultdict(lambda: defaultdict(dict))
+    untrained: dict[str, float] = {}
+    for run in runs:
+        c = run["configuration"]
+        if not c["task"].endswith(suffix):
+            continue
+        if not c["plain_steps"]:
+            untrained[c["task"]] = run["loss"]
+        elif c["equal"] == equal:
+            line = c["method"], c["drop_rate"]
+            found[c["task"], c["tuning"]][line].setdefault(c["learning_rate"], {})[c["seed"]] = run
+    result: dict[Line, dict[Setting, Gain]] = defaultdict(dict)
+    for setting, lines in found.items():
+        before, plain = untrained.get(setting[0]), _best(lines.get(PLAIN, {}))
+        for line, rates in lines.items() if before is not None and plain else ():
+            best = _best(rates)
+            shares = [(before - run["loss"]) / (before - plain[seed]["loss"]) for seed, run in best.items()]
+            result[line][setting] = Gain(shares, next(iter(best.values()))["flops_ratio"])
+    return result
+
+
+def _best(rates: Mapping[float, Mapping[int, Record]]) -> Mapping[int, Record]:
+    return min(rates.values(), key=lambda runs: statistics.fmean(run["loss"] for run in runs.values()), default={})
+
+
+def section(runs: Sequence[Record]) -> str:
+    """A table for each way to compare."""
+    parts = []
+    for equal, title in TITLES.items():
+        found = gains(runs, equal)
+        settings = _settings(found)
+        if not settings:
+            continue
+        head = ["method", "p", *(f"{_short(setting)}, %" for setting in settings)]
+        head += [f"FLOPs of a step, {_named(tuning)}" for tuning in _tunings(settings)]
+        rows = [_cells(line, found[line], settings) for line in LINES if line in found]
+        rules = ["---", *("---:" for _ in head[1:])]
+        lines = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rules, *rows))
+        parts.append(f"#### Share of plain training's gain: {title}\n\n{lines}\n")
+    return "\n".join(parts)
+
+
+def _cells(line: Line, found: Mapping[Setting, Gain], settings: Sequence[Setting]) -> list[str]:
+    method, drop_rate = line
+    shares = [str(found[setting]) if setting in found else "-" for setting in settings]
+    flops = []
+    for tuning in _tunings(settings):
+        ratios = [gain.flops for (_, how), gain in found.items() if how == tuning]
+        flops.append(f"{statistics.fmean(ratios):.2f}" if ratios else "-")
+    return [method, f"{drop_rate:g}" if drop_rate else "-", *shares, *flops]
+
+
+def _settings(found: Mapping[Line, Mapping[Setting, Gain]]) -> list[Setting]:
+    return sorted({setting for line in found.values() for setting in line}, key=lambda each: (each[1], each[0]))
+
+
+def _tunings(settings: Iterable[Setting]) -> list[str]:
+    return sorted({tuning for _, tuning in settings})
+
+
+def _short(setting: Setting) -> str:
+    task, tuning = setting
+    return f"{task.partition(' ')[0]}, {_named(tuning)}"
+
+
+def _named(tuning: str) -> str:
+    return "LoRA" if tuning == "lora" else tuning
+
+
+def figure(runs: Sequence[Record]) -> Any:
+    """A panel for each way to compare: a line for each method, a point for each setting."""
+    drawn = new_figure(10.0, 3.6)
+    panels = drawn.subplots(1, len(TITLES), sharey=True)
+    lines = [line for line in LINES if line[1] != 0.75 and line[0] != "nested shelf"]
+    for ax, (equal, title) in zip(panels, TITLES.items(), strict=True):
+        found = gains(runs, equal)
+        settings = _settings(found)
+        for place, setting in enumerate(settings):
+            points = [(row, found[line][setting]) for row, line in enumerate(lines) if setting in found.get(line, {})]
+            rows = [row + 0.12 * (place - (len(settings) - 1) / 2) for row, _ in points]
+            means, errors = [100 * gain.mean for _, gain in points], [100 * gain.error for _, gain in points]
+            colour = COLOURS[place % len(COLOURS)]
+            ax.errorbar(means, rows, xerr=errors, fmt="o", markersize=5, color=colour, label=_short(setting))
+        ax.axvline(100, color="black", linewidth=0.8)
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("share of plain training's gain, %", fontsize=8)
+    panels[0].set_yticks(range(len(lines)), [f"{m}, p = {p:g}" if p else m for m, p in lines], fontsize=8)
+    panels[0].invert_yaxis()
+    panels[0].legend(fontsize=7, loc="upper left")
+    return drawn
