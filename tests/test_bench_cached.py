@@ -35,3 +35,12 @@ def test_the_page_shows_each_run_beside_its_target(folder: Path) -> None:
 
 def test_without_runs_there_is_no_section(tmp_path: Path) -> None:
     assert report.section(tmp_path) == ""
+
+
+def test_a_named_model_is_measured_in_bf16_and_has_a_table_of_its_own(tmp_path: Path) -> None:
+    options = ["--model", "llama-4x64", "--only", "lora-0.75", "--steps", "2", "--output", str(tmp_path)]
+    assert parts.main(["activation_cache", *options]) == 0
+    record = json.loads((tmp_path / cached.KIND / "llama-4x64--cpu--lora-0.75.json").read_text())
+    assert record["cache"]["refused"] is None and sum(record["shortened"]) > 0
+    section = report.section(tmp_path)
+    assert "llama-4x64 in bfloat16 on one" in section and "| lora, p = 0.75 |" in section

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dropbp.bench.real import command, tables, tasks, training
+from dropbp.bench.real import command, gains, tables, tasks, training
 from dropbp.bench.real.training import Run, Source, batches, decayed
 
 from dropbp.cli.examples import IGNORED, Encoder, encode_rows
@@ -140,8 +140,9 @@ def test_records_are_kept_and_not_made_twice(
     assert json.loads(file.read_text()) == record
 
 
-def record_of(run: Run, loss: float, cpu_s: float = 1.0) -> dict[str, Any]:
-    return {"configuration": command.configuration(run), "loss": loss, "steps": run.plain_steps, "cpu_s": [cpu_s]}
+def record_of(run: Run, loss: float, cpu_s: float = 1.0, device: str = "cpu", ratio: float = 1.0) -> dict[str, Any]:
+    found = {"loss": loss, "steps": run.plain_steps, "cpu_s": [cpu_s], "flops_ratio": ratio}
+    return {"configuration": command.configuration(run), "device": {"name": device}, **found}
 
 
 def test_tables_show_each_method_at_each_rate_and_keep_the_rest_of_the_page(tmp_path: Path) -> None:
@@ -170,3 +171,45 @@ def test_tables_show_each_method_at_each_rate_and_keep_the_rest_of_the_page(tmp_
         tables.write(runs, tmp_path)
     with pytest.raises(ConfigError, match="no finished run"):
         tables.write([], tmp_path)
+
+
+def test_gains_are_shares_of_what_plain_training_takes_off_the_untrained_loss(tmp_path: Path) -> None:
+    task = "choices whole"
+    runs = [
+        record_of(Run("plain", 0.0, 1e-4, task, plain_steps=0), 4.0, device="cuda"),
+        record_of(Run("plain", 0.0, 1e-4, task), 3.0, device="cuda"),
+        record_of(Run("plain", 0.0, 1e-4, task, seed=1), 2.0, device="cuda"),
+        record_of(Run("plain", 0.0, 3e-4, task), 3.9, device="cuda"),
+        record_of(Run("default", 0.5, 3e-4, task), 3.5, device="cuda", ratio=0.7),
+        record_of(Run("default", 0.5, 3e-4, task, seed=1), 2.2, device="cuda", ratio=0.7),
+        record_of(Run("default", 0.5, 1e-4, task), 3.6, device="cuda", ratio=0.7),
+        record_of(Run("freezing", 0.5, 1e-4, task, epochs=3, equal="steps"), 1.0, device="cuda"),  # plain is missing
+    ]
+    found = gains.gains(runs, "flops")
+    (gain,) = found["default", 0.5].values()
+    assert gain.shares == pytest.approx([0.5, 0.9]) and gain.flops == 0.7
+    assert gain.error == pytest.approx(0.2)
+    assert gains.gains(runs, "steps") == {}
+    page = tmp_path / "learning.md"
+    page.write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    tables.write(runs, tmp_path)
+    text = page.read_text()
+    assert "| default | 0.5 | 70.0 ± 20.0 | 0.70 |" in text
+    assert "| method | p | steps | FLOPs of a step |" in text and "| default | 0.5 | 40 | 0.70 |" in text
+    assert (tmp_path / "img" / "real.png").stat().st_size > 1000
+
+
+def test_shards_share_the_runs_of_a_preset_out(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = (1e-3, 2e-3, 3e-3)
+    monkeypatch.setitem(command.PRESETS, "smoke", [Run("plain", 0.0, rate, plain_steps=1) for rate in rates])
+    for shard, count in (("1/2", 1), ("0/2", 3)):
+        assert main(["bench", "real", "--preset", "smoke", "--output", str(tmp_path), "--shard", shard]) == 0
+        assert len(list((tmp_path / "real").glob("*.json"))) == count
+    with pytest.raises(SystemExit):
+        main(["bench", "real", "--shard", "2/2"])
+
+
+def test_checkpointed_training_takes_fewer_steps_and_learns_the_same(source: Source) -> None:
+    plain = training.train(Run("plain", 0.0, 1e-3, plain_steps=6), source)
+    again = training.train(Run("plain, checkpointed", 0.0, 1e-3, plain_steps=8), source)
+    assert again["steps"] == 6 and again["losses"] == plain["losses"]
