@@ -368,11 +368,11 @@ class ClampedInTraining(nn.Module):
     def clamped(self, layer: nn.Linear, x_BD: Tensor) -> Tensor:
         return nn.functional.linear(x_BD, layer.weight.clamp(-9, 9), layer.bias) if self.training else layer(x_BD)
 
-    def forward(self, x_BD: Tensor) -> Tensor:
-        x_BD = self.clamped(self.stem, x_BD)
+    def forward(self, x_BD: Tensor, with_states: bool = False) -> tuple[Tensor, ...]:
+        states = [self.clamped(self.stem, x_BD)]
         for first, second in self.blocks:
-            x_BD = x_BD + second(self.clamped(first, x_BD).tanh())
-        return self.head(x_BD)
+            states.append(states[-1] + second(self.clamped(first, states[-1]).tanh()))
+        return self.head(states[-1]), *(states if with_states else ())
 
 
 @pytest.mark.parametrize("masks", ["nested", "exact"])
@@ -380,9 +380,9 @@ def test_a_weight_used_past_its_module_in_training_only_is_skipped_as_well(masks
     plain, model = ClampedInTraining().train(), ClampedInTraining().train()
     batch = torch.randn(4, WIDTH)
     handle = dropbp.enable(model, 0.5, masks=masks, example_inputs=batch)
-    expected = take_gradients(plain, plain(batch).square().sum())
+    expected = take_gradients(plain, plain(batch)[0].square().sum())
     for step in range(12):
-        got = take_gradients(model, model(batch).square().sum())
+        got = take_gradients(model, model(batch)[0].square().sum())
         for number, drop in enumerate(handle.mask or ()):
             inside = {name: grad for name, grad in got.items() if name.startswith(f"blocks.{number}.")}
             assert all((grad is None) == drop for grad in inside.values()), (step, inside.keys())
@@ -390,6 +390,21 @@ def test_a_weight_used_past_its_module_in_training_only_is_skipped_as_well(masks
             for name, gradient in got.items():
                 if gradient is not None:
                     assert_equal(name, handle.mask, gradient, expected)
+
+
+def test_a_weight_used_past_its_module_rests_where_the_call_asks_for_the_states_behind_it_as_well() -> None:
+    plain, model = ClampedInTraining().train(), ClampedInTraining().train()
+    batch = torch.randn(4, WIDTH)
+    handle = dropbp.enable(model, 0.5, example_inputs=batch)
+    expected = take_gradients(plain, sum(t.square().sum() for t in plain(batch, with_states=True)))
+    rested = 0
+    for _ in range(12):
+        got = take_gradients(model, sum(t.square().sum() for t in model(batch, with_states=True)))
+        rested += got["stem.weight"] is None
+        for name, gradient in got.items():
+            if gradient is not None:
+                assert_equal(name, handle.mask, gradient, expected)
+    assert rested > 6
 
 
 def test_a_recorded_forward_in_evaluation_mode_is_told_the_remedy_once(caplog: Any) -> None:

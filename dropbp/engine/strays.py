@@ -31,9 +31,10 @@ class Strays:
     def cut(self, outputs: Any, record: ForwardRecord) -> None:
         """Look at a recorded forward."""
         plan = record.plan
-        if not plan.dropped or not (self._found or plan.dropped & ~self._looked) or transforming():
+        untrained = ~plan.trained
+        if not untrained or not (self._found or untrained & ~self._looked) or transforming():
             return
-        self._looked |= plan.dropped
+        self._looked |= untrained
         skipped, resting = self._parameters.skipped(plan)
         for node in nodes_below(tensor.grad_fn for tensor in tensors_in(outputs)):
             among = skipped if sequence_of(node) < record.blocks_end else resting
