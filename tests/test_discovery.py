@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 from typing import Any
 
@@ -345,6 +347,44 @@ def test_discovery_leaves_the_model_and_the_random_state_exactly_as_they_were() 
     before = _everything(model)
     assert len(dropbp.discover(model, example_inputs=inputs)) == 2
     assert _everything(model) == before
+
+
+@dataclasses.dataclass
+class Kept:
+    last_BD: Tensor | None = None
+
+
+class Holds(nn.Module):
+    """Keeps what it computes in evaluation: in tables, lists and objects, with a flag that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner, self.head = nn.Parameter(torch.ones(8)), nn.Linear(8, 8), nn.Linear(8, 8)
+        self._made: dict[str, Tensor] = {}
+        self.seen: list[list[Tensor]] = [[torch.zeros(1)]]
+        self.kept, self.is_built = Kept(), False
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        if self.training:
+            return self.head(x_BD + self.inner(x_BD) * self.scale.exp())
+        if not self.is_built:
+            self.built_D, self.is_built = self.scale.exp(), True
+        scale_D = self._made.setdefault("scale", self.built_D * 1)
+        self.seen[0].append(scale_D)
+        self.kept.last_BD = x_BD + self.inner(x_BD) * scale_D
+        return self.head(self.kept.last_BD)
+
+
+def test_modules_keep_nothing_of_the_recorded_forward() -> None:
+    model, batch = Holds().train(), torch.randn(2, 8)
+    made, before = model._made, set(vars(model))
+    with dropbp.enable(model, example_inputs=batch):
+        assert model._made is made and not made and len(model.seen[0]) == 1 and model.kept == Kept()
+        with torch.no_grad():
+            model.scale.add_(1)
+            copy.deepcopy(model)
+            assert torch.equal(model.eval()(batch), model.train()(batch))
+    assert set(vars(model)) == before | {"built_D"}  # by the evaluation
 
 
 def test_discovery_leaves_a_model_with_adapters_as_it_was() -> None:

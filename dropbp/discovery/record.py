@@ -23,7 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from dropbp._torch import attention_mask
 from dropbp.discovery.trace import Call, Trace, collect, innermost_call, sequence_of
-from dropbp.discovery.untouched import every_parameter_recorded, forgotten, is_plain, sharded_again, undisturbed
+from dropbp.discovery.untouched import (
+    every_parameter_recorded,
+    forgotten,
+    is_plain,
+    nothing_held,
+    sharded_again,
+    undisturbed,
+)
 from dropbp.errors import DiscoveryError
 from dropbp.tensors import held_by_modules, is_differentiable, outputs_by_key, tensors_in
 
@@ -35,7 +42,7 @@ def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
         DiscoveryError: the forward failed, or no output depends on anything differentiable.
     """
     recorder = Recorder(model)
-    with contextlib.ExitStack() as stack:
+    with nothing_held(model), contextlib.ExitStack() as stack:
         for guard in (
             sharded_again(model),
             forgotten(model),
@@ -45,7 +52,8 @@ def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
         ):
             stack.enter_context(guard)
         outputs = _run(model, *differentiable(args, kwargs or {}))
-    return recorder.trace(outputs)
+        stack.close()
+        return recorder.trace(outputs)
 
 
 def differentiable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

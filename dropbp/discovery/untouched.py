@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import threading
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -14,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dropbp._torch import compiled_code_off
 from dropbp.device import random_state_kept
 from dropbp.errors import DiscoveryError
+from dropbp.tensors import tensors_in
 
 # Random state and attention kernels are settings of the process: overlapping threads would restore each other's.
 _one_at_a_time = threading.RLock()
@@ -42,6 +46,48 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, mode in training:
                 module.training = mode
             _restore_buffers(buffers)
+
+
+@contextlib.contextmanager
+def nothing_held(model: nn.Module) -> Iterator[None]:
+    """Modules let go of the recording, as LeViT of its biases for evaluation: its graph cannot be run back nor copied,
+    and the weights that it was made of will change.
+
+    A module that kept a part of it gets all its attributes back: a flag may say that the part is there.
+    """
+    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            if any(tensor.grad_fn is not None for value in _own(module) for tensor in tensors_in(value)):
+                vars(module).clear()
+                vars(module).update(attributes)
+                for container, items in contents:
+                    container.clear()
+                    (container.update if isinstance(container, dict) else container.extend)(items)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, OrderedDict, defaultdict)
+
+
+def _own(module: nn.Module) -> list[Any]:
+    return [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Lists and dicts that the attributes of a module are, or hold, each with a copy."""
+    return [(container, copy.copy(container)) for value in _own(module) for container in _containers(value)]
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+        value = vars(value)
+    if type(value) in _CONTAINERS:
+        yield value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item)
 
 
 @contextlib.contextmanager
@@ -76,10 +122,10 @@ def forgotten(model: nn.Module) -> Iterator[None]:
 
 
 def _restore_buffers(buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
-    for buffer, version, copy in buffers:
+    for buffer, version, kept in buffers:
         if buffer._version != version:
             with torch.no_grad():
-                buffer.copy_(copy)
+                buffer.copy_(kept)
 
 
 def _discard(tensor: torch.Tensor) -> None:
