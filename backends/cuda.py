@@ -13,7 +13,6 @@ would without DropBP, and autograd runs a backward in the stream of its forward.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +71,6 @@ class CudaDevice:
     def max_memory_allocated_bytes(self) -> int:
         """The most bytes of live tensors at once since `reset_peak_memory`, scratch memory of kernels included."""
         return torch.cuda.max_memory_allocated(self.index)
-
-    def max_memory_reserved_bytes(self) -> int:
-        """The most bytes that the allocator held at once: what must fit in the GPU, fragmentation included."""
-        return torch.cuda.max_memory_reserved(self.index)
 
     def memory_limit_bytes(self) -> int:
         """The GPU's memory, or the share of it that this process may use (`set_per_process_memory_fraction`)."""
@@ -136,15 +131,6 @@ class CudaDevice:
             raise DeviceError(
                 f"module {replayed[0]!r} runs as a CUDA graph ({len(replayed)} such modules). {CAPTURE_ADVICE}"
             )
-
-    def elapsed_s(self, fn: Callable[[], object]) -> float:
-        """Seconds that this GPU takes for what `fn` launches there, from events in its current stream."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record(torch.cuda.current_stream(self.index))
-        fn()
-        end.record(torch.cuda.current_stream(self.index))
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
 
     def _index(self) -> int:
         return torch.cuda.current_device() if self.index is None else self.index

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from dropbp.device import get_device
 from dropbp.errors import DropBPError
 
-from .common.options import device_name
+from .common.options import device_name, say
 from .common.processes import Answer, Worker, stoppable
 from .common.records import FILES, RESULTS
 from .parts import PARTS, Part, main
@@ -95,7 +94,7 @@ def _folder(args: argparse.Namespace) -> Iterator[Path]:
 def _note_finished(args: argparse.Namespace, root: Path) -> None:
     count = sum(1 for path in root.rglob(FILES) if path.parent.name != "unfinished") if root.is_dir() else 0
     if count and not args.again:
-        _say(f"{root} holds {count} result files; finished runs are kept. To measure anew: --again, or --output DIR.")
+        say(f"{root} holds {count} result files; finished runs are kept. To measure anew: --again, or --output DIR.")
 
 
 # -- one part
@@ -131,7 +130,7 @@ def _tables_options(args: argparse.Namespace, root: Path) -> list[str]:
 
 
 def _run_one(name: str, args: argparse.Namespace, root: Path) -> Outcome:
-    _say(f"-- {name}")
+    say(f"-- {name}")
     return _guarded(name, lambda: main([name, *options_of(name, args, root)]))
 
 
@@ -140,7 +139,7 @@ def _guarded(name: str, work: Callable[[], int]) -> Outcome:
     try:
         succeeded = work() == 0
     except DropBPError as error:
-        _say(f"dropbp bench {name}: {error}")
+        say(f"dropbp bench {name}: {error}")
         succeeded = False
     return Outcome(name, succeeded, time.perf_counter() - began_s)
 
@@ -154,7 +153,7 @@ def run_beside(commands: Mapping[str, Sequence[str]]) -> list[Outcome]:
     began_s, outcomes = time.perf_counter(), []
     with ExitStack() as stack, stoppable() as stop:
         if commands:
-            _say(f"-- {', '.join(commands)}")
+            say(f"-- {', '.join(commands)}")
         running: dict[str, Iterator[Answer | None]] = {}
         for name, options in commands.items():
             worker = stack.enter_context(Worker("dropbp.bench.worker", {"OMP_NUM_THREADS": "1"}))
@@ -163,7 +162,7 @@ def run_beside(commands: Mapping[str, Sequence[str]]) -> list[Outcome]:
         for name, answers in running.items():
             answer = next(answers)
             if answer is not None and answer["error"]:
-                _say(f"dropbp bench {name}: {answer['error']}")
+                say(f"dropbp bench {name}: {answer['error']}")
             outcomes.append(Outcome(name, _succeeded(answer), time.perf_counter() - began_s))
     return outcomes
 
@@ -178,12 +177,7 @@ def _succeeded(answer: Answer | None) -> bool:
 def _report(outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         minutes, seconds = divmod(round(outcome.seconds), 60)
-        _say(f"{outcome.name:<18} {minutes:3d} min {seconds:2d} s{'' if outcome.succeeded else '  failed'}")
+        say(f"{outcome.name:<18} {minutes:3d} min {seconds:2d} s{'' if outcome.succeeded else '  failed'}")
     failed = [outcome.name for outcome in outcomes if not outcome.succeeded]
     if failed:
-        _say(f"dropbp bench: these parts did not run to their end: {', '.join(failed)}")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+        say(f"dropbp bench: these parts did not run to their end: {', '.join(failed)}")

@@ -32,6 +32,16 @@ def listed(name: str, values: Iterable[T]) -> list[T]:
         raise ConfigError(f"{name} is {short(values)}; {name} holds one entry per branch. Pass a list.") from error
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_whole(value: object, least: float = -math.inf) -> bool:
+    """Whether it is a whole number of at least `least`."""
+    return isinstance(value, int) and is_number(value) and value >= least
+
+
 def short(value: object) -> str:
     """A value as text that fits into a message."""
     text = repr(value)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dropbp.checks import is_number, is_whole
 from dropbp.errors import ConfigError
 
 SCALINGS = ("none", "unbiased", "clipped")
@@ -128,7 +129,7 @@ def _check_extra(masks: str, extra: Mapping[str, Any], own: Sequence[str], allow
 
 
 def _check_drop_rate(drop_rate: Any) -> None:
-    if not _is_number(drop_rate) or not 0 <= drop_rate < 1:
+    if not is_number(drop_rate) or not 0 <= drop_rate < 1:
         raise ConfigError(
             f"drop_rate is {drop_rate!r}; it is the share of backward FLOPs to skip, 0 <= drop_rate < 1. "
             "0.5 halves the blocks' backward; the paper uses 0.5, 0.75 and 0.875."
@@ -141,8 +142,7 @@ def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def _check_activations(value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-    if value is not None and value != "auto" and not number:
+    if value is not None and value != "auto" and not (is_number(value) and 0 < value <= 1):
         raise ConfigError(
             f"max_activations is {value!r}; allowed: a share, 0 < share <= 1, None (no limit), or 'auto'."
         )
@@ -151,7 +151,7 @@ def _check_activations(value: Any) -> None:
 def _check_resample(resample: Any) -> None:
     if resample in ("forward", "step") and isinstance(resample, str):
         return
-    if not isinstance(resample, int) or isinstance(resample, bool) or resample < 1:
+    if not is_whole(resample, 1):
         raise ConfigError(
             f"resample is {resample!r}; allowed: 'forward', 'step' (with handle.resample() once per optimizer step), "
             "or an integer of at least 1, the number of training forwards a mask is kept for."
@@ -166,17 +166,17 @@ def _check_rates(rates: Any) -> None:
 
 
 def _check_max_rate(max_rate: Any) -> None:
-    if max_rate is not None and not (_is_number(max_rate) and 0 <= max_rate <= 1):
+    if max_rate is not None and not (is_number(max_rate) and 0 <= max_rate <= 1):
         raise ConfigError(f"max_rate is {max_rate!r}; it must be a number from 0 to 1, or None.")
 
 
 def _check_warmup(warmup: Any) -> None:
-    if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
+    if not is_whole(warmup, 0):
         raise ConfigError(f"warmup is {warmup!r}; it must be a whole number of at least 0: of training forwards.")
 
 
 def _check_steps(steps: Any) -> None:
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+    if steps is not None and not is_whole(steps, 1):
         raise ConfigError(
             f"steps is {steps!r}; it must be the number of training forwards of the run, at least 1, or None where it "
             "is not known."
@@ -184,7 +184,7 @@ def _check_steps(steps: Any) -> None:
 
 
 def _check_max_scale(max_scale: Any) -> None:
-    if not _is_number(max_scale) or not max_scale >= 1:
+    if not is_number(max_scale) or not max_scale >= 1:
         raise ConfigError(f"max_scale is {max_scale!r}; it must be a number of at least 1.")
 
 
@@ -193,16 +193,12 @@ def _check_cache(where: Any, limit: Any) -> None:
         raise ConfigError(
             f"activation_cache is {where!r}; allowed: True (memory of the host), the path of a folder, or None (off)."
         )
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+    if limit is not None and not is_whole(limit, 1):
         raise ConfigError(f"activation_cache_limit is {limit!r}; it must be a number of bytes of at least 1, or None.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_whole(value):
         raise ConfigError(f"{name} is {value!r}; it must be an integer.")
 
 

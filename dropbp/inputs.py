@@ -17,6 +17,7 @@ from torch import nn
 from dropbp.errors import DiscoveryError
 from dropbp.flops import SOUND, length_axis, shape_of
 
+IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 FIRST_TOKEN = 5
 MORE = 16  # tokens
 
@@ -81,6 +82,11 @@ def argument_names(model: nn.Module) -> tuple[str, ...]:
 Asked = frozenset[tuple[str, Any]]
 
 
+def placed(names: Sequence[str], args: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Positional arguments with the names of their places, or with the number of a place that has no name."""
+    return list(zip((*names, *map(str, range(len(names), len(args)))), args, strict=False))
+
+
 def asked(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:
     """What a call of a model asks for: the names of the arguments it gives, and its flags with their values.
 
@@ -89,8 +95,7 @@ def asked(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) 
         args: those of the call.
         kwargs: likewise.
     """
-    placed = zip((*names, *map(str, range(len(names), len(args)))), args, strict=False)
-    given = (*placed, *kwargs.items())
+    given = (*placed(names, args), *kwargs.items())
     return frozenset((name, _flag(value)) for name, value in given if value is not None)
 
 

@@ -32,10 +32,6 @@ class TensorBytes:
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def reset_peak(self) -> None:
-        """Start measuring the peak anew, from the live bytes."""
-        self.peak_bytes = self.live_bytes
-
     def follow(self, storage: torch.UntypedStorage) -> None:
         """Count a storage from now until it dies; one that is counted already gets its present size."""
         key, size = storage._cdata, storage.nbytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -74,6 +75,18 @@ def _may_hold_tensors(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
         return len(value) < _LONG_LIST
     return isinstance(value, torch.Tensor)
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore all buffers afterwards: kernels change running statistics without counting a new version."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def map_tensors(value: Any, function: TensorMap) -> Any:

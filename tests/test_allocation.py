@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
 from dropbp.errors import ConfigError
-from dropbp.masks.rates import METHODS, PROFILES, allocate, depth_rates, monotone
+from dropbp.masks.rates import METHODS, PROFILES, allocate, depth_rates
 from tests.common.reference import ResidualNet, gradient_norm_sensitivities, greedy_rates
 
 settings.register_profile("untimed", deadline=None)  # timing never decides a test
@@ -308,34 +308,3 @@ def test_budget_below_the_top_branch_trains_only_that_branch(profile):
 def test_depth_rates_say_what_can_be_reached():
     with pytest.raises(ConfigError, match=r"largest reachable drop rate is 0\.5"):
         depth_rates([1, 1], 0.6, max_rate=0.5)
-
-
-rate_lists = st.lists(st.tuples(st.floats(0, 1), flops_values), min_size=1, max_size=30)
-
-
-@given(rate_lists)
-def test_monotone_rates_keep_order_bounds_and_budget(branches):
-    rates, flops = zip(*branches, strict=True)
-    projected = monotone(rates, flops)
-    assert list(projected) == sorted(projected, reverse=True)
-    assert saved_share(projected, flops) == pytest.approx(saved_share(rates, flops), rel=1e-9, abs=1e-12)
-    assert min(rates) <= min(projected) <= max(projected) <= max(rates)
-    assert monotone(projected, flops) == projected
-
-
-@given(rate_lists, st.lists(st.floats(0, 1), min_size=30, max_size=30))
-def test_monotone_rates_are_the_nearest_in_order(branches, others):
-    rates, flops = zip(*branches, strict=True)
-    rival = sorted(others[: len(rates)], reverse=True)
-
-    def distance(candidate):
-        return sum(f / max(flops) * (p - q) ** 2 for p, q, f in zip(rates, candidate, flops, strict=True))
-
-    assert distance(monotone(rates, flops)) <= distance(rival) + EPS
-
-
-def test_monotone_checks_its_rates():
-    with pytest.raises(ConfigError, match=r"rates\[1\] is 1.5; allowed is a number from 0"):
-        monotone([0.1, 1.5], [1, 1])
-    with pytest.raises(ConfigError, match="rates has 1 entries and flops has 2"):
-        monotone([0.1], [1, 1])

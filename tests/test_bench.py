@@ -1,4 +1,4 @@
-"""The harness's logic: records, resume, limits, bisection, models, tables. No time decides anything here."""
+"""The harness's logic: records, resume, limits, models, tables. No time decides anything here."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dropbp.bench.common.presets import MODELS, SeqlenPreset, ThroughputPreset, 
 from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_optimizer, loss_of
 from dropbp.bench.learning import accuracy
 from dropbp.bench.memory import seqlen
-from dropbp.bench.memory.bisection import largest
-from dropbp.bench.memory.probe import Probe, Workplace, is_border, is_out_of_memory, tried_in_a_process
+from dropbp.bench.memory.probe import Probe, Workplace, is_out_of_memory
+from dropbp.bench.memory.search import is_border, tried_in_a_process
 from dropbp.bench.report import paper, tables
 from dropbp.bench.report.derive import backward_shares, figures, length_ratios, parts_of, share_error
 from dropbp.bench.report.limits import Parts, limit_s, median_spread, share_of_possible_saving
@@ -64,28 +64,6 @@ def test_share_of_possible_saving() -> None:
 def test_median_spread_of_one_value_is_that_value() -> None:
     assert median_spread([2.0]) == (2.0, 2.0, 2.0)
     assert median_spread([1.0, 2.0, 3.0]) == (1.5, 2.0, 2.5)
-
-
-# -- bisection
-
-
-@pytest.mark.parametrize("step", [1, 7, 128])
-@pytest.mark.parametrize("border", [0, 1, 6, 127, 128, 1000, 4095, 5000])
-@pytest.mark.parametrize("guess", [None, 1, 500, 4096])
-def test_bisection_finds_the_largest_multiple_that_fits(step: int, border: int, guess: int | None) -> None:
-    found = largest(lambda size: size <= border, step=step, most=4096, guess=guess)
-    assert found == min(border, 4096) // step * step
-
-
-def test_bisection_with_a_right_guess_asks_about_two_sizes() -> None:
-    asked: list[int] = []
-
-    def fits(size: int) -> bool:
-        asked.append(size)
-        return size <= 1000
-
-    assert largest(fits, step=8, most=1 << 20, guess=1000) == 1000
-    assert asked == [1000, 1008]
 
 
 # -- records
@@ -277,7 +255,7 @@ def test_bytes_counted_on_shapes_are_those_of_a_real_step(training: Training) ->
 
 def test_greedy_nested_masks_are_all_kept_and_the_budget_from_the_top() -> None:
     lane = Lane(Variant("nested", 0.5), build_model(TINY, Training("full", "fp32"), "cpu"), CPU)
-    whole, within = lane.greedy_masks(3)
+    whole, within = lane.peak_memory_masks(3)
     assert whole == (False,) * 8 and within is not None
     kept = [i for i, dropped in enumerate(within) if not dropped]
     assert kept == list(range(kept[0], 8)) and 0 < len(kept) < 8

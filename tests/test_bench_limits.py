@@ -13,14 +13,8 @@ from dropbp.bench.common.models import build_model
 from dropbp.bench.common.options import TimeLimit
 from dropbp.bench.common.presets import ThroughputPreset, Training
 from dropbp.bench.common.setup import PLAIN, Lane, Variant, build_batch, build_optimizer, loss_of
-from dropbp.bench.memory.probe import (
-    Probe,
-    Workplace,
-    guess_border,
-    guess_tried,
-    largest_counted,
-    tried_in_a_process,
-)
+from dropbp.bench.memory.probe import Probe, Workplace
+from dropbp.bench.memory.search import guess_border, guess_tried, largest_counted, tried_in_a_process
 from dropbp.bench.report import tables
 from dropbp.bench.throughput.rounds import Bench
 
@@ -40,7 +34,7 @@ def curved(size: int) -> int:
 
 
 class Counted:
-    """A probe of a known peak, that of its peak_memory_masks mask; another mask needs a tenth less."""
+    """A probe of a known peak, that of the mask that needs most; another mask needs a tenth less."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -88,7 +82,7 @@ def whole_steps(training: Training, variant: Variant, accumulated: bool, count: 
     lane = Lane(variant, build_model(TINY, training, "meta"), meta)
     optimizer, ids_BS = build_optimizer(lane.model, training.tuning), build_batch(TINY, 2, 96, "meta")
     peaks = []
-    for mask in [None, *lane.greedy_masks(count)]:  # the first makes the optimizer's states and is drawn by no one
+    for mask in [None, *lane.peak_memory_masks(count)]:  # the first makes the optimizer's states and is drawn by no one
         given = accumulated or not peaks
         for parameter in lane.model.parameters():
             parameter.grad = torch.ones_like(parameter) if given else None

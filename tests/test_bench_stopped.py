@@ -18,7 +18,7 @@ import torch
 from dropbp.bench.common import models, processes, records
 from dropbp.bench.common.presets import SeqlenPreset, ThroughputPreset, Training
 from dropbp.bench.common.setup import PLAIN, Variant
-from dropbp.bench.memory import probe, seqlen
+from dropbp.bench.memory import search, seqlen
 from dropbp.bench.report import paper, tables
 from dropbp.bench.report.derive import figures, grown, length_ratios
 from dropbp.bench.throughput import command as throughput
@@ -200,11 +200,11 @@ TRIED = SeqlenPreset(TINY, (FULL,), (0.5, 0.875), step=16, max_length=32)
 def test_a_search_goes_on_with_what_was_tried_before() -> None:
     task = {"vary": "sequence_length", "fixed": 1, "step": 16, "most": 64, "accumulated": True}
     known, noted = [{"size": 16, "fits": True}, {"size": 48, "fits": False}, {"ended_after_s": 1.0}], []
-    found, asked = probe.tried_in_a_process(
+    found, asked = search.tried_in_a_process(
         TINY, FULL, PLAIN, "cpu", task, known=known, note=lambda size, entries: noted.append((size, len(entries)))
     )
     assert found == 32 and asked == [*known[:2], {"size": 32, "fits": True}] and noted == [(32, 3)]
-    assert probe.is_border(asked)
+    assert search.is_border(asked)
 
 
 def lengths(**asked: list[dict[str, Any]]) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def test_lengths_can_be_narrowed_to_a_training_to_rates_and_to_masks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(seqlen.SEQLEN, "small", TRIED)  # type: ignore[index]
-    monkeypatch.setattr(seqlen, "tried_in_a_process", lambda *given: (32, [FITS, TOO_LONG]))
+    monkeypatch.setattr(search, "tried_in_a_process", lambda *given: (32, [FITS, TOO_LONG]))
     options = ["--preset", "rehearsal", "--only", "full-bf16", "--drop-rates", "0.875", "--masks", "exact"]
     assert seqlen.run(arguments(seqlen, tmp_path, *options)) == 0
     (record,) = records.read_all(tmp_path, "seqlen")
@@ -270,7 +270,7 @@ def test_a_process_imports_what_its_parent_imports_wherever_it_is_started(
     (tmp_path / "dropbp" / "__init__.py").write_text("raise ImportError('the one of the working directory')")
     monkeypatch.chdir(tmp_path)
     task = {"vary": "sequence_length", "fixed": 1, "step": 16, "most": 16, "accumulated": True}
-    found, asked = probe.tried_in_a_process(TINY, FULL, Variant("nested", 0.5), "cpu", task)
+    found, asked = search.tried_in_a_process(TINY, FULL, Variant("nested", 0.5), "cpu", task)
     assert found == 16, asked
 
 

@@ -17,7 +17,7 @@ from dropbp.bench.parts import PARTS
 import dropbp
 from dropbp.cli import main as cli
 from dropbp.cli.commands import Command
-from dropbp.cli.unused import _uses_bitsandbytes, _uses_deepspeed
+from dropbp.cli.libraries import _uses_bitsandbytes, _uses_deepspeed
 from dropbp.errors import ConfigError
 from tests.common.tiny import save_model
 
@@ -176,7 +176,7 @@ def test_inspect_refuses_what_it_cannot_read(
 PREPARES_A_TRAINER = """
 import sys
 from dropbp.cli.commands import Command
-from dropbp.cli.unused import leave_out_unused
+from dropbp.cli.libraries import leave_out_unused
 if sys.argv[1:]:
     leave_out_unused(sys.argv[1:])
 import peft, torch, transformers

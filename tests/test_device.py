@@ -347,11 +347,6 @@ def test_cuda_build_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, gp
         get_device("cuda")
 
 
-def test_cuda_measures_time_on_the_gpu_that_was_asked_for(gpus: types.SimpleNamespace) -> None:
-    assert get_device("cuda:1").elapsed_s(lambda: None) == 2.0  # type: ignore[attr-defined]
-    assert gpus.calls == [("record", "stream of 1")] * 2
-
-
 class OnGpu(nn.Module):
     """A model whose tensors say that they are on the given devices; there is nothing else behind them."""
 
@@ -433,7 +428,6 @@ def test_cuda_on_a_real_gpu() -> None:
     drawn = torch.rand(3, device="cuda")
     device.set_generator_state(state)
     assert torch.equal(torch.rand(3, device="cuda"), drawn)
-    assert device.elapsed_s(lambda: torch.ones(MIB, device="cuda").sum()) > 0  # type: ignore[attr-defined]
 
 
 # --- every other device of PyTorch, with a stand-in for its module and for torch.accelerator

@@ -1,4 +1,4 @@
-"""The stream ends at the lowest kept branch where nothing needs its gradient below, and only there."""
+"""The backward is truncated at the lowest kept branch where nothing needs its gradient below, and only there."""
 
 import logging
 
@@ -46,11 +46,11 @@ def test_what_is_kept_has_the_gradient_of_a_plain_step(name, count):
     plain, model = make(), make()
     expected = take_gradients(plain, loss(plain))
     handle = looked_at(model, loss)
-    asleep = {n for b in handle.branches[:count] for m in b.modules for n in names_under(model, m)}
-    asleep |= {n for stem in handle.engine.structure.rests.modules for n in names_under(model, stem)}
+    frozen = {n for b in handle.branches[:count] for m in b.modules for n in names_under(model, m)}
+    frozen |= {n for stem in handle.engine.structure.rests.modules for n in names_under(model, stem)}
     with handle.fixed(bottom_dropped(count)):
         found = take_gradients(model, loss(model))
-    assert_same_gradients(found, {n: None if n in asleep else gradient for n, gradient in expected.items()})
+    assert_same_gradients(found, {n: None if n in frozen else gradient for n, gradient in expected.items()})
 
 
 def names_under(model, module):

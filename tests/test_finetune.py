@@ -7,7 +7,6 @@ import hashlib
 import json
 import subprocess
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dropbp
-from dropbp.cli import causal_lm, choices, corpus, demo, embedded, registry, report, smollm, training
+from dropbp.cli import causal_lm, choices, demo, registry, report, smollm, training
 from dropbp.cli.examples import IGNORED, Encoder, Example, collate, collate_left, encode_rows, pack
 from dropbp.cli.main import main
 from dropbp.cli.rows import read_rows
@@ -690,39 +689,6 @@ def as_llama_cpp(name: str, weight: torch.Tensor, config: Any) -> tuple[str, Any
     if heads is not None:
         weight = weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
     return f"{block}{ours}.{kind}", weight.contiguous().numpy()
-
-
-# -- the embedded base
-
-
-def test_the_byte_tokenizer_gives_back_every_text() -> None:
-    tokenizer = embedded.byte_tokenizer()
-    text = "def f(x):\n\treturn 'héllo €' # \u2028"
-    ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text.encode())
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 256
-
-
-def test_another_base_gets_another_place_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    base = embedded.Base()
-    assert embedded.base_folder(base, "x").parent == tmp_path / "dropbp"
-    assert embedded.base_folder(base, "x") == embedded.base_folder(embedded.Base(), "x")
-    assert len({embedded.base_folder(b, d) for b in (base, replace(base, seed=1)) for d in "xy"}) == 4
-
-
-def test_a_new_model_leaves_the_random_state_alone() -> None:
-    before = torch.get_rng_state()
-    embedded.new_model(embedded.Base(layers=1, width=32, heads=2))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_corpora_are_long_enough_and_of_different_kinds() -> None:
-    code, prose = corpus.source_code(50_000), corpus.english_prose(50_000)
-    assert len(code.encode()) == len(prose.encode()) == 50_000
-    assert code.count("def ") > 5 * prose.count("def ")
-    assert corpus.digest(code) != corpus.digest(prose)
 
 
 # -- the report

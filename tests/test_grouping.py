@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dropbp.lazy.grouping import clip_grad_norm_grouped, group_parameters_by_branch, step_by_group, zero_fill_gradients
+import dropbp
+from dropbp.lazy.grouping import clip_grad_norm_grouped, split_groups, step_by_group, zero_fill_gradients
+from tests.common.engine_models import plain_batch, plain_net
 
 WIDTH = 4
-
-
-@dataclass(frozen=True)
-class Branch:
-    modules: tuple[str, ...]
 
 
 class Stack(nn.Module):
@@ -32,10 +29,6 @@ class Stack(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(depth))
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
         self.head = nn.Linear(WIDTH, 1)
-
-    @property
-    def branches(self) -> list[Branch]:
-        return [Branch((f"norms.{i}", f"blocks.{i}")) for i in range(len(self.blocks))]
 
     def forward(self, x: torch.Tensor, mask: tuple[bool, ...]) -> torch.Tensor:
         x = self.embedding(x)
@@ -55,46 +48,65 @@ def backward(model: Stack, mask: tuple[bool, ...], seed: int = 0) -> None:
     model(x, mask).square().sum().backward()
 
 
+def by_branch(model: Stack, groups: Any = None) -> list[dict[str, Any]]:
+    """The groups that `handle.group_parameters` makes for such a model: one for each branch, one for the rest."""
+    pairs = zip(model.norms, model.blocks, strict=True)
+    own = {id(p): i for i, modules in enumerate(pairs) for module in modules for p in module.parameters()}
+    return split_groups(groups or [{"params": list(model.parameters())}], lambda p: own.get(id(p), -1))
+
+
 # --- parameter groups
 
 
+def grouped_names(model: nn.Module, given: Any = None, masks: str = "exact") -> list[set[str]]:
+    with dropbp.enable(model, masks=masks, example_inputs=plain_batch()) as handle:
+        return [names(model, group["params"]) for group in handle.group_parameters(given)]
+
+
+def parameters_in(model: nn.Module, *modules: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith(modules)}
+
+
 def test_each_branch_gets_a_group_and_the_rest_gets_one() -> None:
-    model = Stack(depth=2)
-    groups = group_parameters_by_branch(model, model.branches)
-    assert [names(model, group["params"]) for group in groups] == [
-        {"embedding.weight", "embedding.bias", "head.weight", "head.bias"},
-        {"norms.0.weight", "norms.0.bias", "blocks.0.weight", "blocks.0.bias"},
-        {"norms.1.weight", "norms.1.bias", "blocks.1.weight", "blocks.1.bias"},
+    model = plain_net(blocks=1)
+    assert grouped_names(model) == [
+        parameters_in(model, "stem", "norm.", "head"),
+        parameters_in(model, "blocks.0.norm1", "blocks.0.mix"),
+        parameters_in(model, "blocks.0.norm2", "blocks.0.mlp"),
     ]
+
+
+def test_what_feeds_the_stream_gets_a_group_of_its_own_where_it_is_frozen_at_times() -> None:
+    model = plain_net(blocks=1)
+    assert parameters_in(model, "stem") in grouped_names(model, masks="nested")
 
 
 def test_options_of_the_groups_given_are_kept() -> None:
-    model = Stack(depth=1)
+    model = plain_net(blocks=1)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     given_groups = [{"params": decayed, "weight_decay": 0.1, "lr": 2.0}, {"params": others, "weight_decay": 0.0}]
-    groups = group_parameters_by_branch(model, model.branches, given_groups)
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0, 0.0]
-    assert [group.get("lr") for group in groups] == [2.0, 2.0, None, None]
-    assert names(model, groups[1]["params"]) == {"blocks.0.weight"}
+    with dropbp.enable(model, masks="exact", example_inputs=plain_batch()) as handle:
+        groups = handle.group_parameters(given_groups)
+    assert [group["weight_decay"] for group in groups] == [0.1] * 3 + [0.0] * 3
+    assert [group.get("lr") for group in groups] == [2.0] * 3 + [None] * 3
+    assert names(model, groups[1]["params"]) == {"blocks.0.mix.0.weight", "blocks.0.mix.2.weight"}
 
 
 def test_parameters_shared_by_branches_get_a_group_of_their_own() -> None:
-    model = Stack(depth=2)
-    model.blocks[1] = model.blocks[0]
-    groups = group_parameters_by_branch(model, model.branches)
-    assert [names(model, group["params"]) for group in groups][1:] == [
-        {"norms.0.weight", "norms.0.bias"},
-        {"blocks.0.weight", "blocks.0.bias"},
-        {"norms.1.weight", "norms.1.bias"},
-    ]
+    model = plain_net(blocks=2)
+    model.blocks[1].mix = model.blocks[0].mix
+    found = grouped_names(model)
+    assert parameters_in(model, "blocks.0.mix") in found
+    assert {"blocks.0.norm1.weight", "blocks.0.norm1.bias"} in found
 
 
 def test_frozen_parameters_are_left_out_unless_they_are_given() -> None:
-    model = Stack(depth=1)
-    model.blocks.requires_grad_(False)
-    groups = group_parameters_by_branch(model, model.branches)
-    assert names(model, groups[1]["params"]) == {"norms.0.weight", "norms.0.bias"}
+    model = plain_net(blocks=1)
+    model.blocks[0].mix.requires_grad_(False)
+    trained = {"blocks.0.norm1.weight", "blocks.0.norm1.bias"}
+    assert trained in grouped_names(model)
+    assert trained | parameters_in(model, "blocks.0.mix") in grouped_names(model, [{"params": model.parameters()}])
 
 
 @given(mask=st.lists(st.booleans(), min_size=3, max_size=3))
@@ -102,7 +114,7 @@ def test_frozen_parameters_are_left_out_unless_they_are_given() -> None:
 def test_in_every_group_all_gradients_are_there_or_none_is(mask: list[bool]) -> None:
     model = Stack()
     backward(model, tuple(mask))
-    for group in group_parameters_by_branch(model, model.branches):
+    for group in by_branch(model):
         assert len({parameter.grad is None for parameter in group["params"]}) == 1
 
 
@@ -111,7 +123,7 @@ def test_grouped_optimizer_steps_are_bit_identical_to_ungrouped_ones() -> None:
     grouped = copy.deepcopy(plain)
     optimizers = [
         torch.optim.AdamW(plain.parameters(), lr=0.1),
-        torch.optim.AdamW(group_parameters_by_branch(grouped, grouped.branches), lr=0.1),
+        torch.optim.AdamW(by_branch(grouped), lr=0.1),
     ]
     for seed, mask in enumerate([(False, True, False), (True, True, False), (False, False, True)]):
         for model, optimizer in zip((plain, grouped), optimizers, strict=True):
@@ -125,7 +137,7 @@ def test_grouped_optimizer_steps_are_bit_identical_to_ungrouped_ones() -> None:
 def test_an_optimizer_that_exists_can_be_regrouped() -> None:
     model = Stack()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.3)
-    optimizer.param_groups[:] = group_parameters_by_branch(model, model.branches, optimizer.param_groups)
+    optimizer.param_groups[:] = by_branch(model, optimizer.param_groups)
     before = model.blocks[1].weight.detach().clone()
     backward(model, (False, True, False))
     optimizer.step()
@@ -140,7 +152,7 @@ def test_stepping_by_group_is_bit_identical_to_one_step(make: type[torch.optim.O
     by_group = copy.deepcopy(whole)
     boundaries: list[int] = []
     for model in (whole, by_group):
-        optimizer = make(group_parameters_by_branch(model, model.branches), lr=0.1)  # type: ignore[call-arg]
+        optimizer = make(by_branch(model), lr=0.1)  # type: ignore[call-arg]
         groups = optimizer.param_groups
         for seed, mask in enumerate([(False, True, False), (False, False, True)]):
             optimizer.zero_grad()
@@ -159,7 +171,7 @@ def test_stepping_by_group_is_bit_identical_to_one_step(make: type[torch.optim.O
 
 
 def grouped_parameters(model: Stack) -> list[list[torch.Tensor]]:
-    return [group["params"] for group in group_parameters_by_branch(model, model.branches)]
+    return [group["params"] for group in by_branch(model)]
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dropbp.bench.common import corpus, small
 from dropbp.bench.common.records import SCHEMA, Record, read_folder
 from dropbp.bench.learning import command as learning
 from dropbp.bench.learning import curves, presets, tables, tasks
@@ -45,6 +47,30 @@ def times_record(
     return {"schema": SCHEMA, "kind": kind, "config": {"task": "python"}, "rows": rows}
 
 
+# -- the base
+
+
+def test_another_base_gets_another_place_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    base = small.Base()
+    assert small.base_folder(base, "x").parent == tmp_path / "dropbp"
+    assert small.base_folder(base, "x") == small.base_folder(small.Base(), "x")
+    assert len({small.base_folder(b, d) for b in (base, replace(base, seed=1)) for d in "xy"}) == 4
+
+
+def test_a_new_model_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    small.new_model(small.Base(layers=1, width=32, heads=2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_corpora_are_long_enough_and_of_different_kinds() -> None:
+    code, prose = corpus.source_code(50_000), corpus.english_prose(50_000)
+    assert len(code.encode()) == len(prose.encode()) == 50_000
+    assert code.count("def ") > 5 * prose.count("def ")
+    assert corpus.digest(code) != corpus.digest(prose)
+
+
 # -- tasks
 
 
@@ -69,8 +95,8 @@ def test_batches_depend_on_the_seed_alone_and_micro_batches_make_up_the_batch() 
 
 
 def test_the_base_has_not_seen_the_gentle_shift() -> None:
-    base = {place.parts for place in tasks.python_files(lambda top: top not in tasks.HELD_OUT)}
-    gentle = {place.parts for place in tasks.python_files(lambda top: top in tasks.HELD_OUT)}
+    base = {place.parts for place in corpus.python_files(lambda top: top not in tasks.HELD_OUT)}
+    gentle = {place.parts for place in corpus.python_files(lambda top: top in tasks.HELD_OUT)}
     assert base and gentle and not base & gentle
 
 
@@ -227,7 +253,7 @@ def test_tables_of_nothing_say_what_to_run(tmp_path: Path) -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> presets.Preset:
     """A preset of seconds: a base that was hardly trained, kept in a cache of its own."""
-    base = tasks.Base(layers=2, width=32, heads=2, sequence_length=16, batch_size=2, steps=2, corpus_bytes=50_000)
+    base = small.Base(layers=2, width=32, heads=2, sequence_length=16, batch_size=2, steps=2, corpus_bytes=50_000)
     monkeypatch.setattr(tasks, "BASE", base)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return presets.Preset(("c-accumulated",), ("freezing", "nested shelf"), (0.5,), (0, 1), 3, 2, most_rates=2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dropbp.config import make_config
 from dropbp.errors import ConfigError, StateError
 from dropbp.flops import FlopsModel, Shape
-from dropbp.lazy.warmup import Layer, Rehearsal
+from dropbp.lazy.warmup import GraphWarmup, Layer
 from dropbp.masks import sampler_kinds
 from dropbp.masks.budget import TOLERANCE, shortfall
 from dropbp.masks.pace import Curve
@@ -320,7 +320,7 @@ def test_every_drawn_mask_trains_something(drop_rate, masks, trained, known):
 
 
 def test_a_redrawn_mask_keeps_each_rate_but_for_what_it_must():
-    """Half of the branches are trained: all of them fall together once in 2000 draws at most."""
+    """Half of the branches are trained: all of them are dropped together once in 2000 draws at most."""
     rates = [0.0] * BRANCHES
     one = schedule(0.5, "independent", trains=lambda dropped: dropped & 0xFFF != 0xFFF)
     for _ in range(2000):
@@ -329,9 +329,10 @@ def test_a_redrawn_mask_keeps_each_rate_but_for_what_it_must():
     assert all(rate == pytest.approx(0.5, abs=0.05) for rate in rates)
 
 
-def test_rehearsed_masks_train_something_too():
+def test_masks_of_a_graph_warm_up_train_something_too():
     one = schedule(0.875, "independent", trains=lambda dropped: dropped & 0b11 != 0b11)
-    one.rehearsal = Rehearsal([Layer("block", 3 << i) for i in range(0, BRANCHES, 2)], (1 << BRANCHES) - 1, lambda _: 0)
+    layers = [Layer("block", 3 << i) for i in range(0, BRANCHES, 2)]
+    one.graph_warmup = GraphWarmup(layers, (1 << BRANCHES) - 1, lambda _: 0)
     for _ in range(100):
         assert one.next(Shape(2, 32), ALONE).dropped & 0b11 != 0b11
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dropbp
 from dropbp.cli import main as cli
 from dropbp.errors import ConfigError, StateError
-from dropbp.estimate.footprint import largest_within
+from dropbp.estimate.footprint import largest
 from dropbp.estimate.stepcost import Costs, Share
 from dropbp.memory import track_tensor_bytes
 from tests.common import trained
@@ -155,9 +155,23 @@ def test_more_fits_the_more_is_dropped_and_nothing_fits_no_memory():
     assert (none.largest_batch, none.largest_sequence) == (0, 0)
 
 
-@pytest.mark.parametrize("border", [0, 1, 2, 3, 7, 8, 9])
-def test_the_border_is_found(border):
-    assert largest_within(lambda size: size, border, most=8) == min(border, 8)
+@pytest.mark.parametrize("step", [1, 7, 128])
+@pytest.mark.parametrize("border", [0, 1, 6, 127, 128, 1000, 4095, 5000])
+@pytest.mark.parametrize("guess", [None, 1, 500, 4096])
+def test_bisection_finds_the_largest_multiple_that_fits(step: int, border: int, guess: int | None) -> None:
+    found = largest(lambda size: size <= border, step=step, most=4096, guess=guess)
+    assert found == min(border, 4096) // step * step
+
+
+def test_bisection_with_a_right_guess_asks_about_two_sizes() -> None:
+    asked: list[int] = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= 1000
+
+    assert largest(fits, step=8, most=1 << 20, guess=1000) == 1000
+    assert asked == [1000, 1008]
 
 
 # -- FLOPs

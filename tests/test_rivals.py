@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from dropbp.bench.common.small import Base, new_model
 from dropbp.bench.learning import rivals
 from dropbp.bench.learning.costs import Costs
 from torch import nn
@@ -15,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
-from dropbp.cli.embedded import Base, new_model
 
 SMALL = Base(layers=4, width=32, heads=2, sequence_length=16)
 NAMES = [
@@ -29,7 +29,7 @@ NAMES = [
 
 @pytest.fixture
 def model() -> nn.Module:
-    made: nn.Module = new_model(SMALL).train()
+    made: nn.Module = new_model(SMALL)
     return made
 
 

@@ -7,9 +7,7 @@ of a fine-tuning. Beside it stands the linear residual net of the theory in `doc
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropbp.cli.figures import new_figure, save_figure
-from dropbp.cli.quiet import quiet
+from dropbp.cli.libraries import quiet
+from dropbp.cli.plan import progress_note, publish
 from dropbp.errors import ConfigError
-from dropbp.files import write_text
+
+from ..common.markdown import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,13 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """
     setting = _setting(args)
     with quiet():
-        found = analyse(setting, _progress())
-    text = json.dumps(found, indent=1)
-    if args.output is not None:
-        write_text(args.output, text + "\n")
-    if args.plot is not None:
-        plot(found, args.plot)
-    sys.stdout.write((text if args.json else tables(found)) + "\n")
+        found = analyse(setting, progress_note())
+    publish(found, args, tables, plot)
     return 0
 
 
@@ -122,13 +117,17 @@ def tables(found: Found) -> str:
 def path_table(model: Found) -> str:
     """Markdown: norms are relative to the gradient along all paths of no branch."""
     unit = model["paths"][0]["norm"] or 1.0
-    lines = ["| branches passed | paths | one path | all, at most | all, summed |", "|---:|---:|---:|---:|---:|"]
-    lines += [
-        f"| {path['length']} | {path['count']:,} | {path['norm'] / unit:.2g} | {path['total'] / unit:.3g} "
-        f"| {_summed(path['together'] / unit)} |"
+    rows = [
+        (
+            str(path["length"]),
+            f"{path['count']:,}",
+            f"{path['norm'] / unit:.2g}",
+            f"{path['total'] / unit:.3g}",
+            _summed(path["together"] / unit),
+        )
         for path in model["paths"]
     ]
-    return "\n".join(lines)
+    return table(("branches passed", "paths", "one path", "all, at most", "all, summed"), rows, "r")
 
 
 def _summed(value: float) -> str:
@@ -137,12 +136,12 @@ def _summed(value: float) -> str:
 
 def way_table(model: Found) -> str:
     """Markdown: one line for each rate, mask sampler and scaling."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|---:|---|---|" + "---:|" * (len(_COLUMNS) - 3)]
+    rows = []
     for way in model["estimators"]:
         numbers = [way[key] for key in ("bias", "cosine", "tensor_cosine", "variance", "error")]
         cells = [f"{way['drop_rate']:g}", way["masks"], way["scaling"], *(f"{number:.3g}" for number in numbers)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(_COLUMNS, rows, "rllr")
 
 
 def plot(found: Found, path: Path) -> None:
@@ -189,32 +188,19 @@ def _draw_ways(axes: Axes, estimators: list[Found]) -> None:
 
 def _trained_llama(setting: Setting, note: Note) -> tuple[nn.Module, Callable[[], Tensor], float]:
     """The model, one batch of English as a closure, and the last training loss."""
-    from dropbp.cli.corpus import english_prose, source_code
-    from dropbp.cli.embedded import Base, new_model, train_briefly
+    from ..common.corpus import Windows, english_prose, source_code
+    from ..common.small import Base, new_model, train_briefly
 
-    model: Any = new_model(Base(setting.layers, setting.width, 4, setting.length, seed=setting.seed)).train()
-    code, english = _windows(source_code(400_000), setting), _windows(english_prose(400_000), setting)
+    model: Any = new_model(Base(setting.layers, setting.width, 4, setting.length, seed=setting.seed))
+    size = (setting.rows, setting.length, setting.seed)
+    code, english = Windows(source_code(400_000), *size), Windows(english_prose(400_000), *size)
 
     def progress(step: int) -> None:
         note(f"training the model, step {step} of {setting.steps}")
 
-    loss = train_briefly(model, code, setting.steps, setting.learning_rate, progress)
-    looked_at = english()
+    loss = train_briefly(model, code.batch, setting.steps, setting.learning_rate, progress)
+    looked_at = english.batch()
     return model, lambda: model(input_ids=looked_at, labels=looked_at).loss, loss
-
-
-def _windows(text: str, setting: Setting) -> Callable[[], Tensor]:
-    """Batches from random places of a text, as bytes."""
-    import torch
-
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-    generator = torch.Generator().manual_seed(setting.seed)
-
-    def batch() -> Tensor:
-        starts = torch.randint(len(data) - setting.length, (setting.rows,), generator=generator).tolist()
-        return torch.stack([data[start : start + setting.length] for start in starts])
-
-    return batch
 
 
 def _toy() -> tuple[nn.Module, Callable[[], Tensor], Tensor]:
@@ -245,9 +231,3 @@ def _setting(args: argparse.Namespace) -> Setting:
     if chosen["width"] % 8:
         raise ConfigError(f"--width {chosen['width']} must be a multiple of 8: four heads of an even width.")
     return Setting(**chosen)
-
-
-def _progress() -> Note | None:
-    from dropbp.cli.plan import progress_note
-
-    return progress_note()

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropbp.checks import check_callables, checked_drop_rates, short
+from dropbp.checks import check_callables, checked_drop_rates, is_whole, short
 from dropbp.discovery.discover import find
 from dropbp.errors import ConfigError
-from dropbp.estimate.workload import in_training, is_count
+from dropbp.estimate.workload import in_training
 from dropbp.masks import sampler_kind
 from dropbp.session import enable
 
@@ -109,7 +109,7 @@ def analyze(
         DiscoveryError: no residual branch was found.
         StateError: the model is enabled already.
     """
-    if not is_count(samples) or not is_count(draws) or draws < 2:
+    if not is_whole(samples, 1) or not is_whole(draws, 2):
         given = f"samples is {short(samples)} and draws {short(draws)}"
         raise ConfigError(f"{given}; allowed: samples >= 1 and draws >= 2.")
     rates, pairs = checked_drop_rates(drop_rates), _pairs(ways)

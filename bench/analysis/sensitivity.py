@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 import dropbp
-from dropbp.cli.corpus import english_prose, source_code
-from dropbp.cli.embedded import train_briefly
 from dropbp.cli.models import with_lora
 from dropbp.device import get_device
 
-from ..common import records
+from ..common import markdown, records
+from ..common.corpus import Windows, english_prose, source_code
 from ..common.options import add_run_arguments, progress, settle
+from ..common.small import small_gpt2, small_llama, train_briefly
 
 KIND = FILE = "sensitivity"
 DROP_RATES = (0.5, 0.75, 0.875)
 TARGETS = {"spearman_mean": 0.95, "spearman_least": 0.9, "objective": 1.02, "steps": 3.0, "forwards": 2}
-VOCABULARY = 256
+TEXT_BYTES = 400_000
 AGREEMENT_COLUMNS = (
     "model",
     "p",
@@ -93,11 +93,11 @@ def measure(setting: Setting) -> records.Record:
     """The whole record."""
     record = records.new_record(KIND, FILE, asdict(setting), get_device("cpu"))
     with progress(4, "sensitivities") as bar:
-        llama = _trained(_llama(setting.layers, setting.width), _Text(setting, source_code), setting, setting.steps)
+        llama = _trained(small_llama(setting.layers, setting.width), source_code, setting, setting.steps)
         models = {"llama": lambda: llama, "gpt2": lambda: _gpt2(setting), "lora": lambda: _lora(llama, setting)}
         record["models"] = {}
         for name, make in models.items():
-            text = _Text(setting, english_prose if name == "lora" else source_code, seed=setting.seed + 7)
+            text = _windows(english_prose if name == "lora" else source_code, setting, setting.seed + 7)
             record["models"][name] = measured(make(), text, setting)
             bar.update()
         record["overhead"] = overhead(setting)
@@ -106,7 +106,7 @@ def measure(setting: Setting) -> records.Record:
     return record
 
 
-def measured(model: Any, text: _Text, setting: Setting) -> Found:
+def measured(model: Any, text: Windows, setting: Setting) -> Found:
     """Raw sensitivities of every branch on every batch by both methods, and forwards and backwards of each."""
     found: Found = {"one-pass": [], "exact": []}
     with dropbp.enable(model, masks="exact", example_inputs={"input_ids": text.batch()}) as handle:
@@ -123,8 +123,8 @@ def measured(model: Any, text: _Text, setting: Setting) -> Found:
 
 def overhead(setting: Setting) -> Found:
     """Seconds of calibrations and of ordinary steps (forward, backward, AdamW) of a deep model, in turns."""
-    model = _llama(setting.deep_layers, setting.deep_width)
-    batch = _Text(setting, source_code).batch()
+    model = small_llama(setting.deep_layers, setting.deep_width)
+    batch = _windows(source_code, setting).batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
@@ -196,17 +196,16 @@ def read(root: Path = records.RESULTS) -> records.Record:
 
 
 def _agreement_table(record: records.Record) -> str:
-    head = ["| ", " | ".join(AGREEMENT_COLUMNS), " |\n|---|", "---:|" * (len(AGREEMENT_COLUMNS) - 1)]
     rows = [_agreement_row(name, rate, derived(m, rate)) for name, m in record["models"].items() for rate in DROP_RATES]
-    return "\n".join(["".join(head), *rows])
+    return markdown.table(AGREEMENT_COLUMNS, rows)
 
 
-def _agreement_row(name: str, rate: float, found: Found) -> str:
+def _agreement_row(name: str, rate: float, found: Found) -> Sequence[str]:
     ranks = [one["spearman"] for one in found["single"]]
     ratios = [one["objective_ratio"] for one in found["single"]]
     other = statistics.fmean(one["objective_ratio"] for one in found["other_batch"])
     averaged = found["averaged"]
-    cells = [
+    return (
         name,
         f"{rate:g}",
         f"{statistics.fmean(ranks):.3f} ({min(ranks):.3f})",
@@ -215,19 +214,18 @@ def _agreement_row(name: str, rate: float, found: Found) -> str:
         f"{averaged['objective_ratio']:.3f}",
         f"{other:.3f}",
         f"{averaged['uniform_ratio']:.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    )
 
 
 def _rates_table(record: records.Record) -> str:
-    lines = ["| model | p | rates from averaged one-pass: least, quartiles, largest |", "|---|---:|---|"]
+    rows = []
     for name, model in record["models"].items():
         for rate in DROP_RATES:
             rates = derived(model, rate)["averaged"]["rates"]
             quartiles = statistics.quantiles(rates, n=4, method="inclusive")
             numbers = ", ".join(f"{value:.2f}" for value in (min(rates), *quartiles, max(rates)))
-            lines.append(f"| {name} | {rate:g} | {numbers} |")
-    return "\n".join(lines)
+            rows.append((name, f"{rate:g}", numbers))
+    return markdown.table(("model", "p", "rates from averaged one-pass: least, quartiles, largest"), rows, "lrl")
 
 
 def _cost_lines(record: records.Record) -> str:
@@ -244,18 +242,8 @@ def _cost_lines(record: records.Record) -> str:
 # -- models and text
 
 
-class _Text:
-    """Windows at random places of a text, as bytes: shape (rows, length)."""
-
-    def __init__(self, setting: Setting, source: Callable[[int], str], seed: int = 0, max_bytes: int = 400_000) -> None:
-        self.size = (setting.rows, setting.length)
-        self.data = torch.frombuffer(bytearray(source(max_bytes).encode()), dtype=torch.uint8).long()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def batch(self) -> Tensor:
-        rows, length = self.size
-        starts = torch.randint(len(self.data) - length, (rows,), generator=self.generator).tolist()
-        return torch.stack([self.data[start : start + length] for start in starts])
+def _windows(source: Callable[[int], str], setting: Setting, seed: int = 0) -> Windows:
+    return Windows(source(TEXT_BYTES), setting.rows, setting.length, seed)
 
 
 class _Counted:
@@ -272,38 +260,17 @@ def _loss(model: Any, ids_BS: Tensor) -> Tensor:
     return loss
 
 
-def _trained(model: Any, text: _Text, setting: Setting, steps: int) -> Any:
-    train_briefly(model, text.batch, steps, setting.learning_rate)
+def _trained(model: Any, source: Callable[[int], str], setting: Setting, steps: int) -> Any:
+    train_briefly(model, _windows(source, setting).batch, steps, setting.learning_rate)
     return model
 
 
-def _llama(layers: int, width: int, seed: int = 0) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).train()
-
-
 def _gpt2(setting: Setting) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=setting.width, n_layer=setting.layers, n_head=4, n_positions=128, use_cache=False,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(setting.seed)
-        model = GPT2LMHeadModel(config).train()
-    return _trained(model, _Text(setting, source_code), setting, setting.steps)
+    model = small_gpt2(setting.layers, setting.width, seed=setting.seed)
+    return _trained(model, source_code, setting, setting.steps)
 
 
 def _lora(llama: Any, setting: Setting) -> Any:
     """The trained Llama with adapters, themselves trained on another text."""
     adapted = with_lora(llama, setting.seed, lora_dropout=0.0).train()
-    return _trained(adapted, _Text(setting, english_prose), setting, setting.adapter_steps)
+    return _trained(adapted, english_prose, setting, setting.adapter_steps)

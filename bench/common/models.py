@@ -55,7 +55,7 @@ def check_packages(training: Training, device: str) -> None:
             _package(KERNELS[kernels], f"kernels {kernels!r}")
 
 
-def build_model(model: str, training: Training, device: str, seed: int = 0) -> nn.Module:
+def build_model(model: str, training: Training, device: str) -> nn.Module:
     """A causal language model with random weights on a device, ready for training in the way asked for.
 
     On the meta device, quantised weights are bytes of the same number (`PackedLinear`), and attention is the kernel of
@@ -68,11 +68,11 @@ def build_model(model: str, training: Training, device: str, seed: int = 0) -> n
     check_training(training)
     shape = chosen("model", MODELS, model)
     with torch.random.fork_rng(devices=[]), _default_dtype(DTYPES[training.dtype]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         built = _quantised_model(shape, device) if training.tuning == "qlora" else _dense_model(shape, device)
         if training.tuning != "full":
             # the model itself, its linear layers replaced
-            built = with_lora(built, seed, adapters_in_fp32=False).base_model.model
+            built = with_lora(built, 0, adapters_in_fp32=False).base_model.model
     if training.loss == "chunked":
         _use_chunked_loss(built)
     if "flash" in training.kernels:

@@ -83,3 +83,9 @@ def progress(total: int, title: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=title, disable=not sys.stderr.isatty(), leave=False)
+
+
+def say(text: str) -> None:
+    """A line on standard error, now."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

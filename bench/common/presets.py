@@ -16,7 +16,7 @@ from dropbp.errors import ConfigError
 T = TypeVar("T")
 
 DROP_RATES = (0.5, 0.75, 0.875)  # the paper's
-REHEARSED = "llama-4x64"  # too small to be worth what a compiler takes: its graphs are captured and run as they are
+TINY_MODEL = "llama-4x64"  # too small to be worth what a compiler takes: its graphs are captured and run as they are
 ENDLESS = 1 << 20  # a length that no machine of today reaches
 
 

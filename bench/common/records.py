@@ -11,7 +11,7 @@ import json
 import platform
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -93,6 +93,22 @@ class Store:
             write(record, self.path(name) if record["status"] == "finished" else path)
             if record["status"] == "finished":
                 path.unlink(missing_ok=True)
+
+    def measured(
+        self,
+        name: str,
+        configuration: Mapping[str, Any],
+        device: Device,
+        measure: Callable[[], Mapping[str, Any]],
+        *,
+        again: bool = False,
+    ) -> Record:
+        """The finished run of that name and configuration; else, or `again`, one that holds what `measure` returns."""
+        found = None if again else self.finished(name, configuration)
+        if found is None:
+            with self.run(name, configuration, device) as found:
+                found.update(measure())
+        return found
 
     def save(self, record: Record) -> None:
         """Write what a run that goes on has measured, so that it is not lost if the process is ended."""

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,8 @@ import dropbp
 from dropbp.device import Device
 
 from .models import decoder_layers
-from .presets import MODELS, REHEARSED, chosen
+from .presets import MODELS, TINY_MODEL, chosen
 from .reference_detach import DetachedBranches
-
-if TYPE_CHECKING:
-    pass
 
 SAMPLERS = ("exact", "nested")  # a random set of branches, as in the paper; the top to a random depth, the default
 LEARNING_RATE = {"full": 2e-5, "lora": 1e-4, "qlora": 1e-4}
@@ -67,12 +64,12 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__name__}{fused}, states in {' and '.join(sorted(dtypes))}"
 
 
-def build_batch(model: str, batch_size: int, sequence_length: int, device: str, seed: int = 0) -> Tensor:
+def build_batch(model: str, batch_size: int, sequence_length: int, device: str) -> Tensor:
     """Random tokens, shape (B, S)."""
     size = (batch_size, sequence_length)
     if device == "meta":
         return torch.zeros(size, dtype=torch.long, device=device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return torch.randint(chosen("model", MODELS, model).vocabulary, size, generator=generator).to(device)
 
 
@@ -123,11 +120,11 @@ class Lane:
         with fixed:
             yield
 
-    def greedy_masks(self, count: int) -> list[tuple[bool, ...] | None]:
+    def peak_memory_masks(self, count: int) -> list[tuple[bool, ...] | None]:
         """Masks among which is the one that needs most memory; None stands for one that is drawn.
 
         `exact` ones are much alike, so `count` are drawn. `nested` ones reach from nothing dropped, where blocks beyond
-        the budget are checkpointed, to nearly all; next to the first the greediest keeps the budget and no more.
+        the budget are checkpointed, to nearly all; beside the first comes the one that just keeps the budget.
         """
         if not isinstance(self.handle, dropbp.Handle):
             return [None]
@@ -155,7 +152,7 @@ class Lane:
 
 def compiler_of(model: str) -> str:
     """The backend of `torch.compile` for a model of that name."""
-    return "eager" if model == REHEARSED else "inductor"
+    return "eager" if model == TINY_MODEL else "inductor"
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from dropbp.errors import ConfigError
 
 from ..common import records
 from ..common.models import KERNELS
-from ..common.options import device_name
+from ..common.options import device_name, say
 from ..common.presets import MODELS, SEQLEN, THROUGHPUT, ThroughputPreset, Training
 from ..common.processes import Worker, stoppable
 from ..common.setup import SAMPLERS
@@ -97,12 +96,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("the plan needs a GPU; on a CPU it can be rehearsed with tiny models: --smoke.")
     get_device(args.device)
     items, ledger = plan(args.smoke), Ledger(args.output, args.again)
-    _say(estimate(items, ledger, kind))
+    say(estimate(items, ledger, kind))
     if args.plan:
         return 0
     left = Work(items, ledger, args).until(time.monotonic() + 60 * minutes)
     failed = [item for item in items if ledger.status(item) == "failed"]
-    _say(summary(args.output, items, ledger))
+    say(summary(args.output, items, ledger))
     return 3 if left else 1 if failed else 0
 
 
@@ -240,7 +239,7 @@ class Work:
                 for item in to_do(self.items, self.ledger):
                     if time.monotonic() >= until_s or stop():
                         break
-                    _say(f"-- ({item.part}) {item.name}")
+                    say(f"-- ({item.part}) {item.name}")
                     self._do(item, until_s, stop)
             finally:
                 self._end_worker()
@@ -321,8 +320,3 @@ def summary(folder: Path, items: Sequence[Item], ledger: Ledger) -> str:
         reason = f": {ledger.reason(item)}" if ledger.reason(item) else ""
         lines.append(f"{state:<10} {_minutes(ledger.seconds(item))}  {item.name}{reason}")
     return "\n".join([*lines, "", paper.table(paper.compare(folder))])
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

@@ -128,7 +128,7 @@ class _Eager:
         """All of one variant."""
         plain_loss = self._seeded(lambda: loss_of(self.model, self.ids_BS).detach())
         lane = Lane(variant, self.model, self.device)
-        with lane.masked(lane.greedy_masks(1)[-1]):  # of nested ones that which keeps the budget
+        with lane.masked(lane.peak_memory_masks(1)[-1]):  # of nested ones that which keeps the budget
             loss, gradients = self._step(lane.model)
         dropped = [digit == "1" for digit in lane.mask or ""]
         figures: dict[str, Any] = {
@@ -172,8 +172,8 @@ class _Eager:
         assert isinstance(lane.handle, dropbp.Handle)
         modules = [
             lane.model.get_submodule(name)
-            for branch, falls in zip(lane.handle.branches, dropped, strict=True)
-            if falls
+            for branch, is_dropped in zip(lane.handle.branches, dropped, strict=True)
+            if is_dropped
             for name in branch.modules
         ]
         return all(parameter.grad is None for module in modules for parameter in module.parameters())
@@ -252,5 +252,5 @@ def _kinds(count: int) -> list[tuple[bool, ...]]:
     blocks = count // 2
     same = [tuple(pair * blocks) for pair in pairs]
     rising = [tuple(i < dropped for i in range(count)) for dropped in range(count + 1)]
-    mixed = [tuple(fallen for block in range(blocks) for fallen in pairs[(block + turn) % 4]) for turn in range(4)]
+    mixed = [tuple(drop for block in range(blocks) for drop in pairs[(block + turn) % 4]) for turn in range(4)]
     return [*same, *rising, *mixed]

@@ -24,6 +24,7 @@ from dropbp.files import write_text
 
 from ..common import records
 from ..common.options import add_run_arguments, settle
+from ..common.presets import chosen
 
 KIND = "accuracy"
 
@@ -122,15 +123,14 @@ def load_data(name: str, source: str | None = None) -> list[Row]:
     Raises:
         ConfigError: the data set is unknown, cannot be had, or a row lacks a column.
     """
-    if name not in DATA:
-        raise ConfigError(f"data set {name!r} is unknown; known are {', '.join(DATA)}.")
-    rows = read_rows(source or DATA[name].hub)
-    missing = [column for column in DATA[name].columns if column not in rows[0]]
+    data = chosen("data set", DATA, name)
+    rows = read_rows(source or data.hub)
+    missing = [column for column in data.columns if column not in rows[0]]
     if missing:
         raise ConfigError(f"{source} is not in the format of {name}: no column {missing[0]!r} among {sorted(rows[0])}.")
     converted = _CONVERTERS.get(name, from_pairs)(rows)
     if not converted:
-        raise ConfigError(f"{source or DATA[name].hub} holds no conversation that ends with the assistant.")
+        raise ConfigError(f"{source or data.hub} holds no conversation that ends with the assistant.")
     return converted
 
 
@@ -157,12 +157,14 @@ def run(args: argparse.Namespace) -> int:
         "hyperparameters": asdict(TUNINGS[args.tuning])
     }
     name = "--".join([Path(args.model).name, args.data or "untuned", args.tuning, f"p{args.drop_rate:g}"])
-    store = records.Store(args.output, KIND)
-    found = None if args.again else store.finished(name, configuration)
-    if found is None:
-        with store.run(name, configuration, get_device(args.device)) as found:
-            trained = args.model if args.data is None else _finetune(args, args.work / name)
-            found["results"] = evaluate(trained, args.tasks or tuple(TASKS), args.device, args.limit, base=args.model)
+
+    def measure() -> dict[str, Any]:
+        trained = args.model if args.data is None else _finetune(args, args.work / name)
+        tasks = args.tasks or tuple(TASKS)
+        return {"results": evaluate(trained, tasks, args.device, args.limit, base=args.model)}
+
+    store, device = records.Store(args.output, KIND), get_device(args.device)
+    found = store.measured(name, configuration, device, measure, again=args.again)
     sys.stdout.write(json.dumps(found["results"], indent=2) + "\n")
     return 0
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import dropbp
 from dropbp.device import get_device
+from dropbp.memory import saved_tensor_bytes
 
 from ..common import records
 from ..common.records import Record, read_folder
@@ -105,17 +106,22 @@ class Trainer:
 
     def _micro_batch(self, window: Tensor, count: int) -> float:
         with self.method.micro_batch():
-            loss = self.model(input_ids=window, labels=window).loss / count
+            loss = self.loss(window) / count
             if loss.requires_grad:  # with adapters, leaving out all blocks leaves nothing to train
                 loss.backward()
         self.flops += self.costs.of(self.method.work())
         return float(loss.detach())
 
+    def loss(self, windows: Tensor) -> Tensor:
+        """Of one forward, per byte."""
+        found: Tensor = self.model(input_ids=windows, labels=windows).loss
+        return found
+
     @torch.no_grad()
     def validate(self, windows: Tensor) -> float:
         """Mean loss per byte of the validation windows."""
         self.model.eval()
-        loss = float(self.model(input_ids=windows, labels=windows).loss)
+        loss = float(self.loss(windows))
         self.model.train()
         return loss
 
@@ -192,17 +198,17 @@ def _evaluation(trainer: Trainer, windows: Tensor, step_ratio: float) -> Record:
     return {"step": trainer.steps, "time": trainer.steps * step_ratio, "flops": trainer.flops, "loss": loss}
 
 
-def step_times(task_name: str, variants: Sequence[Variant], rounds: int, seed: int = 0) -> Record:
+def step_times(task_name: str, variants: Sequence[Variant], rounds: int) -> Record:
     """Step times of (method, drop rate, checkpointing), one step of each in turn, and the bytes that each one keeps.
 
     Ratios are means of processor time over that of plain training: on one thread it is what the step would take on an
     idle core, and a busy neighbour does not change it. Wall-clock times are kept beside it.
     """
     task = tasks.task(task_name)
-    stream = tasks.batches(tasks.split(task), task, seed)
-    record = _header(MEMORY_TO_SPARE, Run(task_name, "all", 0.0, 1e-5, seed, rounds))
+    stream = tasks.batches(tasks.split(task), task, 0)
+    record = _header(MEMORY_TO_SPARE, Run(task_name, "all", 0.0, 1e-5, 0, rounds))
     trainers = [
-        Trainer(Run(task_name, name, rate, 1e-5, seed, rounds), rounds + 2 * WARMUP_ROUNDS, ckpt)  # its middle is timed
+        Trainer(Run(task_name, name, rate, 1e-5, 0, rounds), rounds + 2 * WARMUP_ROUNDS, ckpt)  # its middle is timed
         for name, rate, ckpt in variants
     ]
     rows: list[Record] = [
@@ -229,20 +235,8 @@ def _timed(trainer: Trainer, window: Sequence[Tensor]) -> tuple[float, float]:
 
 def _saved_mib(trainer: Trainer, window: Sequence[Tensor]) -> float:
     """MiB of the tensors that autograd keeps from forward to backward, parameters not counted, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.method.deepest():
-        loss = trainer.model(input_ids=window[0], labels=window[0]).loss
-    mib = sum(kept.values()) / 2**20
-    del loss
-    return mib
+    with trainer.method.deepest():
+        return saved_tensor_bytes(lambda: trainer.loss(window[0]), exclude=[trainer.model]) / 2**20
 
 
 def _header(kind: str, run: Run) -> Record:

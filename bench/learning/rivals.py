@@ -118,8 +118,8 @@ class DropBP(Method):
 class PublishedDropBP(DropBP):
     """DropBP as published, its uniform rates and way of masking: a coin per sublayer, then the target as a floor.
 
-    Where fewer than `drop_rate` of the sublayers fell, more are dropped, those of the highest rate first; with equal
-    rates that means from index 0. So the mean is above the target, and the lowest sublayers fall most often.
+    Where fewer than `drop_rate` of the sublayers were dropped, more are, those of the highest rate first; with equal
+    rates that means from index 0. So the mean is above the target, and the lowest sublayers are dropped most often.
 
     Source: the code published with arXiv:2402.17812.
     """
@@ -133,7 +133,7 @@ class PublishedDropBP(DropBP):
 
 
 def floored_mask(rates: Sequence[float], drop_rate: float, coins: random.Random) -> list[bool]:
-    """A coin per sublayer; where too few fell, the highest rates, ties from index 0, until the share is reached."""
+    """A coin per sublayer; where these drop too few, the highest rates too, ties from index 0, up to the share."""
     mask = [coins.random() < rate for rate in rates]
     kept = sorted((i for i, dropped in enumerate(mask) if not dropped), key=lambda i: -rates[i])
     missing = math.ceil(drop_rate * len(rates) - 1e-9) - sum(mask)

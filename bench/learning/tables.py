@@ -17,6 +17,7 @@ from dropbp.cli.figures import new_figure, save_figure
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
+from ..common import markdown
 from ..common.records import Record
 from . import curves, tasks
 
@@ -170,17 +171,10 @@ def write(records: Sequence[Record], docs: Path, fresh: Sequence[Record] = ()) -
     page = docs / "learning.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else "# Learning\n"
     for begin, end, part in ((BEGIN, END, made), (FRESH_BEGIN, FRESH_END, made_fresh)):
-        text = _replaced(text, begin, end, tables(part)) if part else text
+        text = markdown.replaced(text, begin, end, tables(part)) if part else text
     write_text(page, text)
     if made:
         plot(made, docs / "img" / "learning.png")
-
-
-def _replaced(text: str, begin: str, end: str, part: str) -> str:
-    """The text with what stands between the markers replaced; they are added where they are missing."""
-    head, _, rest = text.partition(begin) if begin in text else (f"{text}\n", "", "")
-    _, _, tail = rest.partition(end)
-    return f"{head}{begin}\n\n{part}\n{end}{tail or chr(10)}"
 
 
 def tables(made: Sequence[Entry]) -> str:
@@ -199,9 +193,7 @@ def tables(made: Sequence[Entry]) -> str:
 
 def table(made: Sequence[Entry]) -> str:
     """One row per entry, as Markdown; losses as mean and standard deviation over seeds."""
-    rows = [_cells(entry, made) for entry in made]
-    lines = [COLUMNS, tuple("---" if i < 1 else "---:" for i in range(len(COLUMNS))), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.table(COLUMNS, [_cells(entry, made) for entry in made])
 
 
 def _cells(entry: Entry, made: Sequence[Entry]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Small fine-tuning tasks made from what ships with every CPython: a base that knows some Python, and other text.
 
-The base is a small byte-level Llama (`dropbp.cli.embedded`), trained briefly on a part of the standard
-library and kept in the user's cache. A task is a text of another kind, how far it is from the base's, and how it is
+The base is a small byte-level Llama (`common.small`), trained briefly on a part of the standard library and kept in the
+user's cache. A task is a text of another kind, how far it is from the base's, and how it is
 fine-tuned: all parameters or LoRA, one batch a step or several micro-batches. Splits, batches and validation windows
 follow from the seed alone, so that all methods of a comparison see the same bytes in the same order.
 """
@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropbp.cli.corpus import digest, english_prose
-from dropbp.cli.embedded import Base, base_folder, cached_base, new_model
 from dropbp.cli.models import with_lora
 from dropbp.errors import ConfigError
+
+from ..common.corpus import as_bytes, digest, english_prose, joined, python_files, read, windows
+from ..common.presets import chosen
+from ..common.small import Base, base_folder, cached_base, new_model, train_briefly
 
 BASE = Base(
     layers=8,
@@ -38,7 +40,6 @@ VALIDATION_SHARE = 0.1
 VALIDATION_WINDOWS = 64
 # Packages of the standard library that the base never sees, and which the gentle shift is made of.
 HELD_OUT = ("asyncio", "email", "tkinter", "unittest", "urllib", "xml", "xmlrpc", "wsgiref", "zoneinfo")
-_NOT_TEXT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"})
 
 
 @dataclass(frozen=True)
@@ -93,22 +94,20 @@ class Split:
 
 def task(name: str) -> Task:
     """The task of that name. Raises ConfigError that lists the known ones."""
-    if name not in TASKS:
-        raise ConfigError(f"task {name!r} is unknown; known are {', '.join(TASKS)}. Pass one of these.")
-    return TASKS[name]
+    return chosen("task", TASKS, name)
 
 
 def split(task: Task) -> Split:
     """The task's text, its last tenth kept for validation: evenly spaced windows, the same for every run."""
     length = BASE.sequence_length
     text = TEXTS[task.text]()
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    data = as_bytes(text)
     border = int(len(data) * (1 - VALIDATION_SHARE))
     if border < 2 * length or len(data) - border < 2 * length:
         raise ConfigError(f"The text of task {task.name!r} has {len(data)} bytes only; it needs some {20 * length}.")
     held = data[border:]
     starts = torch.linspace(0, len(held) - length, VALIDATION_WINDOWS).long()
-    return Split(data[:border], _windows(held, starts, length), digest(text))
+    return Split(data[:border], windows(held, starts, length), digest(text))
 
 
 def batches(split: Split, task: Task, seed: int, length: int | None = None) -> Iterator[list[Tensor]]:
@@ -117,11 +116,7 @@ def batches(split: Split, task: Task, seed: int, length: int | None = None) -> I
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(split.train) - length, (task.batch_size,), generator=generator)
-        yield list(_windows(split.train, starts, length).chunk(task.micro_batches))
-
-
-def _windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
-    return torch.stack([data[start : start + length] for start in starts.tolist()])
+        yield list(windows(split.train, starts, length).chunk(task.micro_batches))
 
 
 def model_for(task: Task, seed: int, lora_rank: int | None = None) -> nn.Module:
@@ -133,34 +128,19 @@ def model_for(task: Task, seed: int, lora_rank: int | None = None) -> nn.Module:
     return model.train()  # type: ignore[no-any-return]
 
 
-def base_model(base: Base, progress: Callable[[int, float], None] | None = None) -> Any:
+def base_model(base: Base) -> Any:
     """The trained base from the cache; the first call trains it, in a few minutes on one core."""
-    text = _base_text(base.corpus_bytes)
-    folder = base_folder(base, f"bench-{digest(text)}")
-    return cached_base(folder, lambda: _trained_base(base, text, progress or (lambda step, loss: None)))
+    text = _joined(python_files(lambda top: top not in HELD_OUT), base.corpus_bytes)
+    return cached_base(base_folder(base, f"bench-{digest(text)}"), lambda: _trained_base(base, text))
 
 
-def _trained_base(base: Base, text: str, progress: Callable[[int, float], None]) -> Any:
-    model = new_model(base).train()
-    optimizer = torch.optim.AdamW(model.parameters(), base.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, base.learning_rate, base.steps, pct_start=0.05)
-    data = Split(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long(), torch.empty(0), "")
-    recipe = dataclasses.replace(TASKS["python"], batch_size=base.batch_size)
-    stream = batches(data, recipe, base.seed, base.sequence_length)
-    for step in range(base.steps):
-        (window,) = next(stream)
-        loss = model(input_ids=window, labels=window).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        progress(step + 1, loss.item())
+def _trained_base(base: Base, text: str) -> Any:
+    model = new_model(base)
+    whole = dataclasses.replace(TASKS["python"], batch_size=base.batch_size)
+    stream = batches(Split(as_bytes(text), torch.empty(0), ""), whole, base.seed, base.sequence_length)
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "warmup_share": 0.05}
+    train_briefly(model, lambda: next(stream)[0], base.steps, base.learning_rate, **options)
     return model
-
-
-def _base_text(max_bytes: int) -> str:
-    return _joined(python_files(lambda top: top not in HELD_OUT), max_bytes)
 
 
 def _held_out_python() -> str:
@@ -178,19 +158,8 @@ def _c_headers() -> str:
 TEXTS: dict[str, Callable[[], str]] = {"held_out_python": _held_out_python, "prose": _prose, "c_headers": _c_headers}
 
 
-def python_files(wanted: Callable[[str], bool]) -> list[Path]:
-    """Source files of the standard library, tests left out, whose top-level package or file name is wanted."""
-    root = Path(sysconfig.get_path("stdlib"))
-    places = (path.relative_to(root) for path in root.rglob("*.py"))
-    found = sorted(place for place in places if _NOT_TEXT.isdisjoint(place.parts) and wanted(place.parts[0]))
-    return [root / place for place in found]
-
-
 def _joined(paths: list[Path], max_bytes: int) -> str:
     """Files in an order that is shuffled and always the same, so that every part of the text is of all kinds."""
-    if not paths:
-        raise ConfigError("A text of the bench is not on this machine: install a complete Python, headers included.")
     ordered = sorted(paths)
     random.Random(0).shuffle(ordered)
-    text = "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in ordered)
-    return text.encode()[:max_bytes].decode(errors="ignore")
+    return joined(map(read, ordered), max_bytes, "a text of the bench: the standard library or Python's C headers")

@@ -7,8 +7,8 @@ until memory is out.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from dropbp.device import get_device
@@ -19,7 +19,8 @@ from ..common.models import check_packages
 from ..common.options import add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
 from ..common.presets import DEFAULT_SEQLEN, ENDLESS, SEQLEN, SeqlenPreset, Training, chosen
 from ..common.setup import PLAIN, SAMPLERS, Variant
-from .probe import Probe, Workplace, is_border, largest_counted, tried_in_a_process
+from .probe import Workplace
+from .search import Search
 
 logger = logging.getLogger(__name__)
 
@@ -97,22 +98,10 @@ def _measure(name: str, preset: SeqlenPreset, training: Training, args: argparse
     ):
         record["budget_is"] = "tensor bytes, counted" if preset.counted else "memory of the device, tried"
         lengths: dict[str, Any] = record.setdefault("lengths", {})
-        place, limit = Workplace(preset.model, training) if preset.counted else None, limit_of(args)
-        for index, variant in enumerate(variants):
-            known = lengths.get(variant.name, {}).get("asked", [])
-
-            def note(found: dict[str, Any], name: str = variant.name) -> None:
-                lengths[name] = {**found, "asked": [*found["asked"], {"ended_after_s": None}]}
-                store.save(record)
-
-            if not known or not is_border(known):
-                share_s = limit.left_s() / (len(variants) - index)
-                lengths[variant.name] = (
-                    longest_tried(preset, training, variant, device.name, share_s, known, note)
-                    if place is None or budget_bytes is None
-                    else longest_counted(preset, place, variant, budget_bytes)
-                )
-                store.save(record)
+        counted = None if budget_bytes is None else (Workplace(preset.model, training), budget_bytes)
+        search = Search(preset.model, "length", 1, preset.step, preset.max_length, True, preset.masks)
+        limit, save = limit_of(args), functools.partial(store.save, record)
+        for _ in search.every(lengths, variants, training, device.name, limit, save, counted):
             bar.update()
         died = [name for name, found in lengths.items() if "died" in (found["asked"] or [{}])[-1]]
         record["failures"] += [{"variant": name, **_death(lengths[name]["asked"][-1])} for name in died]
@@ -142,29 +131,3 @@ def _budget_bytes(preset: SeqlenPreset, args: argparse.Namespace) -> int | None:
     if not budget_gib or budget_gib <= 0:
         raise ConfigError(f"--budget-gib {budget_gib} must be above 0.")
     return int(budget_gib * GIB)
-
-
-def longest_counted(preset: SeqlenPreset, place: Workplace, variant: Variant, budget_bytes: int) -> dict[str, Any]:
-    """The longest sequence whose step is within the budget, and the peak of every length that was counted."""
-    probe = Probe(place, variant, masks=preset.masks)
-    length, counted = largest_counted(probe, lambda size: (1, size), budget_bytes, preset.step, preset.max_length)
-    return {"length": length, "asked": counted}
-
-
-def longest_tried(
-    preset: SeqlenPreset,
-    training: Training,
-    variant: Variant,
-    device: str,
-    seconds: float,
-    known: Sequence[dict[str, Any]] = (),
-    note: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """The longest sequence that trains on an accelerator, of those that could be tried in so long, and all of them."""
-    task = {"vary": "sequence_length", "fixed": 1, "step": preset.step, "most": preset.max_length, "accumulated": True}
-
-    def found(length: int, asked: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"length": length, "asked": asked}
-
-    noted = None if note is None else lambda length, asked: note(found(length, asked))
-    return found(*tried_in_a_process(preset.model, training, variant, device, task, seconds, known, noted))

@@ -1,7 +1,8 @@
 """What `DropBPCallback` costs a trainer: the time inside its events, as a share of the optimizer step.
 
 Every event of the callback is timed from outside, and so is the step, in the thread's own processor time, so that other
-processes on the machine weigh less. What the model's forward pays for masks and books is measured by `bench overhead`.
+processes on the machine weigh less. What the model's forward pays for masks and statistics is measured by `dropbp bench
+overhead`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from dropbp.device import get_device
 
 from ..common import records
 from ..common.options import add_run_arguments, settle
+from ..common.small import small_llama
 
 KIND = "callback_overhead"
 TARGET_SHARE = 0.01
 EVENTS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log")
 WARM_STEPS = 3
+VOCABULARY = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +47,7 @@ def run(args: argparse.Namespace) -> int:
     layers, width, steps = (2, 32, 6) if args.smoke else (args.layers, args.width, args.steps)
     configuration = {"layers": layers, "width": width, "steps": steps, "batch_size": 4, "sequence_length": 128}
     store, name = records.Store(args.output, KIND), f"llama-{layers}x{width}"
-    record = None if args.again else store.finished(name, configuration)
-    if record is None:
-        with store.run(name, configuration, get_device("cpu")) as record:
-            record.update(measure(**configuration))
+    record = store.measured(name, configuration, get_device("cpu"), lambda: measure(**configuration), again=args.again)
     sys.stdout.write(json.dumps(record, indent=2) + "\n" if args.json else _sentence(record))
     return 0
 
@@ -67,7 +67,8 @@ def measure(layers: int, width: int, steps: int, batch_size: int = 4, sequence_l
             dataloader_pin_memory=False,
         )  # fmt: skip
         data = _rows(batch_size * (steps + WARM_STEPS + 1), sequence_length)
-        trainer = Trainer(_model(layers, width), arguments, train_dataset=data, callbacks=[callback])
+        model = small_llama(layers, width, vocab_size=VOCABULARY, intermediate_size=2 * width)
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return clock.result()
@@ -104,21 +105,8 @@ class _Clock:
         }
 
 
-def _model(layers: int, width: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=1024, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, use_cache=False, pad_token_id=0,
-            bos_token_id=None, eos_token_id=None,
-        )
-    )  # fmt: skip
-
-
 def _rows(count: int, length: int) -> list[dict[str, list[int]]]:
-    ids = torch.randint(1, 1024, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(1, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
 
 

@@ -100,15 +100,12 @@ def run(args: argparse.Namespace) -> int:
     branches, steps = (8, 5) if args.smoke else (args.branches, args.steps)
     configuration = {"branches": branches, "steps": steps, "drop_rate": args.drop_rate, "masks": args.masks}
     store, name = records.Store(args.output, KIND), f"{branches}-branches--{args.masks}--{args.drop_rate:g}"
-    record = None if args.again else store.finished(name, configuration)
-    if record is None:
-        with store.run(name, configuration, get_device("cpu")) as record:
-            record.update(measure(branches, args.drop_rate, args.masks, steps))
+    record = store.measured(name, configuration, get_device("cpu"), lambda: measure(**configuration), again=args.again)
     sys.stdout.write(json.dumps(record, indent=2) + "\n" if args.json else _table(record))
     return 0
 
 
-def measure(branches: int, drop_rate: float, masks: str, steps: int) -> dict[str, Any]:
+def measure(branches: int, steps: int, drop_rate: float, masks: str) -> dict[str, Any]:
     """Step times in seconds of each way, interleaved, and the medians of their differences in milliseconds."""
     ways = _ways(branches, drop_rate, masks)
     step_s: dict[str, list[float]] = {name: [] for name in ways}

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from dropbp.cli.quiet import quiet
+from dropbp.cli.libraries import quiet
 from dropbp.device import get_device
 
 from ..common import records
-from ..common.options import add_run_arguments, device_name, settle
+from ..common.options import add_run_arguments, device_name, say, settle
 from . import tables, training
 from .presets import PRESETS
 from .tasks import TASKS
@@ -83,5 +82,4 @@ def configuration(run: Run) -> dict[str, object]:
 
 def _say(run: Run, step: int | None, text: str = "") -> None:
     if step is None or step % 10 == 0:
-        sys.stderr.write(f"{run.name}: {f'step {step}' if step is not None else text}\n")
-        sys.stderr.flush()
+        say(f"{run.name}: {f'step {step}' if step is not None else text}")

@@ -12,6 +12,7 @@ from dropbp.cli.figures import save_figure
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
+from ..common import markdown
 from ..common.records import Record
 from . import gains
 
@@ -35,9 +36,8 @@ def write(runs: Sequence[Record], docs: Path) -> None:
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     if BEGIN not in text or END not in text:
         raise ConfigError(f"{page} lacks the lines {BEGIN} and {END}, between which the tables go. Add them.")
-    head, _, rest = text.partition(BEGIN)
     parts = [part for part in (gains.section(runs), tables(runs)) if part]
-    write_text(page, f"{head}{BEGIN}\n\n{chr(10).join(parts)}\n{END}{rest.partition(END)[2]}")
+    write_text(page, markdown.replaced(text, BEGIN, END, "\n".join(parts)))
     if gains.gains(runs, "flops"):
         save_figure(gains.figure(runs), docs / "img" / PLOT)
 
@@ -90,8 +90,7 @@ def table(runs: Sequence[Record]) -> str:
         _row(_label(line, mixed), line, lines[line], rates, None if shared else plain_s)
         for line in sorted(lines, key=_place)
     ]
-    marks = tuple("---" if i < 1 else "---:" for i in range(len(columns)))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, marks, *rows))
+    return markdown.table(columns, rows)
 
 
 def _place(line: Line) -> tuple[Any, ...]:

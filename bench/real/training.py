@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import dropbp
-from dropbp.cli.examples import IGNORED, Example, collate_left
+from dropbp.cli.examples import Example, collate_left
 from dropbp.cli.models import with_lora
+from dropbp.inputs import IGNORED
 
 from ..learning import rivals
 from ..learning.costs import Costs

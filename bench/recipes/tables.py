@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ..common.markdown import table
+
 Result = Mapping[str, Any]
 TRAINERS = {
     "gaudi": "optimum-habana's `GaudiTrainer`, bf16, fused AdamW, fused clipping",
@@ -20,7 +22,7 @@ DESIGNS = {
     "layer-zero": "marks at layers, zeros for gradients",
     "groups": "optimizer and clipping by branch, no marks at layers",
     "layer-groups": "marks at layers, optimizer and clipping by branch",
-    "layer-groups-rehearsed": "**the same, rehearsed** (default, `exact` masks)",
+    "layer-groups-rehearsed": "**the same, graphs warmed up** (default, `exact` masks)",
     "sublayer-groups-rehearsed": "the same, marks at sublayers",
     "pool": "pool of 8 masks, trainer's marks alone",
     "pool-zero": "pool of 8 masks, zeros for gradients, trainer's marks alone",
@@ -50,7 +52,7 @@ compiles a new graph.
 - *Marks at layers* bound the graphs of forward and backward.
 - *Optimizer and clipping by branch* bound the rest, and do not move skipped parameters.
 - *Zeros for gradients* bound the rest with fewer launches, but act as another optimizer.
-- *Rehearsed*: the first steps take the rare masks, which would compile late otherwise.
+- *Graphs warmed up* (`rehearse`): the first steps take the rare masks, which would compile late otherwise.
 
 See [devices](devices.md).
 """
@@ -180,5 +182,4 @@ def _grouped(cases: Iterable[Result], *, with_rate: bool = True) -> Iterable[tup
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return table(head, rows, "l") + "\n"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..common import records
+from ..common.markdown import table
 from ..throughput.cached import EPOCHS, KIND, figures
 
 TARGETS = {"full-0.75": 0.30, "full-0.875": 0.17, "lora-0.75": 0.30}  # of a shortened step
@@ -47,14 +48,13 @@ def _size(run: records.Record) -> str:
 
 
 def _table(size: str, runs: Sequence[records.Record]) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}", *map(_row, runs)]
-    return "\n".join(["", size, "", *lines])
+    return "\n".join(["", size, "", table(COLUMNS, map(_row, runs))])
 
 
-def _row(run: records.Record) -> str:
+def _row(run: records.Record) -> Sequence[str]:
     found, target = figures(run), TARGETS.get(run["name"])
     met = "-" if target is None else f"{target:.2f} ({'met' if found['shortened_step'] <= target else 'missed'})"
-    cells = (
+    return (
         f"{run['configuration']['tuning']}, p = {run['configuration']['drop_rate']:g}",
         f"{found['shortened_step']:.3f}",
         met,
@@ -64,4 +64,3 @@ def _row(run: records.Record) -> str:
         f"{found['frozen_run']:.3f}",
         f"{found['loss_difference']:.1e}",
     )
-    return f"| {' | '.join(cells)} |"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..common.records import Record
-from ..memory.probe import is_border
+from ..memory.search import is_border
 from ..throughput.rounds import SPLIT, UNRECORDED
 from .limits import Parts, limit_s, median_spread, share_of_possible_saving
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..common import records
-from ..memory.probe import is_border
+from ..common import markdown, records
+from ..memory.search import is_border
 from .derive import figures, grown, length_ratios
 
 P = 0.875
@@ -157,22 +157,20 @@ _READERS: dict[str, Callable[[records.Record, str], float | None]] = {
 
 def table(rows: Iterable[Comparison]) -> str:
     """Markdown."""
-    lines = [
-        "| what, p = .875 | published | ours, same model | on | ours, beside | on |",
-        "|---|---:|---:|---|---:|---|",
-    ]
-    for row in rows:
-        published, unit = row.published, row.published.unit
-        cells = (
-            f"{published.what} ({published.model})",
-            _shown(published.value, unit),
-            _shown(row.ours, unit),
-            row.ours_on,
-            _shown(row.beside, unit),
-            row.beside_on or "-",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in ELSEWHERE)])
+    head = ("what, p = .875", "published", "ours, same model", "on", "ours, beside", "on")
+    return "\n".join([markdown.table(head, map(_cells, rows), "lrrlrl"), "", *(f"- {line}" for line in ELSEWHERE)])
+
+
+def _cells(row: Comparison) -> tuple[str, ...]:
+    published, unit = row.published, row.published.unit
+    return (
+        f"{published.what} ({published.model})",
+        _shown(published.value, unit),
+        _shown(row.ours, unit),
+        row.ours_on,
+        _shown(row.beside, unit),
+        row.beside_on or "-",
+    )
 
 
 def _shown(value: float | None, unit: str) -> str:

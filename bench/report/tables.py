@@ -13,7 +13,7 @@ from typing import Any
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
-from ..common import records
+from ..common import markdown, records
 from ..common.models import TUNINGS
 from ..common.setup import SAMPLERS
 from ..throughput.command import KIND
@@ -174,9 +174,7 @@ def targets_table(runs: Iterable[records.Record]) -> str:
         "",
         "Times are wall clock unless stated.",
         "",
-        f"| {' | '.join(TARGET_COLUMNS)} |",
-        f"|---|{'---:|' * (len(TARGET_COLUMNS) - 1)}",
-        *(row for run in known for row in _target_rows(run)),
+        markdown.table(TARGET_COLUMNS, [row for run in known for row in _target_rows(run)]),
     ]
     return "\n".join([*lines, "", *(_mean_of_rows(known, clock) for clock in CLOCK_NAMES)]).rstrip()
 
@@ -201,7 +199,7 @@ def _has_target(run: records.Record) -> bool:
     return configuration["tuning"] in TARGET_TUNINGS and not configuration["checkpointing"]
 
 
-def _target_rows(run: records.Record) -> list[str]:
+def _target_rows(run: records.Record) -> list[tuple[str, ...]]:
     """A row for each rate."""
     by_clock = {clock: {f.name: f for f in figures(run, clock)} for clock in clocks_of(run)}
     backward = backward_shares(run, paper.OURS, "wall")
@@ -217,7 +215,7 @@ def _target_rows(run: records.Record) -> list[str]:
             _share_cell(run, by_clock["wall"].get(f"detach-{f.drop_rate:g}"), "wall"),
             _plus_minus(*backward.get(f.drop_rate, (None, None))),
         )
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     return rows
 
 
@@ -264,12 +262,11 @@ def throughput_section(run: records.Record) -> str:
 
 
 def _throughput_table(run: records.Record, clock: str) -> str:
-    head = f"| {' | '.join(THROUGHPUT_COLUMNS)} |\n|---|{'---:|' * (len(THROUGHPUT_COLUMNS) - 1)}"
-    return "\n".join([head, *(_figures_row(f) for f in figures(run, clock))])
+    return markdown.table(THROUGHPUT_COLUMNS, map(_figures_cells, figures(run, clock)))
 
 
-def _figures_row(f: Figures) -> str:
-    cells = (
+def _figures_cells(f: Figures) -> tuple[str, ...]:
+    return (
         f.name,
         f"{f.forward_s:.3f}",
         f"{f.backward_s:.3f}",
@@ -284,7 +281,6 @@ def _figures_row(f: Figures) -> str:
         _fixed(f.peak_gib),
         _fixed(f.activations_ratio),
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def _conditions(run: records.Record) -> str:
@@ -314,18 +310,15 @@ def growth_section(run: records.Record) -> str:
     """One run: the largest micro-batch at each rate, and the throughput there."""
     clock = clocks_of(run)[-1]
     memory = f"Memory: {run['budget_bytes'] / (1 << 30):.2f} GiB ({run['budget_is']})."
-    lines = [
-        f"### {title_of(run)}\n\n{memory} {_conditions(run)} {CLOCK_NAMES[clock].capitalize()}.",
-        "",
-        "| variant | p | largest micro-batch | tokens/s there | ratio to plain |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    title = f"### {title_of(run)}\n\n{memory} {_conditions(run)} {CLOCK_NAMES[clock].capitalize()}."
+    rows = []
     for row in grown(run, clock):
         speed = "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.0f}"
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}x"
         size = f"{AT_LEAST if row['at_least'] else ''}{row['batch_size']}"
-        lines.append(f"| {row['how']} | {row['drop_rate']:g} | {size} | {speed} | {ratio} |")
-    return "\n".join(lines)
+        rows.append((row["how"], f"{row['drop_rate']:g}", size, speed, ratio))
+    columns = ("variant", "p", "largest micro-batch", "tokens/s there", "ratio to plain")
+    return f"{title}\n\n{markdown.table(columns, rows)}"
 
 
 def seqlen_tables(runs: Sequence[records.Record]) -> str:
@@ -339,13 +332,12 @@ def seqlen_tables(runs: Sequence[records.Record]) -> str:
 def _seqlen_table(runs: Sequence[records.Record]) -> str:
     rates = sorted({rate for run in runs for rate in length_ratios(run)})
     head = ["training", "masks", *("plain" if rate == 0 else f"p = {rate:g}" for rate in rates)]
-    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(rates)]
+    rows = []
     for run in runs:
         for how in SAMPLERS:
             ratios = length_ratios(run, how)
-            cells = [_length_cell(ratios.get(rate)) for rate in rates]
-            lines.append(f"| {title_of(run).partition(', ')[2]} | {how} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([title_of(run).partition(", ")[2], how, *(_length_cell(ratios.get(rate)) for rate in rates)])
+    return markdown.table(head, rows, "llr")
 
 
 def _length_cell(entry: Length | None) -> str:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 import dropbp
+from dropbp.cli.models import with_lora
 from dropbp.device import Device, get_device
 
 from ..common import records
 from ..common.models import build_model
 from ..common.options import add_run_arguments, progress, settle
 from ..common.presets import MODELS, Training
+from ..common.small import small_llama
 
 KIND = "activation_cache"
 SIZES = {"layers": 8, "width": 512, "sequence_length": 256, "batch_size": 2, "vocabulary": 1024}
@@ -72,10 +74,8 @@ def _run(args: argparse.Namespace) -> int:
         name = f"{args.model}--{device.name}--{run}" if args.model else run
         if args.only in (None, run):
             configuration = {**sizes, "tuning": tuning, "drop_rate": rate, "steps": 3 if args.smoke else args.steps}
-            record = None if args.again else store.finished(name, configuration)
-            if record is None:
-                with store.run(name, configuration, device) as record:
-                    record.update(measure(sizes, tuning, rate, configuration["steps"], device))
+            work = functools.partial(measure, sizes, tuning, rate, configuration["steps"], device)
+            record = store.measured(name, configuration, device, work, again=args.again)
             sys.stdout.write(f"{name}: {figures(record)}\n")
     return 0
 
@@ -161,8 +161,6 @@ class _Variant:
 
 
 def _model(sizes: Sizes, tuning: str, device: Device) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if "model" in sizes:
         named = build_model(sizes["model"], Training(tuning), device.name)
         for module in named.modules():
@@ -170,17 +168,13 @@ def _model(sizes: Sizes, tuning: str, device: Device) -> Any:
                 module.p = 0.0  # a row's state must be the same each time
         return named
     width = sizes["width"]
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=sizes["vocabulary"], hidden_size=width, intermediate_size=width * 43 // 16,
-            num_hidden_layers=sizes["layers"], num_attention_heads=max(2, width // 64), use_cache=False,
-        )
+    heads = max(2, width // 64)
+    model: Any = small_llama(
+        sizes["layers"], width, vocab_size=sizes["vocabulary"], intermediate_size=width * 43 // 16,
+        num_attention_heads=heads, num_key_value_heads=heads,
     )  # fmt: skip
     if tuning == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0))
+        model = with_lora(model, 0, lora_dropout=0.0)
     return model.to(device.name).train()
 
 

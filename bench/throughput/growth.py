@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from functools import partial
 
 from dropbp.device import Device, known_bytes
 
@@ -24,13 +24,8 @@ from ..common.setup import (
     Variant,
     build_batch,
 )
-from ..memory.probe import (
-    Probe,
-    Workplace,
-    is_border,
-    largest_batch,
-    largest_batch_tried,
-)
+from ..memory.probe import Probe, Workplace
+from ..memory.search import Search
 from .rounds import Bench, Timing, configuration_of
 
 KIND = "growth"
@@ -54,24 +49,14 @@ def grow(name: str, preset: ThroughputPreset, training: Training, device: Device
         budget_bytes = device.memory_limit_bytes() if place is None else _growth_budget_bytes(preset, place)
         record["budget_bytes"], record["budget_is"] = budget_bytes, _budget_is(device)
         record["variants"] = {variant.name: asdict(variant) for variant in variants}
-        sizes, limit = record.setdefault("batch_sizes", {}), limit_of(args)
-        share_s = limit.left_s() / (2 * len(variants))  # half for sizes, half for steps
-        for variant in variants:
-            known = sizes.get(variant.name, {}).get("asked", [])
-            if known and is_border(known):
-                continue
-
-            def note(found: dict[str, Any], name: str = variant.name) -> None:
-                sizes[name] = {**found, "asked": [*found["asked"], {"ended_after_s": None}]}
-                store.save(record)
-
-            sizes[variant.name] = (
-                largest_batch_tried(preset, training, variant, device.name, share_s, known, note)
-                if place is None
-                else largest_batch(preset, place, variant, known_bytes(budget_bytes, device))
-            )
-            store.save(record)
-        _time_grown(record, preset, training, variants, device, limit, lambda: store.save(record))
+        counted = None if place is None else (place, known_bytes(budget_bytes, device))
+        sizes, limit, save = record.setdefault("batch_sizes", {}), limit_of(args), partial(store.save, record)
+        half = TimeLimit(limit.left_s() / 2)  # for sizes, the other one for steps
+        search = Search(preset.model, "batch_size", preset.sequence_length)
+        with progress(len(variants), f"{preset.model} {training.name} largest micro-batch") as bar:
+            for _ in search.every(sizes, variants, training, device.name, half, save, counted):
+                bar.update()
+        _time_grown(record, preset, training, variants, device, limit, save)
 
 
 def _growth_budget_bytes(preset: ThroughputPreset, place: Workplace) -> int:

@@ -192,7 +192,7 @@ class Bench:
 
     def peak(self, lane: Lane) -> dict[str, Any]:
         """Peak memory of a further step with a mask that needs most, and what weights and optimizer hold before it."""
-        measured = [self._peak_with(lane, mask) for mask in lane.greedy_masks(1)]
+        measured = [self._peak_with(lane, mask) for mask in lane.peak_memory_masks(1)]
         return max(measured, key=lambda one: int(one["peak_bytes"]))
 
     def _peak_with(self, lane: Lane, mask: Sequence[bool] | None) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from dropbp.cache.passage import MisfitError, Passage, has_nan
 from dropbp.cache.rows import LABELS, MASK, Row
@@ -18,7 +17,7 @@ from dropbp.cache.store import State
 from dropbp.device import random_state_kept
 from dropbp.engine.patch import Forward
 from dropbp.masks.plan import ForwardPlan
-from dropbp.tensors import outputs_by_key
+from dropbp.tensors import buffers_kept, outputs_by_key
 
 if TYPE_CHECKING:
     from dropbp.cache.cache import ActivationCache, Kind
@@ -105,7 +104,7 @@ class CachedForward:
         plain = {name: value for name, value in self.kwargs.items() if name not in LABELS}
         other = {name: _padded(name, value, self.kwargs[MASK]) for name, value in plain.items()}
         seen: list[torch.Tensor] = []
-        with random_state_kept(cache.model), _buffers_kept(cache.model):
+        with random_state_kept(cache.model), buffers_kept(cache.model):
             for kwargs in (plain, other):
                 passage = Passage(cache.forms, self.rows, store=lambda _, x: seen.append(x), store_at=self.border)
                 with contextlib.suppress(Exception):  # more positions than the model has, say
@@ -163,7 +162,7 @@ class CachedForward:
         cache = self.cache
         passage = Passage(cache.forms, self.rows, states, cache.padding(self.rows, states), seeks_leaks=True)
         short: dict[str, Any] | None = None
-        with random_state_kept(cache.model), _buffers_kept(cache.model):
+        with random_state_kept(cache.model), buffers_kept(cache.model):
             try:
                 short = _figures(self._run_aside(passage, self._short_call()))
             except Exception as error:  # noqa: BLE001 - whatever a model raises when its blocks return nothing real
@@ -283,18 +282,6 @@ def _last_row(value: Any, rows: int) -> Any:
     if isinstance(value, dict):
         return {name: _last_row(item, rows) for name, item in value.items()}
     return tuple(_last_row(item, rows) for item in value) if type(value) is tuple else value
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore all buffers afterwards."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
 
 
 def _figures(outputs: Any) -> dict[str, Any]:

@@ -102,8 +102,8 @@ class Prefix:
             if not name or tensor is None or not tensor.requires_grad:
                 continue
             border = known.borders.get(name, 0)
-            awake = border == EXACT or (name in known.resting and not rests)
-            if awake or kept >> border & 1:
+            always = border == EXACT or (name in known.resting and not rests)
+            if always or kept >> border & 1:
                 return place
         return self.count
 

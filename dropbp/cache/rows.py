@@ -17,6 +17,7 @@ import torch
 
 from dropbp.engine.purity import CONSTANTS
 from dropbp.flops import shape_of
+from dropbp.inputs import IGNORED, placed
 
 MASK = "attention_mask"
 LABELS = frozenset({
@@ -64,7 +65,7 @@ class Keys:
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], salt: str) -> list[Row] | None:
         """The rows of a batch; None where an input is something that cannot be hashed, or asks for a gradient."""
-        given = dict(_flat([*zip(self._named(args), args, strict=True), *kwargs.items()]))
+        given = dict(_flat([*placed(self._names, args), *kwargs.items()]))
         if not self._labels_count:
             given = {name: value for name, value in given.items() if name.partition("/")[0] not in LABELS}
         tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
@@ -83,9 +84,6 @@ class Keys:
         labels = kwargs.get("labels")
         labels = labels.detach().cpu() if isinstance(labels, torch.Tensor) and labels.shape[:1] == (rows,) else None
         return [self._row(row, own, labels, shared.copy()) for row in range(rows)]
-
-    def _named(self, args: Sequence[Any]) -> list[str]:
-        return [*self._names, *map(str, range(len(self._names), len(args)))][: len(args)]
 
     def _row(self, row: int, own: Mapping[str, torch.Tensor], labels: torch.Tensor | None, hashed: Any) -> Row:
         parts = {name: tensor[row if tensor.shape[0] > 1 else 0] for name, tensor in own.items()}
@@ -120,7 +118,6 @@ class Keys:
         return slice(first, last + 1)
 
 
-IGNORED = -100  # the label of positions that are not in the loss
 KEY_BYTES = 24
 
 

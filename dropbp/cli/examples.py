@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from dropbp.cli.formats import Chat, Content, Kind, NothingToLearnError, Pair, Text, Turn, kind_of
 from dropbp.cli.rows import Row
 from dropbp.errors import ConfigError
+from dropbp.inputs import IGNORED
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 Example: TypeAlias = dict[str, list[int]]
 
 

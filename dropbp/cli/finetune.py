@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dropbp.cli.libraries import quiet
 from dropbp.cli.options import MOST, check_amounts, check_counts, check_folder, check_seed, check_shares
-from dropbp.cli.quiet import quiet
 from dropbp.errors import ConfigError
 
 RESULT_FILE, PLOT_FILE = "result.json", "result.png"

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dropbp.cli.libraries import quiet
 from dropbp.cli.options import check_counts
-from dropbp.cli.quiet import quiet
 
 if TYPE_CHECKING:
     from dropbp.discovery.structure import Branch

@@ -10,7 +10,7 @@ from typing import Any
 
 from dropbp import __version__
 from dropbp.cli.commands import Command, add_commands
-from dropbp.cli.unused import leave_out_unused
+from dropbp.cli.libraries import leave_out_unused
 from dropbp.errors import DropBPError, ResourceError, as_missing_dependency, as_resource_error
 
 EXIT_EXHAUSTED = 1

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropbp.cli.figures import new_figure, save_figure
+from dropbp.cli.libraries import quiet
 from dropbp.cli.options import MOST_MICRO_BATCHES, check_amounts, check_counts, check_file
-from dropbp.cli.quiet import quiet
 from dropbp.errors import ConfigError
 from dropbp.files import write_text
 
@@ -59,13 +59,23 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     with quiet():
         found = plan_model(args, progress_note())
+    publish(found, args, _table, plot)
+    return 0
+
+
+def publish(
+    found: dict[str, Any],
+    args: argparse.Namespace,
+    table: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Print what was found as a table or as JSON, and write and plot it where the options say so."""
     text = json.dumps(found, indent=1)
     if args.output is not None:
         write_text(args.output, text + "\n")
     if args.plot is not None:
         plot(found, args.plot)
-    sys.stdout.write((text if args.json else _table(found)) + "\n")
-    return 0
+    sys.stdout.write((text if args.json else table(found)) + "\n")
 
 
 def plan_model(args: argparse.Namespace, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -160,6 +170,6 @@ def progress_note() -> Callable[[str], None] | None:
 
 
 def _table(found: dict[str, Any]) -> str:
-    from dropbp.estimate.table import plan_table
+    from dropbp.estimate.forecast import plan_table
 
     return f"{found['model']}, {'LoRA' if found['peft'] == 'lora' else 'all weights'}\n{plan_table(found)}"

@@ -7,6 +7,7 @@ user's cache; damaged ones are fetched again.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dropbp.cli.embedded import cache_folder
 from dropbp.errors import ConfigError
 from dropbp.files import new_file
 
@@ -28,6 +28,11 @@ class Package:
     name: str
     version: str
     files: Mapping[str, str]
+
+
+def cache_folder() -> Path:
+    """Where files are kept: `$XDG_CACHE_HOME/dropbp`, or `~/.cache/dropbp`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dropbp"
 
 
 def package_files(package: Package) -> dict[str, Path]:

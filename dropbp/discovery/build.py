@@ -1,11 +1,5 @@
-"""Residual branches found from the structure of the residual stream.
-
-Where the autograd graph adds two tensors `x + f(x)`, and one operand depends on the other, the dependent operand `f(x)`
-is a branch, and the other is the residual stream. Dropping the branch means that no gradient enters the edge from
-the addition to `f(x)`. Everything that only that edge leads to is then dead, and a module whose nodes are all dead can
-run without recording. One pass over the graph, from the outputs to the inputs, gives every node the set of branches
-that must all be dropped for it to be dead (`ALIVE` if no set is enough): a norm shared by two parallel branches is dead
-when both are dropped, a bias shared by all attention layers when all are. No table of architectures is needed.
+"""The structure of a model's residual branches, from a recorded forward: `dropbp.discovery.graph` says where the stream
+is added to, `dropbp.discovery.liveness` what can run without recording. No table of architectures is needed.
 
 Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
 """
@@ -107,7 +101,7 @@ def _last(branch: int, together: Iterable[int]) -> int:
 
 
 class _Builder:
-    """Names, sites, loose parameters and exits from a graph with its cut edges."""
+    """Names, sites, loose parameters and outputs of branches from a graph with its cut edges."""
 
     def __init__(
         self,
@@ -128,11 +122,13 @@ class _Builder:
     def build(self) -> Structure:
         sites = self._sites()
         branches = self._branches()
-        exits, unscalable = self._exits(branches)
+        outputs, unscalable = self._outputs(branches)
         blocks = self._block_masks(branches)
         coverage = self._coverage()
         self._check_blocks(branches)
-        found = Structure(branches, sites, self._loose(), exits, unscalable, blocks, self._parameter_needs(), coverage)
+        found = Structure(
+            branches, sites, self._loose(), outputs, unscalable, blocks, self._parameter_needs(), coverage
+        )
         repeated, in_place = self._repeated(blocks, sites), self.graph.trace.adds_in_place
         return dataclasses.replace(found, repeated=repeated, adds_in_place=in_place)
 
@@ -225,16 +221,16 @@ class _Builder:
                     found[name, scope] = LooseParameter(name, scope, need)
         return tuple(found.values())
 
-    def _exits(self, branches: Sequence[Branch]) -> tuple[tuple[BranchOutput, ...], dict[str, str]]:
-        exits: list[BranchOutput] = []
+    def _outputs(self, branches: Sequence[Branch]) -> tuple[tuple[BranchOutput, ...], dict[str, str]]:
+        outputs: list[BranchOutput] = []
         unscalable: dict[str, str] = {}
         for i, branch in enumerate(branches):
             glue, met, _ = self.cover.glue(i, [head for _, head in self.groups[i]])
             reason = self._why_unscalable(i, glue, met)
             if reason:
                 unscalable[branch.name] = reason
-            exits.extend(self._outputs_of(i, met))
-        return tuple(exits), unscalable
+            outputs.extend(self._outputs_of(i, met))
+        return tuple(outputs), unscalable
 
     def _output_calls(self, branch: int, met: Iterable[int]) -> set[Call]:
         own = 1 << branch

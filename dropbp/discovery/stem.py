@@ -131,7 +131,7 @@ class _Places:
     def __init__(self, graph: Graph, groups: Sequence[Group]) -> None:
         self.graph = graph
         self.need, self.flow = needs(graph, groups), flows(graph, groups)
-        self._exits: dict[int, int] = {}
+        self._last_borders: dict[int, int] = {}
         self._runs: dict[str, int] = {}
         for call in graph.calls:
             self._runs[call.name] = self._runs.get(call.name, 0) + 1
@@ -145,9 +145,9 @@ class _Places:
 
     def _rests_at(self, index: int) -> int:
         """The branch, as a bit, whose dropping lets the call run unrecorded; 0 if none does."""
-        if index not in self._exits:
-            self._exits[index] = self._last_border(index)
-        return self._exits[index]
+        if index not in self._last_borders:
+            self._last_borders[index] = self._last_border(index)
+        return self._last_borders[index]
 
     def _last_border(self, index: int) -> int:
         made = set(self.graph.numbers_in_call[index])

@@ -37,7 +37,7 @@ from dropbp.engine.zeros import ZeroGradients
 from dropbp.errors import ConfigError
 from dropbp.flops import shape_of
 from dropbp.inputs import Asked
-from dropbp.lazy.warmup import Layer, Rehearsal
+from dropbp.lazy.warmup import GraphWarmup, Layer
 from dropbp.masks.plan import Conditions, ForwardPlan
 from dropbp.masks.registry import Mask, sampler_kind
 from dropbp.masks.samplers import bits
@@ -128,7 +128,7 @@ class Engine:
         if self.recomputes:
             self.recomputation.tell()
         if self.config.rehearse:
-            schedule.rehearsal = _rehearsal(self.model, self.structure, self.rests, self.recomputed)
+            schedule.graph_warmup = _graph_warmup(self.model, self.structure, self.rests, self.recomputed)
 
     def stop(self) -> None:
         """Remove the functions exactly. A second call does nothing."""
@@ -328,11 +328,13 @@ def _last_blocks(structure: Structure) -> list[str]:
     return list({name.rpartition(".")[0]: name for name in structure.blocks}.values())
 
 
-def _rehearsal(model: nn.Module, structure: Structure, rests: Rests, recomputed: Callable[[int], int]) -> Rehearsal:
-    """The rehearsal of a model's blocks, and of what rests at times beside their branches."""
+def _graph_warmup(
+    model: nn.Module, structure: Structure, rests: Rests, recomputed: Callable[[int], int]
+) -> GraphWarmup:
+    """The warm-up of the graphs of a model's blocks, and of what rests at times beside their branches."""
     parts = [*rests.modules.items(), *structure.blocks.items()]
     layers = [Layer(_kind(model.get_submodule(name)), need) for name, need in parts]
-    return Rehearsal(layers, (1 << len(structure.branches)) - 1, recomputed)
+    return GraphWarmup(layers, (1 << len(structure.branches)) - 1, recomputed)
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:

@@ -224,13 +224,36 @@ def _explained(make: Optimizer) -> Iterator[None]:
         ) from error
 
 
-def largest_within(peak_bytes: Callable[[int], float], limit_bytes: float, most: int) -> int:
-    """The largest size from 1 to `most` whose peak is within the limit; 0 if none is. Peaks must not decrease."""
-    low, high = 0, 1
-    while high <= most and peak_bytes(high) <= limit_bytes:
-        low, high = high, 2 * high
-    high = min(high, most + 1)
+def largest(fits: Callable[[int], bool], *, step: int = 1, most: int, guess: int | None = None) -> int:
+    """The largest multiple of `step`, at most `most`, for which `fits` holds; 0 if not even one step does.
+
+    Steps double away from a guess until the border is passed; then comes bisection. `fits` must be monotone. Without a
+    guess it is asked about O(log(most / step)) sizes, with a right one about two.
+    """
+    limit = most // step
+    first = min(max(1, (guess or step) // step), limit)
+    low, high = _bracket(lambda steps: fits(steps * step), first, limit) if limit else (0, 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if peak_bytes(middle) <= limit_bytes else (low, middle)
-    return low
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
+
+
+def _bracket(fits: Callable[[int], bool], first: int, limit: int) -> tuple[int, int]:
+    """(a size that fits, a larger one that does not), in steps; 0 is taken to fit, `limit + 1` not to."""
+    stride = 1
+    if fits(first):
+        low = first
+        while low < limit:
+            higher = min(low + stride, limit)
+            if not fits(higher):
+                return low, higher
+            low, stride = higher, 2 * stride
+        return limit, limit + 1
+    high = first
+    while high > 1:
+        lower = max(high - stride, 1)
+        if fits(lower):
+            return lower, high
+        high, stride = lower, 2 * stride
+    return 0, high

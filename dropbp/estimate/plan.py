@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from dropbp import inputs as example
-from dropbp.checks import check_callables, checked_drop_rates, short
+from dropbp.checks import check_callables, checked_drop_rates, is_number, is_whole, short
 from dropbp.device import Device, get_device
 from dropbp.errors import ConfigError
-from dropbp.estimate.footprint import Footprint, Optimizer, OptimizerBytes, largest_within, probe_for
+from dropbp.estimate.footprint import Footprint, Optimizer, OptimizerBytes, largest, probe_for
 from dropbp.estimate.forecast import RatePlan, TrainingPlan
 from dropbp.estimate.stepcost import (
     Clock,
@@ -32,7 +32,7 @@ from dropbp.estimate.stepcost import (
     rescaled_flops,
     see_what_recomputes,
 )
-from dropbp.estimate.workload import Loss, Workload, in_training, is_count, precision_of, shape_asked_for
+from dropbp.estimate.workload import Loss, Workload, in_training, precision_of, shape_asked_for
 from dropbp.flops import Shape
 from dropbp.handle import Handle
 from dropbp.masks.registry import Mask, sampler_kind
@@ -169,17 +169,17 @@ class _Planner:
         self.note(f"counting memory at drop rate {drop_rate:g}")
         with self._enabled(drop_rate) as handle:
             mix = MaskMix(handle, self.shape, self.accumulation)
-            greedy = [memory for mask in mix.peak_memory_masks() for memory in self._memories(handle, mix, mask)]
+            memories = [memory for mask in mix.peak_memory_masks() for memory in self._memories(handle, mix, mask)]
             moved = mix.moved_share()
             return RatePlan(
                 drop_rate,
                 mix.dropped_share,
                 None if seconds is None else self.accumulation * mix.mean(seconds.of),
                 None if optimizer_s is None else moved * optimizer_s,
-                _peak(greedy, self.shape),
+                _peak(memories, self.shape),
                 self.accumulation * mix.mean(flops.of),
-                self._largest_batch(greedy),
-                self._largest_sequence(greedy) if self.workload.has_lengths else None,
+                self._largest_batch(memories),
+                self._largest_sequence(memories) if self.workload.has_lengths else None,
                 None if seconds is None else self._forward_s(flops, seconds) * mix.resting_share(),
             )
 
@@ -236,21 +236,23 @@ class _Planner:
     def _affordable(self, plain: Memory) -> Shape:
         """The shape to time: the planned one, or the largest part of it that fits as plain training."""
         length = self.shape.sequence_length
-        fits = largest_within(
-            lambda rows: plain.peak_bytes(Shape(rows, length)), self.limit_bytes, self.shape.batch_size
-        )
-        return Shape(fits, length) if fits else self.probe.largest
+        fitting = self._largest(lambda rows: plain.peak_bytes(Shape(rows, length)), self.shape.batch_size)
+        return Shape(fitting, length) if fitting else self.probe.largest
 
-    def _largest_batch(self, greedy: Sequence[Memory]) -> int:
+    def _largest(self, peak_bytes: Callable[[int], float], most: int) -> int:
+        """The largest size up to `most` within the limit; 0 if none is."""
+        return largest(lambda size: peak_bytes(size) <= self.limit_bytes, most=most)
+
+    def _largest_batch(self, memories: Sequence[Memory]) -> int:
         length = self.shape.sequence_length
-        return largest_within(lambda rows: _peak(greedy, Shape(rows, length)), self.limit_bytes, MOST_ROWS)
+        return self._largest(lambda rows: _peak(memories, Shape(rows, length)), MOST_ROWS)
 
-    def _largest_sequence(self, greedy: Sequence[Memory]) -> int | None:
+    def _largest_sequence(self, memories: Sequence[Memory]) -> int | None:
         if len(self.probe.lengths) == 1:  # too short to tell how memory grows
             return None
         most = _positions(self.workload.model) or MOST_TOKENS
         rows = self.shape.batch_size
-        return largest_within(lambda length: _peak(greedy, Shape(rows, length)), self.limit_bytes, most)
+        return self._largest(lambda length: _peak(memories, Shape(rows, length)), most)
 
     # -- time and FLOPs
 
@@ -321,11 +323,7 @@ def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _positions(model: nn.Module) -> int | None:
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return most if is_count(most) else None
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value <= sys.float_info.max
+    return most if is_whole(most, 1) else None
 
 
 def _check(model: nn.Module, accumulation: int, memory_limit: int | None) -> None:
@@ -334,7 +332,7 @@ def _check(model: nn.Module, accumulation: int, memory_limit: int | None) -> Non
             f"{type(model).__name__} has parameters without data (meta device), and planning runs some small steps. "
             "Give it weights on the device to plan for; random ones will do."
         )
-    if not is_count(accumulation):
+    if not is_whole(accumulation, 1):
         raise ConfigError(f"accumulation is {accumulation!r}; it must be a whole number of micro-batches, at least 1.")
-    if memory_limit is not None and not _is_size(memory_limit):
+    if memory_limit is not None and not (is_number(memory_limit) and 0 < memory_limit <= sys.float_info.max):
         raise ConfigError(f"memory_limit is {short(memory_limit)}; it must be a number of bytes above 0, or None.")

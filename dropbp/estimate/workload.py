@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dropbp import inputs as example
-from dropbp.checks import short
+from dropbp.checks import is_whole, short
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape, shape_of
 from dropbp.sensitivity.untouched import untouched
@@ -117,7 +117,7 @@ def shape_asked_for(
         ConfigError: not numbers of at least 1, or a length for inputs that have none that could be changed.
     """
     for name, value in (("batch_size", rows), ("sequence_length", length)):
-        if value is not None and not is_count(value):
+        if value is not None and not is_whole(value, 1):
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     if text:
         return Shape(rows or 1, length or min(512, positions or 512))
@@ -127,11 +127,6 @@ def shape_asked_for(
             "example_inputs of the length to plan for."
         )
     return Shape(rows or (1 if given is None else shape_of(given.args, given.kwargs).batch_size))
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @contextlib.contextmanager

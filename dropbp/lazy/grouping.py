@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 
 from dropbp.checks import listed, short
 from dropbp.errors import ConfigError
@@ -23,41 +22,6 @@ from dropbp.errors import ConfigError
 ParameterGroup: TypeAlias = "dict[str, Any]"
 
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-
-
-class BranchLike(Protocol):
-    """A branch, as far as needed here: the qualified names of the modules that it runs."""
-
-    @property
-    def modules(self) -> Sequence[str]:
-        """Qualified names of the branch's modules."""
-        ...
-
-
-def group_parameters_by_branch(
-    model: nn.Module, branches: Sequence[BranchLike], groups: Iterable[ParameterGroup] | None = None
-) -> list[ParameterGroup]:
-    """Parameter groups that a step skips as a whole or not at all: one for each branch, one for the rest.
-
-    Parameters that several branches share get a group of their own. Options of the groups given (learning rate, decay)
-    are kept, so that a group with two branches in it becomes three. Fused optimizers that count steps for each group,
-    as Gaudi's FusedAdamW does, then count them as `torch.optim.AdamW` does: only where there was a gradient.
-
-    Args:
-        model: the model that the branches belong to.
-        branches: the branches, for instance `handle.branches`.
-        groups: the groups as they would be without DropBP; None makes one of all parameters that are trained. For an
-            optimizer that exists, before any scheduler is made for it:
-            `optimizer.param_groups[:] = group_parameters_by_branch(model, branches, optimizer.param_groups)`.
-
-    Returns:
-        Groups for an optimizer. Their parameters are in another order than before, so that an optimizer's saved state
-        fits only the same grouping.
-    """
-    users = _branches_of_parameters(model, branches)
-    if groups is None:
-        groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-    return split_groups(groups, lambda parameter: users.get(id(parameter), ()))
 
 
 def split_groups(groups: Iterable[ParameterGroup], key: Callable[[torch.Tensor], Any]) -> list[ParameterGroup]:
@@ -174,15 +138,6 @@ def zero_fill_gradients(parameters: Iterable[torch.Tensor]) -> int:
     for parameter in missing:
         parameter.grad = torch.zeros_like(parameter)
     return len(missing)
-
-
-def _branches_of_parameters(model: nn.Module, branches: Sequence[BranchLike]) -> dict[int, tuple[int, ...]]:
-    users: dict[int, set[int]] = {}
-    for index, branch in enumerate(branches):
-        for name in branch.modules:
-            for parameter in model.get_submodule(name).parameters():
-                users.setdefault(id(parameter), set()).add(index)
-    return {key: tuple(sorted(indices)) for key, indices in users.items()}
 
 
 def _split_group(group: ParameterGroup, key: Callable[[torch.Tensor], Any]) -> list[ParameterGroup]:

@@ -17,20 +17,20 @@ from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
-Situation = Hashable
+Variant = Hashable
 LOOKAHEAD = 400
 MAX_FORWARDS = 64
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A block, or a stem that rests when a branch is dropped: its kind (equal ones share graphs), branches as bits."""
+    """A block, or a stem frozen when a branch is dropped: its kind (equal ones share graphs), branches as bits."""
 
     kind: Hashable
     branches: int
 
 
-class Rehearsal:
+class GraphWarmup:
     """Chooses masks, as bit masks of dropped branches, until no new variant of a graph is to come.
 
     Args:
@@ -41,7 +41,7 @@ class Rehearsal:
 
     def __init__(self, layers: Sequence[Layer], everything: int, recomputed: Callable[[int], int]) -> None:
         self.layers, self.everything, self.recomputed = layers, everything, recomputed
-        self.seen: set[Situation] = set()
+        self.seen: set[Variant] = set()
         self.forwards = 0
         self.done = False
         self._trained = self._in_training = 0
@@ -49,7 +49,7 @@ class Rehearsal:
         self._run = self._longest_run = 1
 
     def next(self, with_gradient: int, upcoming: Callable[[], Sequence[int]]) -> int | None:
-        """The dropped branches of the next forward; None when all was rehearsed.
+        """The dropped branches of the next forward; None when every variant was met.
 
         Args:
             with_gradient: the branches whose parameters have gradients now.
@@ -65,7 +65,7 @@ class Rehearsal:
             self._window = self._best_window(upcoming(), with_gradient)
         if not self._window or self.forwards >= MAX_FORWARDS:
             self.done = True
-            logger.info("rehearsed %d kinds of block in %d forwards", len(self.seen), self.forwards)
+            logger.info("%d graph variants in the first %d forwards", len(self.seen), self.forwards)
             return None
         self.forwards += 1
         return self._window.pop(0)
@@ -75,7 +75,7 @@ class Rehearsal:
         if self.done:
             return
         self._in_training = with_gradient | self.everything & ~dropped
-        self.seen.update(self._situations(dropped, with_gradient))
+        self.seen.update(self._variants(dropped, with_gradient))
 
     def _best_window(self, upcoming: Sequence[int], with_gradient: int) -> list[int]:
         """The consecutive masks, as many as a step has had forwards, with the most new variants."""
@@ -83,19 +83,19 @@ class Rehearsal:
         most = 0
         for start in range(len(upcoming)):
             window = upcoming[start : start + self._longest_run]
-            new = len(self._situations_of_step(window, with_gradient) - self.seen)
+            new = len(self._variants_of_step(window, with_gradient) - self.seen)
             if new > most:
                 best, most = list(window), new
         return best
 
-    def _situations_of_step(self, window: Sequence[int], with_gradient: int) -> set[Situation]:
-        found: set[Situation] = set()
+    def _variants_of_step(self, window: Sequence[int], with_gradient: int) -> set[Variant]:
+        found: set[Variant] = set()
         for dropped in window:
-            found.update(self._situations(dropped, with_gradient))
+            found.update(self._variants(dropped, with_gradient))
             with_gradient |= self.everything & ~dropped
         return found
 
-    def _situations(self, dropped: int, with_gradient: int) -> Iterator[Situation]:
+    def _variants(self, dropped: int, with_gradient: int) -> Iterator[Variant]:
         kept = self.everything & ~dropped
         again = self.recomputed(dropped)
         below = 0

@@ -84,8 +84,8 @@ def to_come(schedule: Schedule) -> int:
     if not schedule.dropping or schedule.statistics.forwards < schedule.config.warmup or not here.total:
         return every
     never = [bits(tuple(rate >= 1 for rate in at.rates)) for at in (here, schedule.seen)]
-    rehearses = schedule.rehearsal is not None and not schedule.rehearsal.done
-    if not schedule.anneals or schedule.pace.over or rehearses or schedule.current is None:
+    warming_up = schedule.graph_warmup is not None and not schedule.graph_warmup.done
+    if not schedule.anneals or schedule.pace.over or warming_up or schedule.current is None:
         return every & ~(never[0] & never[1])
     masks = here.course[1]
     place = masks.index(schedule.current) if schedule.current in masks else len(masks) - 1

@@ -48,7 +48,7 @@ class Conditions:
         truncated: whether the stream then asks for no gradient below the lowest kept branch.
         whole: whether nothing may be dropped, as an input asks for its gradient.
         ranks: whether other ranks run the same forward on batches of their own.
-        held: tells which branches' parameters have gradients now, as bits; asked by a rehearsal only.
+        held: tells which branches' parameters have gradients now, as bits; asked by a warm-up of graphs only.
         left_alone: branches of the blocks that must not be recomputed, as bits.
         again: whether the forward must drop what the one before it dropped.
     """

@@ -277,31 +277,6 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def monotone(rates: Iterable[float], flops: Iterable[float]) -> Rates:
-    """The nearest rates that do not fall toward the input (index 0), with the same FLOPs saved.
-
-    Nearest in sum f_l (p_l - q_l)^2; so rates from sensitivities can be used under nested masks with depth.
-
-    Raises:
-        ConfigError: rates outside [0, 1], wrong FLOPs, unequal lengths.
-
-    Source: pool-adjacent-violators, Barlow et al., Statistical Inference under Order Restrictions (1972).
-    """
-    work, values = checked_flops(flops), checked_rates(rates)
-    check_lengths("rates", values, work)
-    blocks: list[tuple[float, float, int]] = []
-    for block in zip(values, work, [1] * len(work), strict=True):
-        while blocks and blocks[-1][0] < block[0]:
-            block = _pooled(blocks.pop(), block)
-        blocks.append(block)
-    return tuple(rate for rate, _, count in blocks for _ in range(count))
-
-
-def _pooled(first: tuple[float, float, int], second: tuple[float, float, int]) -> tuple[float, float, int]:
-    weight = first[1] + second[1]
-    return first[0] + (second[0] - first[0]) * (second[1] / weight), weight, first[2] + second[2]
-
-
 def _shares(flops: Rates) -> Rates:
     largest = max(flops)
     scaled = [f / largest for f in flops]

@@ -233,8 +233,9 @@ def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") ->
 def pool(rates: Rates, flops: Rates, seed: int, *, pool_size: int = 8, pool_of: str = "balanced") -> Draws:
     """`pool_size` masks drawn once, then visited in shuffled laps: each lap visits each mask once.
 
-    `pool_of="balanced"`: branch l falls in floor or ceil of K p_l of the K masks (K p_l on average over seeds), and
-    each mask keeps the FLOPs budget to within one branch. Or the name of a mask sampler, whose first K draws are taken.
+    `pool_of="balanced"`: branch l is dropped in floor or ceil of K p_l of the K masks (K p_l on average over seeds),
+    and each mask keeps the FLOPs budget to within one branch. Or the name of a mask sampler, whose first K draws are
+    taken.
     A branch is never trained if all K masks drop it: choose K >= 1 / (1 - p_l).
     """
     size = _checked_int("pool_size", pool_size)

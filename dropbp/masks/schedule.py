@@ -23,7 +23,7 @@ from dropbp.checks import check_lengths, checked_mask, checked_rates
 from dropbp.config import Config
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape
-from dropbp.lazy.warmup import LOOKAHEAD, Rehearsal
+from dropbp.lazy.warmup import LOOKAHEAD, GraphWarmup
 from dropbp.masks.at_shape import AtShape, Rates
 from dropbp.masks.online import Online
 from dropbp.masks.pace import Pace
@@ -91,7 +91,7 @@ class Schedule:
         self.draws = 0
         self.mask: Mask | None = None
         self.current: Mask | None = None
-        self.rehearsal: Rehearsal | None = None
+        self.graph_warmup: GraphWarmup | None = None
         self.statistics = Statistics([0] * len(self.names))
         self.pace = Pace(1 / self.length)
         self.sensitivities: Rates | None = None
@@ -291,8 +291,8 @@ class Schedule:
             return self.mask
         if not past or not self.here.total:
             return (False,) * len(self.names)
-        if self.rehearsal is not None and not self.rehearsal.done:
-            return self._rehearsed(self.rehearsal, conditions.held())
+        if self.graph_warmup is not None and not self.graph_warmup.done:
+            return self._warming_up(self.graph_warmup, conditions.held())
         if self.current is None or not self._keeps():
             self.current = self._drawn()
         return self.current
@@ -313,13 +313,13 @@ class Schedule:
         steady = here.ordered(number - self.pace.width)
         return steady if steady == self.current else here.ordered(number)
 
-    def _rehearsed(self, rehearsal: Rehearsal, held: int) -> Mask:
+    def _warming_up(self, warmup: GraphWarmup, held: int) -> Mask:
         """A mask for a graph that is not compiled yet, see `dropbp.lazy.warmup`; the usual one where none is left."""
         if self.current is None or not self._keeps():
-            dropped = rehearsal.next(held, self._upcoming)
+            dropped = warmup.next(held, self._upcoming)
             self.current = self._drawn() if dropped is None else self._in_advance(dropped)
-        if not rehearsal.done:
-            rehearsal.note(bits(self.current), held)
+        if not warmup.done:
+            warmup.note(bits(self.current), held)
         return self.current
 
     def _in_advance(self, dropped: int) -> Mask:
@@ -366,7 +366,7 @@ class Schedule:
         """
         saved = read(state, self)
         if self.statistics.forwards < saved.statistics.forwards:
-            self.rehearsal = None  # the run that is continued had its own
+            self.graph_warmup = None  # the run that is continued had its own
         self.draws, self.mask, self.current = saved.draws, saved.mask, saved.current
         self.pace, self.statistics = saved.pace, saved.statistics
         self.sensitivities, self.own, self.online = saved.sensitivities, saved.own, saved.online

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dropbp.checks import check_lengths, checked_rates, short
+from dropbp.checks import check_lengths, checked_rates, is_number, is_whole, short
 from dropbp.errors import StateError
 from dropbp.flops import Shape
 from dropbp.masks.at_shape import Rates
@@ -116,13 +116,13 @@ def _mask(mask: Any) -> Mask:
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not is_whole(value, 0):
         raise ValueError(f"a count is {short(value)}, not a number of 0 and above")
-    return value
+    return int(value)
 
 
 def _number(value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < float("inf"):
+    if not is_number(value) or not abs(value) < float("inf"):
         raise ValueError(f"{short(value)} is not a finite number")
     return float(value)
 

@@ -152,7 +152,7 @@ class OnePass:
 
 
 class _BranchInputs:
-    """The gradients that leave the branches at their branch_inputs, and those that arrive where these lead to."""
+    """The gradients that leave the branches at their inputs, and those that arrive where these lead to."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -160,7 +160,7 @@ class _BranchInputs:
         self.branches: dict[Source, list[int]] = {}
         self.leaving: dict[tuple[int, Source], Tensor] = {}
         self.squares: dict[Source, Tensor] = {}
-        self.rests: dict[tuple[int, Source], Tensor] = {}
+        self.left: dict[tuple[int, Source], Tensor] = {}
         self.kept: set[Source] = set()
         self.handles: list[RemovableHandle] = []
 
@@ -196,7 +196,7 @@ class _BranchInputs:
         self.squares[source] = _square(gradient)
         for branch in self.branches[source]:
             leaving = self.leaving.get((branch, source))
-            self.rests[branch, source] = _square(gradient if leaving is None else gradient - leaving)
+            self.left[branch, source] = _square(gradient if leaving is None else gradient - leaving)
             if source not in self.kept:
                 self.leaving.pop((branch, source), None)
 
@@ -210,7 +210,7 @@ class _BranchInputs:
 
     def _ratio(self, branch: int) -> float:
         arriving = math.fsum(float(self.squares.get(source, 0.0)) for source in self.sources[branch])
-        left = math.fsum(float(self.rests.get((branch, source), 0.0)) for source in self.sources[branch])
+        left = math.fsum(float(self.left.get((branch, source), 0.0)) for source in self.sources[branch])
         return math.sqrt(left / arriving) if arriving else 1.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from dropbp.device import random_state_kept
 from dropbp.engine.distributed import is_partitioned
 from dropbp.errors import StateError
+from dropbp.tensors import buffers_kept
 
 
 @contextlib.contextmanager
@@ -19,26 +20,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
     _refuse_partitioned(model)
     _refuse_steps_in_backward(model)
     gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     training = model.training
     try:
         for parameter, _ in gradients:
             parameter.grad = None
         model.training = True
-        with random_state_kept(model), torch.enable_grad():
+        with random_state_kept(model), buffers_kept(model), torch.enable_grad():
             yield
     finally:
         model.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        _restore(buffers)
-
-
-def _restore(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """All of them: kernels change running statistics without counting a new version."""
-    with torch.no_grad():
-        for buffer, copy in buffers:
-            buffer.copy_(copy)
 
 
 def _refuse_partitioned(model: nn.Module) -> None:

@@ -18,15 +18,9 @@ EXAMPLE = ROOT / "examples" / "gaudi_llama3_8b_lora.py"
 
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tests.common.tiny import save_model
 
-    from dropbp.cli.embedded import byte_tokenizer
-
-    tokenizer, folder = byte_tokenizer(), tmp_path / "model"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path / "model", layers=4)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import random
 import pytest
 
 import dropbp
-from dropbp.lazy.warmup import MAX_FORWARDS, Layer, Rehearsal
+from dropbp.lazy.warmup import MAX_FORWARDS, GraphWarmup, Layer
 from tests.common.engine_models import llama_loss, tiny_llama
 
 BRANCHES = 8
@@ -15,8 +15,8 @@ EVERYTHING = (1 << BRANCHES) - 1
 LAYERS = [Layer("block", 0b11 << i) for i in range(0, BRANCHES, 2)]
 
 
-def rehearsal(layers: list[Layer] = LAYERS) -> Rehearsal:
-    return Rehearsal(layers, EVERYTHING, lambda dropped: 0)
+def warmup(layers: list[Layer] = LAYERS) -> GraphWarmup:
+    return GraphWarmup(layers, EVERYTHING, lambda dropped: 0)
 
 
 def masks(seed: int, drop_rate: float = 0.5, count: int = 400) -> list[int]:
@@ -24,7 +24,7 @@ def masks(seed: int, drop_rate: float = 0.5, count: int = 400) -> list[int]:
     return [sum(1 << i for i in range(BRANCHES) if draw.random() < drop_rate) for _ in range(count)]
 
 
-def rehearse(one: Rehearsal, upcoming: list[int], accumulation: int = 1) -> list[int]:
+def run(one: GraphWarmup, upcoming: list[int], accumulation: int = 1) -> list[int]:
     """Run it to its end, as a handle does; the masks it chose."""
     chosen, with_gradient = [], 0
     for forward in range(10 * MAX_FORWARDS):
@@ -36,15 +36,15 @@ def rehearse(one: Rehearsal, upcoming: list[int], accumulation: int = 1) -> list
         one.note(dropped, with_gradient)
         with_gradient |= EVERYTHING & ~dropped
         chosen.append(dropped)
-    raise AssertionError("the rehearsal did not end")
+    raise AssertionError("the warm-up did not end")
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.5, 0.875])
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
 def test_it_ends_soon_and_takes_masks_of_the_sampler_only(drop_rate: float, accumulation: int):
     upcoming = masks(0, drop_rate)
-    one = rehearsal()
-    chosen = rehearse(one, upcoming, accumulation)
+    one = warmup()
+    chosen = run(one, upcoming, accumulation)
     assert 0 < len(chosen) <= MAX_FORWARDS
     assert set(chosen) <= set(upcoming)
     assert one.done and one.next(0, lambda: upcoming) is None
@@ -52,8 +52,8 @@ def test_it_ends_soon_and_takes_masks_of_the_sampler_only(drop_rate: float, accu
 
 def test_nothing_that_comes_later_is_new():
     upcoming = masks(1)
-    one = rehearsal()
-    rehearse(one, upcoming)
+    one = warmup()
+    run(one, upcoming)
     seen = set(one.seen)
     one.done = False
     for dropped in upcoming:
@@ -62,15 +62,15 @@ def test_nothing_that_comes_later_is_new():
 
 
 def test_blocks_of_one_kind_share_and_others_do_not():
-    same, others = rehearsal(), rehearsal([Layer(i, layer.branches) for i, layer in enumerate(LAYERS)])
+    same, others = warmup(), warmup([Layer(i, layer.branches) for i, layer in enumerate(LAYERS)])
     for one in (same, others):
-        rehearse(one, masks(2))
+        run(one, masks(2))
     assert len(others.seen) > 2 * len(same.seen)
 
 
 def test_one_mask_for_ever_needs_the_second_step_and_no_more():
     """The first training of a branch makes its moments; from the second on nothing is new."""
-    assert rehearse(rehearsal(), [0b1010_1010] * 400) == [0b1010_1010] * 2
+    assert run(warmup(), [0b1010_1010] * 400) == [0b1010_1010] * 2
 
 
 def masks_of_a_run(stop: int | None = None, **options: object) -> tuple[list[tuple[bool, ...]], float]:
@@ -94,8 +94,8 @@ def masks_of_a_run(stop: int | None = None, **options: object) -> tuple[list[tup
 @pytest.mark.parametrize("stop", [None, 3, 20])
 def test_a_run_of_known_length_makes_good_for_what_it_takes_in_advance(stop: int | None):
     expected, rate = masks_of_a_run()
-    found, rate_rehearsed = masks_of_a_run(stop, rehearse=True)
+    found, rate_warmed = masks_of_a_run(stop, rehearse=True)
     assert found != expected
     assert set(found) <= set(expected)
     assert rate == pytest.approx(0.5, abs=0.02)
-    assert rate_rehearsed == pytest.approx(0.5, abs=0.02)
+    assert rate_warmed == pytest.approx(0.5, abs=0.02)
