@@ -196,9 +196,19 @@ def imported_by_a_trainer(*arguments: str, **environment: str) -> list[str]:
     return names.split()[1:] + (other + done.stderr.splitlines() if arguments else [])
 
 
-@pytest.mark.skipif(not find_spec("bitsandbytes") or not find_spec("deepspeed"), reason="they are not installed")
+both_installed = pytest.mark.skipif(
+    not find_spec("bitsandbytes") or not find_spec("deepspeed"), reason="they are not installed"
+)
+
+
+@pytest.mark.slow
+@both_installed
+def test_a_trainer_by_itself_imports_two_packages_that_it_has_no_use_for() -> None:
+    assert imported_by_a_trainer() == ["bitsandbytes", "deepspeed"]
+
+
+@both_installed
 def test_a_command_imports_no_package_that_it_has_no_use_for() -> None:
-    assert imported_by_a_trainer() == ["bitsandbytes", "deepspeed"]  # what would be imported
     assert imported_by_a_trainer("finetune", "--max-steps", "4") == []
 
 

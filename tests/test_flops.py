@@ -55,13 +55,13 @@ def test_weights_of_an_encoder_decoder_follow_both_lengths(name: str, source: in
     assert found.at(shape) == pytest.approx(recorded.at(shape), rel=1e-4)
 
 
-@pytest.mark.parametrize("length", [16, 256, 512])
-def test_a_branch_that_pads_to_chunks_costs_the_same_for_each_chunk(length: int) -> None:
+def test_a_branch_that_pads_to_chunks_costs_the_same_for_each_chunk() -> None:
     model = tiny("LongT5ForConditionalGeneration")
-    batch = {"input_ids": ids(length), "decoder_input_ids": ids(length), "use_cache": False}
-    flops = find(model, None, None).flops.at(shape_of((), batch))
-    counted = find(model, batch, None).structure.branches
-    assert flops == pytest.approx([branch.flops for branch in counted], rel=0.01)
+    flops = find(model, None, None).flops
+    for length in (16, 256, 512):
+        batch = {"input_ids": ids(length), "decoder_input_ids": ids(length), "use_cache": False}
+        counted = find(model, batch, None).structure.branches
+        assert flops.at(shape_of((), batch)) == pytest.approx([branch.flops for branch in counted], rel=0.01), length
 
 
 def test_labels_alone_tell_the_length_of_the_decoder() -> None:

@@ -1,6 +1,6 @@
 """A training killed by the system at a random step, and resumed: equal to the bit to one that ran through.
 
-`python -m tests.test_killed FOLDER STEP MASKS` is the training that kills itself in the middle of that step.
+`python -m tests.test_killed FOLDER STEP` is the training that kills itself in the middle of that step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -41,27 +40,26 @@ class Killer(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_callback(masks: str) -> DropBPCallback:
+def make_callback() -> DropBPCallback:
     # Calibration in step 2: its rates must come back, and it must not be made again.
-    return DropBPCallback(masks=masks, calibrate_at=None if masks == "nested" else 2)
+    return DropBPCallback(masks="exact", calibrate_at=2)
 
 
-def train_until_killed(folder: Path, step: int, masks: str) -> None:
+def train_until_killed(folder: Path, step: int) -> None:
     torch.set_num_threads(1)
-    make_trainer(folder, [make_callback(masks), Killer(step)], **OPTIONS).train()
+    make_trainer(folder, [make_callback(), Killer(step)], **OPTIONS).train()
 
 
-@pytest.mark.parametrize("masks", ["nested", "exact"])
-def test_a_training_killed_at_a_random_step_goes_on_as_if_nothing_had_happened(tmp_path: Path, masks: str) -> None:
+def test_a_training_killed_at_a_random_step_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     step = random.SystemRandom().randint(SAVED_EVERY + 1, STEPS)
-    command = [sys.executable, "-m", "tests.test_killed", str(tmp_path / "cut"), str(step), masks]
+    command = [sys.executable, "-m", "tests.test_killed", str(tmp_path / "cut"), str(step)]
     killed = subprocess.run(command, cwd=Path(__file__).parents[1], check=False, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     saved = SAVED_EVERY * ((step - 1) // SAVED_EVERY)
     checkpoint = get_last_checkpoint(str(tmp_path / "cut"))
     assert checkpoint is not None and checkpoint.endswith(f"-{saved}"), f"killed in step {step}"
-    whole, whole_masks, whole_report = run_through(tmp_path / "whole", masks, None)
-    rest, rest_masks, rest_report = run_through(tmp_path / "cut", masks, checkpoint)
+    whole, whole_masks, whole_report = run_through(tmp_path / "whole", None)
+    rest, rest_masks, rest_report = run_through(tmp_path / "cut", checkpoint)
     assert rest_masks == whole_masks[2 * saved :], f"killed in step {step}"
     assert losses(rest) == losses(whole), f"killed in step {step}"
     assert rest_report == whole_report
@@ -69,8 +67,8 @@ def test_a_training_killed_at_a_random_step_goes_on_as_if_nothing_had_happened(t
         assert torch.equal(ours, theirs)
 
 
-def run_through(folder: Path, masks: str, checkpoint: str | None) -> tuple[Any, list[Any], dict[str, Any]]:
-    callback = make_callback(masks)
+def run_through(folder: Path, checkpoint: str | None) -> tuple[Any, list[Any], dict[str, Any]]:
+    callback = make_callback()
     watcher = Watcher(callback)
     trainer = make_trainer(folder, [watcher, callback], **OPTIONS)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -78,4 +76,4 @@ def run_through(folder: Path, masks: str, checkpoint: str | None) -> tuple[Any, 
 
 
 if __name__ == "__main__":
-    train_until_killed(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    train_until_killed(Path(sys.argv[1]), int(sys.argv[2]))

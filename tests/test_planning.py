@@ -31,10 +31,10 @@ ROWS, LENGTH = 4, 72
 Make = Callable[[], Any]
 
 MODELS: dict[str, Make] = {
-    "llama": lambda: trained.llama(layers=4, width=48),
-    "gpt2": lambda: trained.gpt2(layers=3, width=48, dropout=0.1),
-    "lora": lambda: trained.with_lora(trained.llama(layers=3, width=48)),
-    "checkpointing": lambda: checkpointing(trained.llama(layers=4, width=48)),
+    "llama": lambda: trained.llama(layers=3, width=48),
+    "gpt2": lambda: trained.gpt2(layers=2, width=48, dropout=0.1),
+    "lora": lambda: trained.with_lora(trained.llama(layers=2, width=48)),
+    "checkpointing": lambda: checkpointing(trained.llama(layers=3, width=48)),
 }
 
 
@@ -101,8 +101,8 @@ def test_peak_memory_at_other_rates_is_within_5_percent():
     assert_memory_is_foretold(MODELS["llama"], rates=(0.0, 0.875))
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.75, 0.875])
-def test_states_of_what_never_trains_in_the_run_are_not_counted(rate):
+def test_states_of_what_never_trains_in_the_run_are_not_counted():
+    rate = 0.75
     found = dropbp.plan(MODELS["llama"](), ROWS, LENGTH, drop_rates=(rate,), measure=False, steps=16)
     model = MODELS["llama"]()
     dropbp.enable(model, rate, steps=16)
@@ -122,7 +122,7 @@ def test_peak_memory_under_accumulation_is_within_5_percent():
 
 
 def test_peak_memory_of_random_sets_is_within_5_percent():
-    assert_memory_is_foretold(lambda: trained.llama(layers=6, width=32), steps=20, masks="exact")
+    assert_memory_is_foretold(lambda: trained.llama(layers=4, width=32), steps=12, masks="exact")
 
 
 def test_peak_memory_of_one_row_and_of_short_rows_is_within_5_percent():
@@ -218,6 +218,7 @@ def measured_s(make: Make, rates: Sequence[float], ids: Tensor, rounds: int) -> 
     return [statistics.fmean(times[1:]) for times in seconds]
 
 
+@pytest.mark.slow
 def test_step_time_is_within_10_percent():
     """What else runs on the machine disturbs both sides, so there are further attempts; none is averaged away."""
 

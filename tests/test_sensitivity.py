@@ -118,8 +118,8 @@ def test_several_closures_are_averaged():
 
 @pytest.fixture(scope="session")
 def models() -> dict[str, Any]:
-    llama = trained.train(trained.llama(), trained.text(), 100)
-    gpt2 = trained.train(trained.gpt2(), trained.text(), 100)
+    llama = trained.train(trained.llama(), trained.text(), 60)
+    gpt2 = trained.train(trained.gpt2(), trained.text(), 60)
     adapted = trained.with_lora(copy.deepcopy(llama))
     trained.train(adapted, trained.text(1), 15)
     return {"llama": llama, "gpt2": gpt2, "lora": adapted}
@@ -625,9 +625,14 @@ def test_observe_refuses_what_makes_no_sense(options, message):
 # -- several processes
 
 
-def calibrate_on_rank(rank: int, folder: str, wrapped: bool) -> None:
+def calibrate_on_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save([sensitivities_of_rank(rank, wrapped) for wrapped in (False, True)], Path(folder) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def sensitivities_of_rank(rank: int, wrapped: bool) -> tuple[Any, ...]:
     model: Any = trained.llama(layers=3, width=16)
     handle = dropbp.enable(model)
     replica = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if wrapped else model
@@ -635,23 +640,21 @@ def calibrate_on_rank(rank: int, folder: str, wrapped: bool) -> None:
     found = {m: handle.calibrate(lambda: trained.loss_of(replica, batch), method=m).sensitivities for m in METHODS}
     trained.loss_of(replica, batch).backward()  # the replica still works
     handle.observe(every=1)
-    torch.save((found, handle.rates), Path(folder) / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found, handle.rates
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_ranks_find_the_same_sensitivities(tmp_path, wrapped):
-    torch.multiprocessing.spawn(calibrate_on_rank, (str(tmp_path), wrapped), nprocs=2)
-    (first, rates), (second, other_rates) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert first == second and rates == other_rates
-    if wrapped:  # gradients are those of both ranks' batches together
-        model = trained.llama(layers=3, width=16)
-        both = torch.cat([tokens(0), tokens(1)])
-        with dropbp.enable(model) as handle:
-            for method in METHODS:
-                whole = handle.calibrate(lambda: trained.loss_of(model, both), method=method)
-                assert first[method] == pytest.approx(whole.sensitivities, rel=5e-3)
+def test_ranks_find_the_same_sensitivities(tmp_path):
+    torch.multiprocessing.spawn(calibrate_on_rank, (str(tmp_path),), nprocs=2)
+    plain, wrapped = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)), strict=True)
+    assert plain[0] == plain[1] and wrapped[0] == wrapped[1]
+    model = trained.llama(layers=3, width=16)
+    both = torch.cat([tokens(0), tokens(1)])
+    found, _ = wrapped[0]
+    with dropbp.enable(model) as handle:  # wrapped, gradients are those of both ranks' batches together
+        for method in METHODS:
+            whole = handle.calibrate(lambda: trained.loss_of(model, both), method=method)
+            assert found[method] == pytest.approx(whole.sensitivities, rel=5e-3)
 
 
 # -- the committed measurement

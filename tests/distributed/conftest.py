@@ -26,7 +26,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[s
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def results(module: str, by: str = "torchrun", cases: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-        stored = shared / f"{module} by {by}.json"
+        stored = shared / f"{module} by {by} {' '.join(cases)}.json"
         with stored.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not stored.exists():

@@ -24,6 +24,7 @@ def launch(
     limit_s: float = LIMIT_S,
     launcher: Sequence[str] = ("torch.distributed.run", f"--nproc-per-node={PROCESSES}"),
     processes: int = PROCESSES,
+    steps: int | None = None,
 ) -> list[dict[str, Any]]:
     """Results of the cases of a module, one dict for each rank. A hang is an error.
 
@@ -34,13 +35,14 @@ def launch(
         limit_s: seconds after which the processes are taken to wait for each other.
         launcher: module that starts the processes, and its own options; see `LAUNCHERS`.
         processes: how many it starts.
+        steps: of each training run; none means `training.STEPS`.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [*_started_by(launcher), *options, "-m", "tests.distributed.worker", str(folder), module, *cases]
         with (folder / "log").open("w+", encoding="utf-8") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=ROOT, env=_environment(steps), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             _wait(process, log, limit_s)
         return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
@@ -78,9 +80,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _environment() -> dict[str, str]:
+def _environment(steps: int | None) -> dict[str, str]:
     return {
         **os.environ,
+        **({} if steps is None else {"DROPBP_TEST_STEPS": str(steps)}),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),

@@ -10,6 +10,7 @@ all of the branches dropped.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import sys
@@ -20,7 +21,7 @@ import torch
 
 from tests.distributed.compare import reference
 from tests.distributed.launch import LAUNCHERS, PROCESSES, launch
-from tests.distributed.training import LAYERS, STEPS, make_model
+from tests.distributed.training import LAYERS, make_model
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "distributed.json"
@@ -43,8 +44,11 @@ ACCELERATED = {  # name -> launcher, case, and what it is compared with: a case 
     "loop, ZeRO-3": ("accelerate, ZeRO-3", "loop", None),
     "Trainer, ZeRO-3": ("accelerate, ZeRO-3", "trainer", "trainer, zeros"),
 }
-LIMIT_S = 900
+STEPS = 50
 SHARES = ("0.0", "0.5", "1.0")
+
+
+_launched = functools.partial(launch, limit_s=900, steps=STEPS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _engines() -> dict[str, Any]:
-    ddp, *_ = launch("ddp", ("before", "kept", "traffic"), limit_s=LIMIT_S)
-    fsdp2, *_ = launch("fsdp2", ("before", "traffic"), limit_s=LIMIT_S)
-    zero, *_ = launch("zero", ("trained 2", "trained 3", "traffic 2", "traffic 3"), limit_s=LIMIT_S)
+    ddp, *_ = _launched("ddp", ("before", "kept", "traffic"))
+    fsdp2, *_ = _launched("fsdp2", ("before", "traffic"))
+    zero, *_ = _launched("zero", ("trained 2", "trained 3", "traffic 2", "traffic 3"))
     ranks = {"ddp": ddp, "fsdp2": fsdp2, "zero": zero}
     losses = {name: _difference(ranks[module][case]["result"], zeros) for name, (module, case, zeros) in RUNS.items()}
     return {"largest_loss_difference": losses, "bytes_per_step": _traffic(ranks)}
@@ -82,10 +86,10 @@ def _engines() -> dict[str, Any]:
 def _accelerated() -> dict[str, Any]:
     """Largest difference of the loss to one process, of what `accelerate launch` starts."""
     alone = tuple(case for _, _, case in ACCELERATED.values() if case)
-    runs = {"alone": launch("accelerated", alone, limit_s=LIMIT_S, **LAUNCHERS["accelerate, one process"])[0]}
+    runs = {"alone": _launched("accelerated", alone, **LAUNCHERS["accelerate, one process"])[0]}
     for by in ("accelerate", "accelerate, ZeRO-3"):
         cases = tuple(case for launcher, case, _ in ACCELERATED.values() if launcher == by)
-        runs[by] = launch("accelerated", cases, limit_s=LIMIT_S, **LAUNCHERS[by])[0]
+        runs[by] = _launched("accelerated", cases, **LAUNCHERS[by])[0]
     found = {}
     for name, (by, case, other) in ACCELERATED.items():
         run = runs[by][case]["result"]

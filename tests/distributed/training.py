@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 import dropbp
 from tests.common.engine_models import llama_loss, tiny_llama, tokens
 
-STEPS = 50
+STEPS = int(os.environ.get("DROPBP_TEST_STEPS", "15"))  # of each run; the published ones are longer
 ROWS = 4  # of the global batch, split evenly over the ranks
 LAYERS = 4
 BATCHES = 5  # seen again and again, so that there is something to learn
