@@ -115,7 +115,7 @@ def pad(examples: Sequence[dict[str, list[int]]], length: int, padding_id: int) 
     """A batch of one shape, whatever the examples: all three tensors are `(batch, length)`."""
     import torch
 
-    from dropbp.cli.examples import IGNORED
+    from dropbp.inputs import IGNORED
 
     def rows(key: str, filler: int) -> torch.Tensor:
         return torch.tensor([e[key] + [filler] * (length - len(e[key])) for e in examples])

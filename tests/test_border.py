@@ -242,11 +242,11 @@ def test_a_run_trains_all_that_is_trained_or_names_it(kind: Kind, drop_rate: flo
     assert {name for name, count in counts.items() if not count} <= rare
 
 
-@pytest.mark.parametrize("steps", [3, 16, 60])
+@pytest.mark.parametrize("steps", [3, 7, 16, 40, 90])
 @pytest.mark.parametrize("rates", ["auto", "uniform", "decreasing"])
 def test_what_a_run_of_known_length_does_not_train_is_named_and_what_is_named_so_is_not(steps: int, rates: Any) -> None:
-    model = net(blocks=8)
-    rates = rates if rates != "decreasing" else [1 - (i + 1) / 80 for i in range(16)]
+    model = net(blocks=12)
+    rates = rates if rates != "decreasing" else [1 - (i + 1) / 80 for i in range(24)]
     handle = dropbp.enable(model, 0.5, example_inputs=ids(), max_activations=None, rates=rates, steps=steps)
     counts = run(handle, model, steps)
     idle, report = {name for name, count in counts.items() if not count}, handle.report()

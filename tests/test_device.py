@@ -283,16 +283,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         "synchronize": lambda index: seen.calls.append(("synchronize", index)),
         "memory_allocated": lambda index: 5 + (index or 0),
         "max_memory_allocated": lambda index: 7 + (index or 0),
-        "max_memory_reserved": lambda index: 9 + (index or 0),
         "reset_peak_memory_stats": lambda index: seen.calls.append(("reset", index)),
         "get_rng_state": lambda index: seen.calls.append(("state of", index)) or seen.states[index],
         "set_rng_state": lambda state, index: seen.states.__setitem__(index, state),
-        "current_stream": lambda index=None: f"stream of {index}",
-        "Event": lambda enable_timing: types.SimpleNamespace(
-            record=lambda stream: seen.calls.append(("record", stream)),
-            synchronize=lambda: None,
-            elapsed_time=lambda end: 2000.0,
-        ),
     }
     for name, function in replaced.items():
         monkeypatch.setattr(torch.cuda, name, function)

@@ -130,7 +130,7 @@ def test_a_loop_of_its_own_meets_the_budget_or_says_that_it_ended_early(drop_rat
         assert len(set(run.masks[int(steps * 1.1) :])) > 1
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=30)
 @given(
     DROP_RATES,
     st.lists(st.integers(1, 60), min_size=1, max_size=5),

@@ -101,8 +101,8 @@ def test_peak_memory_at_other_rates_is_within_5_percent():
     assert_memory_is_foretold(MODELS["llama"], rates=(0.0, 0.875))
 
 
-def test_states_of_what_never_trains_in_the_run_are_not_counted():
-    rate = 0.75
+@pytest.mark.parametrize("rate", [0.5, 0.75, 0.875])
+def test_states_of_what_never_trains_in_the_run_are_not_counted(rate):
     found = dropbp.plan(MODELS["llama"](), ROWS, LENGTH, drop_rates=(rate,), measure=False, steps=16)
     model = MODELS["llama"]()
     dropbp.enable(model, rate, steps=16)
