@@ -20,6 +20,7 @@ from dropbp.bench.throughput.rounds import Bench
 
 from dropbp.device import get_device
 from dropbp.errors import ConfigError
+from dropbp.estimate.footprint import largest
 from dropbp.memory import track_tensor_bytes
 
 TINY = "llama-4x64"
@@ -132,13 +133,23 @@ class Card:
 
 @pytest.mark.parametrize(
     ("bytes_of_size", "guess"),
-    [(lambda size: 6000 + 10 * size, 8960), (lambda size: 97_000, None), (lambda size: 5, None)],
-    ids=["linear", "nothing fits", "flat"],
+    [(lambda size: 6000 + 10 * size, 8960), (lambda size: 97_000, None), (lambda size: 5, 1 << 20)],
+    ids=["linear", "nothing fits", "everything fits"],
 )
-def test_guess_on_an_accelerator_takes_two_small_tries(bytes_of_size: Any, guess: int | None) -> None:
+def test_guess_on_an_accelerator_is_made_from_small_tries(bytes_of_size: Any, guess: int | None) -> None:
     card = Card(bytes_of_size)
     assert guess_tried(cast(Any, card), card.fits, 128, 1 << 20) == guess
-    assert card.tried[1:] in ([128, 512], [128])
+    assert card.tried[1:3] in ([128, 512], [128, 128])
+
+
+@pytest.mark.parametrize(("per_row", "border"), [(10_000, 9), (2_000, 48), (300, 320), (9, 4096)])
+def test_a_border_is_found_in_few_tries_where_the_optimizer_hides_what_small_batches_need(
+    per_row: int, border: int
+) -> None:
+    card = Card(lambda size: max(60_000, per_row * size))
+    guess = guess_tried(cast(Any, card), card.fits, 1, 4096)
+    assert largest(card.fits, step=1, most=4096, guess=guess) == border
+    assert len(set(card.tried)) <= 22 and max(card.tried) <= 16 * border
 
 
 def test_cpu_is_tried_without_a_guess() -> None:

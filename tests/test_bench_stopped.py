@@ -10,18 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from dropbp.bench.common import models, processes, records
+from dropbp.bench.common.options import TimeLimit
 from dropbp.bench.common.presets import SeqlenPreset, ThroughputPreset, Training
 from dropbp.bench.common.setup import PLAIN, Variant
 from dropbp.bench.memory import search, seqlen
 from dropbp.bench.report import paper, tables
 from dropbp.bench.report.derive import figures, grown, length_ratios
 from dropbp.bench.throughput import command as throughput
+from dropbp.bench.throughput import growth
 from dropbp.bench.throughput.rounds import Bench
 
 from dropbp.device import get_device
@@ -189,6 +192,24 @@ def test_growth_runs_alone_and_a_micro_batch_that_fragments_memory_is_made_small
     assert 0 < record["timed_sizes"][name] < sizes[name] and record["timed_sizes"]["plain"] == sizes["plain"]
     shown = {(row["how"], row["drop_rate"]): row for row in grown(record)}
     assert shown["exact", 0.875]["batch_size"] == record["timed_sizes"][name] and shown["exact", 0.875]["ratio"]
+
+
+def test_on_an_accelerator_each_variant_has_the_memory_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[str]] = []
+
+    class Alone(Bench):
+        def __init__(self, preset: Any, training: Any, variants: Any, device: Any, record: Any) -> None:
+            groups.append([variant.name for variant in variants])
+            super().__init__(preset, training, variants, CPU, record)
+
+    monkeypatch.setattr(growth, "Bench", Alone)
+    preset = ThroughputPreset(TINY, (FULL,), (0.5,), 1, 16, growth_rounds=2)
+    variants = [PLAIN, Variant("exact", 0.5), Variant("nested", 0.5)]
+    record: dict[str, Any] = {"batch_sizes": {v.name: {"batch_size": n} for n, v in enumerate(variants, 1)}}
+    card = cast(Any, types.SimpleNamespace(name="cuda"))
+    growth._time_grown(record, preset, FULL, variants, card, TimeLimit(), lambda: None)
+    assert groups == [["plain"], ["exact-0.5"], ["nested-0.5"]]
+    assert {name: len(steps) for name, steps in record["steps"].items()} == {v.name: 2 for v in variants}
 
 
 # -- searches

@@ -26,6 +26,7 @@ from .probe import TRIED_STEPS, Probe, Workplace, is_out_of_memory, release_memo
 
 MOST_BATCH = 4096
 GUESSES = 4
+FAR = 16  # times a size that was tried; a guess beyond that is none
 ALLOCATOR_SHARE = 0.96  # of a device's memory, before it is too fragmented to serve a step
 Found = dict[str, Any]
 
@@ -250,23 +251,30 @@ def _guess_from(known: Sequence[Found]) -> int | None:
 
 
 def guess_tried(device: Device, fits: Callable[[int], bool], step: int, most: int) -> int | None:
-    """About the largest size that trains, from what two small ones take of the device; None if they tell nothing.
+    """About the largest size that trains, from what smaller ones take of the device; None if they tell nothing.
 
-    On CPU memory is what the whole process holds, which says little about a step; other devices may not say anything.
+    Two small tries tell what a larger size takes; but where both take what the optimizer needs, they tell nothing of a
+    much larger one, and a larger one is tried. On CPU memory is what the whole process holds, which says little about
+    a step; other devices may not say anything.
     """
     if device.name == "cpu" or None in (device.max_memory_allocated_bytes(), device.memory_limit_bytes()):
         return None
-    peaks: list[int] = []
-    for size in (step, min(4 * step, most)):
-        device.reset_peak_memory()
-        if not fits(size):
-            return None
-        peaks.append(known_bytes(device.max_memory_allocated_bytes(), device))
-    slope = (peaks[1] - peaks[0]) / (3 * step)
-    if slope <= 0:
-        return None
     usable_bytes = ALLOCATOR_SHARE * known_bytes(device.memory_limit_bytes(), device)
-    return min(max(int(step + (usable_bytes - peaks[0]) / slope) // step * step, step), most)
+
+    def peak(size: int) -> int | None:
+        device.reset_peak_memory()
+        return known_bytes(device.max_memory_allocated_bytes(), device) if fits(size) else None
+
+    small, large = step, min(4 * step, most)
+    low, high = peak(small), peak(large)
+    while low is not None and high is not None and large > small:
+        slope = (high - low) / (large - small)
+        guess = most if slope <= 0 else min(int(small + (usable_bytes - low) / slope) // step * step, most)
+        if guess <= FAR * large:
+            return max(guess, step)
+        small, low, large = large, high, min(FAR * large, most)
+        high = peak(large)
+    return None if low is None or small == step else (small + large) // 2 // step * step
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The largest micro-batch that fits at each drop rate, then steps of that size, in turns."""
+"""The largest micro-batch that fits at each drop rate, then steps of that size.
+
+On a CPU variants take turns. On an accelerator each has the memory to itself, as it had when its size was searched for.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 from dropbp.device import Device, known_bytes
 
@@ -24,7 +28,7 @@ from ..common.setup import (
     Variant,
     build_batch,
 )
-from ..memory.probe import Probe, Workplace
+from ..memory.probe import Probe, Workplace, release_memory
 from ..memory.search import Search
 from .rounds import Bench, Timing, configuration_of
 
@@ -33,7 +37,7 @@ SMALLER, TRIES_AT_BORDER = 15 / 16, 4
 
 
 def grow(name: str, preset: ThroughputPreset, training: Training, device: Device, args: argparse.Namespace) -> None:
-    """The largest micro-batch that fits at each rate, then steps of that size, in turns."""
+    """The largest micro-batch that fits at each rate, then steps of that size."""
     variants = [PLAIN, *(Variant(how, rate) for how in SAMPLERS for rate in preset.drop_rates)]
     configuration = configuration_of(preset, training, device) | {
         "drop_rates": list(preset.drop_rates),
@@ -80,24 +84,35 @@ def _time_grown(
     sizes = record.setdefault(
         "timed_sizes", {name: found["batch_size"] for name, found in record["batch_sizes"].items()}
     )
-    bench = Bench(preset, training, [v for v in variants if sizes[v.name]], device, record)
+    fitting = [variant for variant in variants if sizes[variant.name]]
+    groups = [fitting] if device.name == "cpu" else [[variant] for variant in fitting]
     rounds = preset.growth_rounds + 1  # the first warms up
-    with progress(rounds * len(bench.lanes), f"{preset.model} {training.name} largest micro-batches") as bar:
-        for index in range(rounds - bench.rounds_done):
-            before_s = limit.left_s()
-            for lane in bench.lanes:
-                timing = _step_at_border(bench, lane, sizes, preset)
-                if timing is not None:
-                    timed = {"round": bench.rounds_done + index, **timing}
-                    bench.steps.setdefault(lane.variant.name, []).extend([timed] if index else [])
-                bar.update()
-            save()
-            if index and limit.left_s() < before_s - limit.left_s():
-                break
+    with progress(rounds * len(fitting), f"{preset.model} {training.name} largest micro-batches") as bar:
+        for place, group in enumerate(groups):
+            share = TimeLimit(limit.left_s() / (len(groups) - place))
+            _time_together(Bench(preset, training, group, device, record), sizes, preset, share, save, bar)
+            release_memory()
+
+
+def _time_together(
+    bench: Bench, sizes: dict[str, int], preset: ThroughputPreset, limit: TimeLimit, save: Callable[[], None], bar: Any
+) -> None:
+    done = max(len(bench.steps.get(lane.variant.name, ())) for lane in bench.lanes)
+    for index in range(preset.growth_rounds + 1 - done):
+        before_s = limit.left_s()
+        for lane in bench.lanes:
+            timing = _step_at_border(bench, lane, sizes, preset)
+            if timing is not None:
+                timed = {"round": done + index, **timing}
+                bench.steps.setdefault(lane.variant.name, []).extend([timed] if index else [])
+            bar.update()
+        save()
+        if index and limit.left_s() < before_s - limit.left_s():
+            break
 
 
 def _step_at_border(bench: Bench, lane: Lane, sizes: dict[str, int], preset: ThroughputPreset) -> Timing | None:
-    """A step of the size found; a little smaller where other variants beside it leave the allocator in fragments."""
+    """A step of the size found; a little smaller where the allocator is in fragments."""
     name = lane.variant.name
     for _ in range(TRIES_AT_BORDER):
         if name in bench.left_out:
