@@ -246,6 +246,24 @@ def test_other_ways_to_change_weights_are_seen(change):
     assert changed == llama_loss(model).item()
 
 
+def test_weights_above_the_border_may_change_until_the_border_passes_them():
+    handle = cached(llama())
+    prefix, blocks = handle.cache.prefix, handle.cache.prefix.blocks
+
+    def change(place: int) -> None:
+        with torch.no_grad():
+            next(blocks[place].parameters()).add_(1)
+
+    prefix.changed(2)
+    change(3)
+    assert prefix.changed(2) is None, "it lies above"
+    assert prefix.changed(4) is None, "nothing was stored above it before"
+    change(3)
+    assert prefix.changed(2) is None and prefix.changed(4) == 3, "a look at less forgets nothing"
+    change(1), change(3)
+    assert prefix.changed(4) == 1 and prefix.changed(4) is None
+
+
 def test_a_given_mask_that_trains_the_bottom_runs_whole_and_with_its_gradients():
     model, plain = llama(), llama()
     with cached(model) as handle, cached(plain, activation_cache=None) as other:

@@ -63,6 +63,7 @@ class ActivationCache:
         self.objections: dict[str, None] = {}
         self.difference = 0.0
         self.looked_up = self.found = self.forwards_hit = self.border = 0
+        self._highest = 0  # border so far: no state lies above it
         self.saved_s = 0.0
         self._running: ContextVar[Passage | None] = ContextVar("passage", default=None)
         self.takes_use_cache = "use_cache" in argument_names(self.model)
@@ -136,9 +137,14 @@ class ActivationCache:
             self.refuse("DeepSpeed ZeRO-3 moves weights without a trace, so a change of them would not be seen")
         if self.refused is not None or not self._may_look(args, kwargs):
             return whole
+        self.prefix.look()
         floor = self._floor(plan)
         observed = isinstance(plan, CallPlan) and plan.observation is not None  # looks at what dropped branches record
         border = self._border(floor, 0 if observed else plan.detached)
+        self._highest = max(self._highest, border)
+        changed = self.prefix.changed(self._highest)
+        if changed is not None:
+            self.store.drop_above(changed)
         if border > self.border:
             self._set_free(border)
         self.border = border
@@ -184,10 +190,7 @@ class ActivationCache:
         return self.takes_use_cache and kwargs.get("use_cache") is None and not loss
 
     def _floor(self, plan: ForwardPlan) -> int:
-        """The highest border below which this forward trains nothing, after states of changed blocks are dropped."""
-        changed = self.prefix.changed()
-        if changed is not None:
-            self.store.drop_above(changed)
+        """The highest border below which this forward trains nothing."""
         if not torch.is_grad_enabled():
             return self.prefix.count
         every = (1 << len(self.engine.structure.branches)) - 1

@@ -7,6 +7,7 @@ versions that PyTorch counts, at every forward.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,10 +37,13 @@ class Prefix:
         modules = {model.get_submodule(name): name for name in structure.blocks}
         self.names, self.blocks = list(modules.values()), list(modules)
         self._inside = [list(block.modules()) for block in self.blocks]
+        self._norms = [[each for each in inside if isinstance(each, _NormBase)] for inside in self._inside]
         self._tensors = sorted(self._found(), key=lambda entry: entry[0])
+        self._places = [entry[0] for entry in self._tensors]
         self._modules = list(model.modules())
         self._adapted: list[Any] = [m for m in self._modules if all(hasattr(m, name) for name in _OF_ADAPTERS)]
         self._seen: list[Any] = []
+        self._asking: list[bool] = []
         self._floors: dict[tuple[int, bool], int] = {}
 
     @property
@@ -70,18 +74,25 @@ class Prefix:
             if each == place and tensor is not None:
                 yield name or key, tensor
 
-    def changed(self) -> int | None:
-        """The place of the lowest tensor that changed since the last call; None if none did."""
+    def look(self) -> None:
+        """Before each forward: what asks for a gradient may have changed."""
+        asking = [(tensor := table.get(key)) is not None and tensor.requires_grad for _, table, key, _ in self._tensors]
+        if asking != self._asking:
+            self._asking = asking
+            self._floors.clear()
+
+    def changed(self, border: int) -> int | None:
+        """The place of the lowest tensor below a border that changed since the last call; None if none did.
+
+        One that is looked at for the first time counts as unchanged: no state was stored above it before.
+        """
         still = not hasattr(self.model, "set_unshard_in_backward")  # FSDP2 gathers what it holds at the root
-        now = [_mark(table.get(key), still) for _, table, key, _ in self._tensors]
-        before, self._seen = self._seen, now
-        if before == now:
+        below = bisect_left(self._places, border)
+        now = [_mark(table.get(key), still) for _, table, key, _ in self._tensors[:below]]
+        before, self._seen = self._seen, now + self._seen[below:]
+        if before[:below] == now:
             return None
-        self._floors.clear()
-        return next(
-            (entry[0] for entry, new, old in zip(self._tensors, now, before, strict=False) if new[:3] != old[:3]),
-            None if before else 0,
-        )
+        return next((place for place, new, old in zip(self._places, now, before, strict=False) if new != old), None)
 
     def floor(self, kept: int, rests: bool) -> int:
         """The highest border below which nothing trains in steps that keep these branches.
@@ -114,10 +125,11 @@ class Prefix:
 
     def objection(self, border: int) -> str | None:
         """Why states at a border must not be used; None if nothing is known to speak against it."""
-        for name, modules in zip(self.names[:border], self._inside, strict=False):
-            for module in modules:
-                if module.training and isinstance(module, _NormBase):
-                    return f"{name} holds a {type(module).__name__}, which uses the statistics of the whole batch"
+        for name, modules, norms in zip(self.names[:border], self._inside, self._norms, strict=False):
+            for norm in norms:
+                if norm.training:
+                    return f"{name} holds a {type(norm).__name__}, which uses the statistics of the whole batch"
+            for module in [each for each in modules if each._forward_pre_hooks or each._forward_hooks]:
                 if any(map(is_foreign_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))):
                     return f"a hook is registered on {type(module).__name__} in {name}, and would not be called"
         everywhere = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
@@ -134,10 +146,10 @@ class Prefix:
         return f"{where}.{found}" if found else where
 
 
-def _mark(tensor: torch.Tensor | None, still: bool) -> tuple[Any, ...]:
+def _mark(tensor: torch.Tensor | None, still: bool) -> tuple[Any, ...] | None:
     """What tells whether a tensor is what it was; `still`: its storage stays where it is."""
     if tensor is None:
-        return (None, 0, 0, False)
+        return None
     version = 0 if tensor.is_inference() else tensor._version
-    plain = still and type(tensor) in (nn.Parameter, torch.Tensor) and not hasattr(tensor, "ds_id")
-    return (id(tensor), version, tensor.data_ptr() if plain else 0, tensor.requires_grad)
+    plain = still and type(tensor) in (nn.Parameter, torch.Tensor)
+    return (id(tensor), version, tensor.data_ptr() if plain else 0)
