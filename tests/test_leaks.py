@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ def test_a_run_realises_its_rate_and_keeps_nothing(name: str, tmp_path: Path) ->
 
 
 def test_the_check_of_leaks_can_fail() -> None:
-    with pytest.raises(AssertionError, match="objects became"):
-        _flat([(0, 0), (10, 0), (11 + OBJECTS, 0)])
+    counts = (0, 10, 11 + OBJECTS)
+    with pytest.raises(AssertionError, match=f"10 objects became {counts[-1]}: {OBJECTS + 1} list"):
+        _flat([(Counter(list=count), 0) for count in counts])
 
 
 def test_two_models_enabled_and_removed_in_any_order_stay_apart() -> None:

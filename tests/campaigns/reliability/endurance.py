@@ -7,7 +7,8 @@ import gc
 import statistics
 import time
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import MetadataPathFinder
 from typing import Any
@@ -163,8 +164,8 @@ def _drift(step_s: list[float]) -> dict[str, float]:
     return {"early_step_cpu_ms": round(early * 1e3, 3), "late_step_cpu_ms": round(late * 1e3, 3)}
 
 
-def _memory() -> tuple[int, int]:
-    """Python objects and memory, without the records of the last forwards, of which a bounded number is kept.
+def _memory() -> tuple[Counter[str], int]:
+    """Python objects by their types, and memory, without the records of the last forwards, of which a bounded number is kept.
 
     Before Python 3.11 the attributes of each record are an object of their own, a dict.
     """
@@ -173,17 +174,19 @@ def _memory() -> tuple[int, int]:
     objects = gc.get_objects()
     records = [each for each in objects if type(each) in (ForwardRecord, ForwardPlan, CallPlan)]
     assert len(records) <= 2 * REMEMBERED_FORWARDS, f"{len(records)} records of forwards"
-    attributes = {id(vars(each)) for each in records if isinstance(each, ForwardRecord)}
-    held = len(records) + sum(id(each) in attributes for each in objects)
-    return len(objects) - held, int(psutil.Process().memory_info().rss)
+    left_out = {*map(id, records), *(id(vars(each)) for each in records if isinstance(each, ForwardRecord))}
+    kinds = Counter(type(each).__qualname__ for each in objects if id(each) not in left_out)
+    return kinds, int(psutil.Process().memory_info().rss)
 
 
-def _flat(figures: list[tuple[int, int]]) -> dict[str, Any]:
+def _flat(figures: Sequence[tuple[Counter[str], int]]) -> dict[str, Any]:
     """Python objects and memory after the second part and at the end.
 
     Raises:
         AssertionError: there are more objects at the end.
     """
     (objects, rss), (late_objects, late_rss) = figures[1], figures[-1]
-    assert late_objects - objects < OBJECTS, f"{objects} objects became {late_objects}"
-    return {"more_objects": late_objects - objects, "rss_growth_mib": round((late_rss - rss) / 2**20, 2)}
+    more = late_objects.total() - objects.total()
+    grown = ", ".join(f"{count} {kind}" for kind, count in (late_objects - objects).most_common(5))
+    assert more < OBJECTS, f"{objects.total()} objects became {late_objects.total()}: {grown}"
+    return {"more_objects": more, "rss_growth_mib": round((late_rss - rss) / 2**20, 2)}
