@@ -165,7 +165,7 @@ def _drift(step_s: list[float]) -> dict[str, float]:
 
 
 def _memory() -> tuple[Counter[str], int]:
-    """Python objects by their types, and memory, without the records of the last forwards, of which a bounded number is kept.
+    """Python objects by their types, and memory, without the records of the last forwards: a bounded number is kept.
 
     Before Python 3.11 the attributes of each record are an object of their own, a dict.
     """
@@ -176,6 +176,7 @@ def _memory() -> tuple[Counter[str], int]:
     assert len(records) <= 2 * REMEMBERED_FORWARDS, f"{len(records)} records of forwards"
     left_out = {*map(id, records), *(id(vars(each)) for each in records if isinstance(each, ForwardRecord))}
     kinds = Counter(type(each).__qualname__ for each in objects if id(each) not in left_out)
+    del kinds["LogRecord"]  # whoever captures the log keeps them
     return kinds, int(psutil.Process().memory_info().rss)
 
 
