@@ -14,6 +14,7 @@ from typing import Any
 
 from dropbp.cli.figures import new_figure
 
+from ..common import markdown
 from ..common.records import Record
 
 TITLES = {"flops": "one epoch, at equal FLOPs", "steps": "three epochs, as many steps as plain training"}
@@ -95,9 +96,7 @@ def section(runs: Sequence[Record]) -> str:
         head = ["method", "p", *(f"{_short(setting)}, %" for setting in settings)]
         head += [f"FLOPs of a step, {_named(tuning)}" for tuning in _tunings(settings)]
         rows = [_cells(line, found[line], settings) for line in LINES if line in found]
-        rules = ["---", *("---:" for _ in head[1:])]
-        lines = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rules, *rows))
-        parts.append(f"#### Share of plain training's gain: {title}\n\n{lines}\n")
+        parts.append(f"#### Share of plain training's gain: {title}\n\n{markdown.table(head, rows)}\n")
     return "\n".join(parts)
 
 

@@ -78,18 +78,10 @@ def table(runs: Sequence[Record]) -> str:
         lines[c["tuning"], c["method"], c["drop_rate"]][c["learning_rate"]].append(run)
     shared = any(run["device"]["name"] != "cpu" for run in runs)
     plain_s = None if shared else _step_s(_every(lines.get(PLAIN) or lines.get(LORA_PLAIN)))
-    columns = (
-        "method",
-        "p",
-        "steps",
-        f"{'FLOPs' if shared else 'CPU time'} of a step",
-        *(f"lr {rate:g}" for rate in rates),
-    )
+    cost = "FLOPs of a step" if shared else "CPU time of a step"
+    columns = ("method", "p", "steps", cost, *(f"lr {rate:g}" for rate in rates))
     mixed = len({tuning for tuning, _, _ in lines}) > 1
-    rows = [
-        _row(_label(line, mixed), line, lines[line], rates, None if shared else plain_s)
-        for line in sorted(lines, key=_place)
-    ]
+    rows = [_row(_label(line, mixed), line, lines[line], rates, plain_s) for line in sorted(lines, key=_place)]
     return markdown.table(columns, rows)
 
 
