@@ -87,6 +87,25 @@ def test_a_run_of_known_length_trains_deepest_first_and_meets_its_budget(drop_ra
         assert run.rate == pytest.approx(drop_rate, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("drop_rate", [0.4, 0.5])
+@pytest.mark.parametrize("burst", [0, 15, 29])
+@pytest.mark.parametrize("forwards", [(4, 3), (6, 3)])
+def test_a_step_of_many_forwards_does_not_move_the_budget(drop_rate, burst, forwards):
+    for foreseen in (1, 30, 400):
+        run = Run(schedule(drop_rate, steps=foreseen))
+        told(run, [forwards if place == burst else (1, 1) for place in range(30)])
+        assert run.rate == pytest.approx(drop_rate, abs=TOLERANCE)
+
+
+def told(run, steps):
+    """Micro-batches of each step and forwards of each micro-batch, and the progress told before each micro-batch."""
+    for place, (micro_batches, forwards) in enumerate(steps):
+        for micro_batch in range(micro_batches):
+            run.one.progress((place + micro_batch / micro_batches) / len(steps), True)
+            for _ in range(forwards):
+                run.forward()
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     DROP_RATES,

@@ -62,7 +62,7 @@ class Pace:
     """The share of training that is done, and what its masks still owe the budget.
 
     A share that the training loop tells is the truth; between two that it tells, and where it tells none, each draw
-    counts for a share as wide as those before.
+    counts for a share as wide as those before (see `tell`).
 
     Attributes:
         width: the share of training that a draw is expected to take.
@@ -97,10 +97,15 @@ class Pace:
         return self.now > 1 + self.width / 2
 
     def tell(self, share: float) -> None:
-        """The training loop says how much of it is done."""
+        """The training loop says how much of it is done.
+
+        Draws to come are taken to be as wide as those so far, or as the latest where those were wider: then fewer are
+        left than a burst of narrow ones makes believe, and what is owed is paid in time.
+        """
+        latest = (share - self.share) / self.draws if self.draws else 0.0
         self.counted, self.draws, self.share = self.counted + self.draws, 0, share
         if self.counted and share > self.base:
-            self.width = (share - self.base) / self.counted
+            self.width = max((share - self.base) / self.counted, latest)
         elif not self.counted or share < self.base:
             self.base, self.counted = share, 0
 
