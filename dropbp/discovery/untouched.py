@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dropbp._torch import compiled_code_off
 from dropbp.device import random_state_kept
 from dropbp.errors import DiscoveryError
-from dropbp.tensors import tensors_in
 
 # Random state and attention kernels are settings of the process: overlapping threads would restore each other's.
 _one_at_a_time = threading.RLock()
@@ -60,7 +59,7 @@ def nothing_held(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes, contents in before:
-            if any(tensor.grad_fn is not None for value in _own(module) for tensor in tensors_in(value)):
+            if any(map(_is_recorded, _own(module))):
                 vars(module).clear()
                 vars(module).update(attributes)
                 for container, items in contents:
@@ -76,18 +75,37 @@ def _own(module: nn.Module) -> list[Any]:
     return [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
 
 
+def _is_recorded(value: Any) -> bool:
+    """Whether it is a tensor of a recorded forward, or holds one."""
+    if isinstance(value, torch.Tensor):
+        return value.grad_fn is not None
+    return any(map(_is_recorded, _items(value)))
+
+
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
     """Lists and dicts that the attributes of a module are, or hold, each with a copy."""
     return [(container, copy.copy(container)) for value in _own(module) for container in _containers(value)]
 
 
 def _containers(value: Any) -> Iterator[Any]:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
-        value = vars(value)
+    value = _table(value)
     if type(value) in _CONTAINERS:
         yield value
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _containers(item)
+    for item in _items(value):
+        yield from _containers(item)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    value = _table(value)
+    if type(value) in (*_CONTAINERS, tuple):
+        return value.values() if isinstance(value, dict) else value
+    return ()
+
+
+def _table(value: Any) -> Any:
+    """Of a dataclass its attributes as they lie: to ask for one may be an error, as with configurations."""
+    is_object = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return getattr(value, "__dict__", ()) if is_object else value
 
 
 @contextlib.contextmanager
