@@ -80,7 +80,7 @@ def stream_asks_for_gradients(model, handle):
     """Whether the stream does so where it enters the blocks, in a step that drops what lies below."""
     asked = []
     hook = model.blocks[0].register_forward_pre_hook(lambda module, args: asked.append(args[0].requires_grad))
-    with handle.fixed(bottom_dropped(5)):
+    with handle.fixed(bottom_dropped(5, of=len(handle.branches))):
         plain_loss(model).backward()
     hook.remove()
     return asked == [True]
@@ -90,6 +90,52 @@ def test_the_first_forward_keeps_the_gradient():
     model = plain_net(blocks=BLOCKS)
     handle = enabled(model)
     assert stream_asks_for_gradients(model, handle)
+    assert not stream_asks_for_gradients(model, handle)
+
+
+GIVEN_OUT = {
+    "itself": lambda latents_BSD, rows: latents_BSD,
+    "expanded": lambda latents_BSD, rows: latents_BSD[0].expand(rows, -1, -1),
+    "a slice": lambda latents_BSD, rows: latents_BSD[:rows],
+    "in a tuple": lambda latents_BSD, rows: (latents_BSD[:rows], None),
+}
+
+
+class Latents(torch.nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.latents_BSD, self.way = torch.nn.Parameter(torch.randn(2, 4, 8)), GIVEN_OUT[way]
+
+    def forward(self, x_BSD):
+        return self.way(self.latents_BSD, len(x_BSD))
+
+
+class FromLatents(torch.nn.Module):
+    """A stream that begins with a parameter, as Perceiver's. `query`: a second one reads it in one branch."""
+
+    def __init__(self, way, query):
+        super().__init__()
+        self.query_D = torch.nn.Parameter(torch.randn(8)) if query else None
+        self.latents, inner = Latents(way), plain_net(blocks=BLOCKS)
+        self.reads, self.blocks, self.head = torch.nn.Linear(8, 8), inner.blocks, inner.head
+
+    def forward(self, x_BSD):
+        given = self.latents(x_BSD)
+        h_BSD = given[0] if isinstance(given, tuple) else given
+        h_BSD = h_BSD + self.reads(x_BSD)
+        for block in self.blocks:
+            h_BSD = block(h_BSD)
+        if self.query_D is None:
+            return self.head(h_BSD)
+        query_D = self.query_D * 1.0
+        return query_D + self.head(h_BSD + query_D)
+
+
+@pytest.mark.parametrize("query", [False, True])
+@pytest.mark.parametrize("way", GIVEN_OUT)
+def test_a_module_that_gives_out_a_parameter_asks_for_no_gradient_where_it_rests(way, query):
+    model = FromLatents(way, query).train()
+    handle = looked_at(model, plain_loss)
     assert not stream_asks_for_gradients(model, handle)
 
 

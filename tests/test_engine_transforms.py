@@ -117,25 +117,26 @@ def test_a_dropped_call_leaves_nothing_in_the_cache_of_parametrizations() -> Non
 
 
 class ViewBranch(nn.Module):
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, kind: type, width: int = 8) -> None:
         super().__init__()
-        self.norm, self.body = nn.LayerNorm(width), nn.Linear(width, width)
+        self.norm, self.body, self.kind = nn.LayerNorm(width), nn.Linear(width, width), kind
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.body(self.norm(x_BSD)).flatten(0, 1).unflatten(0, x_BSD.shape[:2])
+    def forward(self, x_BSD: Tensor) -> Any:
+        view_BSD = self.body(self.norm(x_BSD)).flatten(0, 1).unflatten(0, x_BSD.shape[:2])
+        return {Tensor: view_BSD, tuple: (view_BSD, None), dict: {0: view_BSD}}[self.kind]
 
 
 class AddedInPlace(nn.Module):
     in_place = True
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type) -> None:
         super().__init__()
-        self.stem, self.blocks = nn.Linear(8, 8), nn.ModuleList(ViewBranch() for _ in range(3))
+        self.stem, self.blocks = nn.Linear(8, 8), nn.ModuleList(ViewBranch(kind) for _ in range(3))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_BSD = self.stem(x_BSD)
         for block in self.blocks:
-            h_BSD = block(x_BSD)
+            h_BSD = block(x_BSD) if block.kind is Tensor else block(x_BSD)[0]
             if self.in_place:
                 h_BSD += x_BSD
             else:
@@ -144,9 +145,10 @@ class AddedInPlace(nn.Module):
         return x_BSD
 
 
-def test_the_stream_may_be_added_in_place_to_a_view_that_a_dropped_branch_made() -> None:
+@pytest.mark.parametrize("kind", [Tensor, tuple, dict])
+def test_the_stream_may_be_added_in_place_to_a_view_that_a_dropped_branch_made(kind: type) -> None:
     torch.manual_seed(0)
-    model = AddedInPlace().train()
+    model = AddedInPlace(kind).train()
     model.in_place = False
     handle = dropbp.enable(model, 0.5, masks="exact", example_inputs=plain_batch())
     with handle.fixed((True, False, True)):

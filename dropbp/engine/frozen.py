@@ -10,6 +10,7 @@ from torch import nn
 
 from dropbp._torch import detached, never_compile, transforming, uncompiled
 from dropbp.engine.patch import Attachment
+from dropbp.tensors import map_tensors, tensors_in
 
 if TYPE_CHECKING:
     from dropbp.discovery.structure import LooseParameter
@@ -53,13 +54,26 @@ def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kw
         else:
             table[name] = detached(parameter)
     try:
-        return function(*args, **kwargs)
+        outputs = function(*args, **kwargs)
     finally:
         for table, name, parameter in frozen:
             if _is_own(parameter):
                 parameter.requires_grad_(True)
             else:
                 table[name] = parameter
+    return _without(outputs, [parameter for _, _, parameter in frozen])
+
+
+def _without(outputs: Any, parameters: Iterable[torch.Tensor]) -> Any:
+    """The outputs with none of the parameters nor views of them: these would ask for a gradient from now on."""
+    own = set(map(id, parameters))
+
+    def is_own(tensor: torch.Tensor) -> bool:
+        return id(tensor) in own or id(tensor._base) in own
+
+    if not own or not any(map(is_own, tensors_in(outputs))):
+        return outputs
+    return map_tensors(outputs, lambda tensor: detached(tensor) if is_own(tensor) else tensor)
 
 
 def _is_own(parameter: torch.Tensor) -> bool:

@@ -183,9 +183,20 @@ def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) ->
         output = original(module, *args, **kwargs)
     finally:
         set_grad_enabled(recording)
-    if isinstance(output, Tensor) and output._is_view() and not output.requires_grad:
-        return detached(output)  # autograd forbids `output += x` where the output is a view made without recording
-    return output
+    if isinstance(output, Tensor):
+        return _made_without_recording(output)
+    if type(output) is tuple:  # mostly of one tensor, and this is faster
+        return tuple(_made_without_recording(item) if isinstance(item, Tensor) else item for item in output)
+    return map_tensors(output, _made_without_recording)
+
+
+def _made_without_recording(tensor: Tensor) -> Tensor:
+    """Autograd forbids `tensor += x` where the tensor is such a view, and takes a view of a parameter for one that asks
+    for a gradient: all that is computed from it would be recorded, for nobody.
+    """
+    if tensor._is_view() and not tensor.requires_grad:
+        return detached(tensor)
+    return detached(tensor) if tensor.requires_grad and tensor.grad_fn is None else tensor
 
 
 def _uncached(original: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
