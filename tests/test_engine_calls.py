@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dropbp
 from dropbp.errors import StateError
+from tests.campaigns.zoo.tiny import case
 from tests.common.engine_models import VOCABULARY, detached, gradients, tiny_llama, tokens
 
 LAYERS = 3
@@ -223,7 +224,19 @@ def test_an_output_of_what_a_branch_adds_to_the_stream_is_refused_by_name() -> N
     model.extra = "added"
     with handle.fixed([False, True, False, False]), pytest.raises(StateError, match=r"layers\.1.*branches=\[") as error:
         own_loss(model)
-    assert "output 1 " in str(error.value) or "loss in it" in str(error.value)
+    assert str(error.value).startswith("The output 1 depends on")
+
+
+def test_the_states_of_an_encoder_that_a_query_reads_may_be_asked_for() -> None:
+    """The branch that reads holds the whole encoder, so the encoder, too, may run without recording."""
+    model = case("PerceiverForSequenceClassification", "classification").build().train()
+    handle = dropbp.enable(model, 0.5, masks="exact")
+    with handle.fixed([i % 2 == 0 for i in range(len(handle.branches))]):
+        for _ in range(2):
+            outputs = model(tokens(), output_hidden_states=True)
+            sum(state.square().mean() for state in outputs.hidden_states).backward()
+    cross = model.perceiver.encoder.cross_attention
+    assert cross.attention.output.dense.weight.grad is None and cross.mlp.dense1.weight.grad.any()
 
 
 def test_branches_no_output_leads_to_run_without_recording_from_the_second_forward_on() -> None:

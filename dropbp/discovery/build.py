@@ -233,12 +233,16 @@ class _Builder:
         return tuple(outputs), unscalable
 
     def _output_calls(self, branch: int, met: Iterable[int]) -> set[Call]:
+        return {self._made_by(branch, number) for number in met}
+
+    def _made_by(self, branch: int, number: int) -> Call:
+        """The module of this branch that made the node; one around it may be of several."""
         own = 1 << branch
-        return {next(c for c in self.cover.top_of[n] if not self.cover.call_need[c.index] & ~own) for n in met}
+        return next(c for c in self.cover.top_of[number] if not self.cover.call_need[c.index] & ~own)
 
     def _outputs_of(self, branch: int, met: Iterable[int]) -> list[BranchOutput]:
         made = {self.graph.nodes[number].sequence for number in met}
-        users = max((self._users_outside(number) for number in met), default=1)
+        users = max((self._users_outside(self._made_by(branch, number), number) for number in met), default=1)
         by_module: dict[str, list[int]] = {}
         places: dict[str, set[int]] = {}
         for call in self._output_calls(branch, met):
@@ -250,9 +254,9 @@ class _Builder:
             for name, calls in by_module.items()
         ]
 
-    def _users_outside(self, number: int) -> int:
+    def _users_outside(self, made_by: Call, number: int) -> int:
         """How many nodes outside of the module that made this one take its output."""
-        inside = {n for call in self.cover.top_of[number] for n in self.graph.numbers_in_call[call.index]}
+        inside = set(self.graph.numbers_in_call[made_by.index])
         return sum(user not in inside for user in self.graph.consumers[number])
 
     def _why_unscalable(self, branch: int, glue: set[int], met: set[int]) -> str:

@@ -246,8 +246,9 @@ class Observation:
         """Follow what a branch adds to the stream up to the addition."""
         while node in users:
             if node in roots or len(users[node]) > expected:
+                names = {roots[node]} if node in roots else _led_to(users[node], users, roots)
                 raise StateError(
-                    f"The output {roots.get(node, 'or a loss in it')} depends on what {module} adds to the residual "
+                    f"The output {' or '.join(sorted(names))} depends on what {module} adds to the residual "
                     "stream by another way than the stream, and that gradient would be lost where its branch is "
                     "dropped. Do not ask for this output, or name the branches to drop without this one: "
                     "dropbp.enable(model, branches=[...])."
@@ -255,6 +256,17 @@ class Observation:
             if len(users[node]) != 1 or "Add" in users[node][0].name() or _operands(users[node][0]) != 1:
                 return
             node, expected = users[node][0], 1
+
+
+def _led_to(nodes: Iterable[Any], users: Mapping[Any, list[Any]], roots: Mapping[Any, str]) -> set[str]:
+    """Names of the outputs that nodes lead to; of several nodes those are meant that are no addition to the stream."""
+    pending = [node for node in nodes if "Add" not in node.name()] or list(nodes)
+    seen = set(pending)
+    while pending:
+        fresh = set(users[pending.pop()]) - seen
+        seen |= fresh
+        pending.extend(fresh)
+    return {roots[node] for node in seen if node in roots}
 
 
 def _operands(node: Any) -> int:
