@@ -557,6 +557,38 @@ def test_an_attribute_bound_anew_between_forward_and_backward_is_as_it_was_in_th
     assert_same_gradients(found[1], found[0])
 
 
+class Settings:
+    def __init__(self):
+        self.scale, self.problem_type = 2.0, None
+
+
+class Configured(nn.Module):
+    """What its configuration says decides what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mlp, self.config = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), Settings()
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x)) * self.config.scale
+
+
+def test_a_setting_changed_between_forward_and_backward_is_as_it_was_in_the_recomputation():
+    plain = Net(Configured).train()
+    model = copy.deepcopy(plain)
+    handle, found = enabled(model), []
+    for net in (plain, model):
+        with handle.fixed((False,) * DEPTH):
+            loss = net(batch()).square().mean()
+        settings = net.blocks[1].config
+        settings.scale, settings.problem_type = 3.0, "single_label_classification"
+        loss.backward()
+        assert settings.scale == 3.0 and settings.problem_type
+        found.append(gradients(net))
+    assert handle.engine.recomputed(0) and not handle.report()["not_recomputed"]
+    assert_same_gradients(found[1], found[0])
+
+
 def off(model):
     return model.disable_adapter()
 

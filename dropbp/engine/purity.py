@@ -75,6 +75,7 @@ class State:
         self.bound = reach.bound()
         self._found: list[Any] = []
         self._seen: set[int] = set()
+        self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for value in chain(self.bound, reach.values()):
             self._add(value, DEPTH)
 
@@ -93,6 +94,28 @@ class State:
         with reach.rebound(other.bound):
             return State(reach).resembles(other)
 
+    @contextmanager
+    def put_back(self, reach: Reach) -> Iterator[None]:
+        """Inside, attributes of the modules and plain values that objects hold are again what they were here.
+
+        transformers' classifiers note in their configuration, after their blocks, what kind of labels the first batch
+        has.
+        """
+        changed = [
+            (now, name, now[name], was)
+            for now, before in self._objects
+            for name, was in before.items()
+            if name in now and now[name] is not was and is_plain(now[name]) and is_plain(was)
+        ]
+        try:
+            for now, name, _, was in changed:
+                now[name] = was
+            with reach.rebound(self.bound):
+                yield
+        finally:
+            for now, name, new, _ in changed:
+                now[name] = new
+
     def equals(self, other: State) -> bool:
         """Whether all is the same."""
         return self._versions == other._versions and self.resembles(other)
@@ -110,6 +133,8 @@ class State:
             self._found.append(hash(value.getstate()))
         elif depth and id(value) not in self._seen:
             self._seen.add(id(value))
+            if kind is object and hasattr(value, "__dict__"):
+                self._objects.append((vars(value), dict(vars(value))))
             for part in _parts(value, kind):
                 self._add(part, depth - 1)
 

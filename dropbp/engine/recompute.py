@@ -207,7 +207,7 @@ class _Run:
         return output
 
     def _again(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
-        with self.reach.rebound(self.before.bound):
+        with self.before.put_back(self.reach):
             if versions(values) != self.versions or not State(self.reach).resembles(self.before):
                 raise StateError(
                     f"{self.block.name} was to be recomputed in the backward, but something its forward read has "
