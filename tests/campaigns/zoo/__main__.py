@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [case for family in options.family or FAMILIES for case in cases(family)]
     chosen = [case for case in chosen if not options.name or case.name in options.name]
     known = _read(options.resume)
-    fresh = [case for case in chosen if case.name not in known]
+    fresh = list({case.name: case for case in chosen if case.name not in known}.values())
     for verdict in run(tqdm(fresh, unit="model", disable=options.json, dynamic_ncols=True)):
         known[verdict.name] = verdict
         _append(options.resume, verdict)
-    verdicts = [known[case.name] for case in chosen]
+    verdicts = [dataclasses.replace(known[case.name], family=case.family) for case in chosen]
     complete = not options.family and not options.name
     results = report.results(verdicts, _versions())
     if complete or options.write_docs:
@@ -126,10 +126,13 @@ def _built_and_checked(case: Case) -> Verdict:
         model = case.build()
     except Exception as error:
         return Verdict(case.name, case.family, "unbuilt", str(error))
-    verdict = check_model(case.name, case.family, model, case.inputs(model))
+    inputs = case.inputs(model)
+    verdict = check_model(case.name, case.family, model, inputs)
     if verdict.verdict == "right":
-        found = training.problems(case.build(), case.inputs(model))
-        verdict.verdict, verdict.detail = ("wrong" if found else "right"), " | ".join(found)
+        found, verdict.warned = training.problems(case.build(), inputs)
+        refused = all(training.REFUSED in problem for problem in found)
+        verdict.verdict = "right" if not found else "refused" if refused else "wrong"
+        verdict.detail = " | ".join(found)
     if case.name in WITHOUT_RESIDUAL and verdict.detail.startswith("No residual branch was found"):
         verdict.verdict = "none"
     return verdict

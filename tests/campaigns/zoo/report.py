@@ -37,8 +37,8 @@ it:
 - `handle.report()` names what no step trains, and what rests in some steps though it lies in no branch alone: tied
   embeddings, position biases, norms of post-norm blocks;
 - over 64 steps, the share of the branches' backward FLOPs that PyTorch counts as skipped is 0.5 within 0.02, or
-  `dropbp` warned. Each head has a weight of its own there: what a tied one saves while the embedding rests comes on
-  top.
+  `dropbp` warned. Counted with what rests beside the branches, or without it: what turns words, pictures and sound
+  into the stream may save more on top. Each head has a weight of its own there.
 
 **Any mask**: each branch dropped alone, and one mask that drops two branches in three:
 
@@ -51,7 +51,7 @@ it:
 |---|---|
 | `right` | all of that holds |
 | `refused` | `dropbp.enable` raised an error that names what it did not understand; the model is unchanged, and \
-`branches=[...]` may still name what to drop |
+`branches=[...]` may still name what to drop; or a step that asked for more outputs raised one that names the output |
 | `none` | the architecture has no residual stream, and `dropbp.enable` said so |
 | `unbuilt` | no tiny configuration is known, or a package is missing |
 | `wrong`, `crashed` | something differed or failed; no class may have this verdict |
@@ -62,6 +62,8 @@ it:
 | *weights*, *FLOPs* | the share of the used weights, and of the forward's FLOPs, that lies in branches; the rest is \
 embeddings, heads, stems and norms, which weigh much in small models |
 | *least* | the block with the smallest share of its weights in branches, if not all of them are |
+| *called with* | the tensors of the plain call, besides labels; a model of pictures or sound without \
+`pixel_values`, `input_features` or `input_values` was tried on text alone |
 """
 
 
@@ -111,7 +113,7 @@ def _not_right(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The generated page."""
-    parts = [INTRODUCTION.format(**found["versions"]), _summary(found["counts"])]
+    parts = [INTRODUCTION.format(**found["versions"]), _summary(found["counts"]), _warned(found["models"])]
     parts += [f"## {TITLES[family]}\n\n" + _family(found, family) for family in found["counts"]]
     return "\n".join(parts)
 
@@ -122,11 +124,16 @@ def _summary(counts: Mapping[str, Mapping[str, int]]) -> str:
     return _table(["family", *ORDER], rows)
 
 
+def _warned(models: Sequence[Mapping[str, Any]]) -> str:
+    names = sorted({f"`{model['name']}`" for model in models if model["warned"] and model["verdict"] == "right"})
+    return f"Of those that are right, `dropbp` warned in {len(names)} of its budget: {', '.join(names) or 'none'}.\n"
+
+
 def _family(found: Mapping[str, Any], family: str) -> str:
     models = [m for m in found["models"] if m["family"] == family]
     good = [m for m in models if m["verdict"] == "right"]
     rest = [m for verdict in ORDER[1:] for m in models if m["verdict"] == verdict]
-    page = _table(["class", "branches", "weights", "FLOPs", "least"], [_good_row(m) for m in good])
+    page = _table(["class", "branches", "weights", "FLOPs", "least", "called with"], [_good_row(m) for m in good])
     if rest:
         page += "\n" + _table(["class", "verdict", "reason"], [[m["name"], m["verdict"], _cell(m)] for m in rest])
     return page
@@ -136,7 +143,14 @@ def _good_row(model: Mapping[str, Any]) -> list[str]:
     shares = [f"{model[key]:.0%}" for key in ("weights_in_branches", "flops_in_branches")]
     least = model["least_covered"]
     block, share = (least["block"], least["share"]) if least else ("", 1.0)
-    return [model["name"], str(model["branches"]), *shares, f"`{block}` {share:.0%}" if share < 0.995 else ""]
+    lowest = f"`{block}` {share:.0%}" if share < 0.995 else ""
+    return [model["name"], str(model["branches"]), *shares, lowest, _given(model)]
+
+
+def _given(model: Mapping[str, Any]) -> str:
+    """Without what every call of its kind has."""
+    names = [name for name in model["given"].split(", ") if name not in ("use_cache", "attention_mask")]
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _cell(model: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from dropbp.inputs import Inputs
+from tests.campaigns.zoo.given import AUDIO_TOKEN, IMAGE_TOKEN, inputs_for
 
 FAMILIES = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -28,8 +29,6 @@ FAMILIES = {
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 32, 4, 3, 128
 LARGEST = 20_000_000
-IMAGE_TOKEN = 100
-IMAGE_TOKENS = (16, 17, 4, 5, 1, 8, 9, 20, 32, 64)  # that models make of one image of 32 by 32
 
 DROP = object()
 
@@ -65,7 +64,9 @@ SIZES: dict[str, Any] = {
     "dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "drop_path_rate": 0.0,
     "image_token_id": IMAGE_TOKEN, "image_token_index": IMAGE_TOKEN,
+    "audio_token_id": AUDIO_TOKEN, "audio_token_index": AUDIO_TOKEN,
     "rotary_dim": 4, "laurel_rank": 8, "altup_num_inputs": 2, "num_memory_blocks": 4,
+    "depth": LAYERS, "out_hidden_size": WIDTH, "projector_hidden_size": 64, "projection_hidden_size": 64,
 }  # fmt: skip
 
 LISTS = ("layer_types", "mlp_layer_types", "block_types", "layers_block_type", "attention_types", "no_rope_layers")
@@ -97,6 +98,8 @@ class Case:
             torch.manual_seed(seed)
             try:
                 config = way(self.config_class, self._special())
+                if self.family == "classification":
+                    _name_the_padding(config)
                 self._check_size(config)
                 return _with_live_weights(self.model_class(config))
             except Exception as error:
@@ -108,10 +111,7 @@ class Case:
 
     def inputs(self, model: Any) -> Inputs | None:
         """Where the library cannot make inputs for the model by itself: what a user would pass."""
-        make = INPUTS.get(self.name)
-        if make is None and self.family == "vision-language":
-            return _images_and_text(model)
-        return None if make is None else Inputs(kwargs=make(model))
+        return inputs_for(model, self.name)
 
     def _check_size(self, config: Any) -> None:
         with torch.device("meta"):
@@ -147,16 +147,35 @@ def by_special(config_class: Any, special: Mapping[str, Any]) -> Any:
     return config_class(**special)
 
 
-WAYS = (by_arguments, by_attributes, by_special)
+def every_part_by_arguments(config_class: Any, special: Mapping[str, Any]) -> Any:
+    """Like `by_arguments`, whatever the sub-configurations are called."""
+    defaults = config_class()
+    return config_class(**_merged(_sizes_for(defaults, _parts), special))
 
 
-def _sizes_for(defaults: Any) -> dict[str, Any]:
+def every_part_by_attributes(config_class: Any, special: Mapping[str, Any]) -> Any:
+    """Like `by_attributes`, whatever the sub-configurations are called."""
+    return shrink(config_class(**special), _parts)
+
+
+WAYS = (by_arguments, by_attributes, by_special, every_part_by_arguments, every_part_by_attributes)
+
+
+def _usual_parts(config: Any) -> Iterable[str]:
+    return NESTED
+
+
+def _parts(config: Any) -> Iterable[str]:
+    return [name for name, value in vars(config).items() if hasattr(value, "to_dict")]
+
+
+def _sizes_for(defaults: Any, parts: Callable[[Any], Iterable[str]] = _usual_parts) -> dict[str, Any]:
     sizes = {name: value for name, value in SIZES.items() if _takes(defaults, name)}
-    for name in NESTED:
+    for name in parts(defaults):
         nested = getattr(defaults, name, None)
         if hasattr(nested, "to_dict"):
             kind = {"model_type": nested.model_type} if nested.model_type else {}
-            sizes[name] = {**kind, **_sizes_for(nested)}
+            sizes[name] = {**kind, **_sizes_for(nested, parts)}
     return sizes
 
 
@@ -175,7 +194,7 @@ def _takes(config: Any, name: str) -> bool:
     return name in config.to_dict() or (name != "dropout" and hasattr(config, name))
 
 
-def shrink(config: Any) -> Any:
+def shrink(config: Any, parts: Callable[[Any], Iterable[str]] = _usual_parts) -> Any:
     """The configuration with sizes set on the object itself, sub-configurations included."""
     for name, value in SIZES.items():
         current = getattr(config, name, None)
@@ -185,10 +204,17 @@ def shrink(config: Any) -> Any:
         current = getattr(config, name, None)
         if isinstance(current, (list, tuple)):
             setattr(config, name, _mixed(list(current), LAYERS))
-    for name in NESTED:
+    for name in parts(config):
         if hasattr(getattr(config, name, None), "to_dict"):
-            shrink(getattr(config, name))
+            shrink(getattr(config, name), parts)
     return config
+
+
+def _name_the_padding(config: Any) -> None:
+    """Decoders that classify a batch of rows look for the last token of each, and ask what padding is."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = 0
 
 
 def _mixed(items: list[Any], count: int) -> list[Any]:
@@ -226,6 +252,13 @@ WINDOWS = {
 GEMMA4 = {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 DECODER = {"decoder_layers": LAYERS, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
 RECURRENT = {"num_hidden_layers": LAYERS, "layer_types": HYBRID_LAYERS}
+
+
+def _rope_of_pictures(*sections: int) -> dict[str, Any]:
+    """How the frequencies of one head are shared out to time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    return {"text_config": {"rope_parameters": rope}}
+
 
 UNAVAILABLE = {"MraForMaskedLM": "its attention is a CUDA kernel; without it the attention returns zeros"}
 # Chains of convolutions: to say that there is no residual branch is right.
@@ -349,61 +382,48 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "BitConfig": {**STAGES, "embedding_size": 8, "num_groups": 4},
     "EfficientNetConfig": {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320, "image_size": 64},
     "MobileViTV2Config": {"image_size": 64, "patch_size": 2, "width_multiplier": 0.25},
-    "ShieldGemma2Config": {"yes_token_index": 7, "no_token_index": 8},
     "Siglip2Config": {"vision_config": {"num_patches": 16}},
     "EncoderDecoderConfig": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    # hybrids: one layer of each kind
+    "BambaConfig": {"attn_layer_indices": [1]},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "BailingHybridConfig": {"layer_group_size": 2},
+    **dict.fromkeys(
+        (
+            "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "Qwen4ExpTextConfig",
+        ),
+        RECURRENT,
+    ),
+    **{name: {"text_config": RECURRENT} for name in ("Qwen3_5Config", "Qwen3_5MoeConfig", "Qwen4ExpConfig")},
+    # vision and language
+    "Gemma3Config": {"mm_tokens_per_image": 4}, "ShieldGemma2Config": {
+        "yes_token_index": 7, "no_token_index": 8, "mm_tokens_per_image": 4,
+    },
+    "PaliGemmaConfig": {"projection_dim": WIDTH, "vision_config": {"projection_dim": WIDTH}},
+    **dict.fromkeys(
+        (
+            "Qwen2VLConfig", "Qwen2_5_VLConfig", "Qwen2_5OmniThinkerConfig", "Glm4vConfig", "Glm46VConfig",
+            "GlmOcrConfig", "PaddleOCRVLConfig",
+        ),
+        _rope_of_pictures(2, 1, 1),
+    ),
+    "Glm4vMoeConfig": _rope_of_pictures(1, 1, 0),
+    "Ernie4_5_VLMoeConfig": _rope_of_pictures(1, 1, 2),
+    # speech
+    "MoonshineStreamingConfig": {"num_key_value_heads": HEADS},
+    "KyutaiSpeechToTextConfig": {
+        "codebook_vocab_size": 32, "num_codebooks": 2, "audio_pad_token_id": 4, "audio_bos_token_id": 5,
+        "bos_token_id": 1,
+    },
+    "GraniteSpeechConfig": {"projector_config": {"encoder_hidden_size": 64}},
+    "GraniteSpeechPlusConfig": {"projector_config": {"encoder_hidden_size": 64}},
+    "DiaConfig": {
+        "decoder_config": {
+            "cross_num_attention_heads": HEADS, "cross_head_dim": 8, "cross_num_key_value_heads": HEADS,
+            "cross_hidden_size": WIDTH, "num_channels": 9, "vocab_size": 1028,
+        },
+    },
 }  # fmt: skip
-
-
-def _image_and_text(model: Any) -> dict[str, Any]:
-    ids = torch.arange(5, 21).repeat(2, 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _images_and_text(model: Any) -> Inputs | None:
-    """Two images, each with as many tokens as the model makes of it, and words; None where it wants them otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, SIZES["image_size"], SIZES["image_size"], generator=generator)
-    for count in IMAGE_TOKENS:
-        ids = torch.cat([torch.full((2, count), IMAGE_TOKEN), torch.arange(5, 29).reshape(2, 12)], dim=1)
-        given = Inputs(kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images})
-        try:
-            with torch.no_grad():
-                copy.deepcopy(model)(**given.kwargs)
-        except Exception:
-            continue
-        return given
-    return None
-
-
-def _patches(model: Any) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "pixel_values": torch.randn(2, 16, 3 * 8 * 8, generator=generator),
-        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
-    }
-
-
-def _image_as_inputs(model: Any) -> dict[str, Any]:
-    size = model.config.image_size
-    return {"inputs": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))}
-
-
-def _speech_and_text(model: Any) -> dict[str, Any]:
-    bins = model.config.audio_config.num_mel_bins
-    sound = torch.randn(2, bins, 128, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": torch.arange(5, 21).repeat(2, 1), "input_features": sound, "num_delay_tokens": 4}
-
-
-INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "VoxtralRealtimeForConditionalGeneration": _speech_and_text,
-    "ShieldGemma2ForImageClassification": _image_and_text,
-    "Siglip2ForImageClassification": _patches,
-    "PerceiverForImageClassificationLearned": _image_as_inputs,
-    "PerceiverForImageClassificationFourier": _image_as_inputs,
-    "PerceiverForImageClassificationConvProcessing": _image_as_inputs,
-}
 
 
 def batches_to_train_on(model: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
