@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import dropbp
 from dropbp import inputs as example
 from dropbp.discovery.build import analyse
 from dropbp.discovery.record import record
+from dropbp.errors import DiscoveryError
 from dropbp.flops import Shape, fitted
 from tests.campaigns.zoo.check import check_model
 from tests.campaigns.zoo.tiny import case
@@ -393,6 +395,33 @@ def test_modules_keep_nothing_of_the_recorded_forward() -> None:
             copy.deepcopy(model)
             assert torch.equal(model.eval()(batch), model.train()(batch))
     assert set(vars(model)) == before | {"built_D"}  # by the evaluation
+
+
+class Short(nn.Module):
+    """Reads short rows with another module, from the first one on, as BigBird does."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=32)
+        self.embedding, self.mixer, self.is_short = nn.Embedding(32, 8), nn.Linear(8, 8), False
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if input_ids.shape[1] < 32 and not self.is_short:
+            self.mixer, self.is_short = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), True
+        x_BSD = self.embedding(input_ids)
+        return x_BSD + self.mixer(x_BSD)
+
+
+def test_a_model_that_exchanges_modules_for_made_up_inputs_gets_them_back() -> None:
+    model, ids = Short(), torch.arange(32).reshape(1, 32)
+    mixer, before = model.mixer, _everything(model)
+    with pytest.raises(DiscoveryError, match=r"Short put another module in the place of mixer.*example_inputs"):
+        dropbp.enable(model)
+    assert model.mixer is mixer and not model.is_short and _everything(model) == before
+    with dropbp.enable(model, example_inputs=ids) as handle:
+        assert model.mixer is mixer and len(handle.branches) == 1
 
 
 def test_discovery_leaves_a_model_with_adapters_as_it_was() -> None:

@@ -17,6 +17,7 @@ from dropbp.discovery.build import analyse
 from dropbp.discovery.named import analyse_named
 from dropbp.discovery.record import record
 from dropbp.discovery.structure import Branch, Structure
+from dropbp.discovery.untouched import none_replaced
 from dropbp.discovery.weights import Weights
 from dropbp.errors import ConfigError, DiscoveryError
 from dropbp.flops import TOKENS, FlopsModel, Shape, fitted, pads, shape_of
@@ -64,7 +65,13 @@ def discover(model: nn.Module, example_inputs: Any = None, branches: Names | Non
 
 def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings:
     """What `discover` and `enable` need to know. Raises DiscoveryError as `discover` does."""
-    given = example.build(model, 1, SHORT) if example_inputs is None else example.as_inputs(example_inputs)
+    if example_inputs is not None:
+        return _find(model, example.as_inputs(example_inputs), named)
+    with none_replaced(model):
+        return _find(model, example.build(model, 1, SHORT), named)
+
+
+def _find(model: nn.Module, given: example.Inputs, named: Names | None) -> Findings:
     shape, structure = shape_of(given.args, given.kwargs), _structure(model, given, named)
     found = {shape: structure, **_at_other_lengths(model, given, structure, named)}
     if pads(_counts(found)):

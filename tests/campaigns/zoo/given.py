@@ -29,7 +29,7 @@ def inputs_for(model: Any, name: str) -> Inputs | None:
     if name in INPUTS:
         return Inputs(kwargs=INPUTS[name](model))
     if "input_ids" not in _taken(model):
-        return None
+        return _sound_alone(model)
     return next(filter(None, (_with_words(model, kind, given) for kind, given in _beside_words(model))), None)
 
 
@@ -82,6 +82,20 @@ def _sounds(model: Any, taken: Iterable[str]) -> Iterator[Tensors]:
         masks = {name: torch.ones(ROWS, frames, dtype=torch.long) for name in names if name in taken}
         yield {"input_features": _normal(ROWS, bins, frames), **masks}
         yield {"input_features": _normal(ROWS, frames, bins), **masks}
+
+
+def _sound_alone(model: Any) -> Inputs | None:
+    given = (each for each in _sounds(model, _taken(model)) if _runs(model, each))
+    sound = next(given, None) if "input_features" in _taken(model) else None
+    return None if sound is None else Inputs(kwargs=sound)
+
+
+def _runs(model: Any, inputs: Tensors) -> bool:
+    try:
+        _logits(model, inputs)
+    except Exception:
+        return False
+    return True
 
 
 def _part(config: Any, *names: str) -> Any:

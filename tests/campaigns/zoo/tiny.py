@@ -346,6 +346,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "FunnelConfig": {
         "block_sizes": [2, 2], "block_repeats": [1, 1], "d_head": 8, "num_hidden_layers": DROP, "num_blocks": DROP,
     },
+    "BigBirdConfig": {"block_size": 2, "num_random_blocks": 1},  # rows of 16 are read in blocks, as long ones are
+    "BigBirdPegasusConfig": {"block_size": 2, "num_random_blocks": 1},
     "LEDConfig": {"attention_window": [8, 8, 8]},
     "LongformerConfig": {"attention_window": [8, 8, 8]},
     "PegasusXConfig": {"block_size": 8, "num_global_tokens": 4},
