@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -227,23 +228,28 @@ def test_states_are_dropped_when_weights_below_the_border_change():
     assert changed == llama_loss(model).item()
 
 
-@pytest.mark.parametrize("change", ["load_state_dict", "data", "embedding"])
+@pytest.mark.parametrize("change", ["load_state_dict", "data", "embedding", "parameter", "bias"])
 def test_other_ways_to_change_weights_are_seen(change):
     model, other = llama(), llama()
+    up, other_up = model.model.layers[0].mlp.up_proj, other.model.layers[0].mlp.up_proj
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
     with cached(model):
         for _ in range(3):
-            llama_loss(model)
+            known = llama_loss(model).item()
         if change == "load_state_dict":
             model.load_state_dict(other.state_dict())
         elif change == "data":
-            model.model.layers[0].mlp.up_proj.weight.data = other.model.layers[0].mlp.up_proj.weight.data
+            up.weight.data = other_up.weight.data
+        elif change == "parameter":
+            up.weight = other_up.weight
+        elif change == "bias":
+            up.bias = nn.Parameter(torch.ones(up.out_features), requires_grad=False)
         else:
             model.model.embed_tokens.weight.data = other.model.embed_tokens.weight.data
         changed = llama_loss(model).item()
-    assert changed == llama_loss(model).item()
+    assert known != changed == llama_loss(model).item()
 
 
 def test_weights_above_the_border_may_change_until_the_border_passes_them():
@@ -254,14 +260,39 @@ def test_weights_above_the_border_may_change_until_the_border_passes_them():
         with torch.no_grad():
             next(blocks[place].parameters()).add_(1)
 
-    prefix.changed(2)
+    def changed(border: int) -> int | None:
+        return prefix.changed(prefix.look(), border)
+
+    changed(2)
     change(3)
-    assert prefix.changed(2) is None, "it lies above"
-    assert prefix.changed(4) is None, "nothing was stored above it before"
+    assert changed(2) is None, "it lies above"
+    assert changed(4) is None, "nothing was stored above it before"
     change(3)
-    assert prefix.changed(2) is None and prefix.changed(4) == 3, "a look at less forgets nothing"
+    assert changed(2) is None and changed(4) == 3, "a look at less forgets nothing"
     change(1), change(3)
-    assert prefix.changed(4) == 1 and prefix.changed(4) is None
+    assert changed(4) == 1 and changed(4) is None
+
+
+def test_below_the_floor_nothing_trains_and_at_it_something_does(monkeypatch):
+    """Whatever is frozen in the meantime, and whatever a step drops."""
+    model, chance, floors = llama(), random.Random(0), []
+    with cached(model, steps=60) as handle:
+        prefix = handle.cache.prefix
+        original = prefix.floor
+        monkeypatch.setattr(prefix, "floor", lambda *args: floors.append(original(*args)) or floors[-1])
+        for _ in range(60):
+            for parameter in prefix.blocks[chance.randrange(BLOCKS)].parameters():
+                parameter.requires_grad_(chance.random() < 0.3)
+            floors.clear()
+            gradients = take_gradients(model, llama_loss(model))
+            trained = [p for p, block in enumerate(prefix.blocks) if any_gradient(block, gradients, model)]
+            stem = gradients["model.embed_tokens.weight"] is not None
+            assert floors[0] == (0 if stem else min(trained, default=BLOCKS))
+
+
+def any_gradient(block: nn.Module, gradients: Any, model: nn.Module) -> bool:
+    inside = set(map(id, block.parameters()))
+    return any(gradients[name] is not None for name, p in model.named_parameters() if id(p) in inside)
 
 
 def test_a_given_mask_that_trains_the_bottom_runs_whole_and_with_its_gradients():
@@ -569,6 +600,28 @@ def test_a_forward_without_the_adapters_is_not_one_with_them():
             plain = [llama_loss(model).item() for _ in range(4)]
         assert llama_loss(model).item() == pytest.approx(known, rel=1e-6)
     assert abs(plain[0] - known) > 1e-4 and plain == pytest.approx([plain[0]] * 4, rel=1e-6)
+
+
+def test_every_module_that_runs_below_the_border_is_looked_at():
+    model, ran = with_lora(llama()), []
+    hooks = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in model.modules()]
+    llama_loss(model)
+    for hook in hooks:
+        hook.remove()
+    with cached(model) as handle:
+        prefix = handle.cache.prefix
+        inside = [module for module in prefix.blocks[0].modules() if module in ran]
+        assert len(inside) > 20, "a block with adapters"
+        for module in inside:
+            modes = prefix.modes()
+            module.training = False
+            assert prefix.modes() != modes
+            module.training = True
+            for register in (module.register_forward_hook, module.register_forward_pre_hook):
+                hook = register(lambda *_: None)
+                assert "hook" in prefix.objection(1)
+                hook.remove()
+            assert prefix.objection(1) is None
 
 
 def test_dropout_of_adapters_is_refused_by_name(caplog):

@@ -137,12 +137,12 @@ class ActivationCache:
             self.refuse("DeepSpeed ZeRO-3 moves weights without a trace, so a change of them would not be seen")
         if self.refused is not None or not self._may_look(args, kwargs):
             return whole
-        self.prefix.look()
+        tensors = self.prefix.look()
         floor = self._floor(plan)
         observed = isinstance(plan, CallPlan) and plan.observation is not None  # looks at what dropped branches record
         border = self._border(floor, 0 if observed else plan.detached)
         self._highest = max(self._highest, border)
-        changed = self.prefix.changed(self._highest)
+        changed = self.prefix.changed(tensors, self._highest)
         if changed is not None:
             self.store.drop_above(changed)
         if border > self.border:

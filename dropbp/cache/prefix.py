@@ -8,8 +8,8 @@ versions that PyTorch counts, at every forward.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from dropbp.discovery.structure import EXACT, Structure
 from dropbp.engine.purity import is_foreign_hook
 
 _OF_ADAPTERS = ("_disable_adapters", "active_adapters", "scaling")  # layers of peft
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_get = cast(Any, dict.get)
 
 
 class Prefix:
@@ -36,15 +38,16 @@ class Prefix:
         self.model, self._structure, self._rests = model, structure, rests
         modules = {model.get_submodule(name): name for name in structure.blocks}
         self.names, self.blocks = list(modules.values()), list(modules)
-        self._inside = [list(block.modules()) for block in self.blocks]
+        self._inside = [list(_called(block)) for block in self.blocks]
         self._norms = [[each for each in inside if isinstance(each, _NormBase)] for inside in self._inside]
         self._tensors = sorted(self._found(), key=lambda entry: entry[0])
         self._places = [entry[0] for entry in self._tensors]
-        self._modules = list(model.modules())
+        self._tables, self._keys = ([entry[i] for entry in self._tensors] for i in (1, 2))
+        self._modules = list(_called(model))
         self._adapted: list[Any] = [m for m in self._modules if all(hasattr(m, name) for name in _OF_ADAPTERS)]
         self._seen: list[Any] = []
         self._asking: list[bool] = []
-        self._floors: dict[tuple[int, bool], int] = {}
+        self._trained: list[tuple[int, int, bool]] = []
 
     @property
     def count(self) -> int:
@@ -69,26 +72,40 @@ class Prefix:
 
     def tensors_at(self, place: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters and buffers of one block, with their names; with those of the first, what feeds it."""
-        for each, table, key, name in self._tensors:
+        start, end = (bisect_left(self._places, each) for each in (place, place + 1))
+        for _, table, key, name in self._tensors[start:end]:
             tensor = table.get(key)
-            if each == place and tensor is not None:
+            if tensor is not None:
                 yield name or key, tensor
 
-    def look(self) -> None:
-        """Before each forward: what asks for a gradient may have changed."""
-        asking = [(tensor := table.get(key)) is not None and tensor.requires_grad for _, table, key, _ in self._tensors]
+    def look(self) -> list[Any]:
+        """The tensors that are there before a forward, None where there is none. Which of them train is noted."""
+        tensors = list(map(_get, self._tables, self._keys))
+        asking = [tensor is not None and tensor.requires_grad for tensor in tensors]
         if asking != self._asking:
             self._asking = asking
-            self._floors.clear()
+            self._trained = sorted(set(self._training()))
+        return tensors
 
-    def changed(self, border: int) -> int | None:
+    def _training(self) -> Iterator[tuple[int, int, bool]]:
+        """Of each parameter that asks for a gradient: its place, the lowest branch above it, whether it may rest."""
+        known = self._structure.rests
+        for (place, _, _, name), asks in zip(self._tensors, self._asking, strict=True):
+            if name and asks:
+                yield place, known.borders.get(name, 0), name in known.resting
+
+    def changed(self, tensors: Sequence[Any], border: int) -> int | None:
         """The place of the lowest tensor below a border that changed since the last call; None if none did.
 
         One that is looked at for the first time counts as unchanged: no state was stored above it before.
+
+        Args:
+            tensors: as `look` has just found them.
+            border: nothing at or above it is looked at.
         """
         still = not hasattr(self.model, "set_unshard_in_backward")  # FSDP2 gathers what it holds at the root
         below = bisect_left(self._places, border)
-        now = [_mark(table.get(key), still) for _, table, key, _ in self._tensors[:below]]
+        now = [_mark(tensor, still) for tensor in tensors[:below]]
         before, self._seen = self._seen, now + self._seen[below:]
         if before[:below] == now:
             return None
@@ -101,20 +118,8 @@ class Prefix:
             kept: branches as bits.
             rests: whether what feeds the stream rests below the lowest of them.
         """
-        found = self._floors.get((kept, rests))
-        if found is None:
-            found = self._floors[kept, rests] = self._floor(kept, rests)
-        return found
-
-    def _floor(self, kept: int, rests: bool) -> int:
-        known = self._structure.rests
-        for place, table, key, name in self._tensors:
-            tensor = table.get(key)
-            if not name or tensor is None or not tensor.requires_grad:
-                continue
-            border = known.borders.get(name, 0)
-            always = border == EXACT or (name in known.resting and not rests)
-            if always or kept >> border & 1:
+        for place, border, resting in self._trained:
+            if border == EXACT or (resting and not rests) or kept >> border & 1:
                 return place
         return self.count
 
@@ -144,6 +149,11 @@ class Prefix:
         found = next(dropouts, "")
         where = self.names[place] if place >= 0 else "what feeds the first block"
         return f"{where}.{found}" if found else where
+
+
+def _called(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that may run. Half of those of a model with adapters are lists and tables, which only hold others."""
+    return (module for module in model.modules() if type(module) not in _CONTAINERS)
 
 
 def _mark(tensor: torch.Tensor | None, still: bool) -> tuple[Any, ...] | None:
