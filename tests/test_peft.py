@@ -319,6 +319,9 @@ def test_filling_zeros_finds_parameters_that_adapters_renamed():
     model = adapted("LoRA", model)
     with handle.fixed((True,) * 4):
         llama_loss(model).backward()
+    parameters, root = handle.engine.parameters, handle.engine.model
+    names = parameters.structure.parameters.items()
+    assert names and parameters.needs() == {root.get_parameter(name): need for name, need in names}
 
 
 # -- quantised bases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -33,7 +33,7 @@ class Parameters:
 
     def needs(self) -> dict[nn.Parameter, int]:
         """The branches that each parameter of a branch belongs to, as bits."""
-        return {self.model.get_parameter(name): need for name, need in self.structure.parameters.items()}
+        return self._named(self.structure.parameters)
 
     def with_gradient(self) -> int:
         """The branches whose parameters have gradients now, from an earlier micro-batch of this step."""
@@ -52,6 +52,12 @@ class Parameters:
     def _present(self) -> dict[str, nn.Parameter]:
         """Every parameter by each of its names. Under a wrapper that was put around a module it has another."""
         return dict(self.model.named_parameters(remove_duplicate=False))
+
+    def _named(self, *needs: Mapping[str, int]) -> dict[nn.Parameter, int]:
+        """Parameters in place of their names. To look up each of thousands by itself would take a third of a step."""
+        present = self._present()
+        each = ((name, need) for names in needs for name, need in names.items())
+        return {present[name] if name in present else self.model.get_parameter(name): need for name, need in each}
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
         """Count only these as trained; if an engine has replaced the parameters, all count."""
@@ -98,10 +104,8 @@ class Parameters:
             with_rests: whether what rests beside the branches does so in this step.
             boundary: called after each branch's: all at once they would be another recording for each mask.
         """
-        resting = self.resting().items() if with_rests else ()
-        needs = {**self.needs(), **{self.model.get_parameter(name): need for name, need in resting}}
         by_need: dict[int, list[nn.Parameter]] = {}
-        for parameter, need in needs.items():
+        for parameter, need in self._named(self.structure.parameters, self.resting() if with_rests else {}).items():
             if not need & ~dropped and not hasattr(parameter, "ds_id"):
                 by_need.setdefault(need, []).append(parameter)
         for parameters in by_need.values():
