@@ -26,7 +26,7 @@ PIP_OPTIONS := --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint zoo bench bench-gpu test-gaudi test-oldest docs clean
 
-help:  ## this list
+help:  ## list all targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # $(1) the environment, $(2) its constraints, $(3) what to install
@@ -45,25 +45,25 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet --no-build-isolation -c constraints.txt -e '.[stacks]'
 	@touch $@
 
-demo: $(INSTALLED)  ## fine-tune a small model, plainly and with dropped branches, and compare
+demo: $(INSTALLED)  ## fine-tune a small chat model with and without DropBP, and compare the two
 	$(BIN)/dropbp finetune $(ARGS)
 
-test: $(INSTALLED)  ## the tests (the slow ones are left out)
+test: $(INSTALLED)  ## run the tests, except the slow ones
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m "$(MARKERS)" $(ARGS) $(TESTS)
 
-lint: $(INSTALLED)  ## style, types, contents of the wheel, import arrows
+lint: $(INSTALLED)  ## check style, types, contents of the wheel, import direction
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(PYTEST) -q tests/test_packaging.py tests/test_import_arrows.py
 
-zoo: $(INSTALLED)  ## every model class of transformers that a tiny config can build
+zoo: $(INSTALLED)  ## check every model class of transformers that a tiny config can build
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m tests.campaigns.zoo $(ARGS)
 
-bench: $(INSTALLED)  ## speed, memory and learning against the rivals, on this machine's CPU
+bench: $(INSTALLED)  ## measure speed, memory and learning against rival methods, on this machine's CPU
 	$(BIN)/dropbp bench all $(ARGS)
 
-bench-gpu: $(INSTALLED)  ## the same at the paper's settings, on a CUDA machine
+bench-gpu: $(INSTALLED)  ## measure the same at the paper's settings, on a CUDA machine
 	$(BIN)/dropbp bench all --device cuda $(ARGS)
 
 $(GAUDI_INSTALLED): pyproject.toml constraints-gaudi.txt tests/gaudi/setup_env.py
@@ -71,20 +71,20 @@ $(GAUDI_INSTALLED): pyproject.toml constraints-gaudi.txt tests/gaudi/setup_env.p
 	$(GAUDI_VENV)/bin/python tests/gaudi/setup_env.py
 	@touch $@
 
-test-gaudi: $(GAUDI_INSTALLED)  ## the unmodified GaudiTrainer on the simulated HPU, in an environment of its own
+test-gaudi: $(GAUDI_INSTALLED)  ## test the unmodified GaudiTrainer on the simulated HPU (in .venv-gaudi)
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(GAUDI_VENV)/bin/python -m pytest -n $(WORKERS) -m gaudi $(ARGS) tests/gaudi
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST_VENV),constraints-oldest.txt,-e '.[hf,bench]' hypothesis pytest pytest-timeout pytest-xdist)
 	@touch $@
 
-test-oldest: $(OLDEST_INSTALLED)  ## the tests of the core with the oldest versions promised, in an environment of its own
+test-oldest: $(OLDEST_INSTALLED)  ## test the core with the oldest supported versions (in .venv-oldest)
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "$(MARKERS)" $(ARGS) $(OLDEST_TESTS)
 
-docs: $(INSTALLED)  ## the documentation as a site, with the API from the docstrings
+docs: $(INSTALLED)  ## build the documentation site, with the API reference from the docstrings
 	$(PY) -m pip install $(PIP_OPTIONS) --quiet --no-build-isolation -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-clean:  ## remove what was built; environments and runs stay
+clean:  ## remove build files; keep environments and runs
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

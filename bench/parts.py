@@ -30,27 +30,28 @@ class Part(Command):
 PARTS = {
     "gpu": Part(
         "dropbp.bench.gpu.command",
-        "what a borrowed GPU is worth its minutes for, in order, some minutes at a time",
+        "the most valuable measurements on a borrowed GPU first, a few minutes at a time",
         ("cuda",),
     ),
     "throughput": Part(
         "dropbp.bench.throughput.command",
-        "time and memory of a step, share of the possible saving",
+        "time and memory of a step, and the share of the possible saving it reaches",
         ("cpu", "hpu"),
         smoke=True,
     ),
     "activation_cache": Part(
-        "dropbp.bench.throughput.cached", "whole runs in which known rows start at the border", ("cpu",), smoke=True
+        "dropbp.bench.throughput.cached", "whole runs with and without the activation cache", ("cpu",), smoke=True
     ),
     "seqlen": Part(
         "dropbp.bench.memory.seqlen", "the longest sequence that trains", ("cpu", "hpu"), ("cpu",), smoke=True
     ),
     "invariants": Part(
-        "dropbp.bench.gpu.invariants", "forward, gradients, compilations and waits of a step, on the device itself"
+        "dropbp.bench.gpu.invariants",
+        "checks on the device itself: forward, gradients, compilations and host waits of a step",
     ),
     "sensitivity": Part(
         "dropbp.bench.analysis.sensitivity",
-        "cost and agreement of sensitivities, rates that follow",
+        "cost and accuracy of sensitivities, and the drop rates that follow",
         ("cpu",),
         smoke=True,
     ),
@@ -58,22 +59,20 @@ PARTS = {
         "dropbp.bench.recipes.command", "compiled graphs and launches on the simulated HPU", ("cpu",), ("cpu",)
     ),
     "learning": Part(
-        "dropbp.bench.learning.command", "loss at equal time, FLOPs and memory, against every rival", ("cpu",)
+        "dropbp.bench.learning.command", "loss at equal time, FLOPs and memory, against every rival method", ("cpu",)
     ),
-    "real": Part(
-        "dropbp.bench.real.command", "a real chat model fine-tuned as people do it: loss and accuracy at equal FLOPs"
-    ),
-    "overhead": Part("dropbp.bench.overhead.steps", "what the bookkeeping costs in each step", ("cpu",), smoke=True),
+    "real": Part("dropbp.bench.real.command", "fine-tune a pretrained chat model: loss and accuracy at equal FLOPs"),
+    "overhead": Part("dropbp.bench.overhead.steps", "time that the bookkeeping adds to a step", ("cpu",), smoke=True),
     "callback_overhead": Part(
-        "dropbp.bench.overhead.callback", "what the callback costs a trainer", ("cpu",), smoke=True
+        "dropbp.bench.overhead.callback", "time that the callback adds to a trainer's step", ("cpu",), smoke=True
     ),
     "accuracy": Part("dropbp.bench.learning.accuracy", "fine-tune and evaluate with the paper's tasks and settings"),
     "analysis": Part(
-        "dropbp.bench.analysis.command", "gradients by path length; bias and variance of each way to draw masks"
+        "dropbp.bench.analysis.command", "gradients by path length; bias and variance of each mask sampler"
     ),
-    "paper": Part("dropbp.bench.report.paper", "the published figures beside ours"),
-    "tables": Part("dropbp.bench.report.tables", "tables and plots from the result files alone"),
-    "all": Part("dropbp.bench.everything", "all parts that suit the device, then tables"),
+    "paper": Part("dropbp.bench.report.paper", "compare our figures with the published ones"),
+    "tables": Part("dropbp.bench.report.tables", "make tables and plots from the result files alone"),
+    "all": Part("dropbp.bench.everything", "run all parts that suit the device, then make the tables"),
 }
 
 
@@ -99,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `dropbp bench`."""
-    parser = argparse.ArgumentParser(prog="dropbp bench", description="Measure; one JSON file for each run.")
+    parser = argparse.ArgumentParser(
+        prog="dropbp bench", description="Measure speed, memory and learning; one JSON file per run."
+    )
     add_arguments(parser)
     return parser
 

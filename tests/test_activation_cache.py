@@ -447,7 +447,7 @@ def batches_of_rows(count: int = 6) -> list[torch.Tensor]:
 
 REFUSED = {
     "memory": (lambda: _filled(NetWithMemory(blocks=BLOCKS)), "its output output comes from there"),
-    "neighbours": (lambda: net_of(BlockOfNeighbours), "from other rows"),
+    "neighbours": (lambda: net_of(BlockOfNeighbours), "mix the rows of a batch"),
     "dropout": (lambda: net_of(BlockWithDropout), "blocks.1.drop draws random numbers"),
     "statistics": (lambda: net_of(BlockWithStatistics), "blocks.1 holds a BatchNorm1d"),
 }

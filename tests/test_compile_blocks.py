@@ -133,4 +133,4 @@ def test_too_low_a_limit_of_the_compiler_is_said(caplog):
     handle = dropbp.enable(tiny_llama())
     with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level(logging.WARNING, logger="dropbp"):
         dropbp.compile_blocks(handle, backend=BACKEND)
-    assert "up to 5 graphs are needed; torch._dynamo.config.recompile_limit is 2" in caplog.text
+    assert "Up to 5 graphs are needed, but torch._dynamo.config.recompile_limit is 2" in caplog.text

@@ -82,9 +82,9 @@ def write_as(rows: list[dict[str, str]], path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("a.jsonl", "[1, 2]\n", "line 1 holds a list; needed is an object"),
-        ("a.json", '{"text": "a"}', "holds a dict; needed is a list of objects"),
-        ("a.xml", "<a/>", "ends in '.xml'; known are .csv, .json, .jsonl, .parquet, .txt"),
+        ("a.jsonl", "[1, 2]\n", "line 1 holds a list; expected an object"),
+        ("a.json", '{"text": "a"}', "holds a dict; expected a list of objects"),
+        ("a.xml", "<a/>", "ends in '.xml'; supported: .csv, .json, .jsonl, .parquet, .txt"),
         ("a.jsonl", "", "holds no rows"),
         ("a.txt", " \n", "holds no rows"),
         ("a.parquet", "no", "is not a Parquet file"),
@@ -93,7 +93,7 @@ def write_as(rows: list[dict[str, str]], path: Path) -> None:
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1 holds a number of too many digits"),
         ("a.csv", "prompt,completion\na,b\nc\n", "line 3 has 1 fields for the 2 columns prompt, completion"),
         ("a.csv", "prompt,completion\na,b,c\n", "line 2 has 3 fields for the 2 columns"),
-        ("a.csv", "text,text\na,b\n", "needed is one field for each column, and different names"),
+        ("a.csv", "text,text\na,b\n", "expected one field per column, and distinct column names"),
         ("a.csv", 'text\n"a\nb\n', "line 3 is not CSV: unexpected end of data"),
     ],
 )
@@ -190,21 +190,21 @@ def test_a_row_without_a_response_is_left_out_and_counted(kind: str) -> None:
     result = encode_rows(rows, Encoder(make_tokenizer(), 256), iter)
     assert [learned(example) for example in result.examples] == ["3</s>", "3</s>", "0.5</s>"]
     assert dict(result.left_out) == {"no response": 3}
-    assert list(result.notes()) == ["3 of 6 rows left out: 3 with no response"]
+    assert list(result.notes()) == ["3 of 6 rows were left out: 3 with no response"]
 
 
 def test_text_rows_without_text_and_the_last_tokens_are_counted() -> None:
     rows = [{"text": "0 1 2 3 4 5 " * 8}, {"text": None}, {"other": "a"}, {"text": ""}]
     result = encode_rows(rows, Encoder(make_tokenizer(), 16), iter)
     first, last = result.notes()
-    assert first == "3 of 4 rows left out: 3 with no text"
-    assert last == f"the last {result.tokens_left_out} tokens of the text left out: they do not fill an example"
+    assert first == "3 of 4 rows were left out: 3 with no text"
+    assert last == f"the last {result.tokens_left_out} tokens of the text were left out: they do not fill an example"
     assert result.tokens_left_out == (len(make_tokenizer()("0 1 2 3 4 5 " * 8)["input_ids"]) + 1) % 16 > 0
 
 
 def test_rows_that_are_cut_are_counted() -> None:
     result = encode_rows([{"prompt": "a", "completion": "b " * 40}], Encoder(make_tokenizer(), 8), iter)
-    assert list(result.notes()) == ["1 of 1 rows cut at --max-length"]
+    assert list(result.notes()) == ["1 of 1 rows were cut at --max-length"]
 
 
 def test_an_answer_is_learned_whole_where_a_token_would_reach_across_its_border() -> None:
@@ -218,22 +218,22 @@ def test_an_answer_is_learned_whole_where_a_token_would_reach_across_its_border(
 
 
 BAD_ROWS = [
-    ({"prompt": [USER], "completion": "2"}, "the column 'completion' is a str; needed is a list of messages"),
-    ({"prompt": "1+1", "completion": [ANSWER]}, "the column 'prompt' is a str; needed is a list of messages"),
-    ({"prompt": "1+1", "completion": {"text": "2"}}, "the column 'completion' is a dict; needed is text"),
-    ({"prompt": "1+1", "completion": True}, "the column 'completion' is a bool; needed is text"),
-    ({"prompt": "1+1", "completion": float("inf")}, "is the number inf; needed is text"),
+    ({"prompt": [USER], "completion": "2"}, "the column 'completion' is a str; expected a list of messages"),
+    ({"prompt": "1+1", "completion": [ANSWER]}, "the column 'prompt' is a str; expected a list of messages"),
+    ({"prompt": "1+1", "completion": {"text": "2"}}, "the column 'completion' is a dict; expected text"),
+    ({"prompt": "1+1", "completion": True}, "the column 'completion' is a bool; expected text"),
+    ({"prompt": "1+1", "completion": float("inf")}, "is the number inf; expected text"),
     ({"prompt": "1+1", "completion": "\ud800"}, "holds half a character (a lone surrogate, at position 0)"),
     ({"instruction": "1+1", "output": "2", "history": [["a", "b"]]}, "the column 'history' would not be trained on"),
-    ({"instruction": "1+1", "input": {"a": 1}, "output": "2"}, "the column 'input' is a dict; needed is text"),
+    ({"instruction": "1+1", "input": {"a": 1}, "output": "2"}, "the column 'input' is a dict; expected text"),
     ({"messages": "[{'role': 'user'}]"}, "CSV cannot hold lists: use .jsonl"),
-    ({"messages": ["1+1", "2"]}, "message 1 of 'messages' is a str; needed is an object with role and content"),
-    ({"messages": [{"content": "2"}]}, "message 1 of 'messages' has no role; known are system"),
-    ({"messages": [{"role": "Caesar", "content": "2"}]}, "has the role 'Caesar'; known are system"),
+    ({"messages": ["1+1", "2"]}, "message 1 of 'messages' is a str; expected an object with role and content"),
+    ({"messages": [{"content": "2"}]}, "message 1 of 'messages' has no role; supported: system"),
+    ({"messages": [{"role": "Caesar", "content": "2"}]}, "has the role 'Caesar'; supported: system"),
     ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "holds tool_calls"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "parts that are not text"),
     ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "the column 'tools' would not be trained on"),
-    ({"text": ["a"]}, "the column 'text' is a list; needed is text"),
+    ({"text": ["a"]}, "the column 'text' is a list; expected text"),
 ]
 
 
@@ -331,7 +331,7 @@ def test_rows_whose_response_does_not_fit_are_counted() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "a", "answer": "b"}], "the data set has the columns answer, question; known are messages"),
+        ([{"question": "a", "answer": "b"}], "the data set has the columns answer, question; supported: messages"),
         ([{"messages": []}], "the tokenizer has no chat template"),
         (
             [{"prompt": "a " * 50, "completion": "b"}],
@@ -415,7 +415,7 @@ def test_ctrl_c_says_which_checkpoint_is_kept(
 ) -> None:
     interrupt_at(model_folder, data, tmp_path, ["--save-steps", "2"], step=3)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"dropbp: interrupted; {tmp_path / 'checkpoint-2'} is kept: add --resume to go on"
+    assert error == f"dropbp: interrupted; {tmp_path / 'checkpoint-2'} is kept: add --resume to continue"
 
 
 def test_a_plain_run_reports_no_dropping(
@@ -475,7 +475,7 @@ def test_an_output_with_checkpoints_is_not_overwritten(
 ) -> None:
     (tmp_path / "checkpoint-3").mkdir()
     assert finetune(model_folder, data, tmp_path) == 2
-    assert "give --resume, or another --output" in capsys.readouterr().err
+    assert "pass --resume, or another --output" in capsys.readouterr().err
 
 
 def test_splitting_keeps_every_example_once() -> None:
@@ -517,7 +517,7 @@ def test_the_demo_shows_answers_costs_losses_and_accuracy(
     text = capsys.readouterr().out
     for question in QUESTIONS[:3]:
         assert question.text in text
-    for words in ("right", "before", "validation loss", "after the same time", "last loss", "Right answers to 8"):
+    for words in ("right", "before", "validation loss", "after the same time", "final loss", "Right answers to 8"):
         assert words in text
     result = result_of(tmp_path)
     plain, dropped = result["runs"]
@@ -621,8 +621,11 @@ def test_files_are_fetched_once_and_again_when_damaged(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "did not come from the package registry (ERROR: No matching distribution)"),
-        (b"another", "sample/a.txt of dropbp-sample 1.0 is not the known file"),
+        (
+            None,
+            "whose files are needed (ERROR: No matching distribution)",
+        ),
+        (b"another", "sample/a.txt of dropbp-sample 1.0 is not the expected file"),
     ],
 )
 def test_a_registry_that_fails_or_lies_is_named(
@@ -717,7 +720,7 @@ def make_run(name: str, drop_rate: float, step_s: float, final_loss: float) -> d
 def test_the_verdict_says_so_when_plain_training_is_better() -> None:
     result = {"runs": [make_run("plain", 0.0, 2.0, 1.0), make_run("dropbp", 0.5, 1.0, 2.5)]}
     cost, same_steps, same_time, same_flops = report.verdict(result)
-    assert cost == "dropbp takes 50% of plain's step time, 75% of its FLOPs, 100% of its peak memory."
+    assert cost == "dropbp takes 50% of plain training's step time, 75% of its FLOPs, 100% of its peak memory."
     assert same_steps.endswith(
         "after the same 4 steps: plain 1.0000, DropBP 2.5000; plain training is lower by 1.5000."
     )
@@ -728,7 +731,7 @@ def test_the_verdict_says_so_when_plain_training_is_better() -> None:
 def test_the_verdict_distrusts_times_of_a_busy_machine() -> None:
     busy = make_run("plain", 0.0, 2.0, 1.0) | {"step_s": [2.0, 2.0, 2.0, 4.0, 2.0, 4.0]}
     result = {"runs": [busy, make_run("dropbp", 0.5, 1.0, 1.5)]}
-    assert "Equal steps differ by a factor of 2.0 in time" in report.verdict(result)[1]
+    assert "Times of equal steps differ by a factor of 2.0" in report.verdict(result)[1]
 
 
 def test_the_verdict_says_so_when_dropbp_is_better() -> None:
@@ -748,8 +751,8 @@ def demo_result(dropped_loss: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("dropped_loss", "sentence"),
     [
-        (0.0, "Plain training's last loss 1.0000: plain after 8 s, DropBP after 3 s."),
-        (1.5, "Plain training's last loss 1.0000, after 8 s, was not reached by DropBP."),
+        (0.0, "Plain training's final loss 1.0000: plain after 8 s, DropBP after 3 s."),
+        (1.5, "DropBP did not reach plain training's final loss 1.0000, which plain reached after 8 s."),
     ],
 )
 def test_the_demos_verdict_says_when_plains_loss_was_reached_and_how_many_are_right(
@@ -757,7 +760,7 @@ def test_the_demos_verdict_says_when_plains_loss_was_reached_and_how_many_are_ri
 ) -> None:
     *_, reached, right = report.verdict(demo_result(dropped_loss))
     assert reached == sentence
-    assert right == "Right answers to 8 questions held out: 25% before, plain 50%, DropBP 75%."
+    assert right == "Right answers to 8 held-out questions: 25% before, plain 50%, DropBP 75%."
 
 
 def test_answers_are_shown_before_and_after() -> None:

@@ -210,7 +210,7 @@ def test_another_drop_rate_holds_for_what_is_left(before, after, masks, stop, ca
     for _ in range(stop):
         run.forward()
     run.replaced(schedule(after, masks, steps=300))
-    assert "another drop_rate" in caplog.text
+    assert "a different drop_rate" in caplog.text
     rest = Run(run.one)
     for _ in range(300 - stop):
         rest.forward()
@@ -243,7 +243,7 @@ def test_a_budget_missed_as_masks_left_nothing_to_train_says_so(masks, steps):
     run = Run(schedule(0.75, masks=masks, steps=steps, trains=trains))
     for _ in range(200):
         run.forward()
-    assert "nothing to train" in shortfall(run.one) and "come nearer" not in shortfall(run.one)
+    assert "nothing to train" in shortfall(run.one) and "come closer" not in shortfall(run.one)
 
 
 def test_a_budget_missed_by_few_draws_says_so():
@@ -261,7 +261,7 @@ def test_other_options_may_change(change, caplog):
     for _ in range(60):
         run.forward()
     run.replaced(schedule(0.5, **{"steps": 200, **change}))
-    assert f"another {next(iter(change))}" in caplog.text
+    assert f"a different {next(iter(change))}" in caplog.text
     for place in range(140):
         if place % 2:
             run.one.resample()

@@ -80,7 +80,7 @@ class ActivationCache:
     def start(self) -> None:
         """Put the functions around the blocks in place."""
         if not self.prefix.count:
-            self.refuse(f"{type(self.model).__name__} has no blocks that could be passed over")
+            self.refuse(f"{type(self.model).__name__} has no blocks that could be skipped")
         for place, block in enumerate(self.prefix.blocks):
             self._patches.append(Interception(block, "_dropbp_cache", BlockState(place, self._running), block_forward))
         self.engine.recomputation.look()  # what is around a block now is no change of it
@@ -112,7 +112,7 @@ class ActivationCache:
         }
 
     def _trouble(self) -> str | None:
-        full = "the limit in bytes is reached, and further rows are not stored" if self.store.full else None
+        full = "the limit in bytes is reached, so no further rows are stored" if self.store.full else None
         return self.store.trouble or full
 
     def figures(self) -> dict[str, float]:
@@ -134,7 +134,7 @@ class ActivationCache:
             return None
         whole = functools.partial(call, *args, **kwargs)
         if hasattr(next(self.model.parameters(), None), "ds_id"):
-            self.refuse("DeepSpeed ZeRO-3 moves weights without a trace, so a change of them would not be seen")
+            self.refuse("DeepSpeed ZeRO-3 moves weights in a way that hides changes to them")
         if self.refused is not None or not self._may_look(args, kwargs):
             return whole
         tensors = self.prefix.look()
@@ -207,7 +207,7 @@ class ActivationCache:
         border = min(resting, self.forms.limit, self.prefix.count)
         below = self._below(detached)
         if below < border <= floor:
-            self._object(f"an output that is asked for, as hidden_states, comes out of {self.prefix.names[below]}")
+            self._object(f"an output was asked for, such as hidden_states, that {self.prefix.names[below]} produces")
         return border if border <= min(floor, below) else 0
 
     def _objects(self, border: int, kind: Kind) -> bool:
@@ -274,7 +274,7 @@ class ActivationCache:
         """
         stack = stack_of(self.prefix.names[border - 1])
         below = next((i for i in reversed(range(border)) if stack_of(self.prefix.names[i]) != stack), 0)
-        reason = f"something besides the residual stream comes out of the blocks below {self._named(border)}: {leak}"
+        reason = f"the blocks below {self._named(border)} produce something besides the residual stream: {leak}"
         if below:
             self.forms.bound(below, reason)
             self.store.drop_above(below)
@@ -286,8 +286,8 @@ class ActivationCache:
         """A block, or what feeds the first one, draws random numbers in training."""
         where = self.prefix.random_module(place)
         self._against[kind] = reason = (
-            f"{where} draws random numbers in training, so a row's state is another each time. Switch its dropout off "
-            "below the part of the model that trains (lora_dropout=0, attention_dropout=0, and the like)"
+            f"{where} draws random numbers in training, so a row's state differs each time. Switch off dropout below "
+            "the part of the model that trains (lora_dropout=0, attention_dropout=0, and the like)"
         )
         self._object(reason)
 
@@ -296,8 +296,8 @@ class ActivationCache:
         known, seen = self.found - self._at_epoch[0], self.looked_up - self._at_epoch[1]
         if self._epochs and seen and not known and not self._against:
             self.refuse(
-                "no row of this epoch was among those of the one before: packed rows are others in each epoch. Pack "
-                "once, before the training, or do not pack"
+                "no row of this epoch occurred in the one before: packed rows differ in each epoch. Pack once, before "
+                "training, or do not pack"
             )
         self._epochs += 1
         self._at_epoch = self.found, self.looked_up

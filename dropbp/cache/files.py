@@ -152,7 +152,7 @@ class FileStore:
             if self.trouble is None:
                 self.trouble = str(error)
                 logger.warning(
-                    "Nothing more is stored in %s (%s). The training goes on; rows that are stored are used.",
+                    "Nothing more is stored in %s (%s). Training continues and uses the rows stored so far.",
                     self.folder, error,
                 )  # fmt: skip
 

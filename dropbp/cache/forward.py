@@ -180,8 +180,8 @@ class CachedForward:
         if self._worst > allowed:
             cache.refuse(
                 f"a forward that started at {cache.prefix.names[passage.start - 1]} differed by {self._worst:.2g} of "
-                f"the stream's norm from one that ran whole, where rounding leaves at most {allowed:.2g}: the blocks "
-                "below it compute something else each time, or from other rows"
+                f"the stream's norm from one that ran whole, and rounding explains at most {allowed:.2g}: the blocks "
+                "below are not deterministic, or mix the rows of a batch"
             )
             return
         lost = [name for name, value in whole.items() if short is None or not _equal(short.get(name), value, allowed)]

@@ -133,7 +133,7 @@ class Prefix:
         for name, modules, norms in zip(self.names[:border], self._inside, self._norms, strict=False):
             for norm in norms:
                 if norm.training:
-                    return f"{name} holds a {type(norm).__name__}, which uses the statistics of the whole batch"
+                    return f"{name} holds a {type(norm).__name__}, which uses statistics of the whole batch"
             for module in [each for each in modules if each._forward_pre_hooks or each._forward_hooks]:
                 if any(map(is_foreign_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))):
                     return f"a hook is registered on {type(module).__name__} in {name}, and would not be called"

@@ -71,7 +71,7 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
     held_out = max(1, round(fraction * len(examples)))
     if held_out >= len(examples):
         raise ConfigError(
-            f"{len(examples)} example(s) cannot be split for evaluation; give more, or --eval-fraction 0."
+            f"{len(examples)} example(s) cannot be split for evaluation; pass more, or --eval-fraction 0."
         )
     return shuffled[held_out:], shuffled[:held_out]
 
@@ -118,12 +118,12 @@ def _settings(args: argparse.Namespace, output: Path) -> Settings:
 def _checkpoint(output: Path, resume: bool) -> str | None:
     last, faults = last_whole_checkpoint(output)
     if not resume and (last or faults):
-        raise ConfigError(f"{output} holds checkpoints of an earlier run; give --resume, or another --output.")
+        raise ConfigError(f"{output} holds checkpoints of an earlier run; pass --resume, or another --output.")
     for name, fault in faults.items():
-        logger.warning("%s is left out, its writing was cut off: %s", output / name, fault)
+        logger.warning("%s is ignored because it is incomplete: %s", output / name, fault)
     if resume and last is None:
         whole = f"no whole checkpoint ({'; '.join(faults.values())})" if faults else "no checkpoint"
-        raise ConfigError(f"--resume: {output} holds {whole}. Start anew with another --output.")
+        raise ConfigError(f"--resume: {output} holds {whole}. Start a new run with another --output.")
     return None if last is None else str(last)
 
 
@@ -142,7 +142,7 @@ def _says_what_is_kept(output: Path) -> Iterator[None]:
 
 def _kept(output: Path) -> str:
     last, _ = last_whole_checkpoint(output)
-    return " before the first checkpoint" if last is None else f"; {last} is kept: add --resume to go on"
+    return " before the first checkpoint" if last is None else f"; {last} is kept: add --resume to continue"
 
 
 def _save(job: Job, callback: DropBPCallback | None, output: Path) -> None:

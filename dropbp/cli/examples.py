@@ -124,11 +124,11 @@ class Encoded:
         """Sentences about what is not trained."""
         if self.left_out:
             reasons = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.items())
-            yield f"{self.rows_without_loss} of {self.rows} rows left out: {reasons}"
+            yield f"{self.rows_without_loss} of {self.rows} rows were left out: {reasons}"
         if self.rows_cut:
-            yield f"{self.rows_cut} of {self.rows} rows cut at --max-length"
+            yield f"{self.rows_cut} of {self.rows} rows were cut at --max-length"
         if self.tokens_left_out:
-            yield f"the last {self.tokens_left_out} tokens of the text left out: they do not fill an example"
+            yield f"the last {self.tokens_left_out} tokens of the text were left out: they do not fill an example"
 
 
 def encode_rows(

@@ -46,10 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and data", "without a data set the demo runs, on questions with options")
-    group.add_argument(
-        "--model", metavar="DIR_OR_HUB_ID", help="causal language model (of the demo: SmolLM2-135M-Instruct)"
-    )
+    group = parser.add_argument_group("model and data", "without --dataset, the demo runs on multiple-choice questions")
+    group.add_argument("--model", metavar="DIR_OR_HUB_ID", help="causal language model (demo: SmolLM2-135M-Instruct)")
     group.add_argument(
         "--dataset",
         metavar="FILE_OR_HUB_ID",
@@ -57,21 +55,21 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "instruction + output, instruction + response, prompt + completion, or text",
     )
     group.add_argument(
-        "--eval-fraction", type=float, default=0.05, help="share of examples kept for evaluation (%(default)s)"
+        "--eval-fraction", type=float, default=0.05, help="share of examples held out for evaluation (%(default)s)"
     )
-    group.add_argument("--max-length", type=int, default=512, help="tokens in an example at most (%(default)s)")
+    group.add_argument("--max-length", type=int, default=512, help="maximum tokens per example (%(default)s)")
 
 
 def _add_dropbp_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("DropBP")
     group.add_argument("--drop-rate", type=float, default=0.5, help="share of backward FLOPs to skip (%(default)s)")
-    group.add_argument("--masks", default="nested", help="how masks are drawn: nested, exact, ... (%(default)s)")
+    group.add_argument("--masks", default="nested", help="mask sampler: nested, exact, ... (%(default)s)")
     group.add_argument(
         "--activation-cache",
         nargs="?",
         const=True,
         metavar="DIR",
-        help="start known rows at the border below which nothing trains; in memory, or in a folder",
+        help="let rows seen before skip the blocks that no longer train; keeps states in memory, or in DIR",
     )
     group.add_argument("--plain", action="store_true", help="train without DropBP")
 
@@ -81,34 +79,41 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--peft", choices=("lora", "none"), default="lora", help="what to train (%(default)s)")
     group.add_argument("--max-steps", type=int, help="optimizer steps; overrides --epochs")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
-    group.add_argument("--batch-size", type=int, help="examples in a micro-batch (2)")
-    group.add_argument("--gradient-accumulation", type=int, help="micro-batches in a step (64)")
-    group.add_argument("--learning-rate", type=float, help="1e-4 with LoRA, 2e-5 without")
-    group.add_argument("--warmup-steps", type=int, default=100, help="at most a tenth of all steps (%(default)s)")
+    group.add_argument("--batch-size", type=int, help="examples per micro-batch (2)")
+    group.add_argument("--gradient-accumulation", type=int, help="micro-batches per optimizer step (64)")
+    group.add_argument("--learning-rate", type=float, help="peak learning rate (1e-4 with LoRA, 2e-5 without)")
+    group.add_argument(
+        "--warmup-steps", type=int, default=100, help="warm-up steps, at most a tenth of all (%(default)s)"
+    )
     group.add_argument(
         "--logits",
         choices=("all", "labelled"),
-        help="labelled: only of positions with a label; same loss, for less (all; demo: labelled)",
+        help="labelled: compute logits only where a label is, for the same loss (all; demo: labelled)",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--bf16", action="store_true", help="mixed precision; with LoRA the frozen weights are bf16 too")
-    group.add_argument("--seed", type=int, default=0, help="of data order, adapters and masks (%(default)s)")
+    group.add_argument("--bf16", action="store_true", help="mixed precision; with LoRA, frozen weights are bf16 too")
+    group.add_argument("--seed", type=int, default=0, help="seed of data order, adapters and masks (%(default)s)")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--device", help="cpu, cuda, hpu; never replaced by another one")
-    group.add_argument("--output", type=Path, metavar="DIR", help="where everything is written (runs/finetune)")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    group.add_argument("--device", help="cpu, cuda, hpu, ...; an error if it is not available")
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for all results (runs/finetune; demo: runs/demo)",
+    )
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
     group.add_argument("--save-steps", type=int, help="steps between checkpoints (a tenth of all)")
     group.add_argument("--eval-steps", type=int, help="steps between evaluations (a tenth of all)")
     group.add_argument("--report-to", default="none", help="tensorboard, wandb, ... (%(default)s)")
-    group.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    group.add_argument("--json", action="store_true", help="print only the result, as JSON")
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.model is None and args.dataset is not None:
-        raise ConfigError("--dataset needs --model; without --dataset the demo runs, on questions of its own.")
+        raise ConfigError("--dataset needs --model; without --dataset the demo runs on its own questions.")
     if args.dataset is None and args.resume:
         raise ConfigError("--resume needs --model and --dataset; the demo keeps no checkpoints.")
     if args.activation_cache is not None:
@@ -125,7 +130,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_cache(args: argparse.Namespace) -> None:
     if args.dataset is None or args.plain:
-        raise ConfigError("--activation-cache needs --model and --dataset, and goes with DropBP, not with --plain.")
+        raise ConfigError("--activation-cache needs --model and --dataset, and cannot be combined with --plain.")
     if args.activation_cache is not True:
         check_folder("--activation-cache", Path(args.activation_cache))
 
@@ -142,7 +147,7 @@ def _show(result: dict[str, Any], output: Path, as_json: bool) -> None:
 def _text(result: dict[str, Any], output: Path) -> str:
     from dropbp.cli import report
 
-    plot = output / PLOT_FILE if find_spec("matplotlib") else "needs matplotlib: pip install 'dropbp[bench]'"
+    plot = output / PLOT_FILE if find_spec("matplotlib") else "not drawn; needs matplotlib: pip install 'dropbp[bench]'"
     paths = [f"result  {output / RESULT_FILE}", f"plot    {plot}"]
     parts = [
         report.shown_answers(result),

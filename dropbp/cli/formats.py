@@ -91,8 +91,8 @@ def kind_of(row: Row, source: str) -> Kind:
             return kind
     *known, last = (" + ".join(kind.columns) for kind in KINDS)
     raise ConfigError(
-        f"{source} has the columns {', '.join(sorted(map(str, row)))}; known are {', '.join(known)}, or {last}. Rename "
-        "the columns to one of these."
+        f"{source} has the columns {', '.join(sorted(map(str, row)))}; supported: {', '.join(known)}, or {last}. "
+        "Rename the columns to one of these."
     )
 
 
@@ -153,7 +153,7 @@ def _turns(messages: Any, column: str, learned: bool = True) -> tuple[Turn, ...]
         raise NothingToLearnError(f"no {column}")
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise ConfigError(
-            f"the column {column!r} is {_kind_name(messages)}; needed is a list of messages, each with role and "
+            f"the column {column!r} is {_kind_name(messages)}; expected a list of messages, each with role and "
             "content (or from and value). CSV cannot hold lists: use .jsonl."
         )
     turns = (_turn(message, f"message {n} of {column!r}", learned) for n, message in enumerate(messages, 1))
@@ -163,7 +163,7 @@ def _turns(messages: Any, column: str, learned: bool = True) -> tuple[Turn, ...]
 def _turn(message: Any, where: str, learned: bool) -> Turn | None:
     """None for a system message that says nothing."""
     if not isinstance(message, Mapping):
-        raise ConfigError(f"{where} is {_kind_name(message)}; needed is an object with role and content.")
+        raise ConfigError(f"{where} is {_kind_name(message)}; expected an object with role and content.")
     role, content = _role(message, where), message.get("content", message.get("value"))
     for name in ("tool_calls", "function_call"):
         if message.get(name) not in _EMPTY:
@@ -184,7 +184,7 @@ def _role(message: Mapping[str, Any], where: str) -> str:
     known = _ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         given = "has no role" if role is None else f"has the role {str(role)[:40]!r}"
-        raise ConfigError(f"{where} {given}; known are {', '.join(_ROLES)}.")
+        raise ConfigError(f"{where} {given}; supported: {', '.join(_ROLES)}.")
     return known
 
 
@@ -226,9 +226,9 @@ def _column(row: Row, name: str) -> Any:
 def _text(value: Any, where: str) -> str:
     """Numbers are text as JSON writes them; nothing else is."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ConfigError(f"{where} is {_kind_name(value)}; needed is text.")
+        raise ConfigError(f"{where} is {_kind_name(value)}; expected text.")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where} is the number {value}; needed is text.")
+        raise ConfigError(f"{where} is the number {value}; expected text.")
     text = str(value)
     try:
         text.encode()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("model", metavar="MODEL", help="a Hub id, a model's folder, or a config.json")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows of a batch (%(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a row (%(default)s)")
+    parser.add_argument("model", metavar="MODEL", help="Hub id, model folder, or config.json")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows per batch (%(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens per row (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

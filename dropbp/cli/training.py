@@ -211,8 +211,8 @@ def _refusing_what_does_not_fit() -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"the options do not fit each other, or not this machine: {str(error).strip()} On a machine without an "
-            "accelerator --device cpu may be missing."
+            f"the options contradict each other, or do not suit this machine: {str(error).strip()} On a machine "
+            "without an accelerator, pass --device cpu."
         ) from error
 
 
@@ -272,8 +272,8 @@ def _check_device(asked: str | None, arguments: TrainingArguments) -> None:
     get_device(asked)
     if asked.partition(":")[0] != arguments.device.type:
         raise DeviceError(
-            f"--device {asked} was asked for and the trainer would use {arguments.device}; choose that, or make "
-            f"{asked} visible to it."
+            f"--device is {asked}, but the trainer would use {arguments.device}. Pass that device, or make {asked} "
+            "visible to the trainer."
         )
 
 

@@ -252,8 +252,8 @@ class Engine:
         if not self._inputs_told:
             self._inputs_told = True
             logger.warning(
-                "An input of %s asks for a gradient, which comes through all branches. Such forwards drop nothing, so "
-                "that this gradient is exact. Detach the input if you do not need its gradient, or take the paper's "
+                "An input of %s requires a gradient, which flows through all branches. Such forwards drop nothing, so "
+                "that this gradient is exact. Detach the input if you do not need its gradient, or accept the paper's "
                 "biased gradient with masks='exact'.",
                 type(self.model).__name__,
             )

@@ -90,7 +90,7 @@ class Recomputation:
             name, reason = next(iter(self.reasons.items()))
             logger.warning(
                 "%s is not recomputed in the backward, because %s. Deep training steps keep all activations of such "
-                "blocks, in spite of max_activations. handle.report()['not_recomputed'] names them all.",
+                "blocks despite max_activations. handle.report()['not_recomputed'] names all of them.",
                 name,
                 reason,
             )

@@ -47,7 +47,8 @@ def _warn_of_limit(needed: int) -> None:
     limit = getattr(torch._dynamo.config, "recompile_limit", None)
     if limit is not None and needed > limit:
         logger.warning(
-            "up to %d graphs are needed; torch._dynamo.config.recompile_limit is %d, what exceeds it runs uncompiled",
+            "Up to %d graphs are needed, but torch._dynamo.config.recompile_limit is %d. PyTorch runs further graphs "
+            "uncompiled: raise the limit.",
             needed,
             limit,
         )

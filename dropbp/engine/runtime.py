@@ -168,7 +168,7 @@ class Runtime:
                 "A branch of %s ran outside the forward of the model given to dropbp.enable, so nothing is dropped "
                 "there. Enable the module whose forward your training loop calls%s.",
                 type(self.model).__name__,
-                f": it calls {called}, so handle.remove(), then dropbp.enable(model.{called}, ...)" if called else "",
+                f": call handle.remove(), then dropbp.enable(model.{called}, ...)" if called else "",
             )
 
     def note_evaluation(self, outputs: Any) -> None:
@@ -176,8 +176,8 @@ class Runtime:
         if not self._evaluated and any(tensor.requires_grad for tensor in tensors_in(outputs)):
             self._evaluated = True
             logger.warning(
-                "%s is in evaluation mode, as from_pretrained leaves a model, and its forward was recorded for a "
-                "backward: in this mode nothing is dropped. Call model.train() before training, or evaluate under "
+                "%s is in evaluation mode, as from_pretrained leaves a model, but its forward was recorded for a "
+                "backward. Nothing is dropped in this mode. Call model.train() before training, or evaluate under "
                 "torch.no_grad().",
                 type(self.model).__name__,
             )
@@ -188,7 +188,7 @@ class Runtime:
             self.unrecorded_block = True
             logger.warning(
                 "%s ran without recording in a training step that keeps its branches, so it gets no gradient in this "
-                "step. If gradient checkpointing was switched on just now: the steps to come take it into account.",
+                "step. If you have just switched gradient checkpointing on, later steps take it into account.",
                 type(block).__name__,
             )
 
@@ -219,7 +219,7 @@ class Runtime:
         restore = random_state(self.model) if fresh else None
         outputs = self._recorded_and_learned(forward, plan)
         if plan.observation is None and plan.dropped and kind.has_new(outputs, self.model if fresh else None):
-            logger.info("%s has outputs that were not there before: this forward runs again", type(self.model).__name__)
+            logger.info("%s returned new kinds of outputs, so this forward runs again", type(self.model).__name__)
             plan = kind.reopened(plan)
             if restore is not None:
                 restore()

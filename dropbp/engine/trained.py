@@ -152,18 +152,18 @@ def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[st
     if never:
         lines.append(f"no step of this run trains {trained.compact(never)}. {_REMEDY}")
     if seldom:
-        lines.append(f"less than one step in {1 / few:.0f} trains {trained.compact(seldom)}. {_REMEDY}")
+        lines.append(f"fewer than one step in {1 / few:.0f} trains {trained.compact(seldom)}. {_REMEDY}")
     below = [name for name in trained.below() if found[name] >= few]
     if below and trained.some_branches_are_frozen():
         lines.append(
-            f"{min(found[name] for name in below):.0%} of the steps train {trained.compact(below)}: those that drop "
-            "none of the branches above, so that the gradient is exact."
+            f"{min(found[name] for name in below):.0%} of the steps train {trained.compact(below)}: those that keep "
+            "all branches above, so that the gradient is exact."
         )
     unseen = [name for name in trained.structure.rests.unseen if name in found]
     if unseen and trained.rests:
         lines.append(
-            f"the small forward that finds the branches did not use {trained.compact(unseen)}, so it is treated as "
-            "lying below all branches. Pass example_inputs=... that use it."
+            f"the small forward that finds the branches did not use {trained.compact(unseen)}, which therefore counts "
+            "as lying below all branches. Pass example_inputs=... that use it."
         )
     if config.drop_rate and any(rates):
         lines.append(_learning_rate(config))
@@ -171,8 +171,8 @@ def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[st
 
 
 _REMEDY = (
-    "It lies at or below the greatest depth of the steps: max_rate=0.9 trains every depth in at least a tenth of the "
-    "steps, masks='exact' trains all branches alike."
+    "The backward seldom or never reaches that depth. max_rate=0.9 trains every depth in at least a tenth of the "
+    "steps; masks='exact' trains all branches alike."
 )
 
 
@@ -180,21 +180,21 @@ def _learning_rate(config: Config) -> str:
     """What the records of docs/learning.md say to a user who keeps the rate of plain training."""
     if sampler_kind(config.masks).prefixes:
         return (
-            "learning rate: on a pretrained model these masks did best at plain training's best rate or up to three "
-            "times it. For the same FLOPs they then learnt nearly as much as plain training, and more where that needs "
-            "gradient checkpointing (docs/learning.md): compare both on your data."
+            "learning rate: on a pretrained model these masks did best at one to three times plain training's best "
+            "rate. At equal FLOPs they then learned nearly as much as plain training, and more where plain training "
+            "needs gradient checkpointing (docs/learning.md). Compare both on your data."
         )
     return (
-        f"masks={config.masks!r}: masks that drop branches anywhere learnt less than plain training for the same "
-        "FLOPs, at every learning rate that was tried (docs/learning.md). masks='nested' is the default."
+        f"masks={config.masks!r} drops branches at any depth. Such masks learned less than plain training at equal "
+        "FLOPs, at every learning rate that was tried (docs/learning.md). The default is masks='nested'."
     )
 
 
 def _nothing_saved(trained: Trained) -> str:
     return (
-        f"the gradient of {trained.compact(trained.below() or trained.names())} comes through every branch that has a "
-        "backward, so dropping any of them would change it. Nothing is dropped, and nothing is saved. Train parameters "
-        "of other branches too, for instance with adapters, or take the paper's biased gradient with masks='exact'."
+        f"the gradient of {trained.compact(trained.below() or trained.names())} flows through every branch that has a "
+        "backward, so dropping any of them would change it. Nothing is dropped or saved. Train parameters of other "
+        "branches too, for instance with adapters, or accept the paper's biased gradient with masks='exact'."
     )
 
 

@@ -302,7 +302,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             return
         trainer = calling_trainer(calling_handler(self))
         if trainer is None or is_sharded(trainer):
-            logger.warning("optimizer and clipping are not cut by branch: a lazy device compiles anew for new masks")
+            logger.warning("Optimizer and clipping are not split by branch, so a lazy device recompiles for new masks.")
             return
         self._by_branch = ByBranch(self._handle, trainer)
 
@@ -350,7 +350,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         try:
             self._handle.calibrate(replay.closures())
         except StateError as error:  # a loss that is not finite, say: no reason to end the training
-            logger.warning("no calibration at step %d, rates stay as they are: %s", step, error)
+            logger.warning("Calibration failed at step %d, and the drop rates stay as they are: %s", step, error)
         replay.release()
         self.calibrated_steps.append(step)
         self.calibration_s += time.perf_counter() - begin_s

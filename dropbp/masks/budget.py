@@ -28,9 +28,9 @@ def out_of_reach(schedule: Schedule) -> str | None:
     if target - found <= TOLERANCE:
         return None
     return (
-        f"A drop rate of {target:g} is out of reach: masks that drop much leave nothing to train here, and others "
-        f"are taken in their place. About {found:.2f} of the branches' backward FLOPs will be dropped. Take a "
-        "lower drop rate, train parameters in the last branches as well, or take masks='exact'."
+        f"A drop rate of {target:g} is out of reach: masks that drop that much leave nothing to train here, and "
+        f"others replace them. About {found:.2f} of the branches' backward FLOPs will be dropped. Use a lower drop "
+        "rate, train parameters in the last branches too, or use masks='exact'."
     )
 
 
@@ -41,8 +41,8 @@ def shortfall(schedule: Schedule) -> str | None:
     if abs(done.drawn_rate - target) <= TOLERANCE:
         return None
     return (
-        f"{done.drawn_rate:.3f} of the branches' backward FLOPs were dropped, the target was {target:.3f}, in "
-        f"{done.forwards} forwards {_cause(schedule)}"
+        f"in {done.forwards} forwards, {done.drawn_rate:.3f} of the branches' backward FLOPs were dropped (warm-up "
+        f"not counted); the target was {target:.3f}. {_cause(schedule)}"
     )
 
 
@@ -51,22 +51,22 @@ def _cause(schedule: Schedule) -> str:
     pace = schedule.pace
     if schedule.anneals and not pace.over and pace.now < 1 - pace.width / 2:
         return (
-            f"that were {min(1.0, pace.now):.0%} of the run. Annealed masks drop little at first and much at last: "
-            "give the run's true length as steps=..., tell handle.progress(share), or leave both out."
+            f"The run ended at {min(1.0, pace.now):.0%} of its length, and annealed masks drop little at first and "
+            "much at the end. Pass the true length as steps=..., call handle.progress(share), or do neither."
         )
     unmet = out_of_reach(schedule)
     if unmet is not None:
-        return f"without the warm-up. {unmet}"
+        return unmet
     if any(not schedule.trains(schedule.here.whole(schedule.here.sampler.draw(i))) for i in range(_looked(schedule))):
         return (
-            "without the warm-up. Masks that leave nothing to train were drawn, and others were taken in their place. "
-            "Take a lower drop rate, or train parameters of more branches."
+            "Some masks would have left nothing to train, and others replaced them. Use a lower drop rate, or train "
+            "parameters of more branches."
         )
     if schedule.draws * TOLERANCE < 1:
-        return f"without the warm-up. {schedule.draws} masks were drawn: runs that draw more come nearer."
+        return f"Only {schedule.draws} masks were drawn; longer runs come closer to the target."
     return (
-        "without the warm-up. Batches that grow shorter or longer toward the end, or rates that change there, leave no "
-        "time to make good for it."
+        "If batches grow shorter or longer toward the end, or rates change there, too few steps are left to make up "
+        "for it."
     )
 
 

@@ -103,7 +103,7 @@ class Schedule:
         if self.here.total:
             _ = self.here.sampler  # what is wrong with the sampler's options is said here, not in the first step
         else:
-            logger.warning("No branch has a backward, so there is none to skip: DropBP saves nothing on this model.")
+            logger.warning("No branch has a backward that could be skipped: DropBP saves nothing on this model.")
 
     # -- what is known
 
@@ -389,8 +389,8 @@ class Schedule:
         if changed:
             rate = self.here.planned / max(self.here.total, 1.0)
             logger.warning(
-                "Resumed at %.0f%% of the run with another %s. The rest follows the new options, with a drop rate of "
-                "%g on average; what was dropped so far stays as it is.",
+                "Resumed at %.0f%% of the run with a different %s. The rest of the run follows the new options, at a "
+                "mean drop rate of %g; the steps before are not made up for.",
                 100 * min(1.0, self.pace.now), ", ".join(sorted(changed)), rate,
             )  # fmt: skip
 
