@@ -39,6 +39,7 @@ REPRESENTATIVE = {
     "Qwen2MoeForCausalLM": ("causal-lm", 6),  # experts, and shared ones with a gate
     "LongcatFlashForCausalLM": ("causal-lm", 15),  # experts added one sublayer late
     "DogeForCausalLM": ("causal-lm", 6),  # attention masks made from the input
+    "GPTNeoXJapaneseForCausalLM": ("causal-lm", 6),  # a branch returns its bias, which the block adds
     "AlbertForMaskedLM": ("masked-lm", 6),  # one layer's weights for all
     "T5ForConditionalGeneration": ("encoder-decoder", 15),
     "BartForConditionalGeneration": ("encoder-decoder", 15),

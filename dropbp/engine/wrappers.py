@@ -130,7 +130,7 @@ def rest_forward(original: Forward) -> Forward:
         plan = None if state is None or state.original is not original else uncompiled(state.plan)
         if state is None or plan is None:
             return original(self, *args, **kwargs)
-        output = _unrecorded(original, self, args, kwargs)
+        output = map_tensors(_unrecorded(original, self, args, kwargs), _no_parameter)
         if plan.truncated or not _asks(self, args, kwargs):
             return output
         return map_tensors(output, functools.partial(state.runtime.connect, alone=True))
@@ -191,11 +191,12 @@ def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) ->
 
 
 def _made_without_recording(tensor: Tensor) -> Tensor:
-    """Autograd forbids `tensor += x` where the tensor is such a view, and takes a view of a parameter for one that asks
-    for a gradient: all that is computed from it would be recorded, for nobody.
-    """
-    if tensor._is_view() and not tensor.requires_grad:
-        return detached(tensor)
+    """Autograd forbids `tensor += x` where the tensor is a view made without recording."""
+    return detached(tensor) if tensor._is_view() and not tensor.requires_grad else tensor
+
+
+def _no_parameter(tensor: Tensor) -> Tensor:
+    """A parameter that a resting module returns, or a view of it, would have everything after it recorded."""
     return detached(tensor) if tensor.requires_grad and tensor.grad_fn is None else tensor
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -77,17 +78,19 @@ def _sounds(model: Any, taken: Iterable[str]) -> Iterator[Tensors]:
     audio = _part(model.config, "audio_config", "encoder_config")
     bins = _number(audio, ("num_mel_bins", "input_dim", "input_feat_size", "feature_size"), 80)
     longest = _number(audio, ("max_source_positions",), 64)
-    for frames in dict.fromkeys((2 * longest, 128)):
+    for frames, width in itertools.product(dict.fromkeys((2 * longest, 128)), (bins, 2 * bins, 4 * bins)):
         names = ("input_features_mask", "feature_attention_mask")
         masks = {name: torch.ones(ROWS, frames, dtype=torch.long) for name in names if name in taken}
-        yield {"input_features": _normal(ROWS, bins, frames), **masks}
-        yield {"input_features": _normal(ROWS, frames, bins), **masks}
+        yield {"input_features": _normal(ROWS, width, frames), **masks}
+        yield {"input_features": _normal(ROWS, frames, width), **masks}
 
 
 def _sound_alone(model: Any) -> Inputs | None:
-    given = (each for each in _sounds(model, _taken(model)) if _runs(model, each))
-    sound = next(given, None) if "input_features" in _taken(model) else None
-    return None if sound is None else Inputs(kwargs=sound)
+    taken = _taken(model)
+    if "input_features" not in taken:
+        return None
+    target = _target(model) if "decoder_input_ids" in taken else {}
+    return next((Inputs(kwargs=each | target) for each in _sounds(model, taken) if _runs(model, each | target)), None)
 
 
 def _runs(model: Any, inputs: Tensors) -> bool:

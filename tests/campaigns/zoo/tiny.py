@@ -234,6 +234,9 @@ def _with_live_weights(model: nn.Module) -> nn.Module:
 
 # What some architectures ask for beyond the common sizes: heads that agree, layer kinds of which each occurs.
 LATENT = {"num_key_value_heads": HEADS, "head_dim": 8, "qk_rope_head_dim": 8}
+SEAMLESS = {
+    "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "speech_encoder_layerdrop": 0.0, "speech_encoder_layers": 2,
+}  # fmt: skip
 HYBRID_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 SHARED_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 STAGES = {
@@ -285,6 +288,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("AXK1Config", "AXK2Config", "DeepseekV2Config", "DeepseekV3Config", "DeepseekV32Config"), LATENT),
     **dict.fromkeys(("Glm4MoeLiteConfig", "GlmMoeDsaConfig", "MiniCPM3Config", "YoutuConfig"), LATENT),
     "LongcatFlashConfig": {**LATENT, "num_layers": LAYERS, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+    "Kimi_K25Config": {"text_config": LATENT},
+    "Mistral4Config": {
+        "num_key_value_heads": HEADS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                            "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64},
+    },
+    "GraniteSpeech5CTCConfig": {"encoder_config": {"num_key_value_heads": HEADS}},
+    "LayoutLMv3Config": {"hidden_size": 48, "coordinate_size": 8, "shape_size": 8, "intermediate_size": 64},
+    "LiltConfig": {"hidden_size": 48, "intermediate_size": 64},
+    **dict.fromkeys(("SeamlessM4TConfig", "SeamlessM4Tv2Config"), SEAMLESS),
     "KimiLinearConfig": {**LATENT, **RECURRENT, "linear_head_dim": 8, "linear_num_heads": 2},
     "Dots3NoteTextConfig": {
         **LATENT, "num_attention_heads": HEADS,
@@ -389,14 +402,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
     # hybrids: one layer of each kind
     "BambaConfig": {"attn_layer_indices": [1]},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "BailingHybridConfig": {"layer_group_size": 2},
+    "BailingHybridConfig": {**LATENT, "layer_group_size": 2},
+    "Glm5NextConfig": {
+        "text_config": {
+            **LATENT, "index_kpool": 4, "qk_rope_head_dim": 0, "linear_head_dim": 8, "linear_num_heads": 2,
+        },
+    },
+    "HunYuanVLConfig": {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1, 1]}}},
     **dict.fromkeys(
         (
             "Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig", "Qwen4ExpTextConfig",
         ),
         RECURRENT,
     ),
-    **{name: {"text_config": RECURRENT} for name in ("Qwen3_5Config", "Qwen3_5MoeConfig", "Qwen4ExpConfig")},
+    **{
+        f"{name}Config": {"text_config": RECURRENT}
+        for name in ("Qwen3_5", "Qwen3_5Moe", "Qwen4Exp", "MiniCPMV4_6", "MiniCPMV4_7", "MiniCPMOcr")
+    },
     # vision and language
     "Gemma3Config": {"mm_tokens_per_image": 4}, "ShieldGemma2Config": {
         "yes_token_index": 7, "no_token_index": 8, "mm_tokens_per_image": 4,
