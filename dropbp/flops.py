@@ -4,7 +4,8 @@ FLOPs are counted, never typed in: PyTorch's own formulas (`torch.utils.flop_cou
 a recorded forward. The same forward is recorded at several lengths, and a polynomial is fitted to the counts. Per row
 of the batch a branch costs `a*s + b*s**2` FLOPs for `s` tokens (projections and attention); where an encoder reads `s`
 tokens and a decoder writes `t`, cross-attention adds `s*t`; what reads an image or a sound beside the text costs in
-proportion to that.
+proportion to that. A forward with another number of rows shows what does not grow with them, such as projections of
+relative positions.
 
 Sliding windows count as full attention, which is what PyTorch's attention with a mask computes; a kernel that skips
 what lies outside of the window does less.
@@ -23,7 +24,7 @@ TOKENS = ("input_ids", "inputs_embeds")
 SOUND = ("input_features", "input_values")
 MEDIA = (*SOUND, "pixel_values", "pixel_values_videos", "images")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
-LEAST = "least"
+LEAST, STEP = "least", "step"
 _ROUNDING = 1e-6
 
 
@@ -57,25 +58,30 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class FlopsModel:
-    """FLOPs of one row of each branch: a coefficient for each of `Shape.terms` that counts, and the least it can be."""
+    """FLOPs of each branch.
+
+    Attributes:
+        coefficients: of each branch, for one row: a factor for each of `Shape.terms` that counts, and `LEAST`, below
+            which the row never falls; and `STEP`, the FLOPs of a forward that do not depend on its rows.
+    """
 
     coefficients: tuple[Mapping[str, float], ...]
 
     def at(self, shape: Shape) -> tuple[int, ...]:
         """FLOPs of every branch, at least 1 (a branch must weigh something)."""
-        rows, terms = shape.batch_size, shape.terms
-        sums = (
-            sum(factor * terms[name] for name, factor in each.items() if name != LEAST) for each in self.coefficients
-        )
-        each_least = (each.get(LEAST, 0.0) for each in self.coefficients)
-        return tuple(max(1, round(rows * max(pair))) for pair in zip(sums, each_least, strict=True))
+        return tuple(max(1, round(self._of(each, shape))) for each in self.coefficients)
+
+    def _of(self, branch: Mapping[str, float], shape: Shape) -> float:
+        terms = shape.terms
+        row = sum(factor * terms[name] for name, factor in branch.items() if name in terms)
+        return shape.batch_size * max(row, branch.get(LEAST, 0.0)) + branch.get(STEP, 0.0)
 
 
 def fitted(counts: Mapping[Shape, Sequence[int]]) -> FlopsModel:
     """From counts of every branch at several shapes, the largest last.
 
     They are one (costs are then taken as proportional to the length), some that differ in one of the lengths, or all
-    combinations of two source and two target lengths.
+    combinations of two source and two target lengths. One more may come first: one of them with another number of rows.
 
     A branch that costs less per token at the longer length pads short inputs to a chunk (linear or local attention): it
     is taken as proportional, at the cost per token of the longest one, and never less than that of the shortest.
@@ -86,7 +92,19 @@ def fitted(counts: Mapping[Shape, Sequence[int]]) -> FlopsModel:
 
 def _coefficients(counts: Mapping[Shape, int]) -> dict[str, float]:
     """Of one branch."""
-    per_row = {shape: count / shape.batch_size for shape, count in counts.items()}
+    last = list(counts)[-1]
+    first = next(iter(counts))
+    step, same_rows = 0.0, dict(counts)
+    if first.batch_size != last.batch_size:
+        count = same_rows.pop(first)
+        more_rows = last.batch_size - first.batch_size
+        row = (counts[dataclasses.replace(first, batch_size=last.batch_size)] - count) / more_rows
+        step = max(0.0, count - row * first.batch_size)
+    found = _of_a_row({shape: (count - step) / shape.batch_size for shape, count in same_rows.items()})
+    return {**found, STEP: step} if step else found
+
+
+def _of_a_row(per_row: Mapping[Shape, float]) -> dict[str, float]:
     last = list(per_row)[-1]
     constant = "m" if last.media_size else "1"
     sources, targets = ({shape.lengths[i] for shape in per_row} for i in (0, 1))

@@ -65,6 +65,18 @@ def longer(model: nn.Module, given: Inputs, source: bool, target: bool, more: in
     return Inputs(args, {name: grown(name, value) for name, value in given.kwargs.items()})
 
 
+def with_other_rows(given: Inputs) -> Inputs:
+    """The inputs with two rows where there is one, and with half of them where there are more."""
+    rows = shape_of(given.args, given.kwargs).batch_size
+    places = torch.zeros(2, dtype=torch.long) if rows == 1 else torch.arange(rows // 2)
+
+    def taken(value: Any) -> Any:
+        has_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows
+        return value.index_select(0, places.to(value.device)) if has_rows else value
+
+    return Inputs(tuple(map(taken, given.args)), {name: taken(value) for name, value in given.kwargs.items()})
+
+
 def has_decoder(model: nn.Module, given: Inputs) -> bool:
     """Whether encoder and decoder may read different lengths."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dropbp
 from dropbp import inputs as example
 from dropbp.discovery.build import analyse
+from dropbp.discovery.discover import find
 from dropbp.discovery.record import record
 from dropbp.errors import DiscoveryError
 from dropbp.flops import Shape, fitted
@@ -505,3 +506,22 @@ def test_a_sliding_window_counts_as_the_full_attention_that_is_computed() -> Non
 def test_a_branch_that_pads_to_chunks_is_taken_as_proportional() -> None:
     model = fitted({Shape(1, 16): [640], Shape(1, 32): [640]})
     assert model.at(Shape(2, 1000)) == (2 * 1000 * 20,)
+
+
+class Relative(nn.Module):
+    """Projects its table of positions in every branch, once for all rows, as DeBERTa does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table_PD, self.places, self.body = nn.Parameter(torch.randn(32, 8)), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD + self.body(x_BSD) @ self.places(self.table_PD).T.sum(1).diag()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_what_is_computed_once_for_all_rows_counts_once(rows: int) -> None:
+    branch = find(nn.Sequential(Relative(), nn.Linear(8, 8)), torch.randn(rows, 6, 8), None)
+    per_token, table = 2 * 8 * 8 * 2, 2 * 32 * 8 * 8
+    for shape in (Shape(1, 6), Shape(16, 6), Shape(3, 100)):
+        assert branch.flops.at(shape) == (shape.batch_size * shape.sequence_length * per_token + table,)

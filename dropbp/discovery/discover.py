@@ -73,7 +73,8 @@ def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings
 
 def _find(model: nn.Module, given: example.Inputs, named: Names | None) -> Findings:
     shape, structure = shape_of(given.args, given.kwargs), _structure(model, given, named)
-    found = {shape: structure, **_at_other_lengths(model, given, structure, named)}
+    other_rows = _recorded(model, structure, named, example.with_other_rows(given))
+    found = {**other_rows, shape: structure, **_at_other_lengths(model, given, structure, named)}
     if pads(_counts(found)):
         found |= _at_chunks(model, given, structure, named)
     flops = fitted(_counts(found))
