@@ -50,22 +50,23 @@ A dropped branch changes the recording. With random masks and only the trainer's
 compiles a new graph.
 
 - *Marks at layers* bound the graphs of forward and backward.
-- *Optimizer and clipping by branch* bound the rest, and do not move skipped parameters.
-- *Zeros for gradients* bound the rest with fewer launches, but act as another optimizer.
-- *Graphs warmed up* (`rehearse`): the first steps take the rare masks, which would compile late otherwise.
+- *Optimizer and clipping by branch* bound the remaining graphs, and do not move skipped parameters.
+- *Zeros for gradients* bound the remaining graphs with fewer launches, but change the optimizer's behaviour.
+- *Graphs warmed up* (`rehearse`): the first steps use the rare masks, which otherwise would compile late.
 
 See [devices](devices.md).
 """
 DEPTH = """\
 ## Lazy mode: depth
 
-Number of recipes, and in brackets the last step that compiled one, with GaudiTrainer.
+The table gives the number of recipes with GaudiTrainer and, in brackets, the last step that compiled one.
 """
 COMPILED = """\
 ## Eager mode: torch.compile
 
-Graphs that `torch.compile(backend="hpu_backend")` hands to the device's compiler, forward and backward. An enabled
-model is cut at its blocks. So the whole model has the graphs of a block, and some for the code around the blocks.
+The table counts the graphs, forward and backward, that `torch.compile(backend="hpu_backend")` passes to the device's
+compiler. An enabled model has a graph break at each block. So the whole model has the graphs of one block, and some for
+the code around the blocks.
 """
 
 
@@ -132,7 +133,7 @@ def _memory(cases: Sequence[Result]) -> Iterable[str]:
     case = shown[0]["case"]
     yield (
         "## Peak memory\n\n"
-        "Peak bytes in use on the device during a training, weights and optimizer included: GaudiTrainer, "
+        "Peak bytes in use on the device during training, weights and optimizer included: GaudiTrainer, "
         f"{case['layers']} layers of width {case['width']}, {case['batch_size']} x {case['sequence_length']} tokens, "
         f"{case['steps']} steps.\n"
     )

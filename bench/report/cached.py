@@ -32,19 +32,18 @@ def section(root: Path) -> str:
     head = [
         "## The activation cache",
         "",
-        "All figures are relative to plain training in the same run. The cache is described in",
-        "[its page](activation_cache.md).",
+        "All times are relative to plain training in the same run. See [activation cache](activation_cache.md).",
     ]
     return "\n".join([*head, *(_table(size, runs) for size, runs in groups.items())])
 
 
 def _size(run: records.Record) -> str:
     c = run["configuration"]
-    batch = f"sequence {c['sequence_length']}, micro-batch {c['batch_size']}, {c['steps']} steps an epoch"
+    batch = f"sequence {c['sequence_length']}, micro-batch {c['batch_size']}, {c['steps']} steps per epoch"
     if "model" in c:
-        return f"{c['model']} in bfloat16 on one {run['device']['generation']}, {batch}; time of the clock."
+        return f"{c['model']} in bfloat16 on one {run['device']['generation']}, {batch}; wall-clock time."
     llama = f"Llama {c['layers']} x {c['width']}, float32"
-    return f"{llama}, {batch}; processor time on one thread."
+    return f"{llama}, {batch}; CPU time on one thread."
 
 
 def _table(size: str, runs: Sequence[records.Record]) -> str:

@@ -75,29 +75,30 @@ AT_LEAST = "≥ "  # the search was cut short by time, so this is no border
 
 INTRO = """# Results
 
-`dropbp bench tables` makes this page from the files in `bench/results/`. `make bench` measures what suits a CPU,
-`make bench-gpu` the paper's settings. All variants of a run take turns in one process, with a new mask in each step.
+`dropbp bench tables` makes this page from the files in `bench/results/`. `make bench` runs the measurements that suit a
+CPU, `make bench-gpu` those at the paper's settings. All variants of a run take turns in one process, with a new mask in
+each step.
 """
 HOW_TO_READ = """\
 | term | meaning |
 |---|---|
-| *step* | forward and backward; the optimizer is timed apart, and *total* includes it; medians over rounds |
-| *ratio* | the step over the plain step |
-| *limit* | the least a step can take, over the plain step: the forward (its dropped share unrecorded), the kept share \
-of the blocks' backward, and the rest of the backward, all measured in the same run |
-| *share* | of the possible saving: (plain - step) / (plain - limit), with its standard error from the scatter between \
-rounds; above 100 % if a step saves more than FLOPs, such as fresh memory |
-| *backward alone* | the share without the forward, from a straight line through the steps of all rates; more exact \
-with few rounds |
+| *step* | forward and backward; the optimizer is timed separately, and *total* includes it; medians over rounds |
+| *ratio* | step time relative to the plain step |
+| *limit* | the shortest possible step, relative to the plain step: the forward (its dropped share unrecorded), the \
+kept share of the blocks' backward, and the rest of the backward, all measured in the same run |
+| *share* | the share of the possible saving that is reached, (plain - step) / (plain - limit), with its standard \
+error from the scatter between rounds; above 100 % if a step saves more than FLOPs, such as memory allocations |
+| *backward alone* | the same share without the forward, from a straight line through the steps of all rates; more \
+precise with few rounds |
 | *exact* | each step drops a random set of branches, within one branch of the budget, as the paper does |
-| *nested* | the default: each step trains the top of the model down to a random depth; figures are means over steps, \
-memory is that of the largest step, and the deepest steps are checkpointed |
-| *detach*, *reference* | the reference implementation's way: the branch is recorded and its output detached |
-| *CPU time* | the process's time on all processors: the steadier clock on a shared machine |
+| *nested* | the default: each step trains the top of the model down to a random depth; times are means over steps, \
+memory is that of the largest step, and the deepest steps use activation checkpointing |
+| *detach*, *reference* | the method of the reference implementation: the branch is recorded and its output detached |
+| *CPU time* | the process's time on all processors, which varies less than wall-clock time on a shared machine |
 | *activations* | peak memory of a step beyond weights and optimizer states, gradients included |
 
-Under gradient checkpointing, a block with one kept branch recomputes what that branch needs of the other. The limit
-does not count this, so random masks have a lower share there, most at p = .5.
+Under gradient checkpointing, a block with one kept branch recomputes what that branch needs from the other. The limit
+does not include this work, so random masks reach a lower share there, most of all at p = .5.
 """
 
 
@@ -152,7 +153,7 @@ def page(root: Path, runs: dict[str, list[records.Record]], images: Sequence[str
 def _how_long(runs: Iterable[records.Record]) -> str:
     lengths = (length for run in runs for how in SAMPLERS for length in length_ratios(run, how).values())
     cut_short = " ≥: the search was cut short." if any(length.at_least for length in lengths) else ""
-    return f"At micro-batch 1, with gradients and optimizer states held.{cut_short}"
+    return f"The micro-batch is 1, and memory also holds gradients and optimizer states.{cut_short}"
 
 
 def _if_any(title: str, runs: Sequence[records.Record], section: Any) -> str:
@@ -168,11 +169,11 @@ def targets_table(runs: Iterable[records.Record]) -> str:
     """Share of the possible saving by run and rate, and the ratio under checkpointing, each against its target."""
     known = list(runs)
     lines = [
-        f"- A step saves {TARGET_SHARE:.0%} of what it can, in full fine-tuning and with LoRA.",
-        f"- Under gradient checkpointing, in full fine-tuning at p = {TARGET_RATE}, a step takes at most",
-        f"  {TARGET_CHECKPOINTED_RATIO} of the checkpointed plain one.",
+        f"- In full fine-tuning and with LoRA, a step reaches {TARGET_SHARE:.0%} of the possible saving.",
+        f"- In full fine-tuning with gradient checkpointing at p = {TARGET_RATE}, a step takes at most",
+        f"  {TARGET_CHECKPOINTED_RATIO} of the plain step's time, also with checkpointing.",
         "",
-        "Times are wall clock unless stated.",
+        "Times are wall-clock times unless stated otherwise.",
         "",
         markdown.table(TARGET_COLUMNS, [row for run in known for row in _target_rows(run)]),
     ]
@@ -190,7 +191,9 @@ def _mean_of_rows(runs: Sequence[records.Record], clock: str) -> str:
     mean += f"{100 * statistics.fmean(shares):.1f} ± {100 * error:.1f} %"
     reference = [f.share for f in found if f.how == "detach" and f.share is not None]
     if reference:
-        mean += f"; of the reference's way in {len(reference)} of them: {_percent(statistics.fmean(reference))}"
+        mean += (
+            f"; of the reference implementation in {len(reference)} of them: {_percent(statistics.fmean(reference))}"
+        )
     return f"{mean}."
 
 

@@ -19,8 +19,8 @@ SIGNS = {WORKS: "works", REFUSED: "refused", UNTESTED: "not here", BROKEN: "not 
 
 INTRODUCTION = """# What works with what
 
-Every cell is a real training of a small Llama: {steps} steps at drop rate .5 on a CPU. The right three columns ran on
-two processes (gloo). *Works* means that
+Each cell is a real training run of a small Llama: {steps} steps at drop rate .5 on a CPU. The three columns on the
+right used two processes (gloo). *Works* means that
 
 - branches were dropped in every training forward;
 - the masks were the same on all ranks;
@@ -30,9 +30,9 @@ two processes (gloo). *Works* means that
 Other tests compare losses and gradients: tests/distributed, tests/test_peft.py, tests/test_compile_blocks.py,
 tests/test_engine_*.py.
 
-*One process* is the stack alone. *Checkpointing* is non-reentrant, of every block. *Compile* compiles every block by
-itself (backend `{compiler}`). QLoRA is LoRA on NF4 weights of bitsandbytes, loaded by transformers. *Not tried*:
-TRL's other trainers ran in one process only.
+*One process* is the stack alone. *Checkpointing* is non-reentrant and covers every block. *Compile* compiles every
+block separately (backend `{compiler}`). QLoRA is LoRA on NF4 weights of bitsandbytes, loaded by transformers. *Not
+tried*: TRL's other trainers were run only in one process.
 """
 
 OUTSIDE = """
@@ -41,10 +41,10 @@ OUTSIDE = """
 | stack | state |
 |---|---|
 | optimum-habana's GaudiTrainer | on a simulated HPU, in its own environment: `make test-gaudi`; [devices](devices.md) |
-| LoRA on int8 weights of torchao | gradients and saved adapters, where torchao is installed: tests/test_peft.py |
+| LoRA on int8 weights of torchao | gradients and saved adapters, if torchao is installed: tests/test_peft.py |
 | Lightning, Axolotl, LLaMA-Factory | see [integrations](integrations.md) |
-| Liger kernels | rotary embedding and fused loss in Triton's interpreter, where installed; \
-stand-ins for the rest: tests/campaigns/compatibility/test_liger.py; not on a GPU |
+| Liger kernels | not tested on a GPU; rotary embedding and fused loss run in Triton's interpreter, if installed, and \
+stand-ins replace the rest: tests/campaigns/compatibility/test_liger.py |
 | bitsandbytes and FSDP on CUDA | need a GPU; not tested |
 """
 

@@ -12,21 +12,22 @@ RESULTS, PAGE = ROOT / "bench" / "results" / "reliability.json", ROOT / "docs" /
 COMMAND = "python -m tests.campaigns.reliability"
 HEAD = f"""# Reliability
 
-Each row names a fault or an input, how often it was tried, and what held every time. A check stops at its first
-failure, so every count is of successes. All ran on a CPU, with two processes at most; none on a GPU or on Gaudi.
+Each row names a fault or an input, how often it was tried, and what was true every time. A check stops at its first
+failure, so every count is a count of successes. All checks ran on a CPU, in at most two processes; none ran on a GPU or
+on Gaudi.
 
-`{COMMAND} --write-docs` writes this page from `bench/results/reliability.json`. `make test` runs the same
-checks fewer times.
+`{COMMAND} --write-docs` writes this page from `bench/results/reliability.json`.
+`make test` runs the same checks fewer times.
 """
 LONG_ROWS = {
     "steps": "steps",
-    "drop_rate": "drop rate asked for",
-    "realised_drop_rate": "drop rate realised",
+    "drop_rate": "target drop rate",
+    "realised_drop_rate": "realised drop rate",
     "largest_deviation_of_a_branch": "largest deviation of a branch's own rate",
     "loss": "loss, first and last 20 steps",
     "early_step_cpu_ms": "CPU time of a step, second fifth (ms, median)",
     "late_step_cpu_ms": "CPU time of a step, last fifth (ms, median)",
-    "rss_growth_mib": "growth of memory from then to the end (MiB)",
+    "rss_growth_mib": "growth of memory from the second fifth to the end (MiB)",
     "more_objects": "growth of Python objects",
 }
 NOTES = {
