@@ -1,12 +1,12 @@
-"""A loop on accelerate, on one process or several, with DropBP. Runs on CPUs in seconds, without downloads.
+"""A training loop on accelerate with DropBP, in one or several processes. Runs on CPUs in seconds, without downloads.
 
     python examples/accelerate_loop.py
     accelerate launch --cpu --num_processes 1 examples/accelerate_loop.py
     accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py
 
-The last line starts two processes on CPUs too: `--cpu` starts one, whatever their number, unless MPI is there. The
-script itself tells accelerate to stay on the CPU; without `cpu=True` it takes the GPUs that there are.
-DropBP is enabled before `prepare`. DistributedDataParallel must be told that parameters can be without a gradient.
+The last line starts two processes on CPUs too. `--cpu` starts a single process, whatever `--num_processes` says, unless
+MPI is installed. The script passes `cpu=True`, so accelerate stays on the CPU; without it accelerate uses the GPUs.
+DropBP is enabled before `prepare`. DistributedDataParallel must know that parameters can lack a gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def small_model() -> nn.Module:
 
 
 def counting(examples: int) -> TensorDataset:
-    """Rows that count upwards from some number: something that can be learned."""
+    """Rows that count upwards from random numbers, so that there is something to learn."""
     return TensorDataset((torch.arange(examples)[:, None] + torch.arange(LENGTH)) % VOCABULARY)
 
 

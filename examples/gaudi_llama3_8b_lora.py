@@ -1,13 +1,13 @@
-r"""Llama-3-8B with LoRA on a Gaudi2, with the settings of the DropBP paper: GaudiTrainer and one line for DropBP.
+r"""Llama-3-8B with LoRA on a Gaudi2, at the settings of the DropBP paper: GaudiTrainer, and one line for DropBP.
 
     pip install 'dropbp[gaudi]' datasets      # on a machine with Gaudi's software
     python examples/gaudi_llama3_8b_lora.py --drop-rate 0.875
 
 The settings: rank 8, alpha 16 and dropout .05 on all linear layers, bf16, sequences of 512 tokens, 64 micro-batches of
-2 in each step, AdamW with learning rate 1e-4 and weight decay .01, 100 warm-up steps and a cosine. The first steps
-compile; after them nothing does. All batches have one shape, as every other shape would be compiled too.
+2 per step, AdamW with learning rate 1e-4 and weight decay .01, 100 warm-up steps and a cosine schedule. Only the first
+steps compile graphs. All batches have the same shape, because each new shape would be compiled too.
 
-Anyone can try it without a Gaudi, with a small model of their own, on the simulated one:
+Without a Gaudi, you can try the script with a small model on the simulated one:
 
     python -m dropbp.backends.hpu_simulator examples/gaudi_llama3_8b_lora.py \
         --model DIR --dataset rows.jsonl --max-steps 20
@@ -32,7 +32,7 @@ LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-l
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and save the adapter."""
     args = parser().parse_args(argv)
-    # Gaudi's software reads it when it is first imported, so the imports of what uses it come after.
+    # Gaudi's software reads this when it is first imported, so modules that use it are imported afterwards.
     os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
     from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
@@ -104,7 +104,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
 
 
 def read_examples(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """Alpaca, Dolly, chats, prompt and completion, or plain text: what it is, the columns tell."""
+    """Alpaca, Dolly, chats, prompt and completion, or plain text; the columns tell which."""
     from dropbp.cli.examples import Encoder, encode_rows
     from dropbp.cli.rows import read_rows
 
@@ -112,7 +112,7 @@ def read_examples(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 def pad(examples: Sequence[dict[str, list[int]]], length: int, padding_id: int) -> dict[str, torch.Tensor]:
-    """A batch of one shape, whatever the examples: all three tensors are `(batch, length)`."""
+    """A batch whose shape does not depend on the examples: all three tensors are `(batch, length)`."""
     import torch
 
     from dropbp.inputs import IGNORED
@@ -127,24 +127,24 @@ def pad(examples: Sequence[dict[str, list[int]]], length: int, padding_id: int) 
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options; what is left out is as in the paper."""
+    """The options; sizes and schedule default to the paper's."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--model", default="meta-llama/Meta-Llama-3-8B", help="folder or id on the Hub (%(default)s)")
-    made.add_argument("--dataset", default="yahma/alpaca-cleaned", help="file or id on the Hub (%(default)s)")
+    made.add_argument("--model", default="meta-llama/Meta-Llama-3-8B", help="folder or Hub id (%(default)s)")
+    made.add_argument("--dataset", default="yahma/alpaca-cleaned", help="file or Hub id (%(default)s)")
     made.add_argument("--output", type=Path, default=Path("runs/gaudi-llama3-8b-lora"), help="folder (%(default)s)")
-    made.add_argument("--drop-rate", type=float, default=0.5, help="the paper's are .5, .75, .875 (%(default)s)")
-    made.add_argument("--masks", default="nested", help="how branches fall together; the paper's: independent")
-    made.add_argument("--max-length", type=int, default=512, help="tokens of each example (%(default)s)")
-    made.add_argument("--micro-batch", type=int, default=2, help="examples of a forward (%(default)s)")
-    made.add_argument("--batch", type=int, default=128, help="examples of an optimizer step (%(default)s)")
+    made.add_argument("--drop-rate", type=float, default=0.5, help="the paper uses .5, .75, .875 (%(default)s)")
+    made.add_argument("--masks", default="nested", help="mask sampler; the paper uses independent (%(default)s)")
+    made.add_argument("--max-length", type=int, default=512, help="tokens per example (%(default)s)")
+    made.add_argument("--micro-batch", type=int, default=2, help="examples per forward (%(default)s)")
+    made.add_argument("--batch", type=int, default=128, help="examples per optimizer step (%(default)s)")
     made.add_argument("--learning-rate", type=float, default=1e-4, help="(%(default)s)")
     made.add_argument("--warmup-steps", type=int, default=100, help="(%(default)s)")
     made.add_argument("--epochs", type=float, default=1.0, help="(%(default)s)")
-    made.add_argument("--max-steps", type=int, default=-1, help="optimizer steps, in place of --epochs")
-    made.add_argument("--gradient-checkpointing", action="store_true", help="keep inputs of blocks only")
+    made.add_argument("--max-steps", type=int, default=-1, help="optimizer steps; overrides --epochs")
+    made.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of blocks")
     made.add_argument("--logging-steps", type=int, default=10, help="(%(default)s)")
     made.add_argument("--save-steps", type=int, default=200, help="(%(default)s)")
-    made.add_argument("--resume", help="folder of a checkpoint to go on from")
+    made.add_argument("--resume", help="folder of a checkpoint to continue from")
     made.add_argument("--report-to", default="none", help="tensorboard, wandb, ... (%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     return made

@@ -1,8 +1,8 @@
-"""Hugging Face's Trainer with DropBP: one line more. Runs on a CPU in seconds, without downloads.
+"""Hugging Face's Trainer with DropBP, which takes one more line. Runs on a CPU in seconds, without downloads.
 
     python examples/own_trainer.py --drop-rate 0.5
 
-For a model and data of your own replace `model` and `data`; nothing else changes.
+To use your own model and data, replace `model` and `data`; nothing else changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def small_model() -> LlamaForCausalLM:
 
 
 def counting(examples: int) -> list[dict[str, list[int]]]:
-    """Rows that count upwards from some number: something that can be learned."""
+    """Rows that count upwards from random numbers, so that there is something to learn."""
     rows = [[(start + step) % VOCABULARY for step in range(LENGTH)] for start in range(examples)]
     return [{"input_ids": row, "labels": row} for row in rows]
 

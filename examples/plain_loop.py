@@ -1,4 +1,4 @@
-"""A training loop and a model of one's own, with DropBP. Runs on a CPU in seconds.
+"""Your own training loop and model, with DropBP. Runs on a CPU in seconds.
 
     python examples/plain_loop.py --drop-rate 0.5 --masks exact --calibrate
 
