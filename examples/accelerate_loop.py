@@ -33,7 +33,7 @@ def small_model() -> nn.Module:
 
 
 def counting(examples: int) -> TensorDataset:
-    """Rows that count upwards from random numbers, so that there is something to learn."""
+    """Rows that count upwards from different numbers: a pattern to learn."""
     return TensorDataset((torch.arange(examples)[:, None] + torch.arange(LENGTH)) % VOCABULARY)
 
 

@@ -26,7 +26,7 @@ def small_model() -> LlamaForCausalLM:
 
 
 def counting(examples: int) -> list[dict[str, list[int]]]:
-    """Rows that count upwards from random numbers, so that there is something to learn."""
+    """Rows that count upwards from different numbers: a pattern to learn."""
     rows = [[(start + step) % VOCABULARY for step in range(LENGTH)] for start in range(examples)]
     return [{"input_ids": row, "labels": row} for row in rows]
 

@@ -27,22 +27,22 @@ INTRODUCTION = """# Models
 `make zoo` generates this page; do not edit it. It covers every model class of eight families of transformers
 {transformers} that a tiny configuration can build (torch {torch}, {date}), with random weights.
 
-**The default**, `dropbp.enable(model, 0.5)`, with and without `steps`. Each model trains for as many steps as there are
-masks, called as a training loop calls it: with labels, with the model's own cache setting, and with different lengths
-for encoder and decoder. It trains once more with hidden states and attention maps asked for. A plain copy runs beside
-it:
+**The default** is `dropbp.enable(model, 0.5)`, with and without `steps`. Each model trains for as many steps as there are
+masks. The call is that of a training loop: with labels, with the model's own cache setting, and with different lengths
+for encoder and decoder. The model then trains again, and the call also asks for hidden states and attention maps. A
+plain copy of the model trains alongside, and the check compares the two:
 
-- every output and every buffer is equal to the bit;
+- every output and every buffer is bit-identical;
 - the gradient of a parameter is that of the plain backward, or `None`; every parameter of a kept branch has one;
-- `handle.report()` names what no step trains, and what rests in some steps though it lies in no branch alone: tied
-  embeddings, position biases, norms of post-norm blocks;
+- `handle.report()` names the parameters that no step trains, and those that rest in some steps although they do not lie
+  in a single branch: tied embeddings, position biases, norms of post-norm blocks;
 - over 64 steps, the share of the branches' backward FLOPs that PyTorch counts as skipped is 0.5 within 0.02, or
-  `dropbp` warned. Counted with what rests beside the branches, or without it: what turns words, pictures and sound
-  into the stream may save more on top. Each head has a weight of its own there.
+  `dropbp` warned. It is enough if the share meets this with or without the parts that rest outside the branches: the
+  parts that turn words, pictures and sound into the stream may save more on top. For this count, a tied head gets its own weight.
 
-**Any mask**: each branch dropped alone, and one mask that drops two branches in three:
+**Any mask**: each branch is dropped alone, and one mask drops two branches in three:
 
-- the forward is equal to the bit;
+- the forward is bit-identical;
 - parameters that only dropped branches use have no gradient (`None`);
 - every other gradient equals, to 1e-4 relative, that of a plain backward in which the gradient that enters the dropped
   branch is set to zero in the autograd graph.
