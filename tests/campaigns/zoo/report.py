@@ -27,10 +27,10 @@ INTRODUCTION = """# Models
 `make zoo` generates this page; do not edit it. It covers every model class of eight families of transformers
 {transformers} that a tiny configuration can build (torch {torch}, {date}), with random weights.
 
-**The default** is `dropbp.enable(model, 0.5)`, with and without `steps`. Each model trains for as many steps as there are
-masks. The call is that of a training loop: with labels, with the model's own cache setting, and with different lengths
-for encoder and decoder. The model then trains again, and the call also asks for hidden states and attention maps. A
-plain copy of the model trains alongside, and the check compares the two:
+**The default** is `dropbp.enable(model, 0.5)`, with and without `steps`. Each model trains for as many steps as there
+are masks. The call is that of a training loop: with labels, with the model's own cache setting, and with different
+lengths for encoder and decoder. The model then trains again, and the call also asks for hidden states and attention
+maps. A plain copy of the model trains alongside, and the check compares the two:
 
 - every output and every buffer is bit-identical;
 - the gradient of a parameter is that of the plain backward, or `None`; every parameter of a kept branch has one;
@@ -38,7 +38,8 @@ plain copy of the model trains alongside, and the check compares the two:
   in a single branch: tied embeddings, position biases, norms of post-norm blocks;
 - over 64 steps, the share of the branches' backward FLOPs that PyTorch counts as skipped is 0.5 within 0.02, or
   `dropbp` warned. It is enough if the share meets this with or without the parts that rest outside the branches: the
-  parts that turn words, pictures and sound into the stream may save more on top. For this count, a tied head gets its own weight.
+  parts that turn words, pictures and sound into the stream may save more on top. For this count, a tied head gets its
+  own weight.
 
 **Any mask**: each branch is dropped alone, and one mask drops two branches in three:
 
