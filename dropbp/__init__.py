@@ -1,10 +1,10 @@
-"""Cheaper fine-tuning by skipping part of the backward pass; the forward stays equal to the bit.
+"""Cheaper fine-tuning by skipping part of the backward pass; the forward output stays bit-identical.
 
     handle = dropbp.enable(model, drop_rate=0.5)
     ...                                             # your training loop, unchanged
     handle.remove()
 
-Names are imported on first use, so that `import dropbp` is quick and touches no vendor software.
+Public names are imported on first use, so that `import dropbp` is fast and loads no vendor software.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Uses of PyTorch beside its public interface.
+"""Uses of PyTorch internals.
 
-`torch.compile` works frame by frame: it traces a frame, or skips it and looks at the frames it calls. Functions here
-make it skip a function of ours, and switch it off while ours decide what a step drops. They do not import the compiler,
-which takes seconds.
+`torch.compile` works frame by frame: it traces a frame, or skips it and looks at the frames it calls. The functions
+here make it skip a function of this library, or switch it off while this library decides what a step drops. They do not
+import the compiler, which takes seconds.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def never_compile(function: Callable[..., Any]) -> None:
 
 
 def pause() -> Callback:
-    """Compile nothing from here on in this thread. Returns what `resume` needs; None if nothing was to be compiled."""
+    """Stop compiling in this thread. Returns the value for `resume`; None if nothing would have compiled."""
     return _frames.set_eval_frame(None)
 
 
 def resume(callback: Callback) -> None:
-    """Compile again as before the `pause` that returned `callback`."""
+    """Undo the `pause` that returned `callback`."""
     if callback is not None:
         _frames.set_eval_frame(callback)
 
 
 def resumed(callback: Callback, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a function inside a pause as if outside of it."""
+    """Call a function inside a pause as if there were no pause."""
     if callback is None:
         return function(*args, **kwargs)
     _frames.set_eval_frame(callback)
@@ -56,8 +56,10 @@ def resumed(callback: Callback, function: Callable[..., Any], args: Any, kwargs:
 
 
 class _CompiledCodeOff:
-    """Torch's stance is one for the process, and setting it back is not: of two threads that overlap, the second would
-    restore what the first had set, for ever. So the first to come sets it, and the last to go restores it.
+    """Runs compiled code eagerly while at least one user is inside.
+
+    The stance is global to the process. If each of two overlapping threads saved and restored it, the second would
+    restore the eager stance for good. So the first thread in sets it, and the last one out restores it.
     """
 
     def __init__(self) -> None:
@@ -82,21 +84,21 @@ _compiled_code_off = _CompiledCodeOff()
 
 
 def compiled_code_off() -> AbstractContextManager[None]:
-    """Compiled modules run as written meanwhile, in every thread, so that their graph can be seen."""
+    """Run compiled modules eagerly inside the context, in every thread, so that autograd records their full graph."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import is slow
         return contextlib.nullcontext()
     return _compiled_code_off
 
 
 def attention_mask(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The mask of a call of PyTorch's attention; None if there is none, or for any other function."""
+    """The mask in a call of `scaled_dot_product_attention`; None without a mask, or for any other function."""
     if func is not nn.functional.scaled_dot_product_attention:
         return None
     return args[3] if len(args) > 3 else kwargs.get("attn_mask")
 
 
 def uncompiled(function: Callable[[], T]) -> T:
-    """Call a function of ours with the compiler switched off."""
+    """Call a function of this library with the compiler off."""
     callback = pause()
     try:
         return function()
@@ -105,12 +107,12 @@ def uncompiled(function: Callable[[], T]) -> T:
 
 
 def transforming() -> bool:
-    """Whether a transform of `torch.func` is at work: it has no graph to look at, and asks for no connected one."""
+    """Whether a `torch.func` transform is active: it exposes no graph, and needs no connected one."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without a backward. Its tangent, which `detach` drops, stays: forward mode has nothing to skip."""
+    """The tensor detached from the graph, with its forward-mode tangent, which `detach` would drop."""
     tangent = forward_ad.unpack_dual(tensor).tangent if forward_ad._current_level >= 0 else None
     return tensor.detach() if tangent is None else forward_ad.make_dual(tensor.detach(), tangent).clone()
 

@@ -1,6 +1,6 @@
-"""Checks lists of numbers, one per branch, before anything is computed from them.
+"""Checks of lists with one number per branch, as allocation and masks take them.
 
-Allocation and masks take the same kinds of list. A wrong entry is named by its place, which tells the branch.
+The message names a wrong entry by its index, which identifies the branch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dropbp.errors import ConfigError
 
 Rates = tuple[float, ...]
 T = TypeVar("T")
-MESSAGE_LENGTH = 120  # of a value in a message; a model or a tensor would fill a page
+MESSAGE_LENGTH = 120  # of a value in a message: a model or a tensor would fill a page
 
 
 def _checked(name: str, values: Iterable[float], allowed: str, is_allowed: Callable[[float], bool]) -> Rates:
@@ -25,25 +25,25 @@ def _checked(name: str, values: Iterable[float], allowed: str, is_allowed: Calla
 
 
 def listed(name: str, values: Iterable[T]) -> list[T]:
-    """The values as a list. Raises ConfigError for what holds no values, a number for example."""
+    """The values as a list. Raises ConfigError if they cannot be listed, as a single number."""
     try:
         return list(values)
     except TypeError as error:
-        raise ConfigError(f"{name} is {short(values)}; {name} holds one entry per branch. Pass a list.") from error
+        raise ConfigError(f"{name} is {short(values)}; it needs one entry per branch. Pass a list.") from error
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number; true and false are none."""
+    """Whether the value is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_whole(value: object, least: float = -math.inf) -> bool:
-    """Whether it is a whole number of at least `least`."""
+    """Whether the value is an integer of at least `least`."""
     return isinstance(value, int) and is_number(value) and value >= least
 
 
 def short(value: object) -> str:
-    """A value as text that fits into a message."""
+    """The `repr` of a value, shortened to fit into a message."""
     text = repr(value)
     return text if len(text) <= MESSAGE_LENGTH else f"{text[: MESSAGE_LENGTH - 3]}..."
 
@@ -51,12 +51,12 @@ def short(value: object) -> str:
 def _number(name: str, place: int, value: float) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # tensors raise the last
-        raise ConfigError(f"{name}[{place}] is {short(value)}; {name} holds one number per branch.") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # tensors raise RuntimeError
+        raise ConfigError(f"{name}[{place}] is {short(value)}; {name} needs one number per branch.") from error
 
 
 def checked_flops(flops: Iterable[float]) -> Rates:
-    """FLOPs per branch as floats. Raises ConfigError unless each is positive and finite and there is at least one."""
+    """FLOPs per branch as floats. Raises ConfigError if the list is empty or a value is not positive and finite."""
     numbers = _checked("flops", flops, "a positive, finite number of FLOPs", lambda x: 0 < x < math.inf)
     if not numbers:
         raise ConfigError("flops is empty; at least one branch is needed. Pass the FLOPs of every branch.")
@@ -73,13 +73,13 @@ def checked_rates(rates: Iterable[float]) -> Rates:
 
 
 def checked_sensitivities(sensitivities: Iterable[float]) -> Rates:
-    """Sensitivities as floats. Raises ConfigError for NaN and negative ones; infinity means "never drop"."""
+    """Sensitivities as floats. Raises ConfigError for NaN and negative values; infinity means "never drop"."""
     allowed = "zero, a positive number, or infinity for a branch that is never dropped"
     return _checked("sensitivities", sensitivities, allowed, lambda x: x >= 0)
 
 
 def checked_share(name: str, value: float, allowed: str, is_allowed: Callable[[float], bool]) -> float:
-    """`value` as a float. Raises ConfigError unless `is_allowed`; `allowed` says in words what is."""
+    """`value` as a float. Raises ConfigError unless `is_allowed` accepts it; `allowed` describes what it accepts."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -90,7 +90,7 @@ def checked_share(name: str, value: float, allowed: str, is_allowed: Callable[[f
 
 
 def checked_drop_rates(drop_rates: Iterable[float]) -> Rates:
-    """Drop rates to compare, as floats. Raises ConfigError unless there is one, and each lies in [0, 1)."""
+    """Drop rates to compare, as floats. Raises ConfigError if the list is empty or a rate is outside [0, 1)."""
     allowed = "a list of numbers with 0 <= drop_rate < 1; 0 is plain training"
     try:
         values = list(drop_rates)
@@ -102,14 +102,14 @@ def checked_drop_rates(drop_rates: Iterable[float]) -> Rates:
 
 
 def check_callables(**functions: object) -> None:
-    """Raises ConfigError for what is neither None nor can be called."""
+    """Raises ConfigError for a value that is neither None nor callable."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise ConfigError(f"{name} is {short(function)}; it must be a function.")
 
 
 def checked_mask(mask: Iterable[bool]) -> tuple[bool, ...]:
-    """A mask as a tuple of bools. Raises ConfigError for entries that are neither true nor false, as arrays are."""
+    """A mask as a tuple of bools. Raises ConfigError for entries without a truth value, such as arrays."""
     return tuple(_drops(place, drop) for place, drop in enumerate(listed("mask", mask)))
 
 
@@ -121,7 +121,7 @@ def _drops(place: int, drop: object) -> bool:
 
 
 def check_lengths(name: str, values: Sequence[object], flops: Sequence[float]) -> None:
-    """Raises ConfigError unless `values` has one entry per branch, as `flops` has."""
+    """Raises ConfigError unless `values` and `flops` have the same length, one entry per branch."""
     count = len(listed(name, values))
     if count != len(flops):
         raise ConfigError(

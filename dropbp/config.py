@@ -1,4 +1,4 @@
-"""The options of `enable`, checked in one place."""
+"""The options of `enable`, and their checks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Config:
     Attributes:
         drop_rate: share of the branches' backward FLOPs to skip, 0 <= drop_rate < 1.
         masks: name of the sampler that draws masks; see `dropbp.masks.sampler_kinds()`.
-        seed: of the masks; the same on every rank.
-        rates: each branch's initial drop rate: `uniform` (all `drop_rate`), a depth profile of
-            `dropbp.masks.rates.depth_rates`, or a sequence of numbers; `auto` takes what suits the sampler.
+        seed: seed of the mask generator; the same on every rank.
+        rates: initial drop rate of each branch: `uniform` (all `drop_rate`), a depth profile of
+            `dropbp.masks.rates.depth_rates`, or a sequence of numbers. `auto` takes what suits the sampler.
         max_rate: upper bound of a branch's drop rate; None leaves it to the allocation.
         resample: when to draw a new mask: `forward` (each training forward), `step` (when `handle.resample()` is
             called, once per optimizer step), or an integer K (every K training forwards).
@@ -35,27 +35,28 @@ class Config:
             `max_scale`).
         max_scale: largest factor of `clipped`.
         stem: how to treat parameters below the lowest kept branch that lie in no branch: embeddings, projectors, class
-            tokens, positions, shared biases. `rest`: they get no gradient in that step, where it would be that of the
-            bare stream. `train`: they train in every step. `auto`: they rest under `nested` masks, and train under
-            masks given by `handle.fixed(mask)` and under all others. `handle.report()["at_rest"]` names them.
+            tokens, positions, shared biases. `rest`: they get no gradient in such a step, since theirs would come
+            through the residual stream alone. `train`: they train in every step. `auto`: `rest` under `nested` masks;
+            `train` under all others and under `handle.fixed(mask)`. `handle.report()["at_rest"]` names the affected
+            parameters.
         max_activations: share of the branches' activations, by FLOPs, that a step may keep for its backward. Blocks
-            beyond it, nearest the input first, are recomputed in the backward if they are seen to be pure;
+            beyond it, from the input upwards, are recomputed in the backward if their forward proves to be pure;
             `handle.report()["not_recomputed"]` names the others. None: no limit. `auto`: 1 - drop_rate under `nested`,
-            whose deepest steps would need the memory of a whole backward, else None.
-        warmup: number of training forwards at the beginning in which nothing is dropped.
-        steps: number of training forwards in the whole run after the warm-up (of optimizer steps with
-            `resample="step"`), if it is known. Nested masks then anneal: the deepest steps come first, which learns
-            more in the same time (docs/learning.md). None: any depth at any time.
-        logits: which logits a causal language model computes when it is called with labels: `all`, or `labelled`, those
-            of positions whose next token is labelled; see `dropbp.labelled_logits`.
-        activation_cache: where to keep the states of rows seen before, which then start at the border below which
-            nothing trains any more (docs/activation_cache.md): True (memory of the host), a folder, None (off).
-        activation_cache_limit: bytes that it may take; None: half of the memory that is free, or of the disk.
+            whose deepest steps would otherwise need the memory of a full backward; else None.
+        warmup: number of training forwards at the start that drop nothing.
+        steps: number of training forwards after the warm-up (of optimizer steps with `resample="step"`), if known.
+            Nested masks then anneal: the deepest steps come first, which learns more in the same time
+            (docs/learning.md). None: depths are drawn without annealing.
+        logits: which logits a causal language model computes when it is called with labels: `all`, or `labelled`, only
+            those of positions whose next token has a label; see `dropbp.labelled_logits`.
+        activation_cache: where to store the activations of rows seen before. Such rows then start at the border below
+            which nothing trains any more (docs/activation_cache.md). True (host memory), a folder, or None (off).
+        activation_cache_limit: largest size of the cache in bytes; None: half of the free memory or disk space.
         boundary: where to cut the graph of a lazy device: `none`, `layer`, `sublayer`; `auto` asks the device.
-        fill: gradient of skipped parameters: `none` leaves it None, so the optimizer does not move them; `zero` fills
-            it, so weight decay and momentum do move them; `auto` asks the device.
-        rehearse: whether the first steps take, out of the masks to come, those for which a lazy device compiles
-            something new. Other devices gain nothing by it.
+        fill: gradient of skipped parameters. `none` leaves it None, so the optimizer does not move them. `zero` fills
+            it with zeros, so weight decay and momentum still move them. `auto` asks the device.
+        rehearse: whether the first steps use, out of the coming masks, those for which a lazy device must compile a new
+            graph. Other devices gain nothing from it.
         mask_options: further options of the sampler, such as `pool_size`.
     """
 
@@ -81,7 +82,7 @@ class Config:
 
     @property
     def draws(self) -> int | None:
-        """Masks drawn in the whole run after its warm-up; None where its length is not known."""
+        """Number of masks drawn in the run after its warm-up; None if its length is unknown."""
         kept_for = self.resample if isinstance(self.resample, int) else 1
         return None if self.steps is None else -(-self.steps // kept_for)
 
@@ -107,7 +108,7 @@ class Config:
 def make_config(
     drop_rate: float, masks: str, seed: int, options: Mapping[str, Any], samplers: Mapping[str, Sequence[str]]
 ) -> Config:
-    """The configuration; options that `Config` does not have are the sampler's (`pool_size`, ...).
+    """Build the configuration. Options that are no field of `Config` belong to the sampler (`pool_size`, ...).
 
     `samplers` maps the name of each known sampler to the options it takes.
     """
@@ -144,7 +145,7 @@ def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 def _check_activations(value: Any) -> None:
     if value is not None and value != "auto" and not (is_number(value) and 0 < value <= 1):
         raise ConfigError(
-            f"max_activations is {value!r}; allowed: a share, 0 < share <= 1, None (no limit), or 'auto'."
+            f"max_activations is {value!r}; allowed: a share with 0 < share <= 1, None (no limit), or 'auto'."
         )
 
 
@@ -154,7 +155,7 @@ def _check_resample(resample: Any) -> None:
     if not is_whole(resample, 1):
         raise ConfigError(
             f"resample is {resample!r}; allowed: 'forward', 'step' (with handle.resample() once per optimizer step), "
-            "or an integer of at least 1, the number of training forwards a mask is kept for."
+            "or an integer of at least 1: the number of training forwards that share a mask."
         )
 
 
@@ -172,14 +173,14 @@ def _check_max_rate(max_rate: Any) -> None:
 
 def _check_warmup(warmup: Any) -> None:
     if not is_whole(warmup, 0):
-        raise ConfigError(f"warmup is {warmup!r}; it must be a whole number of at least 0: of training forwards.")
+        raise ConfigError(f"warmup is {warmup!r}; it must be a whole number of training forwards, at least 0.")
 
 
 def _check_steps(steps: Any) -> None:
     if steps is not None and not is_whole(steps, 1):
         raise ConfigError(
-            f"steps is {steps!r}; it must be the number of training forwards of the run, at least 1, or None where it "
-            "is not known."
+            f"steps is {steps!r}; it must be the number of training forwards of the run, at least 1, or None if it is "
+            "unknown."
         )
 
 

@@ -1,10 +1,10 @@
-"""Devices: what the core must know about a machine, and how it finds an adapter by name.
+"""What the core must know about a device, and how it finds a device adapter by name.
 
-An adapter is a module with a function `create_device(index)`. The library's own are in `dropbp.backends` and are
-imported on first use, so that `import dropbp` touches no vendor software. Others are found through the entry point
-group `dropbp.backends`. A device that you name is used or refused, never replaced.
+An adapter is a module with a function `create_device(index)`. The built-in ones are in `dropbp.backends` and are
+imported on first use, so that `import dropbp` loads no vendor software. Other packages add theirs through the entry
+point group `dropbp.backends`. If you name a device, it is used or refused, never replaced by another.
 
-The idea of adapters probed by name, with the reason of a negative probe kept, is from vLLM's `vllm/platforms`.
+The idea of adapters that are probed by name, with the reason for a negative probe, is from vLLM's `vllm/platforms`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "dropbp.backends"
 CAPTURE_ADVICE = (
-    "A CUDA graph replays one recorded sequence of kernels, so it would repeat the mask of its recording at every step "
-    "and DropBP would do nothing it is asked for. Train without capture (dropbp.compile_blocks saves launches too), or "
-    "capture one graph for each mask, under handle.fixed(mask)."
+    "A CUDA graph replays one recorded sequence of kernels, so every step would repeat the mask of the recording. "
+    "Train without capture (dropbp.compile_blocks also saves launch overhead), or capture one graph per mask, under "
+    "handle.fixed(mask)."
 )
 BUILT_IN_DEVICES = ("cpu", "cuda", "hpu", "meta")
 ACCELERATORS = ("mlu", "mps", "mtia", "musa", "neuron", "npu", "sdaa", "tpu", "xla", "xpu")  # one adapter for all
@@ -45,7 +45,7 @@ Fill: TypeAlias = Literal["none", "zero"]
 
 @dataclass(frozen=True)
 class Availability:
-    """The answer of a probe: truthy when the device can be used here; `reason` says why when it cannot."""
+    """The answer of a probe: truthy if the device can be used here; otherwise `reason` says why not."""
 
     available: bool
     reason: str = ""
@@ -56,13 +56,13 @@ class Availability:
 
 @dataclass(frozen=True)
 class DeviceDefaults:
-    """What to choose on a device, in its present mode, if the user chooses nothing.
+    """Defaults of a device in its present mode.
 
     Attributes:
         boundary: where the graph of a lazy device is cut, in forward and in backward.
-        fill: what a skipped parameter's gradient is: `none` leaves it None, so the optimizer does not move it; `zero`
-            fills it with zeros, so that decay and momentum do.
-        group_parameters: whether optimizer and clipping should take the parameters branch by branch.
+        fill: the gradient of a skipped parameter. `none` leaves it None, so the optimizer does not move the parameter;
+            `zero` fills it with zeros, so weight decay and momentum still do.
+        group_parameters: whether optimizer and gradient clipping should work branch by branch.
     """
 
     boundary: Boundary = "none"
@@ -72,11 +72,11 @@ class DeviceDefaults:
 
 @runtime_checkable
 class Device(Protocol):
-    """All that the core needs of a device. Memory is in bytes."""
+    """Everything the core needs from a device. Memory is in bytes."""
 
     @property
     def name(self) -> str:
-        """The name by which the adapter is found: `cpu`, `cuda`, `hpu`, another of PyTorch's, or a third party's."""
+        """The name that finds the adapter: `cpu`, `cuda`, `hpu`, another of PyTorch's, or that of another package."""
         ...
 
     def is_available(self) -> Availability:
@@ -84,15 +84,15 @@ class Device(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Wait until all work given to the device is done."""
+        """Wait until all queued work of the device is done."""
         ...
 
     def step_boundary(self) -> None:
-        """Cut and launch the graph that a lazy device has recorded; nothing elsewhere."""
+        """Cut and launch the graph that a lazy device has recorded. Does nothing on other devices."""
         ...
 
     def is_lazy(self) -> bool:
-        """Whether operations are recorded and run later, at a step boundary."""
+        """Whether operations are recorded and run only at a step boundary."""
         ...
 
     def memory_allocated_bytes(self) -> int | None:
@@ -100,15 +100,15 @@ class Device(Protocol):
         ...
 
     def max_memory_allocated_bytes(self) -> int | None:
-        """The most bytes in use at once since `reset_peak_memory`; None if the device does not report it."""
+        """Peak bytes in use since `reset_peak_memory`; None if the device does not report it."""
         ...
 
     def memory_limit_bytes(self) -> int | None:
-        """Bytes that could be in use; None if the device does not report it."""
+        """Bytes that can be used; None if the device does not report it."""
         ...
 
     def reset_peak_memory(self) -> None:
-        """Start measuring the peak anew."""
+        """Start a new peak measurement."""
         ...
 
     def describe(self) -> dict[str, JSON]:
@@ -124,11 +124,11 @@ class Device(Protocol):
         ...
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Restore a state of this device's random generator that `generator_state` returned."""
+        """Restore a state that `generator_state` returned."""
         ...
 
     def defaults(self) -> DeviceDefaults:
-        """What to choose on this device, in its present mode, if the user chooses nothing."""
+        """The defaults of this device in its present mode."""
         ...
 
     def check_model(self, model: nn.Module) -> None:
@@ -144,59 +144,55 @@ def get_device(device: DeviceLike | None = None, model: nn.Module | None = None)
     """The adapter of a device, ready for use.
 
     Args:
-        device: a name such as `"cuda"` or `"cuda:1"`, a `torch.device`, or an object that is a `Device` already. It
-            is never overridden, wherever the model is. A name without an index means the model's own device of that
-            name, else PyTorch's current one. None takes the model's own device: see `model_device`.
-        model: asked for its device when `device` is None, and for the index when `device` has none.
+        device: a name such as `"cuda"` or `"cuda:1"`, a `torch.device`, or an object that is a `Device` already. It is
+            never overridden, wherever the model is. A name without an index means the model's device of that name, else
+            PyTorch's current one. None takes the model's device: see `model_device`.
+        model: gives the device if `device` is None, and the index if `device` has none.
 
     Raises:
-        DeviceError: the device is unknown, its adapter cannot be loaded, or it is not available here. The message
-            holds the reason, and the devices known.
+        DeviceError: the device is unknown or not available, or its adapter cannot be loaded. The message holds the
+            reason and the known devices.
     """
     adapter = device if isinstance(device, Device) else _create_by_name(device, model)
     availability = adapter.is_available()
     if not availability:
-        raise DeviceError(
-            f"device {adapter.name!r} was asked for and is not available here: {availability.reason}. "
-            f"{_known_sentence()}"
-        )
+        raise DeviceError(f"device {adapter.name!r} is not available here: {availability.reason}. {_known_sentence()}")
     return adapter
 
 
 def available_devices() -> dict[str, Availability]:
-    """Every device known by name, built in or from an entry point, with the answer of its probe.
+    """Every known device, built-in or from an entry point, with the answer of its probe.
 
-    A probe imports its vendor's software where that is installed.
+    A probe imports the vendor's software if that is installed.
     """
     return {name: _probe(name) for name in known_devices()}
 
 
 def known_devices() -> tuple[str, ...]:
-    """Names that `get_device` accepts: built-in ones, those that PyTorch knows, then those of other packages."""
+    """Names that `get_device` accepts: built-in ones, PyTorch's own, then those of other packages."""
     ours = (*BUILT_IN_DEVICES, *ACCELERATORS)
     return (*ours, *sorted({*_third_party_adapters(), *_registered_backend()} - {*ours}))
 
 
 def model_device(model: nn.Module | None) -> torch.device:
-    """The device a model is on: that of its first parameter, else first buffer, that holds data.
+    """The device of the model's first parameter, else first buffer, that holds data.
 
-    A model spread over several devices thus answers with that of its first part, in the order of
-    `model.parameters()`. A model all on the meta device answers `meta`; one without tensors, or None, answers with
+    So a model spread over several devices counts as on the device of its first part, in the order of
+    `model.parameters()`. A model entirely on the meta device gives `meta`. A model without tensors, or None, gives
     `torch.get_default_device()`.
     """
     if model is not None and not isinstance(model, nn.Module):
-        raise DeviceError(
-            f"model is {type(model).__name__}; its device is asked for, so pass a torch.nn.Module, or None."
-        )
+        raise DeviceError(f"model is {type(model).__name__}; pass a torch.nn.Module to ask for its device, or None.")
     tensors: list[torch.Tensor] = [] if model is None else list(itertools.chain(model.parameters(), model.buffers()))
     devices = [tensor.device for tensor in tensors] or [torch.get_default_device()]
     return next((device for device in devices if device.type != "meta"), devices[0])
 
 
 def random_state(model: nn.Module) -> Callable[[], None]:
-    """Reads the random states of the CPU and of the model's devices; the result restores them.
+    """Read the random states of the CPU and of the model's devices; the returned function restores them.
 
-    No other device is asked: Gaudi's software refuses all but the process's own, and CUDA would start to use each GPU.
+    Other devices are not touched: Gaudi's software refuses all but the process's own, and CUDA would initialize each
+    GPU.
     """
     cpu = torch.get_rng_state()
     adapters = [get_device(device) for device in devices_of(model)]
@@ -221,7 +217,7 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
-    """The devices of a model's parameters and buffers that have random numbers of their own: not CPU, not meta."""
+    """The devices of a model's parameters and buffers that have a random generator of their own: not CPU, not meta."""
     found = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
     return sorted((device for device in found if device.type not in ("cpu", "meta")), key=str)
 
@@ -230,8 +226,8 @@ def replayed_modules(model: nn.Module, graphs_module: str) -> list[str]:
     """Qualified names of the modules that run as recorded graphs; the model itself is `<model>`.
 
     Args:
-        model: the root.
-        graphs_module: where a vendor keeps what records a module and replays it, as `torch.cuda.graphs`.
+        model: the root module.
+        graphs_module: the vendor's Python module that records and replays graphs, such as `torch.cuda.graphs`.
     """
     return [name or "<model>" for name, module in model.named_modules() if _is_replayed(module, graphs_module)]
 
@@ -242,10 +238,10 @@ def _is_replayed(module: nn.Module, graphs_module: str) -> bool:
 
 
 def _comes_from(value: Any, graphs_module: str) -> bool:
-    """Whether a function on a module comes from that Python module, also inside wrappers of others."""
+    """Whether a function on a module was defined in that Python module, also inside wrappers."""
     function: Callable[..., Any] | None = getattr(value, "__func__", value)
     while function is not None:
-        # not __module__: functools.wraps gives a wrapper the name of what it wraps
+        # not __module__: functools.wraps copies the __module__ of the wrapped function
         if getattr(function, "__globals__", {}).get("__name__") == graphs_module:
             return True
         function = getattr(function, "__wrapped__", None)
@@ -253,21 +249,21 @@ def _comes_from(value: Any, graphs_module: str) -> bool:
 
 
 def known_bytes(found: int | None, device: Device) -> int:
-    """A figure of a device's memory.
+    """The value of a memory statistic.
 
     Raises:
-        DeviceError: the device does not give it.
+        DeviceError: the device does not report it (`found` is None).
     """
     if found is None:
-        raise DeviceError(f"Device {device.name!r} has no memory statistics, so what is asked here cannot be measured.")
+        raise DeviceError(f"Device {device.name!r} has no memory statistics, so memory cannot be measured on it.")
     return found
 
 
 def refuse_capture() -> None:
-    """Refuse to be recorded as a CUDA graph (also on ROCm).
+    """Refuse to run inside the capture of a CUDA graph (also on ROCm).
 
     Raises:
-        DeviceError: the present call is being recorded.
+        DeviceError: the current call is being captured.
     """
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise DeviceError(f"A training forward of an enabled model is being captured as a CUDA graph. {CAPTURE_ADVICE}")
@@ -276,9 +272,9 @@ def refuse_capture() -> None:
 def dynamo_graph_count() -> int:
     """Graphs that `torch.compile` has captured so far in this process, recompilations included.
 
-    One graph may become one forward and one backward kernel program; both are compiled for that one graph.
+    A graph may become one forward and one backward kernel program, which are compiled together and count once.
     """
-    if "torch._dynamo.utils" not in sys.modules:  # never compiled anything, and the import is slow
+    if "torch._dynamo.utils" not in sys.modules:  # nothing was compiled, and the import is slow
         return 0
     counters = sys.modules["torch._dynamo.utils"].counters
     return int(counters["stats"]["unique_graphs"])
@@ -322,7 +318,7 @@ def _factory(name: str) -> DeviceFactory:
 
 
 def _registered_backend() -> tuple[str, ...]:
-    """The device that another package has added to PyTorch in this process, if any."""
+    """The device that another package has registered with PyTorch in this process, if any."""
     name = str(torch._C._get_privateuse1_backend_name())
     return () if name == "privateuseone" else (name,)
 
@@ -343,15 +339,15 @@ def _third_party_adapters() -> Mapping[str, EntryPoint]:
 def _load_third_party(name: str, entry_point: EntryPoint) -> Any:
     try:
         adapter = entry_point.load()
-    except Exception as error:  # someone else's import can fail in any way, and must not hide the other devices
+    except Exception as error:  # a foreign import can fail in any way, and must not hide the other devices
         raise DeviceError(
             f"the adapter of device {name!r}, entry point {entry_point.value!r}, cannot be loaded: {error!r}. "
-            "Mend or remove the package that declares it."
+            "Repair or remove the package that declares it."
         ) from error
     if not callable(getattr(adapter, "create_device", adapter)):
         raise DeviceError(
-            f"the adapter of device {name!r}, entry point {entry_point.value!r}, is a {type(adapter).__name__}; needed "
-            "is a module with a function create_device(index), or such a function."
+            f"the adapter of device {name!r}, entry point {entry_point.value!r}, is a {type(adapter).__name__}; it "
+            "must be a module with a function create_device(index), or such a function."
         )
     return adapter
 

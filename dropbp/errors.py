@@ -1,7 +1,6 @@
-"""Every error this library raises on purpose.
+"""All errors that this library raises on purpose, with one root class to catch them all.
 
-One root, so that a caller can catch all of them; each message says what was asked, what was found, what is
-allowed and what to do next.
+Each message says what was asked, what was found, what is allowed and what to do.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class DropBPError(Exception):
 
 
 class ConfigError(DropBPError, ValueError):
-    """An option or an argument is outside what is allowed."""
+    """An option or argument has a value that is not allowed."""
 
 
 class DiscoveryError(DropBPError):
@@ -31,7 +30,7 @@ class DiscoveryError(DropBPError):
 
 
 class StateError(DropBPError):
-    """A call that does not fit the present state: a model enabled twice, a handle removed, a foreign state file."""
+    """A call does not fit the present state: a model enabled twice, a removed handle, a state file of another model."""
 
 
 class DeviceError(DropBPError):
@@ -39,7 +38,7 @@ class DeviceError(DropBPError):
 
 
 class MissingDependencyError(DropBPError, ImportError):
-    """An optional package is needed for what was asked; the message names the extra that installs it."""
+    """An optional package is missing; the message names the extra that installs it."""
 
 
 class ResourceError(DropBPError):
@@ -47,35 +46,35 @@ class ResourceError(DropBPError):
 
 
 def as_resource_error(error: BaseException) -> ResourceError | None:
-    """The error that says in a line that memory or disk space ran out, if that is what this one means, else None.
+    """A one-line error for "out of memory" or "disk full" if `error` is one of these, else None.
 
     >>> as_resource_error(RuntimeError("CUDA out of memory")) is not None, as_resource_error(KeyError("x"))
     (True, None)
 
-    torch and safetensors have no type of their own for a full disk, nor torch for memory of the CPU: there the words
-    tell.
+    torch and safetensors have no exception type for a full disk, and torch has none for exhausted CPU memory; there the
+    text decides.
     """
     text = " ".join(str(error).split())[:200]
     if getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_WORDS + _TORCH_FULL_WORDS):
-        return ResourceError(f"nothing more can be written ({text}). Free disk space, or write elsewhere.")
+        return ResourceError(f"cannot write any more ({text}). Free disk space, or write elsewhere.")
     if isinstance(error, MemoryError) or any(words in text for words in _MEMORY_WORDS):
-        return ResourceError(f"out of memory ({text}). Make batches smaller or shorter, or drop_rate larger.")
+        return ResourceError(f"out of memory ({text}). Use smaller or shorter batches, or a larger drop_rate.")
     return None
 
 
 def as_missing_dependency(error: BaseException) -> MissingDependencyError | None:
-    """The error that names the package to install, if that is what this one means, else None.
+    """An error that names the package to install if `error` is about a missing package, else None.
 
     >>> as_missing_dependency(ModuleNotFoundError("No module named 'peft'", name="peft"))
-    MissingDependencyError("peft is needed and not installed; install it with: pip install 'dropbp[hf]'.")
+    MissingDependencyError("peft is required but not installed; install it with: pip install 'dropbp[hf]'.")
 
-    transformers names a missing package in the text of an `ImportError` of its own.
+    transformers raises a plain `ImportError` that names the missing package only in its text.
     """
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
         extra = _EXTRAS.get(package)
         hint = "" if extra is None else f"; install it with: pip install 'dropbp[{extra}]'"
-        return MissingDependencyError(f"{error.name} is needed and not installed{hint}.")
+        return MissingDependencyError(f"{error.name} is required but not installed{hint}.")
     if isinstance(error, ImportError) and error.name is None and str(error):
         return MissingDependencyError(str(error))
     return None

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, then moved into it; and how to tell."""
+"""Files that are written completely or not at all, and checks that a file is complete."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-LAST_WRITTEN = "trainer_state.json"  # of a checkpoint of transformers: where it is whole, the others are too
+LAST_WRITTEN = "trainer_state.json"  # transformers writes it last: if it is complete, so is the checkpoint
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path with the suffix of `path`, moved to `path` if the block ends without an error.
+    """A temporary path with the suffix of `path`; it replaces `path` if the block ends without an error.
 
-    The content is on the disk before the name is, so that a machine that loses power keeps the old file or the new.
+    The data is flushed to disk before the file gets its name. After a power failure either the old file or the new one
+    is there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
@@ -32,7 +33,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file completely or not at all."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -46,12 +47,12 @@ def _flush(path: Path) -> None:
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:
-    """The checkpoint of the most steps that was written to its end, and what is wrong with those of more steps.
+    """The latest complete checkpoint, and what is wrong with the later ones.
 
-    A trainer that is killed while it writes leaves a folder with some of its files, or with half of one.
+    A trainer that is killed during a save leaves a folder with missing or truncated files.
 
     Returns:
-        The folder, None if there is none; and the faults by name of the folder.
+        The folder, or None if there is none; and the faults by folder name.
     """
     faults: dict[str, str] = {}
     for checkpoint in _checkpoints(folder):
@@ -63,7 +64,7 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:
 
 
 def fault_of(path: Path) -> str | None:
-    """Why a file of JSON, safetensors or torch's zip format cannot be whole; None if it may be.
+    """Why a JSON, safetensors or torch zip file is incomplete; None if it looks complete.
 
     Reads no tensors and unpickles nothing.
     """
@@ -75,7 +76,7 @@ def fault_of(path: Path) -> str | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Of the most steps first."""
+    """Latest first."""
     found = {path: CHECKPOINT.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
     steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
@@ -90,7 +91,7 @@ def _fault_in(checkpoint: Path) -> str | None:
 
 
 def _holds_weights(path: Path) -> bool:
-    """Sharded engines put them into a folder."""
+    """Sharded engines write the weights into a subfolder."""
     return path.is_dir() or (path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin")
 
 
@@ -99,17 +100,17 @@ def _json_fault(path: Path) -> None:
 
 
 def _zip_fault(path: Path) -> str | None:
-    """The list of a zip file's entries is its end, so a file cut short has none."""
-    return None if zipfile.is_zipfile(path) else f"{path.name} is cut short"
+    """A zip file ends with its directory, so a truncated file has none."""
+    return None if zipfile.is_zipfile(path) else f"{path.name} is truncated"
 
 
 def _safetensors_fault(path: Path) -> str | None:
-    """The header says where each tensor ends. Source: https://github.com/huggingface/safetensors#format."""
+    """The header gives the end of each tensor. Source: https://github.com/huggingface/safetensors#format."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
-            return f"{path.name} is cut short"
+            return f"{path.name} is truncated"
         header = json.loads(file.read(length))
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     whole = path.stat().st_size == 8 + length + max(ends, default=0)
-    return None if whole else f"{path.name} is cut short"
+    return None if whole else f"{path.name} is truncated"

@@ -1,14 +1,14 @@
-"""FLOPs of a model as a function of the shapes a step sees.
+"""FLOPs of a model as a function of the input shape.
 
-FLOPs are counted, never typed in: PyTorch's own formulas (`torch.utils.flop_counter`) are summed over the operators of
-a recorded forward. The same forward is recorded at several lengths, and a polynomial is fitted to the counts. Per row
-of the batch a branch costs `a*s + b*s**2` FLOPs for `s` tokens (projections and attention); where an encoder reads `s`
-tokens and a decoder writes `t`, cross-attention adds `s*t`; what reads an image or a sound beside the text costs in
-proportion to that. A forward with another number of rows shows what does not grow with them, such as projections of
-relative positions.
+FLOPs are counted, never given by hand: the formulas of `torch.utils.flop_counter` are summed over the operators of a
+recorded forward. The same forward is recorded at several lengths, and a polynomial is fitted to the counts. Per row of
+the batch, a branch costs `a*s + b*s**2` FLOPs for `s` tokens (projections and attention). If an encoder reads `s`
+tokens and a decoder `t`, cross-attention adds `s*t`. Layers that read images or sound beside the text cost in
+proportion to the size of those. A forward with another number of rows shows the part of the cost that does not depend
+on it, such as projections of relative positions.
 
-Sliding windows count as full attention, which is what PyTorch's attention with a mask computes; a kernel that skips
-what lies outside of the window does less.
+A sliding window counts as full attention, which is what PyTorch's masked attention computes. A kernel that skips the
+part outside the window does less.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _ROUNDING = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Rows of one step's batch, and how much is in a row.
+    """Shape of one step's batch.
 
     Attributes:
         batch_size: rows.
-        sequence_length: tokens per row, of the encoder where there are two; 0 where there are none to count.
-        target_length: tokens per row of a decoder that reads another length; 0 where it is the same.
-        media_size: numbers per row of the images and sounds that come beside the tokens.
+        sequence_length: tokens per row (of the encoder, if there is one); 0 if the inputs are not tokens.
+        target_length: tokens per row of a decoder whose length differs; 0 if it does not.
+        media_size: elements per row of the images and sounds that accompany the tokens.
     """
 
     batch_size: int
@@ -46,12 +46,12 @@ class Shape:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Of what the encoder reads and of what the decoder does."""
+        """Source length and target length."""
         return self.sequence_length, self.target_length or self.sequence_length
 
     @property
     def terms(self) -> dict[str, int]:
-        """What the cost of a row is made of."""
+        """The terms of the cost polynomial for one row."""
         s, t = self.lengths
         return {"1": 1, "s": s, "ss": s * s, "t": t, "tt": t * t, "st": s * t, "m": self.media_size}
 
@@ -61,14 +61,14 @@ class FlopsModel:
     """FLOPs of each branch.
 
     Attributes:
-        coefficients: of each branch, for one row: a factor for each of `Shape.terms` that counts, and `LEAST`, below
-            which the row never falls; and `STEP`, the FLOPs of a forward that do not depend on its rows.
+        coefficients: for each branch, the coefficients of `Shape.terms` for one row; `LEAST`, a lower bound for one
+            row; and `STEP`, the FLOPs of a forward that do not depend on the number of rows.
     """
 
     coefficients: tuple[Mapping[str, float], ...]
 
     def at(self, shape: Shape) -> tuple[int, ...]:
-        """FLOPs of every branch, at least 1 (a branch must weigh something)."""
+        """FLOPs of every branch, at least 1, so that each branch has a positive weight."""
         return tuple(max(1, round(self._of(each, shape))) for each in self.coefficients)
 
     def _of(self, branch: Mapping[str, float], shape: Shape) -> float:
@@ -78,20 +78,21 @@ class FlopsModel:
 
 
 def fitted(counts: Mapping[Shape, Sequence[int]]) -> FlopsModel:
-    """From counts of every branch at several shapes, the largest last.
+    """Fit the cost of every branch to its counts at several shapes, the largest shape last.
 
-    They are one (costs are then taken as proportional to the length), some that differ in one of the lengths, or all
-    combinations of two source and two target lengths. One more may come first: one of them with another number of rows.
+    The shapes are a single one (costs are then taken as proportional to the length), some that differ in one length, or
+    all combinations of two source and two target lengths. Before these there may be one of them with another number of
+    rows.
 
-    A branch that costs less per token at the longer length pads short inputs to a chunk (linear or local attention): it
-    is taken as proportional, at the cost per token of the longest one, and never less than that of the shortest.
+    A branch that costs less per token at the longer length pads short inputs to a chunk (linear or local attention).
+    Its cost is taken as proportional to the length, at the rate of the longest shape, but never below the cost of the
+    smallest.
     """
     branches = zip(*counts.values(), strict=True)
     return FlopsModel(tuple(_coefficients(dict(zip(counts, each, strict=True))) for each in branches))
 
 
 def _coefficients(counts: Mapping[Shape, int]) -> dict[str, float]:
-    """Of one branch."""
     last = list(counts)[-1]
     first = next(iter(counts))
     step, same_rows = 0.0, dict(counts)
@@ -125,12 +126,12 @@ def _of_a_row(per_row: Mapping[Shape, float]) -> dict[str, float]:
 
 
 def pads(counts: Mapping[Shape, Sequence[int]]) -> bool:
-    """Whether a branch pads short inputs to a chunk that is longer than most of what was recorded."""
+    """Whether a branch pads short inputs to a chunk longer than most recorded lengths."""
     return any(LEAST in each for each in fitted(counts).coefficients)
 
 
 def _basis_of_two(per_row: Mapping[Shape, float]) -> list[str]:
-    """An encoder's branch costs the same whatever the decoder reads; a decoder's may look at what the encoder made."""
+    """Terms for two lengths. An encoder branch depends on the source alone; a decoder branch may depend on both."""
     by_source, by_target = (
         any(
             per_row[one] != per_row[other]
@@ -146,7 +147,7 @@ def _basis_of_two(per_row: Mapping[Shape, float]) -> list[str]:
 
 
 def _solved(per_row: Mapping[Shape, float], basis: Sequence[str]) -> dict[str, float]:
-    with _disable_current_modes():  # models are looked at under fake tensors, too
+    with _disable_current_modes():  # discovery may run under fake tensors
         return _least_squares(per_row, basis)
 
 
@@ -163,7 +164,7 @@ def _least_squares(per_row: Mapping[Shape, float], basis: Sequence[str]) -> dict
 
 
 def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
-    """Rows and lengths of a batch, from the arguments of a forward."""
+    """Rows and lengths of a batch, read from the arguments of a forward."""
     tokens, sound, target = (_first(names, kwargs) for names in (TOKENS, SOUND, TARGETS))
     source = tokens or sound or target
     if source is None:
@@ -174,7 +175,7 @@ def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
 
 
 def _first(names: Sequence[str], kwargs: Mapping[str, Any]) -> str | None:
-    """The first of these arguments that is given and has rows and a length."""
+    """The first of these arguments that is a tensor with at least two dimensions."""
     values = {name: kwargs.get(name) for name in names}
     return next((name for name, v in values.items() if isinstance(v, torch.Tensor) and v.dim() >= 2), None)
 
@@ -195,12 +196,12 @@ def _media(kwargs: Mapping[str, Any], rows: int) -> int:
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether an argument may be tokens, or vectors for tokens."""
+    """Whether the shape of an argument fits token ids or embeddings."""
     return isinstance(value, torch.Tensor) and value.dim() == (3 if value.is_floating_point() else 2)
 
 
 def _unnamed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
-    """Of arguments whose names say nothing: the first has the rows; if it is a sequence, so may the next be."""
+    """Shape from arguments without known names. The first tensor gives the rows; sequences give the lengths."""
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() >= 1]
     rows = int(tensors[0].shape[0]) if tensors else 1
     if not tensors or not is_sequence(tensors[0]):

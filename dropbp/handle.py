@@ -1,7 +1,7 @@
-"""The handle that `enable` returns: a façade.
+"""The handle that `enable` returns: a façade over discovery, schedule and engine.
 
-Discovery finds the branches, a schedule draws what each forward drops and keeps count, and an engine makes the model
-run that way.
+Discovery finds the branches. The schedule draws the mask of each forward and keeps the counts. The engine applies the
+mask to the model.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 
 class Handle:
-    """Shows and controls what is dropped, and removes DropBP from the model. Also a context manager.
+    """Shows and controls which branches are dropped, and removes DropBP from the model. Also a context manager.
 
     Attributes:
-        model: the model that is enabled.
+        model: the enabled model.
         device: the adapter of its device.
-        config: the options, with `auto` settled where it depends on what is trained.
-        engine: makes the model run as scheduled.
-        schedule: what each training forward drops.
+        config: the options; `auto` is resolved where it depends on the trained parameters.
+        engine: applies each mask to the model.
+        schedule: draws the mask of each training forward.
         cache: the activation cache; None if it is off.
     """
 
@@ -61,7 +61,7 @@ class Handle:
         self.config = settled(config, engine.trained, lambda config: self._scheduled(config).rates)
         self.schedule = self._scheduled(self.config, trains=engine.parameters.train)
         self.is_abandoned: Callable[[], bool] | None = None
-        self._labelled = LabelledLogits(model) if config.logits == "labelled" else None  # the engine goes around it
+        self._labelled = LabelledLogits(model) if config.logits == "labelled" else None  # the engine wraps around it
         engine.abandoned = self.abandoned
         engine.others_train = self._weights.renew
         engine.start(self.schedule, owner=self)
@@ -71,22 +71,22 @@ class Handle:
             self.cache = ActivationCache(engine, where, self.config.activation_cache_limit)
             self.cache.start()
 
-    # -- what is there
+    # -- state
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The branches, nearest the input first, with their current rates and their FLOPs for the last shape."""
+        """The branches, from the input upwards, with their current rates and their FLOPs at the latest input shape."""
         each = zip(self.engine.structure.branches, self.schedule.seen.flops, self.rates, strict=True)
         return tuple(replace(branch, flops=flops, rate=rate) for branch, flops, rate in each)
 
     @property
     def mask(self) -> Mask | None:
-        """The mask of the latest training forward, True = backward dropped; None before the first."""
+        """The mask of the latest training forward, True = backward skipped; None before the first."""
         return self.schedule.mask
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Each branch's drop rate."""
+        """The drop rate of each branch."""
         return self.schedule.rates
 
     @property
@@ -99,11 +99,11 @@ class Handle:
         """Whether skipped parameters get gradients of zeros."""
         return self.engine.fills_gradients
 
-    # -- what can be done
+    # -- control
 
     @contextlib.contextmanager
     def fixed(self, mask: Sequence[bool]) -> Iterator[Handle]:
-        """Training forwards inside the `with` use this mask and no other; nothing is drawn.
+        """Use this mask for all training forwards inside the `with` block; no mask is drawn.
 
         Raises:
             ConfigError: the mask does not have one entry per branch.
@@ -115,12 +115,12 @@ class Handle:
             self.schedule.fixed.pop()
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        """Set each branch's drop rate, 0..1; the next mask is drawn from them.
+        """Set the drop rate of each branch, from 0 to 1; the next mask is drawn from them.
 
-        Under `nested` masks parallel branches are dropped together: each gets the mean of their rates.
+        Under `nested` masks, parallel branches are dropped together: each gets the mean of their rates.
 
         Raises:
-            ConfigError: wrong number of rates, one outside 0..1, or rates with which nothing would train.
+            ConfigError: the number of rates is wrong, a rate is outside 0..1, or nothing would train at these rates.
         """
         checked = checked_rates(rates)
         check_lengths("rates", checked, self.schedule.seen.flops)
@@ -128,15 +128,15 @@ class Handle:
         self.schedule.set_rates(checked)
 
     def progress(self, share: float, *, dropping: bool = True) -> None:
-        """Tell how much of the training is done. Call it as often as you like, on every rank alike.
+        """Report how much of the training is done. Call it as often as you like, equally on every rank.
 
-        In a run of known length (`steps`) masks follow this share from then on, instead of counted forwards. So the
-        budget is met whatever the number of forwards in a step, and wherever the training was resumed. The callback for
-        transformers calls it for you.
+        In a run of known length (`steps`), masks follow this share from then on, instead of the number of forwards. The
+        run then meets its budget whatever the number of micro-batches in a step, and wherever it was resumed. The
+        callback for transformers calls this for you.
 
         Args:
-            share: of the training, 0 at its beginning and 1 at its end; a warm-up told by `dropping` does not count.
-            dropping: whether the forwards to come drop branches; False in a warm-up.
+            share: finished share of the training, from 0 to 1, without the warm-up that `dropping` reports.
+            dropping: whether the coming forwards drop branches; False during a warm-up.
 
         Raises:
             ConfigError: the share is outside 0..1.
@@ -145,12 +145,13 @@ class Handle:
         self.schedule.progress(checked, dropping)
 
     def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count only the parameters of this optimizer as trained; each mask gives a gradient to some of them.
+        """Count only the parameters of this optimizer as trained. Each mask then gives some of them a gradient.
 
-        Otherwise every parameter that requires a gradient counts. The callback for transformers calls it for you.
+        Without this call, every parameter that requires a gradient counts. The callback for transformers calls this for
+        you.
 
         Raises:
-            ConfigError: every step would drop all that the optimizer holds.
+            ConfigError: every step would drop all parameters of the optimizer.
         """
         self.engine.parameters.hold(p for group in optimizer.param_groups for p in group["params"])
         self.schedule.forget_what_trains()
@@ -163,14 +164,14 @@ class Handle:
         """Measure how much each branch matters, and set the drop rates that follow from it under the FLOPs budget.
 
         Args:
-            closure: runs one forward and returns the loss, always on the same batch. Several closures (batches) are
-                averaged: sensitivities differ more between batches than between the two methods.
+            closure: runs one forward and returns the loss, always on the same batch. The results of several closures
+                (batches) are averaged: sensitivities differ more between batches than between the two methods.
             method: `one-pass` (one backward, two forwards) or `exact` (the paper's N+1 passes).
             set_rates: whether to set the rates, or only return them.
 
-        Under `nested` masks the rates are a distribution over depths, and stay as they are. Parameters, gradients,
+        Under `nested` masks the rates are a distribution over depths, so they do not change. Parameters, gradients,
         random state, training mode and buffers are restored, and the report does not count these passes. Reentrant
-        checkpointing of transformers models runs as non-reentrant meanwhile.
+        checkpointing in transformers models runs as non-reentrant during the measurement.
 
         Raises:
             ConfigError: the closure does not return a loss, or the method is unknown.
@@ -179,7 +180,7 @@ class Handle:
         self._check_enabled()
         closures = [closure] if callable(closure) else listed("closure", closure)
         if not all(callable(each) for each in closures):
-            raise ConfigError(f"closure is {short(closure)}; pass a function that runs a forward, or a list of some.")
+            raise ConfigError(f"closure is {short(closure)}; pass a function that runs a forward, or a list of them.")
         with self.engine.bypass.without_reentry():
             estimate, seconds = measure(self.model, self.engine.structure, closures, self._measured, method)
         schedule, done = self.schedule, self.schedule.statistics
@@ -191,20 +192,21 @@ class Handle:
         return Calibration(estimate.sensitivities, rates, estimate.own, method, estimate.passes, seconds)
 
     def observe(self, *, every: int = 100, decay: float = 0.95) -> bool:
-        """Follow the sensitivities during training. Call it after the backward, before clipping and optimizer step.
+        """Track the sensitivities during training. Call it after the backward, before gradient clipping and the
+        optimizer step.
 
-        It needs no pass of its own, but reads the gradients of the branches that the step kept. Every `every` calls it
-        allocates the rates anew. Calibrate once before, for the part of the sensitivities that a step cannot show.
+        It needs no extra pass: it reads the gradients of the branches that the step kept. Every `every` calls it
+        allocates new rates. Calibrate once beforehand, because a training step shows only a part of the sensitivities.
 
         Args:
             every: calls between two allocations, at least 1.
-            decay: of the exponential average, 0 <= decay < 1.
+            decay: decay of the exponential average, 0 <= decay < 1.
 
         Returns:
-            Whether the rates were set anew.
+            Whether this call set new rates.
 
         Raises:
-            ConfigError: `every` or `decay` is outside what is allowed.
+            ConfigError: `every` or `decay` has a value that is not allowed.
         """
         self._check_enabled()
         every = int(checked_share("every", every, "a number of calls of at least 1", lambda x: 1 <= x < math.inf))
@@ -222,7 +224,7 @@ class Handle:
         return sensitivities is not None
 
     def _set_measured(self, rates: tuple[float, ...]) -> None:
-        """Unchanged rates are not set, so that they go on following their profile."""
+        """Set the rates only if they changed, so that unchanged rates keep following their profile."""
         if rates != self.rates:
             self.set_rates(rates)
 
@@ -232,39 +234,38 @@ class Handle:
             yield
 
     def resample(self) -> None:
-        """Draw a new mask at the next training forward (with `resample="step"`: call once per optimizer step)."""
+        """Draw a new mask at the next training forward. With `resample="step"`, call it once per optimizer step."""
         self.schedule.resample()
 
     def reduce_kept(self, replica: DistributedDataParallel) -> None:
-        """Make `DistributedDataParallel` around this model send the gradients of kept branches only.
+        """Make the `DistributedDataParallel` wrapper of this model send only the gradients of kept branches.
 
-        This registers a communication hook; a replica can have one. The hook stays when the handle is removed, and then
-        sends everything.
+        This registers a communication hook, of which a replica can have only one. The hook stays after `remove` and
+        then sends all gradients.
 
         Raises:
-            StateError: the replica is not one of this model.
+            StateError: the replica does not wrap this model.
         """
         wrapped = isinstance(replica, DistributedDataParallel)
         if not wrapped or not any(module is self.model for module in replica.modules()):
             raise StateError(
-                f"reduce_kept takes the DistributedDataParallel around the model of this handle; {short(replica)} is "
-                "none, or holds another model."
+                f"reduce_kept needs the DistributedDataParallel around this handle's model; {short(replica)} is not "
+                "one, or wraps another model."
             )
         self.engine.reduce_kept(replica)
 
     def group_parameters(self, groups: Iterable[ParameterGroup] | None = None) -> list[ParameterGroup]:
-        """Parameter groups for an optimizer: a step skips either all parameters of a group or none.
+        """Parameter groups for an optimizer in which a step skips either all parameters of a group or none.
 
-        So the work on a group does not depend on the mask, as a lazy device needs; see `dropbp.lazy.grouping`.
+        The work on a group then does not depend on the mask, as a lazy device requires; see `dropbp.lazy.grouping`.
 
         Args:
-            groups: the groups without DropBP, whose options are kept; None stands for one group of all trained
-                parameters.
+            groups: the groups to split; their options are kept. None: one group with all trained parameters.
         """
         return self.engine.parameters.grouped(groups)
 
     def remove(self) -> None:
-        """Remove DropBP from the model exactly; warn if the run missed its budget. A second call does nothing."""
+        """Restore the model exactly; warn if the run missed its budget. A second call does nothing."""
         missed = shortfall(self.schedule) if self.enabled else None
         if missed is not None:
             logger.warning("DropBP missed its budget: %s", missed)
@@ -282,18 +283,18 @@ class Handle:
     ) -> None:
         self.remove()
 
-    # -- what was dropped
+    # -- results
 
     def report(self) -> dict[str, Any]:
-        """What was dropped so far, and what trains how often: plain numbers, lists and strings, ready for JSON.
+        """What was dropped so far, and how often each part trains: plain numbers, lists and strings, ready for JSON.
 
-        `realised_drop_rate` is the share of the branches' backward FLOPs skipped in all training forwards.
-        `flops_skipped` counts them in forward FLOPs, of which a whole backward takes two each. A branch's `weight` is
-        what dropping it saves, in the same unit; it is 0 if the branch has no backward, because neither it nor anything
+        `realised_drop_rate` is the share of the branches' backward FLOPs skipped over all training forwards.
+        `flops_skipped` counts them in forward FLOPs; a full backward costs twice the forward. A branch's `weight` is
+        what dropping it saves, in the same unit. It is 0 if the branch has no backward, because neither it nor anything
         below it is trained. `never_trained`, `seldom_trained`, `at_rest` and `not_seen` name parameters
-        (docs/training.md). `branch_flops_share` is the branches' share of the forward that found them; `not_recorded`
-        names the parts of the model, trained or frozen, that this forward did not run. `not_recomputed` names the
-        blocks that keep all activations in deep steps, with the reason.
+        (docs/training.md). `branch_flops_share` is the branches' share of the FLOPs of the forward used for discovery;
+        `not_recorded` names the parts of the model, trained or frozen, that this forward did not run. `not_recomputed`
+        names the blocks that keep all activations in deep steps, each with the reason.
         """
         schedule, done = self.schedule, self.schedule.statistics
         return {
@@ -327,19 +328,20 @@ class Handle:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another handle of the same model stopped.
 
-        With the same options the masks are those that the other would have drawn. `drop_rate`, `max_rate`, `rates`,
-        `steps`, `resample` and `warmup` may change: the new ones hold for the rest of the training, which stays the
-        same share of the run. A warning says so.
+        With the same options, this handle draws the masks that the other would have drawn. `drop_rate`, `max_rate`,
+        `rates`, `steps`, `resample` and `warmup` may differ: the new values apply to the rest of the training, and the
+        finished share of the run is kept. A warning says so.
 
         Raises:
-            StateError: the state is of another version, model, mask sampler or seed, or is damaged; nothing is changed.
+            StateError: the state is damaged, or belongs to another version, model, mask sampler or seed; nothing is
+                changed.
         """
         self.schedule.load(state)
 
-    # -- inside
+    # -- internal
 
     def abandoned(self) -> bool:
-        """Whether the run of this handle ended without removing it. Whoever made the handle may tell."""
+        """Whether the owner of this handle reports (`is_abandoned`) that its run ended without `remove`."""
         return False if self.is_abandoned is None else self.is_abandoned()
 
     def _check_enabled(self) -> None:
@@ -347,7 +349,7 @@ class Handle:
             raise StateError("This handle was removed from its model. Call dropbp.enable(model, ...) for a new one.")
 
     def fresh_schedule(self, shape: Shape | None = None) -> Schedule:
-        """A schedule as at the beginning of the run, for forecasts. Drawing from it changes nothing here."""
+        """A schedule as at the start of the run, for forecasts. Drawing from it does not change this handle."""
         schedule = self._scheduled(self.config, trains=self.engine.parameters.train)
         schedule.set_rates(None if self.schedule.profile else self.rates)
         if shape is not None:

@@ -1,7 +1,8 @@
-"""Small inputs for models that say what they take.
+"""Small inputs for models that describe what they take.
 
-Models in the style of transformers have a `config` and a `main_input_name`, which is enough to build a batch of one.
-Nothing is imported from transformers. A model without these attributes gets a clear error.
+Models in the style of transformers have a `config` and a `main_input_name`, which is enough to build a small batch.
+This module does not import transformers. For a model without these attributes, `build` raises an error that says what
+to pass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 from dropbp.errors import DiscoveryError
 from dropbp.flops import SOUND, length_axis, shape_of
 
-IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
+IGNORED = -100  # the label that PyTorch's cross-entropy ignores
 FIRST_TOKEN = 5
 MORE = 16  # tokens
 
@@ -31,7 +32,7 @@ class Inputs:
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
-    """A dict is keyword arguments, a tuple or list positional ones, anything else the single argument."""
+    """A dict gives keyword arguments, a tuple or list positional ones, anything else a single argument."""
     if isinstance(example_inputs, Mapping):
         return Inputs(kwargs=dict(example_inputs))
     if isinstance(example_inputs, (tuple, list)):
@@ -40,9 +41,9 @@ def as_inputs(example_inputs: Any) -> Inputs:
 
 
 def longer(model: nn.Module, given: Inputs, source: bool, target: bool, more: int = MORE) -> Inputs:
-    """The inputs with so many more tokens, or twice the sound, for the encoder, the decoder, or both.
+    """The inputs with `more` more tokens, or twice the sound, for the encoder, the decoder, or both.
 
-    A model without a decoder of its own has only a source, and its labels go with it.
+    In a model without a separate decoder the labels are as long as the source.
     """
     shape = shape_of(given.args, given.kwargs)
     s, t = shape.lengths
@@ -86,7 +87,7 @@ def has_decoder(model: nn.Module, given: Inputs) -> bool:
 
 
 def argument_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of the model's forward that may be given by their places."""
+    """Names of the arguments that the model's forward accepts by position."""
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, parameter in _parameters(model).items() if parameter.kind in places)
 
@@ -95,17 +96,17 @@ Asked = frozenset[tuple[str, Any]]
 
 
 def placed(names: Sequence[str], args: Sequence[Any]) -> list[tuple[str, Any]]:
-    """Positional arguments with the names of their places, or with the number of a place that has no name."""
+    """Positional arguments with their names; an argument beyond the names gets its index."""
     return list(zip((*names, *map(str, range(len(names), len(args)))), args, strict=False))
 
 
 def asked(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:
-    """What a call of a model asks for: the names of the arguments it gives, and its flags with their values.
+    """A key for a call of a model: the names of the arguments given, and the values of its flags.
 
     Args:
-        names: of the arguments by their places.
-        args: those of the call.
-        kwargs: likewise.
+        names: names of the positional arguments.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
     """
     given = (*placed(names, args), *kwargs.items())
     return frozenset((name, _flag(value)) for name, value in given if value is not None)
@@ -116,12 +117,12 @@ def _flag(value: Any) -> Any:
 
 
 def can_build(model: nn.Module) -> bool:
-    """Whether the model says what its forward takes."""
+    """Whether the model describes what its forward takes."""
     return hasattr(model, "config") and (hasattr(model, "main_input_name") or hasattr(model, "dummy_inputs"))
 
 
 def takes_text(model: nn.Module) -> bool:
-    """Whether it is token ids, of any length."""
+    """Whether the main input is token ids."""
     return can_build(model) and getattr(model, "main_input_name", "") == "input_ids"
 
 
@@ -129,7 +130,7 @@ def build(model: nn.Module, batch_size: int = 1, sequence_length: int = 16) -> I
     """A small batch on the model's device, without labels.
 
     Raises:
-        DiscoveryError: the model does not say what it takes.
+        DiscoveryError: the model does not describe its inputs.
     """
     if not can_build(model):
         raise DiscoveryError(
@@ -184,7 +185,7 @@ def _normal(model: nn.Module, *shape: int) -> torch.Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter (or buffer), CPU if it has none."""
+    """The device of the model's first parameter or buffer; CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")

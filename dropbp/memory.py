@@ -1,9 +1,9 @@
-"""Bytes of tensors, counted exactly: the same figure in every run, on any machine.
+"""Exact byte counts of tensors: the same in every run, on any machine.
 
-Allocator statistics and resident sets depend on the device, its caches and the rest of the process. The bytes that a
-backward keeps alive do not: they are the sizes of the storages that tensors hold. Each storage is counted when the
-operation that makes it returns, and leaves the count when its last owner frees it. The idea of following storages by
-weak references from a dispatch mode is from `torch.distributed._tools.mem_tracker`.
+Allocator statistics and resident set sizes depend on the device, its caches and the rest of the process. The sizes of
+the tensor storages that a backward keeps alive do not. A storage is counted when the operation that creates it returns,
+until its last owner frees it. The idea of following storages by weak references from a dispatch mode is from
+`torch.distributed._tools.mem_tracker`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TensorOwner: TypeAlias = "torch.Tensor | nn.Module | torch.optim.Optimizer"
 
 
 class TensorBytes:
-    """Bytes of the tracked storages: now, and the most at once."""
+    """Bytes of the tracked storages: the current total and its peak."""
 
     def __init__(self) -> None:
         self.live_bytes = 0
@@ -33,7 +33,7 @@ class TensorBytes:
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def follow(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage from now until it dies; one that is counted already gets its present size."""
+        """Count a storage until it is freed. A storage that is counted already gets its current size."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self._references:
             self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
@@ -68,20 +68,20 @@ class _FollowNewStorages(TorchDispatchMode):
 
 @contextmanager
 def track_tensor_bytes(*already_there: TensorOwner) -> Iterator[TensorBytes]:
-    """Count the bytes of every storage made while the context is open, in forward, backward and optimizer.
+    """Count the bytes of every storage created inside the context: in forward, backward and optimizer.
 
-    No result changes by a bit. It works on every device, the meta device included. It does not see memory that no
-    operation makes: scratch memory inside a kernel, storages resized by `UntypedStorage.resize_`, states of random
-    generators (5056 bytes for each checkpoint on CPU). Functions under `torch.compile` run uncompiled meanwhile,
-    because allocations of a compiled kernel cannot be tracked, and a function first called under a dispatch mode would
+    Results stay bit-identical. It works on every device, the meta device included. It does not see memory that no
+    operation allocates: scratch memory inside a kernel, storages resized by `UntypedStorage.resize_`, states of random
+    generators (5056 bytes for each checkpoint on CPU). Functions under `torch.compile` run uncompiled inside the
+    context: allocations of a compiled kernel cannot be tracked, and a function first called under a dispatch mode would
     stay uncompiled.
 
     Args:
-        already_there: models, optimizers and tensors whose existing storages count too; other storages made before
+        already_there: models, optimizers and tensors whose existing storages count too. Other storages created before
             never count.
 
     Yields:
-        `TensorBytes`; `live_bytes` and `peak_bytes` can be read at any time, and after the context is closed.
+        `TensorBytes`; read `live_bytes` and `peak_bytes` at any time, also after the context is closed.
     """
     tracked = TensorBytes()
     for storage in _owned_storages(already_there):
@@ -91,17 +91,17 @@ def track_tensor_bytes(*already_there: TensorOwner) -> Iterator[TensorBytes]:
 
 
 def saved_tensor_bytes(fn: Callable[[], Any], *, exclude: Iterable[TensorOwner] = ()) -> int:
-    """Bytes that a forward leaves saved for its backward.
+    """Bytes that a forward saves for its backward.
 
-    Each storage counts once, however many of its tensors are saved. Only what is alive when `fn` has returned counts;
-    under gradient checkpointing these are the checkpoints. Parameters and their views do not count, nor does what
-    `exclude` holds, nor tensors that a custom autograd function keeps without `save_for_backward`. It works on the
-    meta device too, where nothing is computed.
+    Each storage counts once, however many of its tensors are saved. Only storages that are alive when `fn` has returned
+    count; under gradient checkpointing these are the checkpoints. Not counted: parameters and their views, the storages
+    of `exclude`, and tensors that a custom autograd function keeps without `save_for_backward`. It also works on the
+    meta device.
 
     Args:
-        fn: runs one forward and returns what holds its graph: the loss, or the model's whole output.
-        exclude: models, optimizers or tensors whose storages are not activations. Give the model, or a view of a
-            frozen parameter looks like an activation.
+        fn: runs one forward and returns a value that keeps its graph alive: the loss, or the whole output of the model.
+        exclude: models, optimizers or tensors whose storages are not activations. Pass the model, otherwise a view of a
+            frozen parameter counts as an activation.
 
     Source: `torch.autograd.graph.saved_tensors_hooks`.
     """

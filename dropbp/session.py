@@ -1,4 +1,4 @@
-"""`enable` and its relatives: what is called on a model, and the checks before it."""
+"""The public calls on a model: `enable`, `disable`, `compile_blocks`, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -38,32 +38,34 @@ def enable(
 ) -> Handle:
     """Make every training step skip the backward of a random `drop_rate` share of the residual branches.
 
-    The forward stays equal to the bit. A skipped branch is not recorded: it stores nothing for the backward, and its
-    parameters keep `grad is None`. Only this instance is changed; `handle.remove()`, or leaving `with`, undoes it.
-    Forwards in evaluation mode or under `no_grad` are untouched.
+    The forward output stays bit-identical. Autograd does not record a skipped branch: it saves no activations, and its
+    parameters keep `grad is None`. Only this instance is changed; `handle.remove()`, or leaving the `with` block,
+    restores it. Forwards in evaluation mode or under `no_grad` are untouched.
 
-    A warning names the parameters that train in few steps or in none; `handle.report()` lists them.
+    A warning names the parameters that will train in few steps or in none; `handle.report()` lists them.
 
     Args:
-        model: a module with residual branches that discovery understands, in any mode, on any device (meta included),
-            with or without adapters.
+        model: a module with residual branches that discovery can find, in any mode, on any device (meta included), with
+            or without adapters.
         drop_rate: share of the branches' backward FLOPs to skip, 0 <= drop_rate < 1.
-        device: name of the device adapter (`cpu`, `cuda`, `hpu`, ...), a torch.device, or an adapter; None takes the
-            model's own device. The model is not moved, so move it first.
-        masks: which branches are dropped together. `nested`: each step trains the top of the model down to a random
-            depth, with exact gradients; the budget holds on average. `exact`: any set of branches, within one branch
-            of the budget in every step. `independent` (the paper's), `cyclic`, `pool`: see `dropbp.masks.samplers`.
-        seed: of the masks.
+        device: name of a device adapter (`cpu`, `cuda`, `hpu`, ...), a torch.device, or an adapter. None uses the
+            model's device. `enable` does not move the model.
+        masks: the mask sampler, which decides which branches are dropped together. `nested`: each step trains the top
+            of the model down to a random depth, with exact gradients, and meets the budget on average. `exact`: any set
+            of branches, within one branch of the budget in every step. `independent` (the paper's), `cyclic`, `pool`:
+            see `dropbp.masks.samplers`.
+        seed: seed of the mask generator.
         example_inputs: inputs that the model accepts: a dict of keyword arguments, a tuple of positional ones, or one
-            tensor. Models that say what they take (transformers) need none.
-        branches: the branches to use instead of those discovered: module names, or lists of names that are skipped
+            tensor. Not needed for models that describe their inputs (transformers).
+        branches: use these branches instead of the discovered ones: module names, or lists of names that are skipped
             together.
-        **options: see `dropbp.config.Config`.
+        **options: the other fields of `dropbp.config.Config`.
 
     Raises:
-        ConfigError: an option is outside what is allowed.
+        ConfigError: an option has a value that is not allowed.
         DiscoveryError: no residual branch was found, or a block was not understood.
-        StateError: the model is enabled already, or is a wrapper around the model to enable.
+        StateError: the model is already enabled, is a wrapper around the model to enable, or has no trainable
+            parameter.
         DeviceError: the device is unknown or not available.
 
     Source: Woo et al., DropBP, NeurIPS 2024, https://arxiv.org/abs/2402.17812.
@@ -83,7 +85,7 @@ def enable(
 
 
 def check_options(drop_rate: float, masks: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError where `enable` would refuse these options for any model."""
+    """Raises ConfigError if `enable` would refuse these options for every model."""
     named = inspect.signature(enable).parameters
     others = {name: value for name, value in options.items() if name not in named}
     _config(drop_rate, masks, options.get("seed", 0), others)
@@ -95,21 +97,21 @@ def _config(drop_rate: float, masks: str, seed: int, options: Mapping[str, Any])
 
 
 def _check_lazy(config: Config, name: str) -> None:
-    """Raises ConfigError for options that do not suit a device that records graphs and compiles them."""
+    """Raises ConfigError for options that a device with recorded and compiled graphs cannot use."""
     if config.logits == "labelled":
         raise ConfigError(
-            f"logits='labelled' does not suit {name}, a device that compiles for each new shape: the number of "
-            "labelled positions differs from batch to batch. Leave it out."
+            f"logits='labelled' does not work on {name}, which compiles anew for each shape: the number of labelled "
+            "positions differs between batches. Leave it out."
         )
     if config.activation_cache is not None:
         raise ConfigError(
-            f"activation_cache does not suit {name}, a device that compiles recorded graphs: each border would be a "
-            "graph of its own, and that was not tried. Leave it out."
+            f"activation_cache does not work on {name}, which compiles recorded graphs: each cache border would need a "
+            "graph of its own, and this is untested. Leave it out."
         )
 
 
 def disable(model: nn.Module) -> None:
-    """Remove DropBP from a model, whoever enabled it. Does nothing to a model that is not enabled."""
+    """Remove DropBP from a model, whoever enabled it. Does nothing if the model is not enabled."""
     handle = handle_of(model)
     if handle is not None:
         handle.remove()
@@ -122,44 +124,45 @@ def _checked_model(model: Any) -> nn.Module:
     enabled = earlier is not None and not earlier.abandoned()
     if enabled or any(m.__dict__.get("_dropbp_site") is not None for m in model.modules()):
         raise StateError(
-            f"{type(model).__name__} is enabled already. Change it through its handle (set_rates, fixed), or call "
+            f"{type(model).__name__} is already enabled. Change it through its handle (set_rates, fixed), or call "
             "handle.remove() or dropbp.disable(model) first."
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise StateError(
-            f"No parameter of {type(model).__name__} requires a gradient, so there is nothing to train and no backward "
-            "to skip. Unfreeze parameters or add adapters first."
+            f"No parameter of {type(model).__name__} requires a gradient, so there is no backward to skip. Unfreeze "
+            "parameters or add adapters first."
         )
     return cast(nn.Module, model)
 
 
 def compile_blocks(enabled: Handle | nn.Module, **options: Any) -> tuple[str, ...]:
-    """Compile every block of an enabled model in place, `module.compile(**options)`.
+    """Compile every block of an enabled model in place with `module.compile(**options)`.
 
-    Names, classes and `state_dict` keys stay. Each combination of a block's branches that a step drops makes one graph
-    the first time it is met, so all compilation lies in the first steps.
+    Module names, classes and `state_dict` keys do not change. Each set of branches that a step drops in a block
+    compiles one graph the first time it occurs, so the compilations happen in the first steps.
 
     Args:
-        enabled: the handle that `dropbp.enable` returned, or the model it was given.
-        **options: of `torch.compile`: backend, mode, fullgraph, dynamic, options.
+        enabled: the handle that `dropbp.enable` returned, or the model that was passed to it.
+        **options: options of `torch.compile`: backend, mode, fullgraph, dynamic, options.
 
     Returns:
-        Qualified names of the blocks that were compiled.
+        Qualified names of the compiled blocks.
 
     Raises:
         StateError: the model is not enabled.
-        ConfigError: no block repeats in it; compile the whole model with `masks="nested"` or `masks="pool"` instead.
+        ConfigError: no block repeats in the model. Compile the whole model with `masks="nested"` or `masks="pool"`
+            instead.
     """
     handle = enabled if isinstance(enabled, Handle) else handle_of(enabled)
     if handle is None or not handle.enabled:
         raise StateError(
-            "compile_blocks needs a model that is enabled: handle = dropbp.enable(model, ...), then "
+            "compile_blocks needs an enabled model: handle = dropbp.enable(model, ...), then "
             "dropbp.compile_blocks(handle)."
         )
     return compile_each(handle.model, handle.branches, options)
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """The handle of an enabled model, None if it is not enabled."""
+    """The handle of an enabled model; None if the model is not enabled."""
     root = unwrapped(checked_module(model)).__dict__.get("_dropbp_root")
     return root.owner if isinstance(root, RootState) and isinstance(root.owner, Handle) else None

@@ -30,14 +30,14 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def is_differentiable(x: torch.Tensor) -> bool:
-    """Whether autograd can follow tensors of this type."""
+    """Whether tensors of this dtype can require a gradient."""
     return x.is_floating_point() or x.is_complex()
 
 
 def outputs_by_key(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every floating-point tensor of a model's outputs, with the name or the place of the output it came in.
+    """Every floating-point tensor of a model's outputs, with the name or index of its output.
 
-    Places in lists inside of an output are left out: how many layers or images there are is no other kind of output.
+    Indices in lists inside an output are left out: another number of layers or images is not another kind of output.
     """
     for key, output in _entries(value):
         for tensor in tensors_in(output):
@@ -61,7 +61,7 @@ _LONG_LIST = 1000
 
 
 def held_by_modules(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Floating-point tensors that modules hold as attributes, neither parameters nor buffers, each with its name."""
+    """Floating-point tensors that are attributes of modules but neither parameters nor buffers, with their names."""
     for name, module in model.named_modules():
         for attribute, value in module.__dict__.items():
             if attribute in _OF_EVERY_MODULE or not _may_hold_tensors(value):
@@ -79,7 +79,7 @@ def _may_hold_tensors(value: Any) -> bool:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore all buffers afterwards: kernels change running statistics without counting a new version."""
+    """Restore all buffers afterwards: kernels update running statistics without raising the tensor's version."""
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
@@ -119,7 +119,7 @@ def _map_dataclass(value: Any, function: TensorMap) -> Any:
 
 
 def ask_for_gradients(args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward's arguments, key-value caches included, hold a tensor that requires a gradient."""
+    """Whether the arguments of a forward, key-value caches included, hold a tensor that requires a gradient."""
     values = [*args, *kwargs.values()]
     if any(tensor.requires_grad for tensor in tensors_in(values)):
         return True
@@ -127,7 +127,7 @@ def ask_for_gradients(args: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _cache_asks(cache: Any) -> bool:
-    """Caches are those of transformers: objects that hold tensors, or lists of objects that do."""
+    """Handles the caches of transformers: objects that hold tensors, or lists of objects that do."""
     inside = list(vars(cache).values())
     inside += [
         vars(layer) for value in inside if isinstance(value, list) for layer in value if hasattr(layer, "__dict__")

@@ -179,7 +179,7 @@ def test_a_lazy_device_is_refused():
         def is_lazy(self):
             return True
 
-    with pytest.raises(dropbp.ConfigError, match="activation_cache does not suit hpu"):
+    with pytest.raises(dropbp.ConfigError, match="activation_cache does not work on hpu"):
         dropbp.enable(llama(), device=Lazy(), activation_cache=True)
 
 

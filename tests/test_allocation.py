@@ -211,7 +211,7 @@ def test_reference_forward_is_the_same_for_every_mask():
     [
         (([math.nan, 1], [1, 1], 0.5), r"sensitivities\[0\] is nan; allowed is zero, a positive number, or infinity"),
         (([1, -2], [1, 1], 0.5), r"sensitivities\[1\] is -2.0"),
-        (([1, "x"], [1, 1], 0.5), r"sensitivities\[1\] is 'x'; sensitivities holds one number per branch"),
+        (([1, "x"], [1, 1], 0.5), r"sensitivities\[1\] is 'x'; sensitivities needs one number per branch"),
         (([1, 1], [1, 0], 0.5), r"flops\[1\] is 0.0; allowed is a positive, finite number"),
         (([1, 1], [1, math.inf], 0.5), r"flops\[1\] is inf"),
         (([], [], 0.5), "flops is empty"),

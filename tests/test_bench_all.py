@@ -84,7 +84,7 @@ def test_short_learning_runs_never_replace_the_published_ones(called: Calls, tmp
 
 
 def test_accelerator_that_is_not_there_is_one_clear_error(called: Calls) -> None:
-    with pytest.raises(DeviceError, match="device 'cuda' was asked for and is not available here"):
+    with pytest.raises(DeviceError, match="device 'cuda' is not available here"):
         command.main(["all", "--device", "cuda", "--smoke"])
     assert not called
 

@@ -129,7 +129,8 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     monkeypatch.setattr(Command, "load", missing)
     assert cli.main(["inspect"]) == 2
     assert (
-        "peft.tuners is needed and not installed; install it with: pip install 'dropbp[hf]'" in capsys.readouterr().err
+        "peft.tuners is required but not installed; install it with: pip install 'dropbp[hf]'"
+        in capsys.readouterr().err
     )
 
 

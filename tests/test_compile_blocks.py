@@ -109,7 +109,7 @@ def test_compiled_blocks_under_gradient_checkpointing(kind):
 
 
 def test_a_model_that_is_not_enabled_is_refused():
-    with pytest.raises(dropbp.StateError, match="compile_blocks needs a model that is enabled"):
+    with pytest.raises(dropbp.StateError, match="compile_blocks needs an enabled model"):
         dropbp.compile_blocks(tiny_llama())
 
 

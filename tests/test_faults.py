@@ -92,8 +92,8 @@ def test_no_file_is_unpickled_to_see_whether_it_is_whole(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "nothing more can be written"),
-        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "nothing more can be written"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write any more"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "cannot write any more"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (MemoryError(), "out of memory"),

@@ -137,12 +137,12 @@ def test_what_needs_no_optional_package_works(tmp_path: Path, config: str, argum
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("plan", "CONFIG", *SIZE), 2, "peft is needed and not installed"),
+        (("plan", "CONFIG", *SIZE), 2, "peft is required but not installed"),
         (("plan", "CONFIG", "--peft", "none", "--no-measure", *SIZE, "--plot", "a.png"), 2, "plots need matplotlib"),
         (("plan", "nobody/nothing"), 2, "nobody/nothing cannot be loaded"),
-        (("finetune",), 2, "gguf is needed and not installed"),
+        (("finetune",), 2, "gguf is required but not installed"),
         (("finetune", "--model", "MODEL", "--dataset", "rows.jsonl", "--peft", "none"), 2, "accelerate"),
-        (("finetune", "--model", "MODEL", "--dataset", "nobody/rows"), 2, "datasets is needed and not installed"),
+        (("finetune", "--model", "MODEL", "--dataset", "nobody/rows"), 2, "datasets is required but not installed"),
         (("bench", "throughput", "--smoke", "--only", "lora-fp32", "--output", "results"), 1, "lora needs peft"),
         (("bench", "callback_overhead", "--smoke", "--output", "results"), 2, "accelerate"),
         (("bench", "all", "--smoke", "--part", "callback_overhead"), 1, "bench callback_overhead: Using the `Trainer`"),

@@ -180,7 +180,7 @@ def file_limit(count: int, folder: Path) -> dict[str, Any]:
             status, text = child.wait(), child.said
         assert status == 1, f"limit {limit}: status {status}\n{text[-3000:]}"
         assert "Traceback" not in text, text[-3000:]
-        assert "nothing more can be written" in text.strip().splitlines()[-1], text[-3000:]
+        assert "cannot write any more" in text.strip().splitlines()[-1], text[-3000:]
         last, _ = last_whole_checkpoint(folder / "run")
         assert last is None or f"{last} is kept" in text, text[-3000:]
     return {"injected": count}
