@@ -237,8 +237,11 @@ def unshifted() -> Any:
     ("make", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(4, 4)), "no forward in it takes both labels and logits_to_keep"),
-        (OwnLoss, "OwnLoss cannot compute logits only where a label is: its forward does not hand shift_labels on"),
-        (unshifted, "BartForCausalLM cannot compute logits only where a label is: its forward does not hand"),
+        (
+            OwnLoss,
+            "OwnLoss cannot compute logits only at labelled positions: its forward does not pass shift_labels on",
+        ),
+        (unshifted, "BartForCausalLM cannot compute logits only at labelled positions: its forward does not pass"),
     ],
 )
 def test_models_that_cannot_are_refused_and_left_as_they_were(make: Any, message: str) -> None:
@@ -253,7 +256,7 @@ def test_enable_refuses_likewise_and_leaves_no_trace() -> None:
     from tests.common.engine_models import plain_batch, plain_net
 
     model = plain_net()
-    with pytest.raises(ConfigError, match="cannot compute logits only where a label is"):
+    with pytest.raises(ConfigError, match="cannot compute logits only at labelled positions"):
         dropbp.enable(model, logits="labelled", example_inputs=plain_batch())
     assert not [key for module in model.modules() for key in module.__dict__ if "dropbp" in key or key == "forward"]
     with pytest.raises(ConfigError, match="logits is 'some'; allowed: all, labelled"):

@@ -631,7 +631,7 @@ def test_an_attribute_changed_once_between_steps_costs_one_recomputation():
     trained(model, handle, kept, steps=1)
     model.blocks[0].note = "new"
     trained(model, handle, kept, steps=1)
-    assert "attributes were changed" in handle.report()["not_recomputed"]["blocks.0"]
+    assert "attributes have changed" in handle.report()["not_recomputed"]["blocks.0"]
     trained(model, handle, kept, steps=1)
     assert not handle.report()["not_recomputed"]
 

@@ -1,10 +1,10 @@
-"""The same attention kernel with and without recording.
+"""Makes a dropped branch use the same attention kernel as a recorded run.
 
-PyTorch's attention takes another kernel where its mask requires a gradient (relative position biases, masks computed
-from the input), and kernels differ in the last bits. A branch that runs without recording must take the kernel of the
-recorded run. So its attention mask requires a gradient wherever the recorded one would. Modules that check whether
-gradients are recorded (`nn.MultiheadAttention` in evaluation mode, recurrent layers) record even if their branch is
-dropped, and their output is detached.
+PyTorch's attention selects another kernel if its mask requires a gradient (relative position biases, masks computed
+from the input), and kernels differ in the last bits. A branch that runs without recording must use the kernel of the
+recorded run, so its attention mask requires a gradient wherever the recorded one would. Some modules choose their
+kernel by the grad mode (`nn.MultiheadAttention` in evaluation mode, recurrent layers). They are recorded even if their
+branch is dropped, and their output is detached.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dropbp.tensors import map_tensors
 
 
 class MaskState(Attachment):
-    """A module that attends with a mask made from `parameters`; `dropping()` tells whether it runs dropped now."""
+    """A module whose attention mask is made from `parameters`; `dropping()` tells whether its branch is dropped now."""
 
     def __init__(self, parameters: Sequence[tuple[nn.Module, str]], dropping: Callable[[], bool]) -> None:
         self.parameters, self.dropping = parameters, dropping
 
     def differs(self) -> bool:
-        """Whether this run is not recorded, and a recorded one would have a mask that requires a gradient."""
+        """Whether this run is not recorded, but a recorded run would have a mask that requires a gradient."""
         if torch.is_grad_enabled() or not self.dropping():
             return False
         held = (module._parameters[attribute] for module, attribute in self.parameters)
@@ -37,7 +37,7 @@ class MaskState(Attachment):
 
 
 class SameKernel(TorchFunctionMode):
-    """Attention masks require a gradient inside, for the choice of the kernel."""
+    """Makes attention masks require a gradient, so that PyTorch selects the kernel of a recorded run."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -54,14 +54,14 @@ KERNEL_BY_MODE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
 
 
 class KernelState(Attachment):
-    """A module that takes another kernel if nothing is recorded; `dropping()` tells whether it runs dropped now."""
+    """A module whose kernel depends on the grad mode; `dropping()` tells whether its branch is dropped now."""
 
     def __init__(self, dropping: Callable[[], bool]) -> None:
         self.dropping = dropping
 
 
 def kernel_forward(original: Forward) -> Forward:
-    """Around such a module."""
+    """Wrap the forward of a module whose kernel depends on the grad mode."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ def kernel_forward(original: Forward) -> Forward:
 
 
 def mask_forward(original: Forward) -> Forward:
-    """Around a module that attends with a learned mask."""
+    """Wrap the forward of a module whose attention mask is learned."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Outputs that a call asks for and the recording at `enable` did not: router scores, attention maps, further losses.
+"""Outputs that a call asks for but discovery did not see: router scores, attention maps, auxiliary losses.
 
-The idea: a dropped branch runs without recording, because all that its inside leads to is the stream. Where a call asks
-for more (a flag, a changed setting, another argument, an output not seen before), that is not known. So in the first
-forwards of each kind of call dropped branches are recorded, and cut off where they are added to the stream: the
-gradient is that of `x + f(x).detach()`, whatever else comes out. After such a forward its graph is looked at: a branch
-whose nodes no output leads to is run without recording from then on, one that an output leads to stays recorded.
+A dropped branch can run without recording because its inside leads to the residual stream only. If a call asks for more
+(a flag, a changed setting, another argument, an unseen output), this is not known. So in the first forwards of each
+kind of call, dropped branches are recorded and detached where they are added to the stream. The gradient is then that
+of `x + f(x).detach()`, whatever other outputs there are. Afterwards the autograd graph is inspected: a branch whose
+nodes no output reaches runs without recording from then on; a branch that an output reaches stays recorded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dropbp.tensors import held_by_modules, outputs_by_key
 if TYPE_CHECKING:
     from dropbp.discovery.structure import BranchOutput, Structure
 
-# Arguments of transformers that change no output but the loss of the logits.
+# Arguments of transformers that change no output, except that `labels` adds the loss of the logits.
 _ORDINARY = frozenset({
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "cache_position", "labels",
     "shift_labels", "num_items_in_batch", "logits_to_keep", "use_cache", "past_key_values", "decoder_input_ids",
@@ -38,7 +38,7 @@ _EVERY = -1
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CallPlan(ForwardPlan):
-    """What a forward of one kind of call does; `observation`: what it shows of its detached branches."""
+    """The plan of a forward of one kind of call; `observation` collects what it shows of its detached branches."""
 
     kind: Kind
     observation: Observation | None = None
@@ -49,11 +49,11 @@ class Kind:
 
     Attributes:
         uncuttable: branches, as bits, that can only be dropped by not recording them.
-        closed: branches whose inside no output leads to but by the stream.
-        opened: those known to be otherwise.
-        outputs: keys of the outputs seen, each with whether it asks for a gradient.
-        held: names of the tensors that modules hold.
-        fresh: no forward of this kind has run without recording a branch.
+        closed: branches whose inside reaches an output only through the residual stream.
+        opened: branches whose inside reaches an output in another way.
+        outputs: keys of the outputs seen, each with whether it requires a gradient.
+        held: names of the tensors that modules hold as attributes.
+        fresh: no forward of this kind has run an unrecorded branch yet.
     """
 
     def __init__(self, uncuttable: int, outputs: Mapping[str, bool] | None = None, held: Iterable[str] = ()) -> None:
@@ -63,7 +63,7 @@ class Kind:
         self._plans: dict[int, tuple[ForwardPlan, CallPlan]] = {}
 
     def plan(self, plan: ForwardPlan) -> CallPlan:
-        """What a forward of this kind does under a plan made for any."""
+        """Adapt a plan to this kind of call."""
         detached = plan.dropped & ~self.closed
         if detached & ~self.opened:
             return self._observing(plan, detached)
@@ -75,7 +75,9 @@ class Kind:
         return known[1]
 
     def _observing(self, plan: ForwardPlan, detached: int) -> CallPlan:
-        """The stream does not end: an output below its end would look like one that never asks for a gradient."""
+        """Do not truncate the backward: outputs below the truncation would look as if they never required a
+        gradient.
+        """
         return self._of(plan, detached, False, Observation())
 
     def _of(self, plan: ForwardPlan, detached: int, ends: bool, observation: Observation | None) -> CallPlan:
@@ -83,22 +85,22 @@ class Kind:
         return CallPlan(plan.dropped & ~detached, *rest, detached, kind=self, observation=observation)
 
     def reopened(self, plan: ForwardPlan) -> CallPlan:
-        """The plan again, with nothing taken for known."""
+        """The same plan without relying on earlier observations."""
         self.closed, self.opened = self.uncuttable, 0
         self._plans.clear()
         return self._observing(plan, (plan.dropped | plan.detached) & ~self.uncuttable)
 
     def has_new(self, outputs: Any, model: nn.Module | None) -> bool:
-        """Whether there is an output that was not there before, or a tensor that a module of this model holds."""
+        """Whether there is an output, or a tensor held by a module of `model`, that was not there before."""
         if any(key not in self.outputs for key, _ in outputs_by_key(outputs)):
             return True
         return model is not None and not self.held.issuperset(name for name, _ in held_by_modules(model))
 
     def learn(self, plan: ForwardPlan, observation: Observation, outputs: Any, model: nn.Module) -> None:
-        """Take over what an observed forward showed.
+        """Learn from an observed forward.
 
         Raises:
-            StateError: what a dropped branch adds to the stream is an output itself, or leads to one by another way.
+            StateError: what a dropped branch adds to the stream is an output itself, or reaches one in another way.
         """
         live = observation.live(outputs, model)
         self.opened |= live & plan.detached
@@ -112,9 +114,9 @@ class Calls:
     """The kinds of calls of one model.
 
     Args:
-        model: the root.
+        model: the root module.
         structure: its branches.
-        recorded: what the recorded call asked for.
+        recorded: what the call recorded for discovery asked for.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, recorded: Asked) -> None:
@@ -128,7 +130,7 @@ class Calls:
         self._kinds = {(self._key(recorded), self._settings.changed()): base}
 
     def plan(self, plan: ForwardPlan, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallPlan:
-        """What this call does under a plan made for any."""
+        """Adapt a plan to this call."""
         key = self.key(args, kwargs)
         kind = self._kinds.get(key)
         if kind is None:
@@ -136,7 +138,7 @@ class Calls:
         return kind.plan(plan)
 
     def key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Asked, Asked]:
-        """What makes a call one of its kind: what it asks for, and the settings that were changed."""
+        """The key of a call's kind: what it asks for, and the settings that were changed."""
         return self._key(asked(self._names, args, kwargs)), self._settings.changed()
 
     def _key(self, asked_for: Asked) -> Asked:
@@ -145,12 +147,12 @@ class Calls:
         )
 
     def _says_nothing(self, name: str, value: Any) -> bool:
-        """Whether the argument is what the model takes where it is not given."""
+        """Whether the argument has the value that the model uses by default."""
         return (name == "return_dict" and value is True) or (value is False and not self._settings.has_on(name))
 
 
 class _Settings:
-    """Flags in the configurations of a model, in the style of transformers: what calls ask for by default."""
+    """Flags in the configurations of a transformers-style model, which are the defaults of its calls."""
 
     def __init__(self, model: nn.Module) -> None:
         found = {id(c): vars(c) for c in _configurations(model)}
@@ -158,7 +160,7 @@ class _Settings:
         self._before = [dict(_flags(values)) for values in self._now]
 
     def changed(self) -> Asked:
-        """Those that were changed since, with their values."""
+        """The flags that were changed since `enable`, with their values."""
         pairs = zip(self._before, self._now, strict=True)
         if all(before.items() <= now.items() for before, now in pairs):
             return frozenset()
@@ -181,7 +183,7 @@ def _configurations(model: nn.Module) -> Iterator[Any]:
 
 
 def _flags(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """None may be a flag that was not set."""
+    """The flags of a configuration. None may stand for a flag that is not set."""
     return ((n, v) for n, v in values.items() if n != "use_cache" and (v is None or isinstance(v, bool)))
 
 
@@ -191,7 +193,7 @@ def _is_of_transformers(model: Any) -> bool:
 
 
 def _cuttable(exits: Sequence[BranchOutput]) -> int:
-    """The branches all of whose last outputs are known."""
+    """The branches, as bits, whose last outputs are all known."""
     every, missing = 0, 0
     for entry in exits:
         every |= 1 << entry.branch
@@ -200,7 +202,9 @@ def _cuttable(exits: Sequence[BranchOutput]) -> int:
 
 
 class Observation:
-    """What one forward with recorded dropped branches shows: the numbers of the nodes that each made, and its ends."""
+    """What one forward with recorded dropped branches shows: the sequence numbers of the nodes that each branch
+    created, and the outputs of the branches.
+    """
 
     def __init__(self) -> None:
         self.noted = 0
@@ -208,19 +212,19 @@ class Observation:
         self._ends: dict[Any, tuple[str, int]] = {}
 
     def note(self, need: int, start: int, end: int) -> None:
-        """A module of these branches made the nodes with numbers from `start` to below `end`."""
+        """Note that a module of these branches created the nodes from number `start` to before `end`."""
         self.noted |= need
         self._made.append((need, start, end))
 
     def note_end(self, tensor: torch.Tensor, module: str, users: int) -> None:
-        """A tensor that a branch adds to the stream, and how many operations take it."""
+        """Note a tensor that a branch adds to the stream, and how many operations use it."""
         self._ends[tensor.grad_fn] = module, users
 
     def live(self, outputs: Any, model: nn.Module) -> int:
-        """The branches, as bits, whose inside an output leads to, or a tensor that a module holds.
+        """The branches, as bits, whose inside reaches an output or a tensor that a module holds.
 
         Raises:
-            StateError: an end of a branch leads to an output by another way than the stream.
+            StateError: the output of a branch reaches an output of the model in another way than through the stream.
         """
         asked_for = ((key, tensor) for key, tensor in outputs_by_key(outputs) if key not in _CACHES)
         ends = ((tensor.grad_fn, name) for name, tensor in (*held_by_modules(model), *asked_for))
@@ -237,21 +241,20 @@ class Observation:
         return found
 
     def forget(self) -> None:
-        """Let go of the graph: the plan of this forward, which holds what it showed, is remembered for its backward."""
+        """Release the graph. The plan that holds this observation stays remembered until its backward."""
         self._made, self._ends = [], {}
 
     def _check_end(
         self, node: Any, module: str, expected: int, users: Mapping[Any, list[Any]], roots: Mapping[Any, str]
     ) -> None:
-        """Follow what a branch adds to the stream up to the addition."""
+        """Follow the output of a branch up to its addition to the stream."""
         while node in users:
             if node in roots or len(users[node]) > expected:
                 names = {roots[node]} if node in roots else _led_to(users[node], users, roots)
                 raise StateError(
-                    f"The output {' or '.join(sorted(names))} depends on what {module} adds to the residual "
-                    "stream by another way than the stream, and that gradient would be lost where its branch is "
-                    "dropped. Do not ask for this output, or name the branches to drop without this one: "
-                    "dropbp.enable(model, branches=[...])."
+                    f"The output {' or '.join(sorted(names))} uses the output of {module} outside the residual stream, "
+                    "so dropping its branch would lose that gradient. Do not ask for this output, or name the "
+                    "branches to drop, without this one: dropbp.enable(model, branches=[...])."
                 )
             if len(users[node]) != 1 or "Add" in users[node][0].name() or _operands(users[node][0]) != 1:
                 return
@@ -259,7 +262,7 @@ class Observation:
 
 
 def _led_to(nodes: Iterable[Any], users: Mapping[Any, list[Any]], roots: Mapping[Any, str]) -> set[str]:
-    """Names of the outputs that nodes lead to; of several nodes those are meant that are no addition to the stream."""
+    """Names of the outputs that nodes reach. If some of the nodes are no additions to the stream, only these count."""
     pending = [node for node in nodes if "Add" not in node.name()] or list(nodes)
     seen = set(pending)
     while pending:
@@ -274,7 +277,7 @@ def _operands(node: Any) -> int:
 
 
 def _users(roots: Mapping[Any, str]) -> dict[Any, list[Any]]:
-    """Every node that the roots lead to, with those that take its outputs."""
+    """Every node that the roots reach, with the nodes that use its outputs."""
     users: dict[Any, list[Any]] = {root: [] for root in roots}
     pending = list(roots)
     while pending:

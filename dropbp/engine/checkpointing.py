@@ -2,12 +2,12 @@
 
 A block whose branches are all dropped has nothing to recompute. PyTorch's non-reentrant checkpointing saves nothing
 there, so it needs no help. Models in the style of transformers call a checkpoint function that the module holds; it is
-bypassed for such blocks. A reentrant checkpoint in a user's own code cannot be bypassed. But when it recomputes a block
-that only adds its dropped branches to the stream, the stream itself can serve as the block's output: only the graph of
-a recomputation counts, and that is the identity.
+bypassed for such blocks. A reentrant checkpoint in a user's own code cannot be bypassed. But if it recomputes a block
+that only adds its dropped branches to the residual stream, the block's input can replace its output: only the graph of
+the recomputation counts, and that is the identity.
 
-Under `torch.compile` of a whole model a block is the largest part that can be compiled for all masks: a region of two
-branches has four different masks, the whole model 2**N.
+Under `torch.compile` of a whole model, a block is the largest region that can be compiled for all masks: a block of two
+branches has four masks, the whole model 2**N.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from dropbp.engine.runtime import Runtime, current_node, is_compiling
 Function = Callable[..., Any]
 
 _FUNCTION = "_gradient_checkpointing_func"
-is_grad_enabled = torch.is_grad_enabled  # asked for every block
+is_grad_enabled = torch.is_grad_enabled  # bound once, since every block calls it
 
 
 class BlockState(Attachment):
-    """A block, the branches in it, and whether it only adds them to its input (None until that was seen)."""
+    """A block, its branches, and whether it only adds them to its input (None until this was checked)."""
 
     def __init__(self, module: nn.Module, need: int, runtime: Runtime, recomputed: RecomputedBlock) -> None:
         self.module, self.need, self.runtime, self.recomputed = module, need, runtime, recomputed
@@ -41,7 +41,7 @@ class BlockState(Attachment):
         self.only_adds: bool | None = None
 
     def recomputes_in_vain(self) -> bool:
-        """Whether a reentrant checkpoint of this block alone is recomputing it with all of its branches dropped."""
+        """Whether a reentrant checkpoint of this block alone is recomputing it while all its branches are dropped."""
         if self.only_adds is False or not torch.is_grad_enabled():
             return False
         if checkpointed_module(getattr(current_node(), "run_function", None)) is not self.module:
@@ -49,12 +49,14 @@ class BlockState(Attachment):
         return not self.need & ~self.runtime.plan_recomputed().dropped
 
     def run_recomputed(self, forward: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block so that the backward recomputes it."""
+        """Run the block so that its activations are recomputed in the backward."""
         calls = self.runtime.count_call(self.recomputed.name)
         return self.recomputed.run(forward, args, kwargs, again=calls > 0)
 
     def recompute(self, forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
-        """The stream in place of the block's output; the block first runs once, to compare them."""
+        """Return the block's input instead of its output. The first time, run the block to check that this
+        is allowed.
+        """
         if self.only_adds and args[0].requires_grad:
             return args[0]
         output = forward()
@@ -89,7 +91,7 @@ def checkpointed_module(function: Any) -> Any:
 
 
 def block_forward(original: Forward) -> Forward:
-    """Around a block: a boundary for compiling the whole model, and a shortcut for recomputation."""
+    """Wrap the forward of a block: a graph break for the compiled model, and a shortcut for recomputation."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +129,7 @@ def install_blocks(
 
 
 def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, tuple[str, int]]:
-    """Each block with its first name and its branches: several names may be one module."""
+    """Each block with its first name and its branches; several names may refer to one module."""
     found: dict[nn.Module, tuple[str, int]] = {}
     for name, need in blocks.items():
         module = model.get_submodule(name)
@@ -137,10 +139,10 @@ def _modules(model: nn.Module, blocks: Mapping[str, int]) -> dict[nn.Module, tup
 
 
 class CheckpointBypass:
-    """Lets blocks whose branches are all dropped run outside gradient checkpointing: they have nothing to recompute.
+    """Runs blocks whose branches are all dropped outside gradient checkpointing, as they have nothing to recompute.
 
     Models in the style of transformers call `module._gradient_checkpointing_func(function, *args)`. Switching
-    checkpointing on sets this attribute on instances, perhaps after `enable`, so each forward looks for it.
+    checkpointing on sets this attribute on instances, possibly after `enable`, so each forward looks for it.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, runtime: Runtime) -> None:
@@ -149,7 +151,7 @@ class CheckpointBypass:
         self.need = {module: need for module, (_, need) in _modules(model, structure.blocks).items()}
 
     def refresh(self) -> None:
-        """Find checkpoint functions that were set since the last forward."""
+        """Wrap checkpoint functions that were set since the last forward."""
         for host in self.hosts:
             function = host.get(_FUNCTION)
             if function is not None and type(function) is not _Bypassing:
@@ -160,7 +162,7 @@ class CheckpointBypass:
         return any(host.get("gradient_checkpointing") for host in self.hosts)
 
     def reenters(self) -> bool:
-        """Whether it does so with a checkpoint function that may be reentrant, as it was not told otherwise."""
+        """Whether it does so with a checkpoint function that may be reentrant (`use_reentrant` is not False)."""
         return any(host.get("gradient_checkpointing") and _may_reenter(host.get(_FUNCTION)) for host in self.hosts)
 
     def remove(self) -> None:
@@ -172,7 +174,7 @@ class CheckpointBypass:
 
     @contextlib.contextmanager
     def without_reentry(self) -> Iterator[None]:
-        """Make reentrant checkpoint functions non-reentrant inside, because only these leave a graph to look at."""
+        """Make reentrant checkpoint functions non-reentrant inside the context, since reentrant ones hide the graph."""
         present = [(host, host[_FUNCTION]) for host in self.hosts if host.get(_FUNCTION) is not None]
         try:
             for host, function in present:
@@ -183,13 +185,13 @@ class CheckpointBypass:
                 host[_FUNCTION] = function
 
     def drops_all_of(self, module: Any) -> bool:
-        """Whether this is a block with every branch dropped."""
+        """Whether the module is a block whose branches are all dropped."""
         need = self.need.get(module, 0)
         return need != 0 and not need & ~self.runtime.plan_now().dropped
 
 
 class _Bypassing:
-    """Stands in for a module's checkpoint function. Copies and pickles are the function itself."""
+    """Stands in for a module's checkpoint function. Copies and pickles contain the original function."""
 
     def __init__(self, owner: CheckpointBypass, inner: Function) -> None:
         self.owner, self.inner = owner, inner
@@ -201,7 +203,7 @@ class _Bypassing:
         if self.owner.drops_all_of(module):
             return function(*args, **kwargs)
         loose = getattr(module, "_dropbp_loose", None)
-        if loose is not None:  # recomputation may run the class's forward, without what lies around the instance's
+        if loose is not None:  # recomputation may call the class's forward and so skip the wrapper on the instance
             function = functools.partial(run_frozen, loose, function)
         return self.inner(function, *args, **kwargs)
 

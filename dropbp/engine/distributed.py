@@ -1,16 +1,17 @@
-"""What engines that spread a model over processes must know about dropped branches.
+"""How engines that spread a model over processes must treat dropped branches.
 
-A mask depends only on the seed and the number of the draw. So every rank knows without a message which gradients are
-missing on all ranks. For each engine this means:
+A mask depends only on the seed and the number of the draw, so every rank knows without communication which gradients
+are missing on all ranks. For each engine this means:
 
-- `DistributedDataParallel` waits for a gradient of every parameter, unless its constructor was told to look for unused
-  ones. Without that flag the step is refused here, instead of failing there one step later. `KeptReduction` makes it
-  send the kept parameters only.
-- `fully_shard` gathers a block's parameters before the block's backward. A block dropped whole needs none, and says so
-  through `FSDPModule.set_unshard_in_backward` (`Gathering`). FSDP2 itself does not send gradients that are None.
-- DeepSpeed ZeRO-3 keeps gradients in a buffer of its own; old ones must be cleared (`clear_partitioned`).
+- `DistributedDataParallel` waits for a gradient of every parameter, unless it was constructed with
+  `find_unused_parameters`. Without that flag the step is refused here, instead of failing one step later.
+  `KeptReduction` makes it send only the kept parameters.
+- `fully_shard` gathers a block's parameters before the block's backward. A block whose branches are all dropped needs
+  none; `Gathering` switches this off through `FSDPModule.set_unshard_in_backward`. FSDP2 itself does not send gradients
+  that are None.
+- DeepSpeed ZeRO-3 keeps gradients in a buffer of its own, where old ones must be cleared (`clear_partitioned`).
 
-Neither `torch.distributed.fsdp` nor DeepSpeed is imported: their modules and parameters are recognised by their
+This module imports neither `torch.distributed.fsdp` nor DeepSpeed: it recognises their modules and parameters by their
 attributes.
 """
 
@@ -30,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from dropbp.errors import StateError
 from dropbp.tensors import tensors_in
 
-NEEDED = -1  # of a parameter that belongs to no branch
+NEEDED = -1  # for a parameter outside all branches
 WRAPPERS = {
     "DistributedDataParallel": "Enable the model inside, dropbp.enable(wrapped.module), before or after wrapping it, "
     "and wrap it with find_unused_parameters=True, since dropped branches get no gradient.",
@@ -58,10 +59,10 @@ def refuse_wrapper(model: nn.Module) -> None:
 
 
 class ReplicaGuard:
-    """Refuses training forwards that `DistributedDataParallel` around the model could not run backward.
+    """Refuses training forwards for which the surrounding `DistributedDataParallel` could not run the backward.
 
-    A replica looks for unused parameters after each forward, and a backward uses those of the last one. So all forwards
-    before one backward must share a mask.
+    A replica searches for unused parameters after each forward, and a backward uses the result of the last search. So
+    all forwards before one backward must share a mask.
     """
 
     def __init__(self) -> None:
@@ -70,11 +71,11 @@ class ReplicaGuard:
 
     @property
     def waits(self) -> bool:
-        """Whether there is a forward in a replica whose backward has not begun and still can."""
+        """Whether a forward in a replica still waits for its backward."""
         return _replica() is not None and len(self._waiting) > 0
 
     def watch(self, outputs: Any, dropped: int) -> None:
-        """Called after each recorded forward."""
+        """Track a recorded forward until its backward begins."""
         if _replica() is None:
             return
         waiting = _Waiting(dropped, self._waiting.clear)
@@ -84,10 +85,10 @@ class ReplicaGuard:
                 tensor.register_hook(waiting.begin)
 
     def check(self, mask: Sequence[bool]) -> None:
-        """Called in each training forward with its mask.
+        """Check the mask of a training forward.
 
         Raises:
-            StateError: the flags of the DistributedDataParallel that is running do not allow the mask.
+            StateError: the flags of the running DistributedDataParallel do not allow the mask.
         """
         replica = _replica()
         if replica is None:
@@ -102,9 +103,9 @@ class ReplicaGuard:
             )
         elif any(drop and not waiting.dropped >> i & 1 for waiting in self._waiting for i, drop in enumerate(mask)):
             raise StateError(
-                "This forward drops branches that an earlier one, whose backward is still to come, has kept: "
-                "DistributedDataParallel takes the parameters that the last forward did not use for unused. Give all "
-                "forwards before one backward the same mask: put them into one `with handle.fixed(mask)`."
+                "This forward drops branches that an earlier forward, whose backward is still to come, has kept. "
+                "DistributedDataParallel treats parameters that the last forward did not use as unused. Use the same "
+                "mask for all forwards before one backward: put them into one `with handle.fixed(mask)`."
             )
 
     def _check_static(self, mask: Sequence[bool]) -> None:
@@ -112,7 +113,7 @@ class ReplicaGuard:
             self.first = mask
         if self.first != mask:
             raise StateError(
-                "DistributedDataParallel around this model has static_graph=True, which wants the same parameters used "
+                "DistributedDataParallel around this model has static_graph=True, which requires the same parameters "
                 "in every step, and this step's mask differs from the first one's. Make it with "
                 "find_unused_parameters=True and static_graph=False, or use one mask only (handle.fixed)."
             )
@@ -120,7 +121,7 @@ class ReplicaGuard:
 
 @dataclasses.dataclass(eq=False)
 class _Waiting:
-    """A forward whose backward has not begun. The graph of its outputs holds it: it is gone when the graph is."""
+    """A forward whose backward has not begun. Its output graph holds this object, so both are freed together."""
 
     dropped: int
     begun: Callable[[], None]
@@ -135,10 +136,10 @@ def _replica() -> Any:
 
 
 class KeptReduction:
-    """Communication hook of `DistributedDataParallel`: gradients of dropped branches are not sent.
+    """Communication hook of `DistributedDataParallel` that does not send the gradients of dropped branches.
 
-    A bucket's kept gradients are packed, averaged over the ranks, and unpacked. The masks since the last exchange tell
-    which gradients are missing on every rank, also under accumulation with `no_sync()`.
+    The kept gradients of a bucket are packed, averaged over the ranks, and unpacked. The masks since the last reduction
+    tell which gradients are missing on every rank, also under gradient accumulation with `no_sync()`.
     """
 
     def __init__(self, needs: Mapping[nn.Parameter, int], group: Any) -> None:
@@ -146,7 +147,7 @@ class KeptReduction:
         self.dropped: int | None = None
 
     def watch(self, outputs: object, dropped: int) -> None:
-        """Called after each recorded forward."""
+        """Note which branches a recorded forward drops."""
         self.dropped = dropped if self.dropped is None else self.dropped & dropped
 
     def __call__(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
@@ -181,7 +182,7 @@ def _put_back(sent: torch.Tensor, kept: Sequence[torch.Tensor], buffer: torch.Te
 
 @dataclasses.dataclass(frozen=True)
 class _ShardGroup:
-    """Parameters that FSDP2 gathers together: the modules they were given with, and the branches that need them."""
+    """Parameters that FSDP2 gathers together: the modules they were passed with, and the branches that need them."""
 
     modules: tuple[Any, ...]
     need: int
@@ -192,15 +193,15 @@ class _ShardGroup:
 
 
 class Gathering:
-    """Keeps FSDP2 from gathering parameters for the backward of blocks that are dropped whole.
+    """Keeps FSDP2 from gathering parameters for the backward of blocks whose branches are all dropped.
 
-    There is one switch per module, not per forward. So it is set when the backward of a forward begins, for all
-    forwards whose backwards run together, and reset when that backward ends. A block that is recomputed nevertheless
-    (gradient checkpointing of more than the block) gathers its parameters then.
+    FSDP2 has one switch per module, not per forward. So the switch is set when the backward of a forward begins, for
+    all forwards whose backwards run together, and reset when that backward ends. A block that is recomputed
+    nevertheless (because a checkpoint covers more than the block) gathers its parameters at that time.
 
     Args:
-        model: the root.
-        need_of: the branches that must all be dropped for the parameter of that name not to be needed.
+        model: the root module.
+        need_of: maps a parameter's name to the branches that must all be dropped for it not to be needed.
     """
 
     def __init__(self, model: nn.Module, need_of: Callable[[str], int]) -> None:
@@ -213,7 +214,7 @@ class Gathering:
         self.off: set[nn.Module] = set()
 
     def refresh(self, blocks: Iterable[nn.Module]) -> None:
-        """Look for modules under `fully_shard`, which changes their class, unless nothing changed since."""
+        """Find modules under `fully_shard`, which changes their class; does nothing if no class has changed since."""
         if not _distributed():
             return
         classes = tuple(type(module) for module in blocks)
@@ -231,11 +232,11 @@ class Gathering:
         self.hooks, self.groups, self.seen = [], [], ()
 
     def watch(self, outputs: Any, dropped: int) -> None:
-        """Called after each recorded forward."""
+        """Set the switches when the backward of a recorded forward begins."""
         if not self.groups:
             return
         if self.off and torch._C._current_graph_task_id() == -1:
-            self._set(0)  # the last backward broke off
+            self._set(0)  # the last backward was interrupted
         for tensor in tensors_in(outputs):
             if tensor.requires_grad:
                 tensor.register_hook(functools.partial(self._begin_backward, dropped))
@@ -260,7 +261,7 @@ class Gathering:
                 (self.off.difference_update if gathered else self.off.update)(group.modules)
 
     def _gather_again(self, module: Any, args: Any) -> None:
-        """Before a forward of a module that was not gathered, because it is recomputed nevertheless."""
+        """Gather before the forward of a module that was not gathered but is recomputed nevertheless."""
         if module in self.off:
             module.set_unshard_in_backward(True)
             module.unshard()
@@ -270,8 +271,8 @@ class Gathering:
 def clear_partitioned(parameters: Iterable[Any]) -> None:
     """Zero the gradients that DeepSpeed ZeRO-3 holds, at the beginning of an optimizer step.
 
-    ZeRO overwrites its buffer but never clears it, so a step without a gradient would use that of an earlier one. ZeRO
-    has no gradients that are None, so dropped branches get zeros, and momentum and weight decay still move them.
+    ZeRO overwrites its buffer but never clears it, so a step without a gradient would use an earlier one. ZeRO cannot
+    hold gradients that are None, so dropped branches get zeros, and momentum and weight decay still move them.
     """
     for parameter in parameters:
         engine = getattr(parameter, "_z3_optimizer", None)
@@ -307,13 +308,13 @@ def _shard_groups(model: nn.Module, need_of: Callable[[str], int]) -> list[_Shar
 
 
 def _group_key(module: Any) -> int:
-    """Modules given to `fully_shard` as a list share one state."""
+    """The identity of a module's FSDP state; modules passed to `fully_shard` as a list share one."""
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else module
     return id(state)
 
 
 def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The innermost of the modules that holds the parameter."""
+    """The innermost of these modules that holds the parameter."""
     prefix = parameter
     while prefix:
         prefix = prefix.rpartition(".")[0]
@@ -323,13 +324,13 @@ def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def many_ranks() -> bool:
-    """Whether this process is one of several that train together."""
+    """Whether several processes train together."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def of_rank_0(value: T) -> T:
-    """What rank 0 has: every rank must call this at the same time."""
+    """The value of rank 0; every rank must call this at the same time."""
     held = [value]
     torch.distributed.broadcast_object_list(held, src=0)
     return held[0]

@@ -1,7 +1,7 @@
-"""The engine makes one model run as its plans say.
+"""The engine applies the masks of a schedule to one model.
 
-It owns the functions around the model's modules, the state they share, and what only the run knows about its next
-forward. It asks a schedule what to drop.
+It owns the forward wrappers around the model's modules, their shared state, and everything about the next forward that
+only the running model can tell. It asks a schedule what to drop.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Engine:
     """Makes a model run as a schedule says, from `start` to `stop`.
 
     Args:
-        model: the root.
+        model: the root module.
         structure: its branches.
-        asked: the outputs that the recorded forward was asked for.
+        asked: the outputs that the forward recorded for discovery was asked for.
         config: the options of `enable`.
-        device: the model's.
+        device: the adapter of the model's device.
 
     Raises:
-        ConfigError: gradients were to be scaled, and a branch's cannot be.
+        ConfigError: `scaling` is set, but the gradient of a branch cannot be scaled exactly.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, asked: Asked, config: Config, device: Device) -> None:
@@ -79,7 +79,7 @@ class Engine:
         self.bypass = CheckpointBypass(model, structure, self.runtime)
         self.truncation = Truncation(model, self.runtime, self.bypass, self.may_truncate)
         self.abandoned: Callable[[], bool] = bool
-        self.others_train: Callable[[], bool] = bool  # than before: the schedule weighs the branches anew
+        self.others_train: Callable[[], bool] = bool  # whether the set of trained parameters changed
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
         self.runtime.cut_strays = Strays(self.parameters).cut
@@ -93,25 +93,25 @@ class Engine:
 
     @property
     def may_truncate(self) -> bool:
-        """Whether the stream may go without gradient below the lowest kept branch.
+        """Whether the backward may be truncated: the residual stream has no gradient below the lowest kept branch.
 
-        A mask for attention made from the stream would not ask for a gradient, and another kernel would be taken.
+        Not allowed if an attention mask is made from the stream: without a gradient it would select another kernel.
         """
         learned_masks = any(site.learned_mask for site in self.structure.sites)
         return self.freezes and not self.device.is_lazy() and not learned_masks
 
     @property
     def checkpoints(self) -> bool:
-        """Whether the model checkpoints its blocks itself."""
+        """Whether the model checkpoints its own blocks."""
         return self.bypass.is_on()
 
     @property
     def running(self) -> bool:
-        """Whether the functions are in place."""
+        """Whether the forward wrappers are in place."""
         return bool(self._patches)
 
     def start(self, schedule: Schedule, owner: object) -> None:
-        """Put the functions in place; `owner` is the object that the model is enabled through."""
+        """Install the forward wrappers; `owner` is the handle of the enabled model."""
         self.schedule = schedule
         self._patches = _put_in_place(
             self.model,
@@ -131,7 +131,7 @@ class Engine:
             schedule.graph_warmup = _graph_warmup(self.model, self.structure, self.rests, self.recomputed)
 
     def stop(self) -> None:
-        """Remove the functions exactly. A second call does nothing."""
+        """Remove the forward wrappers and restore the model exactly. A second call does nothing."""
         for patch in reversed(self._patches):
             patch.remove()
         self._patches = []
@@ -140,7 +140,7 @@ class Engine:
         self._zeros.release()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
-        """What the next training forward of the root does. Called before each."""
+        """The plan of the coming training forward of the root."""
         if self.abandoned():
             return ForwardPlan()
         self._watch.check()
@@ -159,13 +159,13 @@ class Engine:
         if self.fills_gradients and plan.dropped:
             boundary = self.device.step_boundary if self.boundary != "none" else None
             self.parameters.fill(plan.dropped, conditions.stem_rests, boundary)
-        if self.device.is_lazy():  # recording dropped branches at first would be another graph, compiled for nothing
+        if self.device.is_lazy():  # recording dropped branches first would compile a graph that is used only once
             return plan
         return self.calls.plan(plan, args, kwargs)
 
     @contextlib.contextmanager
     def measuring(self, mask: Mask) -> Iterator[None]:
-        """Forwards inside drop these branches and nothing besides, and no schedule knows of them."""
+        """Forwards inside the context drop exactly these branches; the schedule does not count them."""
         self._measuring = mask
         try:
             yield
@@ -180,13 +180,13 @@ class Engine:
         return (self._activations_limit() or 1) < 1
 
     def recomputed(self, dropped: int) -> int:
-        """Blocks whose kept branches are recomputed under a mask, as far as is known; both as bits of branches."""
+        """Blocks that are recomputed under a mask, as far as known; mask and result are bits of branches."""
         left_alone = self.recomputation.left_alone
         return self.schedule.checkpointed(dropped, self._activations_limit(), left_alone) & ~self.recomputation.refused
 
     @contextlib.contextmanager
     def recomputing_all(self) -> Iterator[None]:
-        """Inside, steps recompute their blocks and keep almost no activations."""
+        """Inside the context, steps recompute all their blocks and keep almost no activations."""
         self._recomputes_all = True
         try:
             yield
@@ -194,7 +194,7 @@ class Engine:
             self._recomputes_all = False
 
     def _activations_limit(self) -> float | None:
-        """Share of all activations that a step may keep; None if it has no limit."""
+        """Share of all activations that a step may keep; None: no limit."""
         limit = self.config.max_activations
         if self.checkpoints:
             return None
@@ -234,11 +234,11 @@ class Engine:
         )
 
     def _freezes_now(self) -> bool:
-        """A given mask names only branches: everything else trains under it, unless the user chose `stem="rest"`."""
+        """A mask given by the user names only branches; everything else trains, unless `stem="rest"` was chosen."""
         return self.config.stem == "rest" or not self.schedule.fixed
 
     def _refuse_graphs(self) -> None:
-        """A captured graph replays the forward it was made from, with its mask."""
+        """Refuse CUDA graphs: a captured graph would replay the mask of its recording."""
         if not self._looked_for_graphs:
             self.device.check_model(self.model)
             self._looked_for_graphs = True
@@ -246,7 +246,7 @@ class Engine:
             refuse_capture()
 
     def _needs_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether an input asks for a gradient: it comes through the whole stream and would be biased."""
+        """Whether an input requires a gradient, which comes through the whole stream and would be biased."""
         if not self.freezes or self.schedule.fixed or not ask_for_gradients(args, kwargs):
             return False
         if not self._inputs_told:
@@ -278,17 +278,17 @@ def _put_in_place(
     boundary: str,
     step_boundary: Callable[[], None],
 ) -> list[Interception]:
-    """Put all functions in place; the innermost first, so that removal in reverse order is exact.
+    """Install all forward wrappers, innermost first, so that removal in reverse order is exact.
 
     Args:
-        model: the root.
-        structure: what to intercept in it.
-        runtime: the state that all interceptions share.
-        root: makes what runs the root's forward, or a backbone's.
-        recomputation: of the blocks, in the backward.
+        model: the root module.
+        structure: the modules to wrap.
+        runtime: the state that all wrappers share.
+        root: makes the state of the wrapper of the root or of a backbone.
+        recomputation: recomputes blocks in the backward.
         scales: whether gradients of kept branches are scaled.
-        rests: what rests beside the branches.
-        boundary: `none`, `layer` or `sublayer`: where a lazy device is told that a step ends.
+        rests: modules and parameters outside the branches that are frozen in some steps.
+        boundary: where a lazy device is told that a step ends: `none`, `layer` or `sublayer`.
         step_boundary: tells it.
     """
     made = install(model, structure, runtime, rests)
@@ -304,7 +304,7 @@ def _put_in_place(
 
 
 def _backbones(model: nn.Module, structure: Structure) -> Iterator[nn.Module]:
-    """The modules that hold all branches, the root last: those above the first numbered element."""
+    """The modules that contain all branches, the root last: those above the first numbered element."""
     ways = (name.split(".")[:-1] for branch in structure.branches for name in branch.modules)
     shared = itertools.takewhile(
         lambda parts: len(set(parts)) == 1 and not parts[0].isdigit(), zip(*ways, strict=False)
@@ -312,7 +312,7 @@ def _backbones(model: nn.Module, structure: Structure) -> Iterator[nn.Module]:
     path = [parts[0] for parts in shared]
     for count in range(len(path), -1, -1):
         module = model.get_submodule(".".join(path[:count]))
-        if type(module).forward is not nn.Module.forward:  # a list of blocks is never called
+        if type(module).forward is not nn.Module.forward:  # a ModuleList is never called
             yield module
 
 
@@ -324,19 +324,21 @@ def _starts(structure: Structure, boundary: str) -> list[str]:
 
 
 def _last_blocks(structure: Structure) -> list[str]:
-    """The last block of each list: what comes after, the head and the loss, gets a graph of its own."""
+    """The last block of each list: after it the head and the loss get a graph of their own."""
     return list({name.rpartition(".")[0]: name for name in structure.blocks}.values())
 
 
 def _graph_warmup(
     model: nn.Module, structure: Structure, rests: Rests, recomputed: Callable[[int], int]
 ) -> GraphWarmup:
-    """The warm-up of the graphs of a model's blocks, and of what rests at times beside their branches."""
+    """The graph warm-up for a model's blocks, and for the modules beside their branches that are frozen in
+    some steps.
+    """
     parts = [*rests.modules.items(), *structure.blocks.items()]
     layers = [Layer(_kind(model.get_submodule(name)), need) for name, need in parts]
     return GraphWarmup(layers, (1 << len(structure.branches)) - 1, recomputed)
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """Blocks of one kind record the same graphs."""
+    """A key that is equal for blocks that record the same graphs."""
     return type(block), tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in block.parameters())

@@ -1,4 +1,4 @@
-"""Parameters that are frozen while a module of theirs runs: they lie in no module that could run without recording."""
+"""Freezes parameters of dropped branches that lie in no module of the branch, so no module can skip them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LooseState(Attachment):
-    """Parameters frozen while their scope runs with their branches dropped, and those that rest beside the branches."""
+    """Parameters that are frozen while their scope runs: those of dropped branches, and those that rest beside them."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class LooseState(Attachment):
         self.resting = [(*owner_of(model, entry.name), entry.need) for entry in resting]
 
     def frozen(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
-        """The parameters, each with the table and the name it is held by."""
+        """The parameters to freeze now, each with the dictionary and the key that hold it."""
         plan = self.runtime.plan_here()
         entries = [*self.entries, *self.resting] if plan.stem_rests else self.entries
         held = [(m._parameters, a, m._parameters[a]) for m, a, need in entries if not need & plan.trained]
@@ -40,7 +40,7 @@ class LooseState(Attachment):
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a parameter, and the attribute it is held by."""
+    """The module that holds a parameter, and the name of the attribute."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
 
@@ -65,7 +65,9 @@ def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kw
 
 
 def _without(outputs: Any, parameters: Iterable[torch.Tensor]) -> Any:
-    """The outputs with none of the parameters nor views of them: these would ask for a gradient from now on."""
+    """Detach the frozen parameters, and views of them, in the outputs: unfrozen again, they would require a
+    gradient.
+    """
     own = set(map(id, parameters))
 
     def is_own(tensor: torch.Tensor) -> bool:
@@ -77,7 +79,7 @@ def _without(outputs: Any, parameters: Iterable[torch.Tensor]) -> Any:
 
 
 def _is_own(parameter: torch.Tensor) -> bool:
-    """Whether it is the model's own, and not what `torch.func` put in its place: that cannot be frozen."""
+    """Whether it is the model's own parameter. One that `torch.func` has substituted cannot be frozen."""
     return isinstance(parameter, nn.Parameter) and parameter.is_leaf and not transforming()
 
 

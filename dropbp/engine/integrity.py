@@ -1,9 +1,10 @@
 """Checks that nothing has replaced a branch since `enable`, as adapters, quantisers and patches may.
 
-The function around the forward of its last module drops a branch. If that module is taken out of the model, or its
-forward is overwritten, the function is no longer called, and the branch would train although it is dropped. So every
-training forward first checks the path from the root to each of these modules, and their forwards: two loops in C, which
-take 30 to 150 µs for 160 branches, depending on the processor's caches. Wrappers that only pass calls on are allowed.
+The wrapper around the forward of its last module drops a branch. If that module is taken out of the model, or its
+forward is overwritten, the wrapper is no longer called, and the branch would train although it is dropped. So every
+training forward first checks the path from the root to each of these modules, and their forwards. The check is two
+loops in C, which take 30 to 150 µs for 160 branches, depending on the processor's caches. Wrappers that only forward
+calls are allowed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ADVICE = (
 
 
 def last_modules(structure: Structure) -> list[str]:
-    """The modules whose forwards drop the branches; all modules of a branch whose last one is not known."""
+    """The modules whose forwards drop the branches; for a branch whose last module is unknown, all its modules."""
     found: dict[str, None] = {}
     for number, branch in enumerate(structure.branches):
         exits = [entry.module for entry in structure.branch_outputs if entry.branch == number]
@@ -39,11 +40,11 @@ def last_modules(structure: Structure) -> list[str]:
 
 
 class PatchCheck:
-    """Whether the branches' last modules are still where they were, with the forwards that they had.
+    """Checks that the branches' last modules are still in place, with the forwards that `enable` gave them.
 
     Args:
-        model: the root.
-        names: of the modules, whose forwards have been put in place.
+        model: the root module.
+        names: names of the modules, whose forwards are already wrapped.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -54,7 +55,7 @@ class PatchCheck:
         self._note(self._ways)
 
     def check(self) -> None:
-        """Compare, and inspect what differs.
+        """Compare the model with the last known state, and inspect what differs.
 
         Raises:
             StateError: a module was replaced, or its forward overwritten; the message names it.
@@ -68,7 +69,7 @@ class PatchCheck:
         self._note(ways)
 
     def _note(self, ways: list[Way]) -> None:
-        """The same in the form that compares fastest: every step of all paths once."""
+        """Store the state in the form that compares fastest: every step of all paths once."""
         steps = {(id(parent), key): (parent._modules, key, child) for way in ways for parent, key, child in way}
         self._tables: list[dict[str, nn.Module | None]] = [table for table, _, _ in steps.values()]
         self._keys = [key for _, key, _ in steps.values()]
@@ -77,7 +78,7 @@ class PatchCheck:
         self._calls = list(self._forwards.values())
 
     def _present(self, way: Way) -> Way:
-        """The present path to the same module, through wrappers put in between."""
+        """The current path to the same module, through wrappers that were inserted."""
         found = []
         for place, (parent, key, child) in enumerate(way):
             new = parent._modules.get(key)
@@ -119,7 +120,7 @@ def _to(outer: nn.Module, inner: nn.Module) -> Iterator[Step]:
 
 
 def _passes_on(new: nn.Module, old: nn.Module) -> bool:
-    """Whether the new module holds the old one and trains nothing besides."""
+    """Whether the new module contains the old one and trains no parameters of its own."""
     return any(module is old for module in new.modules()) and not _own(new, old)
 
 
@@ -141,7 +142,7 @@ def _said(model: nn.Module, way: Way, place: int, new: nn.Module | None) -> str:
 
 
 def _leads_to(forward: Any, ours: types.MethodType, module: nn.Module) -> bool:
-    """Whether a forward is ours or holds it: in what it wraps, in its closure, or on the module (accelerate)."""
+    """Whether a forward is ours or refers to it: as a wrapped function, in a closure, or on the module (accelerate)."""
     unseen, seen = [forward, *(value for key, value in module.__dict__.items() if key != "forward")], set[int]()
     while unseen:
         function = unseen.pop()

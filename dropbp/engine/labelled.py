@@ -1,9 +1,9 @@
-"""Logits only where a label is: what the head computes for other positions, no loss ever reads.
+"""Computes logits only at positions with a label, since no loss reads the others.
 
-In instruction tuning most positions carry no label. With a large vocabulary and a small model, their logits are a large
-part of a step. So the model is asked for the positions whose next token is labelled in a row of the batch, by
-`logits_to_keep`, and its loss is given the labels of these alone, by `shift_labels`. Both arguments are transformers'
-own, so that whatever else a model does with its logits and its loss stays. The loss is the same sum in another order.
+In instruction tuning most positions carry no label. With a large vocabulary and a small model, their logits take a
+large part of a step. So `logits_to_keep` asks the model for the positions whose next token has a label in any row of
+the batch, and `shift_labels` gives its loss the labels of these positions. Both are arguments of transformers, so
+everything else that a model does with its logits and its loss is unchanged. The loss is the same sum in another order.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ _IGNORED = -100
 
 
 def labelled_logits(model: nn.Module, *, evaluation: bool = False) -> LabelledLogits:
-    """Make a causal language model compute logits only where a label is, when it is called with `labels`.
+    """Make a causal language model compute logits only at labelled positions when it is called with `labels`.
 
-    Loss and gradients stay the same, up to rounding. `outputs.logits` then holds the positions that are labelled in a
-    row of the batch, so do not use this with a trainer that reads the logits of training steps (TRL's SFTTrainer does,
-    for its accuracy). Calls without labels, or with `logits_to_keep` or `shift_labels` of their own, are left alone.
-    Under PEFT and `dropbp.enable` it works likewise; call it first then, or pass `logits="labelled"` to `enable`.
+    Loss and gradients stay the same, up to rounding. `outputs.logits` then holds only the positions with a label in
+    some row of the batch, so do not use this with a trainer that reads the logits of training steps (TRL's SFTTrainer
+    does, for its accuracy). Calls without labels, or with their own `logits_to_keep` or `shift_labels`, are unchanged.
+    It also works with PEFT and `dropbp.enable`: call it before them, or pass `logits="labelled"` to `enable`.
 
     Args:
         model: a causal language model of transformers, or a wrapper that holds one.
-        evaluation: whether to do so in evaluation mode and without gradients, too. Do not, where metrics are computed
-            from logits.
+        evaluation: whether to do the same in evaluation mode and without gradients. Leave it off if metrics are
+            computed from logits.
 
     Returns:
-        A handle: `remove()`, or leaving `with`, undoes it.
+        A handle: `remove()`, or leaving the `with` block, undoes it.
 
     Raises:
-        ConfigError: the model's forward takes no positions (`logits_to_keep`), or computes its loss in its own way.
-        StateError: it does so already.
+        ConfigError: the model's forward does not take `logits_to_keep`, or computes its loss in its own way.
+        StateError: the model does so already.
     """
     return LabelledLogits(model, evaluation)
 
 
 class LabelledLogits:
-    """Takes the function around the model's forward away again. Also a context manager."""
+    """The handle of `labelled_logits`, which removes the wrapper around the model's forward. Also a context manager."""
 
     def __init__(self, model: nn.Module, evaluation: bool = False) -> None:
         module = _with_head(unwrapped(checked_module(model)))
         if module.__dict__.get(_ATTRIBUTE) is not None:
-            raise StateError(f"{type(module).__name__} computes logits only where a label is already.")
+            raise StateError(f"{type(module).__name__} already computes logits only at labelled positions.")
         settings = _Settings(evaluation, inspect.signature(module.forward))
         self._patch: Interception | None = Interception(module, _ATTRIBUTE, settings, _wrap)
 
     def remove(self) -> None:
-        """Let the model compute all logits. A second call does nothing."""
+        """Make the model compute all logits again. A second call does nothing."""
         if self._patch is not None:
             self._patch.remove()
             self._patch = None
@@ -96,7 +96,7 @@ def _is_wanted(module: nn.Module, settings: _Settings) -> bool:
 
 
 def _positions(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The two arguments for a call with labels; nothing where it has none, or most positions are needed."""
+    """The two extra arguments for a call; none if the call has no labels or nearly every position is needed."""
     if kwargs.get("shift_labels") is not None:
         return {}
     given = signature.bind_partial(*args, **kwargs).arguments
@@ -114,18 +114,18 @@ def _with_head(model: nn.Module) -> nn.Module:
     """The outermost module that computes the logits and their loss.
 
     Raises:
-        ConfigError: there is none, or its loss is another one.
+        ConfigError: there is none, or it uses another loss.
     """
     found = next((module for module in model.modules() if _takes_positions(module)), None)
     if found is None:
         raise ConfigError(
-            f"{type(model).__name__} cannot compute logits only where a label is: no forward in it takes both "
+            f"{type(model).__name__} cannot compute logits only at labelled positions: no forward in it takes both "
             "labels and logits_to_keep, as causal language models of transformers do. Leave it out."
         )
     if not _uses_the_known_loss(found):
         raise ConfigError(
-            f"{type(found).__name__} cannot compute logits only where a label is: its forward does not hand "
-            f"shift_labels on to transformers' {_LOSS}, so its loss would be another one. Leave it out."
+            f"{type(found).__name__} cannot compute logits only at labelled positions: its forward does not pass "
+            f"shift_labels on to transformers' {_LOSS}, so its loss would differ. Leave it out."
         )
     return found
 
@@ -135,7 +135,7 @@ def _takes_positions(module: nn.Module) -> bool:
 
 
 def _uses_the_known_loss(module: nn.Module) -> bool:
-    """Whether keywords that the forward does not name reach its `loss_function`, and that is the shifted loss."""
+    """Whether the forward passes unknown keywords on to its `loss_function`, and that is the shifted loss."""
     function = inspect.unwrap(cast(Any, module.forward))
     code = getattr(function, "__code__", None)
     takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())

@@ -1,4 +1,4 @@
-"""A model's parameters by the branches that must all be dropped for a step to skip them."""
+"""The parameters of a model, each with the branches that must all be dropped for a step to skip it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dropbp.masks.plan import ForwardPlan
 
 
 class Parameters:
-    """Looks parameters up by name each time, because engines replace them.
+    """Looks up parameters by name each time, because training engines replace them.
 
     Args:
-        model: the root.
+        model: the root module.
         structure: its branches.
-        rests: what rests beside them.
+        rests: modules and parameters outside the branches that are frozen in some steps.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, rests: Rests) -> None:
@@ -28,20 +28,22 @@ class Parameters:
         self.held: frozenset[str] | None = None
 
     def need_of(self, name: str) -> int:
-        """The branches that a parameter belongs to, as bits."""
+        """The branches that a parameter belongs to, as bits; `NEEDED` if none."""
         return self.structure.parameters.get(name, NEEDED)
 
     def needs(self) -> dict[nn.Parameter, int]:
-        """The branches that each parameter of a branch belongs to, as bits."""
+        """The branches, as bits, that each branch parameter belongs to."""
         return self._named(self.structure.parameters)
 
     def with_gradient(self) -> int:
-        """The branches whose parameters have gradients now, from an earlier micro-batch of this step."""
+        """The branches, as bits, whose parameters already have gradients from an earlier micro-batch of this step."""
         held = (need for parameter, need in self.needs().items() if parameter.grad is not None)
         return functools.reduce(operator.or_, held, 0)
 
     def skipped(self, plan: ForwardPlan) -> tuple[set[int], set[int]]:
-        """Ids of the parameters that get no gradient in a step under this plan: all, and those in no dropped branch."""
+        """Ids of the parameters without a gradient in a step under this plan: all of them, and those in no dropped
+        branch.
+        """
         present = self._present()
         at_rest = self.resting().items() if plan.stem_rests else ()
         resting = {id(present[name]) for name, border in at_rest if not border & plan.trained and name in present}
@@ -50,23 +52,23 @@ class Parameters:
         return inside | resting, resting
 
     def _present(self) -> dict[str, nn.Parameter]:
-        """Every parameter by each of its names. Under a wrapper that was put around a module it has another."""
+        """Every parameter by each of its names: inside a wrapper it has a different one."""
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _named(self, *needs: Mapping[str, int]) -> dict[nn.Parameter, int]:
-        """Parameters in place of their names. To look up each of thousands by itself would take a third of a step."""
+        """Replace names by parameters in one walk: thousands of single look-ups would take a third of a step."""
         present = self._present()
         each = ((name, need) for names in needs for name, need in names.items())
         return {present[name] if name in present else self.model.get_parameter(name): need for name, need in each}
 
     def hold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Count only these as trained; if an engine has replaced the parameters, all count."""
+        """Count only these as trained. If an engine has replaced the parameters, all count."""
         ids = set(map(id, parameters))
         names = frozenset(name for name, parameter in self.model.named_parameters() if id(parameter) in ids)
         self.held = names or None
 
     def train(self, dropped: int) -> bool:
-        """Whether a step that drops these branches leaves a trained parameter with a gradient."""
+        """Whether a step that drops these branches still trains a parameter."""
         resting = self.resting()
         return any(
             parameter.requires_grad
@@ -77,9 +79,9 @@ class Parameters:
         )
 
     def resting(self) -> dict[str, int]:
-        """Parameters that rest as a whole when a branch is dropped, with that branch as a bit.
+        """Parameters outside the branches that are frozen whenever a branch is dropped, with that branch as a bit.
 
-        Adapters that were put into a resting module since the model was enabled rest with it.
+        Adapters that were added to such a module after `enable` are frozen with it.
         """
         found = self.rests.bits()
         for path, border in self.rests.modules.items():
@@ -97,12 +99,13 @@ class Parameters:
         return split_groups(groups, lambda parameter: keys.get(id(parameter), (-1, 0)))
 
     def fill(self, dropped: int, with_rests: bool, boundary: Callable[[], None] | None) -> None:
-        """Zero gradients for parameters that this step skips, so that optimizers see the same set in every step.
+        """Give zero gradients to parameters that this step skips, so that optimizers see the same set in every step.
 
         Args:
             dropped: the branches that the step drops, as bits.
-            with_rests: whether what rests beside the branches does so in this step.
-            boundary: called after each branch's: all at once they would be another recording for each mask.
+            with_rests: whether the parameters outside the branches are frozen in this step.
+            boundary: called after each branch, because a lazy device would otherwise record another graph for each
+                mask.
         """
         by_need: dict[int, list[nn.Parameter]] = {}
         for parameter, need in self._named(self.structure.parameters, self.resting() if with_rests else {}).items():

@@ -1,9 +1,9 @@
-"""Puts functions around the forward of single module instances, and removes them without a trace.
+"""Wraps the forward of single module instances, and removes the wrappers without a trace.
 
-Only the instance changes: its `__dict__` gets a bound method `forward` and one attribute that the function reads.
-Classes are never patched. Hooks are not used, because they slow every call and callers of `forward` skip them. Names
-and `state_dict` keys stay. Copies and pickles of the model are plain: the attribute copies to None, which makes the
-function pass calls through, and the method binds to the copy.
+Only the instance changes: its `__dict__` gets a bound method `forward` and one attribute that the wrapper reads.
+Classes are never patched. Hooks are not used: they slow every call, and code that calls `forward` directly skips them.
+Names and `state_dict` keys do not change. Copies and pickles of the model are plain: the attribute copies to None,
+which makes the wrapper forward all calls, and the method binds to the copy.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _functions: weakref.WeakValueDictionary[tuple[Any, int], Forward] = weakref.Weak
 
 
 class Attachment:
-    """What an intercepted forward reads. It belongs to one model: its copies and pickles are None.
+    """The data that a wrapper reads. It belongs to one model: in copies and pickles it becomes None.
 
-    `original` is the forward it was put around. A function that finds an attachment with another one is a leftover,
-    inside someone else's wrapper or in a copy, and lets calls pass.
+    `original` is the wrapped forward. A wrapper that finds an attachment with another `original` is a leftover, inside
+    a foreign wrapper or in a copy, and only forwards calls.
     """
 
     __slots__ = ("original",)
@@ -40,13 +40,13 @@ class Attachment:
 
 
 class Interception:
-    """One function around one module's forward.
+    """One wrapper around one module's forward.
 
     Args:
         module: the instance.
         attribute: name of the instance attribute that holds `attachment`.
-        attachment: what the function needs to know.
-        wrap: from the original forward, as a function of `(module, *args, **kwargs)`, makes the new one.
+        attachment: the data that the wrapper reads.
+        wrap: makes the wrapper from the original forward, a function of `(module, *args, **kwargs)`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Interception:
         module.__dict__["forward"] = self.method
 
     def remove(self) -> None:
-        """Restore the module's forward; if something has wrapped ours since, ours passes calls on."""
+        """Restore the module's forward. If another wrapper was put around ours since, ours stays and forwards calls."""
         own = self.module.__dict__
         if own.get("forward") is not self.method:
             own[self.attribute] = None
@@ -73,8 +73,8 @@ class Interception:
 
 
 def _wrapped(original: Forward, wrap: Callable[[Forward], Forward]) -> Forward:
-    """One function for all modules of a class: less in the processor's caches, less for a compiler to tell apart."""
-    key = wrap, id(original)  # a function holds what it is around, so while it lives the number is taken
+    """One wrapper for all modules of a class, which saves cache misses and gives a compiler less to distinguish."""
+    key = wrap, id(original)  # the wrapper keeps `original` alive, so the id stays unique while it lives
     function = _functions.get(key)
     if function is None:
         function = _functions[key] = wrap(original)
@@ -99,6 +99,6 @@ def _ignoring_self(function: Forward) -> Forward:
 
 
 def named_forward(forward: Forward) -> Forward:
-    """Bound methods are pickled by name, and `forward` is the name a plain model answers to."""
+    """Name it `forward`: pickle stores bound methods by name, and a plain model has a method of that name."""
     forward.__name__ = "forward"
     return forward

@@ -1,9 +1,9 @@
-"""Evidence that a block is a pure function: that a call changed nothing, and read nothing that may have changed since.
+"""Evidence that a block is a pure function: a call changed nothing, and read nothing that may have changed since.
 
 A block may run again in the backward only if that repeats its forward. Python cannot tell whether a function is pure,
-so calls are observed from outside. Everything the forward can reach is noted before and after it: buffers and
-attributes of the modules, values held by classes, closures and referenced globals, generators of random numbers. A call
-that changed any of it is not repeated, nor is one that was given something changeable, such as a cache.
+so calls are observed from outside. Everything the forward can reach is recorded before and after it: buffers and
+attributes of the modules, values held by classes, closures and referenced globals, random generators. A call that
+changed any of these is not repeated, and neither is a call with a mutable argument, such as a cache.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ CODE = (
     classmethod, logging.Logger, nn.Module,
 )  # fmt: skip
 CONTAINERS = (list, tuple, set, frozenset, deque)
-# The checkpoint function is the trainer's: it runs around a block, and DropBP stands in for it.
+# The checkpoint function belongs to the trainer: it runs around a block, and DropBP takes its place.
 INTERNAL = frozenset(vars(nn.Module())) | {"forward", "_gradient_checkpointing_func"}
 KNOWN_HOOKS = ("torch", "transformers", "accelerate", "deepspeed", "peft", "dropbp")
 DEPTH = 3
 
 
 def changeable(value: Any) -> Any:
-    """The first part of an argument that a call may change or keep, other than a tensor; None if there is none."""
+    """The first part of an argument, other than a tensor, that a call may change or keep; None if there is none."""
     if isinstance(value, (torch.Tensor, *CONSTANTS)):
         return None
     if isinstance(value, tuple):
@@ -52,7 +52,7 @@ def changeable(value: Any) -> Any:
 
 
 def versions(values: Any) -> list[int]:
-    """How often each tensor was changed in place."""
+    """The version counter of each tensor, which counts in-place changes."""
     return [_version(tensor) for tensor in tensors_in(values)]
 
 
@@ -61,12 +61,14 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a constant, or a list or tuple of some."""
+    """Whether a value is a constant, or a list or tuple of constants."""
     return isinstance(value, CONSTANTS) or (type(value) in (list, tuple) and all(map(is_plain, value)))
 
 
 class State:
-    """What a block's forward can reach beside its arguments. Values are held, so that none is taken for another."""
+    """Everything a block's forward can reach beside its arguments. It keeps the values alive, so that ids
+    stay unique.
+    """
 
     def __init__(self, reach: Reach) -> None:
         self.modes = [module.training for module in reach.modules]
@@ -80,13 +82,13 @@ class State:
             self._add(value, DEPTH)
 
     def resembles(self, other: State) -> bool:
-        """Whether all is the same except the values of parameters, which an optimizer changes."""
+        """Whether both states are equal except for the values of parameters, which an optimizer changes."""
         return _same(self.parameters, other.parameters) and _same(self._found, other._found)
 
     def rebinds_only(self, other: State, reach: Reach) -> bool:
-        """Whether it is the present state, and all that was changed since another one is what attributes are bound to.
+        """Whether this is the current state and differs from `other` only in what module attributes are bound to.
 
-        Only plain values count, which nobody changes in place: peft notes in them which adapter is on.
+        Only plain values count, which nobody changes in place; peft stores the active adapter in such attributes.
         """
         changed = [pair for pair in zip(self.bound, other.bound, strict=False) if pair[0] is not pair[1]]
         if len(self.bound) != len(other.bound) or not all(is_plain(value) for pair in changed for value in pair):
@@ -96,10 +98,10 @@ class State:
 
     @contextmanager
     def put_back(self, reach: Reach) -> Iterator[None]:
-        """Inside, attributes of the modules and plain values that objects hold are again what they were here.
+        """Restore, inside the context, module attributes and plain values of other objects to this state.
 
-        transformers' classifiers note in their configuration, after their blocks, what kind of labels the first batch
-        has.
+        For example, after the blocks of the first batch, classifiers of transformers store the kind of the labels in
+        their configuration.
         """
         changed = [
             (now, name, now[name], was)
@@ -117,7 +119,7 @@ class State:
                 now[name] = new
 
     def equals(self, other: State) -> bool:
-        """Whether all is the same."""
+        """Whether both states are equal, values of parameters included."""
         return self._versions == other._versions and self.resembles(other)
 
     def _add(self, value: Any, depth: int) -> None:
@@ -140,7 +142,7 @@ class State:
 
 
 class Reach:
-    """The places where a block's forward may keep something: worked out once, read before and after each call."""
+    """The places where a block's forward can store something: determined once, read before and after each call."""
 
     def __init__(self, block: nn.Module) -> None:
         self.modules = list(block.modules())
@@ -157,7 +159,7 @@ class Reach:
                 self._add_names(vars(kind), (name for name in vars(kind) if not name.startswith("__")))
 
     def _add_function(self, function: Any) -> None:
-        """What a function, and those it was wrapped around, hold in closures and name among their globals."""
+        """Add the closure values and referenced globals of a function, and of the functions it wraps."""
         while isinstance(function, types.FunctionType) and id(function) not in self._functions:
             self._functions.add(id(function))
             self._cells += [cell for cell in function.__closure__ or () if not _is_code(_content(cell))]
@@ -170,12 +172,12 @@ class Reach:
             self._named.append((values, kept))
 
     def bound(self) -> list[Any]:
-        """What the attributes of the modules are bound to now."""
+        """The current values of the module attributes."""
         return [own.get(name) for own, names in self._own for name in names]
 
     @contextmanager
     def rebound(self, values: Sequence[Any]) -> Iterator[None]:
-        """Inside, the attributes are bound to other values, as `bound` gave them."""
+        """Inside the context, the module attributes have other values, as `bound` returned them."""
         places = [(own, name) for own, names in self._own for name in names]
         now = self.bound()
         changed = [
@@ -192,7 +194,7 @@ class Reach:
                 own[name] = was
 
     def values(self) -> Iterator[Any]:
-        """All else that is found there now."""
+        """The current values in all other places."""
         for module in self.modules:
             yield from module._buffers.values()
             yield from module._modules.values()
@@ -204,7 +206,7 @@ class Reach:
 
 
 class _Kinds(dict[type, Any]):
-    """How to inspect values of a type; None if the value itself is all there is."""
+    """How to inspect values of a type; None if there is nothing inside to inspect."""
 
     def __missing__(self, kind: type) -> Any:
         known = (torch.Tensor, torch.Generator, random.Random, dict, CONTAINERS)
@@ -225,7 +227,7 @@ def _parts(value: Any, kind: Any) -> Iterable[Any]:
         return (*value, *value.values())
     if kind is CONTAINERS:
         return tuple(value)
-    if hasattr(value, "tobytes"):  # an array of NumPy
+    if hasattr(value, "tobytes"):  # a NumPy array
         return (value.tobytes(),)
     return tuple(getattr(value, "__dict__", {}).values())
 
@@ -233,12 +235,12 @@ def _parts(value: Any, kind: Any) -> Iterable[Any]:
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # empty so far
+    except ValueError:  # still empty
         return None
 
 
 def other_generators() -> list[Any]:
-    """States of the global generators that PyTorch's checkpointing does not restore."""
+    """States of the global random generators that PyTorch's checkpointing does not restore."""
     states: list[Any] = [hash(random.getstate())]
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
@@ -256,12 +258,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def copied_buffers(block: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every buffer and its present values: writes through `.data` or by a kernel count no new version."""
+    """Every buffer and a copy of its values: writes through `.data` or by a kernel do not raise the version."""
     return [(buffer, buffer.detach().clone()) for buffer in block.buffers() if not buffer.is_meta]
 
 
 def any_differs(copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
-    """Whether a buffer has other values than its copy."""
+    """Whether a buffer differs from its copy."""
     return not all(torch.equal(buffer, copy) for buffer, copy in copies)
 
 
@@ -280,12 +282,12 @@ def known_effect(block: nn.Module) -> str | None:
 
 
 def is_foreign_hook(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is not one of a library's that is known to stand for nothing but the call."""
+    """Whether a hook belongs to none of the libraries whose hooks are safe to run twice."""
     return str(getattr(hook, "__module__", "")).partition(".")[0] not in KNOWN_HOOKS
 
 
 def passing_circumstance(modes_at_first: int) -> str | None:
-    """A circumstance that may not hold any more in the backward; None if there is none."""
+    """A circumstance of this call that may not hold in the backward; None if there is none."""
     if parametrize._cache_enabled:
         return "parametrizations are cached"
     if torch._C._functorch.peek_interpreter_stack() is not None:

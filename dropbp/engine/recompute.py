@@ -1,10 +1,11 @@
-"""Recomputes blocks in the backward to save memory, and leaves alone those for which that may fail.
+"""Recomputes blocks in the backward to save memory, except blocks for which this may fail.
 
-The library decides by itself to recompute, so it must not fail where a plain backward works. Whatever a block saves for
-its backward is therefore kept until its forward has returned. If the call changed nothing, as far as
-`dropbp.engine.purity` can see, the saved tensors are released, and PyTorch's non-reentrant checkpointing makes them
-again in the backward. If the call changed anything, they stay: the backward is the plain one, and the block is left
-alone from then on. So at most one block's activations are held at a time, as when it is recomputed.
+The library decides by itself to recompute, so recomputation must not fail where a plain backward works. Therefore
+everything that a block saves for its backward is kept until its forward has returned. If the call changed nothing, as
+far as `dropbp.engine.purity` can see, the saved tensors are released, and PyTorch's non-reentrant checkpointing
+recomputes them in the backward. If the call changed something, the tensors stay, the backward is the plain one, and the
+block is not recomputed from then on. At most one block's activations are held at a time, the same as during
+recomputation.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ _top_hooks: Callable[[bool], Hooks | None] | None = getattr(
 
 
 class Recomputation:
-    """The blocks of one model that may be recomputed, and the reasons why others are not.
+    """The blocks of one model that may be recomputed, and why the others may not.
 
     Attributes:
-        reasons: by name of the block, why its last call was not recomputed although it should have been.
-        left_alone: branches of the blocks that will not be recomputed in calls to come, as a bit mask.
+        reasons: by block name, why its last call was not recomputed although it should have been.
+        left_alone: branches, as bits, of the blocks that will never be recomputed.
     """
 
     def __init__(
@@ -65,16 +66,16 @@ class Recomputation:
 
     @property
     def refused(self) -> int:
-        """Branches of the blocks whose last call was not recomputed, as a bit mask."""
+        """Branches, as bits, of the blocks whose last call was not recomputed."""
         return self._branches_of(self.reasons)
 
     def look(self) -> None:
-        """Look at the blocks once all functions are in place."""
+        """Inspect the blocks once all wrappers are in place."""
         for member in self.members:
             member.look()
 
     def note(self, name: str, reason: str | None, for_good: bool = False) -> None:
-        """Note what became of a block's last call; the reason says why it is not recomputed."""
+        """Note the result of a block's last call; the reason, if any, says why it is not recomputed."""
         if reason is None:
             self.reasons.pop(name, None)
             return
@@ -109,13 +110,13 @@ class RecomputedBlock:
         self.tried = False
 
     def look(self) -> None:
-        """Look at the block as it is now."""
+        """Inspect the block in its current state."""
         self.reach = Reach(self.module)
         self.last = State(self.reach)
         self.parameters = self.last.parameters
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
-        """Run it; `again` says that it ran before in the same forward of the root."""
+        """Run the block; `again` says that it ran before in the same forward of the root."""
         effect = _missing_hooks() or known_effect(self.module)
         if effect is not None:
             return self._refuse(effect, forward, args, kwargs, for_good=True)
@@ -135,18 +136,18 @@ class RecomputedBlock:
         return forward(*args, **kwargs)
 
     def _passing_reason(self, before: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why this call must not be recomputed, though the next may be; None if nothing forbids it."""
+        """Why this call must not be recomputed, though later calls may be; None if nothing forbids it."""
         given = changeable((*args, *kwargs.values()))
         if given is not None:
             return f"it is given a {type(given).__name__}, which a call may change (for a cache: use_cache=False)"
         if not self.shared.sharded and any(map(operator.is_not, before.parameters, self.parameters)):
-            return "it runs with other parameters than those it had in dropbp.enable"
+            return "it runs with other parameters than in dropbp.enable"
         if not before.resembles(self.last):
             plainly, self.last = before.rebinds_only(self.last, self.reach), before
             if not plainly:
                 self.reach = Reach(self.module)
                 self.last = State(self.reach)
-                return "its attributes were changed since its last call"
+                return "its attributes have changed since its last call"
         return passing_circumstance(self.shared.function_modes)
 
     def passed(self, before: State, same_tensors: bool) -> bool:
@@ -157,11 +158,11 @@ class RecomputedBlock:
 
 
 def _missing_hooks() -> str | None:
-    return "PyTorch before 2.8 cannot keep what it saves until the forward is done" if _top_hooks is None else None
+    return "PyTorch before 2.8 cannot keep saved tensors until the forward is done" if _top_hooks is None else None
 
 
 class _Run:
-    """One call of a block: the first time as it is, then in the backward as it was."""
+    """One call of a block: the first run, and its exact repetition in the backward."""
 
     def __init__(
         self, block: RecomputedBlock, forward: Forward, positional: int, names: tuple[str, ...], before: State
@@ -181,20 +182,20 @@ class _Run:
         try:
             return self._first(forward, values)
         except BaseException as error:  # noqa: BLE001
-            self._error = error  # raised past PyTorch's checkpoint, whose hooks would stay in place before 2.13
+            self._error = error  # raised outside PyTorch's checkpoint, whose hooks would stay in place before 2.13
             return None
 
     def raise_error(self) -> None:
-        """Raise what the first call raised."""
+        """Raise the error of the first run, if any."""
         error, self._error = self._error, None
         try:
             if error is not None:
                 raise error
         finally:
-            del error  # its traceback holds this frame, and with it what the forward has made
+            del error  # its traceback holds this frame, and with it the activations
 
     def _first(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
-        # A lazy device would have to wait for the values, and compile other graphs to do so.
+        # A lazy device would have to wait for the values, and compile extra graphs to compare them.
         copies = [] if self.block.tried or self.block.shared.lazy else copied_buffers(self.block.module)
         generators = other_generators()
         with _keeping() as kept:
@@ -210,7 +211,7 @@ class _Run:
         with self.before.put_back(self.reach):
             if versions(values) != self.versions or not State(self.reach).resembles(self.before):
                 raise StateError(
-                    f"{self.block.name} was to be recomputed in the backward, but something its forward read has "
+                    f"{self.block.name} was to be recomputed in the backward, but something that its forward read has "
                     "changed since. Enable the model with max_activations=None, so that nothing is recomputed."
                 )
             with _modes(self.reach.modules, self.before.modes), sdpa_kernel(self.kernels):
@@ -218,7 +219,7 @@ class _Run:
 
 
 class _Saved:
-    """A saved tensor as PyTorch's checkpointing knows it, and the tensor itself for as long as it is kept."""
+    """A saved tensor in the form of PyTorch's checkpointing, and the tensor itself for as long as it is kept."""
 
     __slots__ = ("packed", "tensor", "version")
 
@@ -227,7 +228,7 @@ class _Saved:
         self.packed, self.tensor, self.version = packed, tensor, versions(tensor)
 
     def checked(self) -> torch.Tensor:
-        """The tensor. With hooks set, PyTorch does not check by itself whether it was changed."""
+        """The tensor, after a check for in-place changes, which PyTorch skips if hooks are set."""
         assert self.tensor is not None
         if versions(self.tensor) != self.version:
             raise RuntimeError(
@@ -239,7 +240,7 @@ class _Saved:
 
 @contextlib.contextmanager
 def _keeping() -> Iterator[list[_Saved]]:
-    """Inside, saved tensors are kept, and handed to the existing hooks as well."""
+    """Inside the context, saved tensors are kept, and passed to the existing hooks as well."""
     assert _top_hooks is not None
     hooks = _top_hooks(False)
     assert hooks is not None, "PyTorch's checkpointing has hooks"
@@ -247,7 +248,7 @@ def _keeping() -> Iterator[list[_Saved]]:
     kept: list[_Saved] = []
 
     def keep(tensor: torch.Tensor) -> _Saved:
-        # A node that saves its own output would hold itself, and outlive a forward that failed: autograd ties it anew.
+        # A node that saves its own output would keep itself alive after a failed forward, so a detached tensor is kept.
         kept.append(_Saved(pack(tensor), tensor if tensor.is_leaf else tensor.detach()))
         return kept[-1]
 
@@ -266,7 +267,7 @@ def inside_checkpoint() -> bool:
 
 @contextlib.contextmanager
 def _modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None]:
-    """Modules are in the modes in which their forward ran."""
+    """Put modules back into the modes in which their forward ran."""
     present = [module.training for module in modules]
     try:
         for module, mode in zip(modules, modes, strict=True):
@@ -278,7 +279,7 @@ def _modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None
 
 
 def _allowed_kernels() -> list[SDPBackend]:
-    """The attention kernels that are allowed now."""
+    """The attention kernels that are enabled now."""
     allowed = {
         SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
         SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),

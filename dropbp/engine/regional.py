@@ -1,7 +1,8 @@
-"""Compiling a model block by block: the recommended way to use `torch.compile` with dropped branches.
+"""Compiles a model block by block: the recommended way to use `torch.compile` with dropped branches.
 
-A block of two branches has four masks, so four graphs serve all blocks of its kind in every step, whatever the depth.
-The instances of a block share their graphs. Compiled as a whole, the same model needs a graph for each mask it meets.
+A block of two branches has four masks, so four graphs serve all blocks of a kind in every step, whatever the depth of
+the model. The instances of a block share their graphs. Compiled as a whole, the same model needs one graph for each
+mask that occurs.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from dropbp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-OTHER_GRAPHS = 1  # a block's graph without gradients, for evaluation
+OTHER_GRAPHS = 1  # the graph of a block without gradients, for evaluation
 
 
 def compile_each(model: nn.Module, branches: Sequence[Branch], options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Compile every block that holds some of these branches in place; return their names. See `compile_blocks`."""
+    """Compile in place every block that contains one of these branches; return their names. See `compile_blocks`."""
     blocks = {branch.block: model.get_submodule(branch.block) for branch in branches if branch.block}
     if not blocks:
         raise ConfigError(
@@ -37,7 +38,7 @@ def compile_each(model: nn.Module, branches: Sequence[Branch], options: Mapping[
 
 
 def graphs_needed(branches: Sequence[Branch], blocks: Mapping[str, nn.Module]) -> int:
-    """An upper bound of the graphs of all blocks, taking blocks of one class to be of one kind."""
+    """An upper bound of the number of graphs, if all blocks of a class are of one kind."""
     count = Counter(branch.block for branch in branches)
     of_class = {type(module): 2 ** count[name] + OTHER_GRAPHS for name, module in blocks.items()}
     return sum(of_class.values())

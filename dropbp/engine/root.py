@@ -1,4 +1,4 @@
-"""Around the forward of the model that is enabled: asks the engine for a plan, and runs the forward with it."""
+"""Wraps the forward of the enabled model: asks the engine for a plan, and runs the forward under it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dropbp.masks.plan import WHOLE, ForwardPlan
 
 
 class RootState(Attachment):
-    """Asks the engine for a plan and runs the root's forward with it; `owner` is what the model is enabled through.
+    """Asks the engine for a plan and runs the root's forward under it; `owner` is the handle of the enabled model.
 
-    The modules from the root down to the one that holds all blocks have one each: where a backbone is called instead
-    of the root, under another head, its forward is the training forward.
+    Every module from the root down to the one that contains all blocks has one. If a backbone is called instead of the
+    root, below another head, its forward is the training forward.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class RootState(Attachment):
         self.begin, self.runtime, self.owner = begin, runtime, owner
 
     def run(self, original: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Decide what to drop while nothing is compiled, then run the forward as it would have run."""
+        """Decide what to drop while compilation is off, then run the forward compiled or not, as it would have run."""
         callback = pause()
         try:
             forward = functools.partial(resumed, callback, original, (module, *args), kwargs)
@@ -58,7 +58,7 @@ class RootState(Attachment):
         return outputs
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
-        """A new plan, unless this forward recomputes an earlier one."""
+        """A new plan; if this forward is a recomputation, the plan of the original."""
         node = current_node()
         record = self.runtime.find(node._sequence_nr()) if node is not None else None
         return record.plan if record else self.begin(args, kwargs)
@@ -68,11 +68,11 @@ never_compile(RootState.run)
 
 
 def root_forward(original: Forward) -> Forward:
-    """Around the root: never compiled itself, so that masks are drawn outside; what it calls still is."""
+    """Wrap the root. The wrapper is never compiled, so masks are drawn outside; the functions it calls still are."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # None also after removal, for those who took the method from the model while it was enabled, as peft does.
+        # None also after removal, for code that took the bound method while the model was enabled, as peft does.
         state: RootState | None = getattr(self, "_dropbp_root", None)
         if state is None or state.original is not original:
             return original(self, *args, **kwargs)

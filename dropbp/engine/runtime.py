@@ -1,10 +1,10 @@
-"""Tells every module which branches are dropped right now, and runs the root's forward.
+"""Tells every module which branches are dropped now, and runs the root's forward.
 
 Every training forward of the root has one set of dropped branches (a bit mask, bit `i` for branch `i`), held in a
 context variable while it runs. A module that runs outside any forward of the root is being recomputed under gradient
-checkpointing. Autograd then tells which node it is working on, and the node's number tells which forward made it. So
-each recomputation sees the mask of its own forward, however many came since. Compiled code cannot ask; it reads a plain
-flag on each module, set before the forward.
+checkpointing. Autograd then tells which node it is executing, and the node's sequence number tells which forward
+created it. So each recomputation sees the mask of its own forward, however many forwards came since. Compiled code
+cannot ask: it reads a plain flag on each module, set before the forward.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 is_compiling = torch.compiler.is_dynamo_compiling
 
-# From the root's forward, its arguments and the plan, makes what runs in its place: see `dropbp.cache`.
+# Makes a replacement of the root's forward from that forward, its arguments and the plan: see `dropbp.cache`.
 Shortened = Callable[[Forward | None, tuple[Any, ...], dict[str, Any], ForwardPlan], Callable[[], Any] | None]
 
 REMEMBERED_FORWARDS = 4096
@@ -47,29 +47,31 @@ EVERY = -1
 
 @dataclasses.dataclass
 class ForwardRecord:
-    """A forward of the root: the interval of autograd nodes it made in its thread, and what it dropped."""
+    """A forward of the root: the interval of autograd nodes it created in its thread, and its plan."""
 
     start: int
     plan: ForwardPlan
     end: float = math.inf
-    blocks_end: float = math.inf  # of the module that holds the blocks, if that is not the root
+    blocks_end: float = math.inf  # end of the module that contains the blocks, if that is not the root
 
     def made(self, sequence: int) -> bool:
         return self.start <= sequence < self.end
 
 
 class _Task:
-    """The plan that a backward recomputes by. Only the backward holds it: both end together, even in an error."""
+    """The plan under which a backward recomputes. Only the backward holds it, so both end together, even on
+    an error.
+    """
 
     def __init__(self, plan: ForwardPlan) -> None:
         self.thread, self.plan = threading.get_ident(), plan
 
     def __call__(self) -> None:
-        """Called as the backward ends; it holds what it will call."""
+        """Does nothing: registering it as the backward's final callback ties its lifetime to the backward."""
 
 
 class Flag:
-    """Whether all branches of `need` are dropped now, and whether recorded: what compiled code reads."""
+    """Whether all branches of `need` are dropped now, and whether they are detached; compiled code reads it."""
 
     __slots__ = ("detached", "dropped", "need")
 
@@ -78,10 +80,10 @@ class Flag:
 
 
 class Runtime:
-    """The state shared by all intercepted modules of one model.
+    """The state shared by all wrapped modules of one model.
 
-    Of the thread that asks, `running` holds the plan of the forward it runs (None outside), and `calls` how often
-    shared modules ran in that forward. Context variables are faster than thread-local ones, and modules ask often.
+    For the current thread, `running` holds the plan of its forward (None outside), and `calls` counts the calls of
+    shared modules in that forward. Context variables are faster than thread-local ones, and modules ask often.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,27 +105,29 @@ class Runtime:
         self.shortened: Shortened | None = None
 
     def flag(self, need: int) -> Flag:
-        """The flag of all modules that need these branches dropped; it is kept up to date."""
+        """The flag for modules that are skipped if all these branches are dropped; it is kept up to date."""
         if need not in self._flags:
             self._flags[need] = Flag(need)
-            for branch in ones(max(need, 0)):  # what is never dropped keeps its flag
+            for branch in ones(max(need, 0)):  # a negative `need` is never dropped, so its flag never changes
                 self._flags_by_branch[branch].append(self._flags[need])
         return self._flags[need]
 
     def plan_now(self) -> ForwardPlan:
-        """The plan at this point: of the running forward, or of the forward being recomputed."""
+        """The current plan: of the running forward, or of the forward being recomputed."""
         plan = self.running.get()
         return self.plan_recomputed() if plan is None else plan
 
     def plan_here(self) -> ForwardPlan:
-        """The same for what may run alone, as an embedding that is asked for its rows: nothing is dropped then."""
+        """The current plan for modules that may run alone, such as an embedding; outside a forward they
+        drop nothing.
+        """
         plan = self.running.get()
         if plan is not None:
             return plan
         return WHOLE if current_node() is None else self.plan_recomputed()
 
     def plan_recomputed(self) -> ForwardPlan:
-        """The plan of the forward that made the autograd node this thread is working on."""
+        """The plan of the forward that created the autograd node that this thread is executing."""
         node = current_node()
         if node is None:
             self._warn_outside()
@@ -135,10 +139,11 @@ class Runtime:
         return record.plan
 
     def find(self, sequence: int) -> ForwardRecord | None:
-        """The forward that made an autograd node.
+        """The forward that created an autograd node.
 
-        Threads number their nodes separately. On CPU a backward runs in the thread that called it, mostly that of the
-        forward; elsewhere in a thread of the engine: then all are searched, and one match is as good as another.
+        Each thread numbers its nodes separately. On CPU a backward runs in the calling thread, usually that of the
+        forward. On other devices it runs in a thread of the autograd engine; then all threads are searched, and any
+        match serves.
         """
         here = threading.get_ident()
         own = _latest(self.records.get(here, ()), sequence)
@@ -148,7 +153,9 @@ class Runtime:
         return next((record for record in others if record is not None), None)
 
     def _remember_task(self, plan: ForwardPlan) -> None:
-        """Nodes made by a recomputation are in no record, and a backward nested in this one may recompute from them."""
+        """Remember the plan for nodes created by a recomputation, which are in no record: a nested backward may need
+        it.
+        """
         number = torch._C._current_graph_task_id()
         task = self.tasks.get(number)
         if task is None:
@@ -172,7 +179,7 @@ class Runtime:
             )
 
     def note_evaluation(self, outputs: Any) -> None:
-        """Warn of a forward in evaluation mode whose outputs have a backward: a training that forgot the mode."""
+        """Warn of a forward in evaluation mode that is recorded for a backward: probably training without `train()`."""
         if not self._evaluated and any(tensor.requires_grad for tensor in tensors_in(outputs)):
             self._evaluated = True
             logger.warning(
@@ -183,7 +190,9 @@ class Runtime:
             )
 
     def note_unrecorded_block(self, block: nn.Module) -> None:
-        """Warn of a kept block that ran unrecorded under a truncated backward: a late reentrant checkpoint."""
+        """Warn of a kept block that ran unrecorded under a truncated backward, inside a reentrant checkpoint switched
+        on late.
+        """
         if not self.unrecorded_block:
             self.unrecorded_block = True
             logger.warning(
@@ -193,7 +202,7 @@ class Runtime:
             )
 
     def count_call(self, key: str) -> int:
-        """How often a module shared by several branches ran before in this forward."""
+        """Count a call of a module shared by several branches; return how many calls came before it in this forward."""
         if self.running.get() is None:
             raise StateError(
                 f"Module {key} is shared by several branches, and gradient checkpointing recomputes it, so it is "
@@ -205,14 +214,14 @@ class Runtime:
         return call
 
     def run(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
-        """Run a training forward with the plan's branches dropped."""
+        """Run a training forward under the plan."""
         outputs = self._observed(forward, plan) if isinstance(plan, CallPlan) else self._recorded(forward, plan)
         outputs = outputs if plan.trained == EVERY else self._connected(outputs, plan)
         self.watch_backward(outputs, ~plan.trained)
         return outputs
 
     def _observed(self, forward: Callable[[], Any], plan: CallPlan) -> Any:
-        """Run the forward and look at its outputs; if one is new, run it again with dropped branches recorded."""
+        """Run the forward and inspect its outputs; if one is new, run it again with dropped branches recorded."""
         kind = plan.kind
         fresh = kind.fresh and plan.dropped != 0
         kind.fresh = kind.fresh and not fresh
@@ -238,12 +247,12 @@ class Runtime:
             plan.observation.forget()
 
     def run_aside(self, forward: Callable[[], Any]) -> Any:
-        """Run a forward inside of another, without recording; it drops nothing and no count goes on."""
+        """Run a forward inside another one without recording. It drops nothing, and call counts do not advance."""
         with torch.no_grad():
             return self._run_with(forward, WHOLE)
 
     def run_whole(self, forward: Callable[[], Any]) -> Any:
-        """Run a forward in which nothing is dropped and nothing is drawn: evaluation, `no_grad`."""
+        """Run a forward that drops nothing and draws no mask: evaluation, `no_grad`."""
         return self.run(forward, WHOLE) if torch.is_grad_enabled() else self._run_with(forward, WHOLE)
 
     def _recorded(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
@@ -261,7 +270,9 @@ class Runtime:
         return outputs
 
     def note_end_of_blocks(self) -> None:
-        """A module inside the root has run; the first to end in a forward is the one that holds the blocks."""
+        """Note the end of a module inside the root. The first to end in a forward is the one that contains
+        the blocks.
+        """
         records = self._own_records()
         if records and records[-1].blocks_end == math.inf:
             records[-1].blocks_end = next_sequence()
@@ -303,13 +314,15 @@ class Runtime:
                 flag.detached = not (flag.dropped or flag.need & plan.trained)
 
     def _show_flags_in_backward(self, outputs: Any, plan: ForwardPlan) -> None:
-        """Compiled code under gradient checkpointing is recomputed in backward: its flags must be of this forward."""
+        """Under gradient checkpointing, compiled code is recomputed in the backward and must see this
+        forward's flags.
+        """
         for tensor in tensors_in(outputs):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(lambda gradients: self.show_flags(plan))
 
     def _connected(self, outputs: Any, plan: ForwardPlan) -> Any:
-        """Outputs that `backward` accepts although every trainable parameter was skipped."""
+        """Make outputs that `backward` accepts even if every trainable parameter was skipped."""
         if not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in tensors_in(outputs)):
             return outputs
         if transforming() or not any(p.requires_grad for p in self.model.parameters()):
@@ -320,7 +333,7 @@ class Runtime:
         return map_tensors(outputs, lambda tensor: self.connect(tensor, alone or id(tensor) in asking))
 
     def detached(self, tensor: torch.Tensor, plan: ForwardPlan, module: str, users: int) -> torch.Tensor:
-        """A branch's last tensor, detached from it; in an observed forward the graph still shows it."""
+        """The output of a branch, detached from it; an observed forward still shows it in the graph."""
         if not tensor.requires_grad:
             return tensor
         end = detached(tensor)
@@ -330,13 +343,13 @@ class Runtime:
         return end
 
     def reconnected(self, output: Any) -> Any:
-        """A dropped module's output; a reentrant checkpoint insists that what it recomputes leads somewhere."""
+        """The output of a dropped module. A reentrant checkpoint requires its recomputed output to have a graph."""
         if self.running.get() is not None or not torch.is_grad_enabled() or not hasattr(current_node(), "run_function"):
             return output
         return map_tensors(output, functools.partial(self.connect, alone=True))
 
     def connect(self, tensor: torch.Tensor, alone: bool) -> torch.Tensor:
-        """Where other outputs are connected already, only a loss is: masks and the like never asked for gradients."""
+        """Connect a tensor to the graph. If another output requires a gradient already, only losses (scalars) are."""
         if tensor.requires_grad or not (alone or tensor.dim() == 0) or transforming():
             return tensor
         if self._anchor is None:
@@ -346,12 +359,12 @@ class Runtime:
 
 
 def _latest(records: Reversible[ForwardRecord], sequence: int) -> ForwardRecord | None:
-    """The last of the records that made a node: nested forwards come after the outer one."""
+    """The last record whose forward created a node, because nested forwards come after the outer one."""
     return next((record for record in reversed(records) if record.made(sequence)), None)
 
 
 def ones(bits: int) -> Iterator[int]:
-    """Which bits are set, from the lowest."""
+    """The indices of the set bits, lowest first."""
     while bits:
         lowest = bits & -bits
         yield lowest.bit_length() - 1
@@ -359,17 +372,17 @@ def ones(bits: int) -> Iterator[int]:
 
 
 def current_node() -> Any:
-    """The node the autograd engine is working on in this thread, None outside of a backward."""
+    """The node that the autograd engine is executing in this thread; None outside a backward."""
     return torch._C._current_autograd_node()
 
 
 def next_sequence() -> int:
-    """The number that the next autograd node of this thread will have."""
+    """The sequence number of the next autograd node of this thread."""
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def _outermost_call(model: nn.Module) -> str:
-    """The name of the outermost module of the model whose method is running now; empty if none is."""
+    """The name of the outermost module of the model that has a method on the call stack; empty if none has."""
     names = {id(module): name for name, module in model.named_modules()}
     found, frame = "", sys._getframe()
     while frame is not None:

@@ -1,8 +1,8 @@
-"""Autograd functions for what a branch under `no_grad` cannot do by itself.
+"""Autograd functions for three cases that plain `no_grad` does not cover.
 
-A dropped branch simply runs under `no_grad`; the residual addition then passes the gradient. Three things need a node
-of their own, each the identity in the forward: scaling the gradient of a kept branch, telling a lazy device in forward
-and backward that a step ends here, and keeping the loss connected when nothing is recorded.
+A dropped branch runs under `no_grad`; the residual addition then passes the gradient on. Three cases need an autograd
+node of their own, each the identity in the forward: scaling the gradient of a kept branch, telling a lazy device that a
+step ends here in forward and backward, and keeping the loss connected if nothing is recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 
 
 class ScaleGradient(torch.autograd.Function):
-    """Identity; multiplies the gradient by a constant. Scaling a branch's output scales its whole backward."""
+    """Identity that multiplies the gradient by a constant. At a branch's output it scales the whole
+    branch's gradients.
+    """
 
     generate_vmap_rule = True
 
@@ -36,7 +38,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class StepBoundary(torch.autograd.Function):
-    """Identity; calls `boundary()` when the forward and when the backward pass through it."""
+    """Identity that calls `boundary()` when the forward and the backward pass through it."""
 
     generate_vmap_rule = True
 
@@ -60,10 +62,10 @@ class StepBoundary(torch.autograd.Function):
 
 
 class Connect(torch.autograd.Function):
-    """Identity on `x`, connected to `anchor`: `backward()` works although nothing below was recorded.
+    """Identity on `x`, connected to `anchor`, so that `backward()` works although nothing below was recorded.
 
-    The result shares memory with `x` and is no view of it: trainers scale losses in place (`loss *= n`), which autograd
-    forbids on a view made here.
+    The result shares memory with `x` but is not a view of it: trainers scale losses in place (`loss *= n`), which
+    autograd forbids on a view created by a custom function.
     """
 
     @staticmethod

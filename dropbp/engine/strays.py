@@ -1,9 +1,9 @@
-"""Parameters that a step skips, used by a way which the recorded forward did not show.
+"""Cuts gradients of skipped parameters that the model uses in a way that discovery did not see.
 
-A module that is dropped or at rest runs without recording. But a model may use its weight without calling the module:
-only in training, only for some inputs, clamped first. Such a use is in the graph of the step, and there its gradient is
-cut off. What comes after the blocks stays: a loss on a dropped branch's own weights, as AdaLoRA's. The graph is looked
-at where a step drops a branch that no step before it dropped; once something was found, in every step.
+A dropped or frozen module runs without recording. But a model may use its weight without calling the module: only in
+training, only for some inputs, or after clamping it. Such a use is in the autograd graph of the step, and its gradient
+is cut there. Uses after the blocks stay, for example AdaLoRA's loss on the weights of a dropped branch. The graph is
+searched in every step that drops a branch for the first time and, once a stray use was found, in every step.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Strays:
-    """Cuts the gradients of parameters that a step skips in the graph of its forward."""
+    """Cuts the gradients of parameters that a step skips, in the graph of its forward."""
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
-        self._looked, self._found = 0, False  # the branches, as bits, dropped by the forwards looked at
+        self._looked, self._found = 0, False  # branches, as bits, that an inspected forward has dropped
 
     def cut(self, outputs: Any, record: ForwardRecord) -> None:
-        """Look at a recorded forward."""
+        """Inspect a recorded forward and cut the gradients of skipped parameters."""
         plan = record.plan
         untrained = ~plan.trained
         if not untrained or not (self._found or untrained & ~self._looked) or transforming():
@@ -50,7 +50,7 @@ def _without(places: Iterable[int], gradients: tuple[Any, ...], _: Any) -> tuple
 
 
 def nodes_below(roots: Iterable[Any]) -> Iterator[Any]:
-    """The roots, and every autograd node that they lead to."""
+    """The roots, and every autograd node that they reach."""
     pending = [root for root in roots if root is not None]
     seen = set(pending)
     while pending:

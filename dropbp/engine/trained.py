@@ -1,10 +1,10 @@
-"""The share of steps in which each trained parameter gets its gradient; defaults and warnings that follow from it.
+"""The share of steps in which each trained parameter gets a gradient; defaults and warnings that follow from it.
 
 Masks that drop the bottom of a model train a parameter, with its exact gradient, in the steps that keep the lowest
-branch above it. So the bottom trains in few steps, and what lies below all branches only in steps that drop nothing. In
-full fine-tuning that is the price of the saving, and a warning names it. A user who trains a projector, a soft prompt
-or new tokens beside adapters has chosen them: then a share of the steps drops nothing. If nothing else is trained, any
-dropped branch would change the gradient: then nothing is dropped, and a warning says so.
+branch above it. So the bottom trains in few steps, and parameters below all branches train only in steps that drop
+nothing. In full fine-tuning this is the price of the saving, and a warning says so. A user who trains a projector, a
+soft prompt or new tokens beside adapters has chosen them; then a share of the steps drops nothing. If nothing else is
+trained, any dropped branch would change the gradient; then nothing is dropped, and a warning says so.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _NUMBER = re.compile(r"^((?:\w*[A-Za-z_]\w*\.)*)(\d+)(\..*)?$")
 
 
 class Trained:
-    """The trained parameters of a model, and the branches that their gradients come through.
+    """The trained parameters of a model, and the branches that their gradients pass through.
 
     Args:
-        model: the root.
+        model: the root module.
         structure: its branches.
-        rests: whether what `structure.rests` names rests; elsewhere it trains in every step.
+        rests: whether the parameters in `structure.rests` are frozen in some steps; otherwise they train in every step.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, rests: bool) -> None:
@@ -49,7 +49,7 @@ class Trained:
         return {name: 1.0 if border == EXACT else 1 - rates[border] for name, border in borders.items()}
 
     def names(self) -> list[str]:
-        """Names of the parameters that are trained now."""
+        """Names of the parameters that currently require a gradient."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def _border(self, name: str) -> int:
@@ -58,7 +58,7 @@ class Trained:
         return EXACT if awake else rests.borders.get(name, EXACT)
 
     def below(self) -> list[str]:
-        """Trained parameters that rest in some steps and do not lie in one branch."""
+        """Trained parameters outside any single branch that are frozen in some steps."""
         resting = self.structure.rests.resting if self.rests else ()
         return [name for name in self.names() if name in resting]
 
@@ -68,7 +68,7 @@ class Trained:
         return self.names() if EXACT not in borders and max(borders) < len(self.structure.branches) // 2 else []
 
     def some_branches_are_frozen(self) -> bool:
-        """Whether a parameter of a branch is frozen, so that the user has chosen what trains."""
+        """Whether a branch has a frozen parameter, so that the user has chosen what to train."""
         rests = self.structure.rests
         others = [
             name for name, p in self.model.named_parameters() if not p.requires_grad and name not in rests.resting
@@ -78,7 +78,7 @@ class Trained:
     def nothing_to_save(self) -> bool:
         """Whether a step that drops anything would train nothing, or nothing in the branches.
 
-        This holds if all gradients come through the lowest branch that has a backward, or if the branches share their
+        This is so if all gradients pass through the lowest branch that has a backward, or if the branches share their
         parameters from the bottom up.
         """
         borders = {name: self._first(self._border(name)) for name in self.names()}
@@ -91,7 +91,7 @@ class Trained:
         return lowest != EXACT and (all_shared or all(border == lowest for border in borders.values()))
 
     def not_recorded(self) -> list[str]:
-        """The parts of the model, trained or not, that the forward which found the branches did not run."""
+        """The parts of the model, trained or not, that the forward used for discovery did not run."""
         return _labels(self.structure.rests.unseen, [name for name, _ in self.model.named_parameters()])
 
     def compact(self, names: Iterable[str]) -> str:
@@ -99,13 +99,13 @@ class Trained:
         return compact(names, self.names())
 
     def _first(self, border: int) -> int:
-        """The first of the branches that are dropped together."""
+        """The first of the branches that are dropped together with this one."""
         bits = next((bits for bits in self.structure.together if border >= 0 and bits >> border & 1), 0)
         return (bits & -bits).bit_length() - 1 if bits else border
 
 
 def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence[float]]) -> Config:
-    """The configuration with its `auto` settled by what is trained; `rates` gives the rates of a configuration."""
+    """Resolve `auto` in the configuration by what is trained; `rates` gives the rates of a configuration."""
     kind = sampler_kind(config.masks)
     if not kind.prefixes or config.stem == "train" or config.rates != "auto" or not config.drop_rate:
         return config
@@ -124,7 +124,9 @@ def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence
 
 
 def _whole_steps(config: Config) -> float:
-    """The share of steps that drop nothing, if the user trains something below all branches: half the backward work."""
+    """Share of steps that drop nothing if the user trains parameters below all branches: half of the
+    backward budget.
+    """
     return (1 - config.drop_rate) / 2
 
 
@@ -177,7 +179,7 @@ _REMEDY = (
 
 
 def _learning_rate(config: Config) -> str:
-    """What the records of docs/learning.md say to a user who keeps the rate of plain training."""
+    """Advice on the learning rate, from the records in docs/learning.md."""
     if sampler_kind(config.masks).prefixes:
         return (
             "learning rate: on a pretrained model these masks did best at one to three times plain training's best "
@@ -199,12 +201,14 @@ def _nothing_saved(trained: Trained) -> str:
 
 
 def _few(config: Config) -> float:
-    """The share of steps below which a parameter trains seldom: one step in 100, or of a shorter run one step."""
+    """Share of steps below which a parameter trains seldom: one step in 100, or one step of a shorter run."""
     return max(SELDOM, 1 / (config.draws or math.inf))
 
 
 def _rare(config: Config, shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Those that no step trains, and those that few do. Masks taken in order give no step to less than half of one."""
+    """Parameters that no step trains, and those that few steps train. Under ordered masks half a step
+    counts as none.
+    """
     ordered = sampler_kind(config.masks).annealed_rates is not None and not config.mask_options
     none = (0.5 - 1e-6) / config.draws if config.draws and ordered else 0.0
     never = [name for name, share in shares.items() if share <= none]
@@ -228,7 +232,7 @@ def figures(trained: Trained, config: Config, rates: Sequence[float]) -> dict[st
 
 
 def compact(names: Iterable[str], among: Iterable[str]) -> str:
-    """Abbreviated names of parameters: modules that hold no other of `among`, numbered ones as ranges."""
+    """Abbreviated parameter names: modules that contain no other of `among`, numbered ones as ranges."""
     labels = _labels(names, among)
     more = len(labels) - NAMED_AT_MOST
     return ", ".join(labels[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
@@ -245,7 +249,7 @@ def _labels(names: Iterable[str], among: Iterable[str]) -> list[str]:
 
 
 def _paths(name: str) -> list[str]:
-    """All modules around a parameter, the outermost first, and the parameter itself."""
+    """The parameter and all modules around it, outermost first."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
@@ -256,7 +260,7 @@ def _common_path(names: Sequence[str]) -> str:
 
 
 def _ranges(labels: Iterable[str]) -> list[str]:
-    """`layers.0.mlp`, `layers.1.mlp` as `layers.0-1.mlp`."""
+    """Write `layers.0.mlp`, `layers.1.mlp` as `layers.0-1.mlp`."""
     runs: dict[tuple[str, str], list[list[int]]] = {}
     for label in dict.fromkeys(labels):
         match = _NUMBER.match(label)

@@ -1,9 +1,9 @@
-"""Truncated backward: whether the gradient of the residual stream ends at the lowest kept branch.
+"""Truncated backward: decides whether the residual stream's gradient ends at the lowest kept branch.
 
-If what feeds the stream rests, nothing below the lowest kept branch needs a gradient. If the stream then asks for none,
-that branch need not compute the gradient of its input. But a reentrant checkpoint treats a block as frozen if its input
-asks for no gradient, and compiled code and lazy devices would need twice as many graphs. So the first training forward
-keeps the stream's gradient and is observed; later forwards follow what it showed.
+If the parameters that feed the stream are frozen in a step, nothing below the lowest kept branch needs a gradient. If
+the stream then requires none, that branch need not compute the gradient of its input. But a reentrant checkpoint treats
+a block as frozen if its input requires no gradient, and compiled code and lazy devices would need twice as many graphs.
+So the first training forward keeps the stream's gradient and is observed; later forwards follow what it showed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 class Truncation:
-    """Decides for each training forward.
+    """Decides for each training forward whether to truncate its backward.
 
     Args:
-        model: the root.
-        runtime: tells when a block ran without recording although its stream had ended.
+        model: the root module.
+        runtime: tells whether a block ran without recording under a truncated backward.
         bypass: knows the checkpoint functions of models in the style of transformers.
-        possible: whether what feeds the stream rests, and nothing known beforehand speaks against it.
+        possible: whether the parameters that feed the stream are frozen and nothing known in advance forbids
+            truncation.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime, bypass: CheckpointBypass, possible: bool) -> None:
@@ -39,16 +40,16 @@ class Truncation:
             runtime.watchers.append(self._look)
 
     def ends(self) -> bool:
-        """Whether the stream of the next training forward ends at its lowest kept branch.
+        """Whether to truncate the backward of the next training forward at its lowest kept branch.
 
-        Not where anything was compiled since the model was enabled: it may be a part of it.
+        Not if anything was compiled since `enable`, since that may be a part of the model.
         """
         if not (self._possible and self._looked) or self._runtime.unrecorded_block:
             return False
         return dynamo_graph_count() == self._graphs and not self._bypass.reenters()
 
     def _look(self, outputs: Any, dropped: int) -> None:
-        """Called after each recorded forward."""
+        """Inspect the first recorded training forward."""
         if self._looked or not self._model.training:
             return
         self._looked = True
@@ -58,5 +59,7 @@ class Truncation:
 
 
 def _reentrant_checkpoint_in(roots: list[Any]) -> bool:
-    """Whether the graph holds a node that recomputes a part of the forward: PyTorch's, or a similar one."""
+    """Whether the graph holds a node that recomputes part of the forward: PyTorch's reentrant checkpoint, or a similar
+    one.
+    """
     return any(hasattr(node, "run_function") or "checkpoint" in node.name().lower() for node in nodes_below(roots))

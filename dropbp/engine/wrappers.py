@@ -1,7 +1,6 @@
-"""The functions put around modules: those of a branch, its last one, those that feed the stream, those at a boundary.
+"""The forward wrappers: around modules of a branch, its last module, modules that feed the stream, step boundaries.
 
-Each reads the plan of the running forward (`dropbp.engine.runtime`) and calls the original forward of its module's
-class, unchanged otherwise.
+Each reads the plan of the running forward (`dropbp.engine.runtime`) and calls the original forward unchanged.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from dropbp.tensors import TensorMap, ask_for_gradients, is_differentiable, map_
 
 T = TypeVar("T")
 
-# Called for every module of every branch: each look-up in a module costs as much as the call.
+# These are called for every module of every branch, where an attribute look-up costs as much as the call.
 is_grad_enabled, set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 class SiteState(Attachment):
-    """A module that runs without recording when all branches it needs dropped are dropped."""
+    """A module that runs without recording if all branches in its need are dropped."""
 
     __slots__ = ("ends", "flag", "module", "need", "needs", "per_call", "running", "runtime", "site", "users")
 
@@ -54,12 +53,12 @@ class SiteState(Attachment):
         return not need & plan.kept
 
     def this_call(self) -> tuple[ForwardPlan, int]:
-        """The plan, and the branches that must all be dropped for this call of the module to be."""
+        """The plan, and the branches that must all be dropped for this call of the module to be skipped."""
         plan = self.running() or self.runtime.plan_recomputed()
         return plan, self._need_of_this_call() if self.per_call and plan.trained != ALIVE else self.need
 
     def run_detached(self, plan: ForwardPlan, need: int, forward: Callable[[], Any]) -> Any:
-        """Run recorded, and detach what the branches of `need` add to the stream."""
+        """Run with recording, and detach what the branches of `need` add to the stream."""
         start = next_sequence()
         output = forward()
         if isinstance(plan, CallPlan) and plan.observation is not None:
@@ -67,7 +66,7 @@ class SiteState(Attachment):
         return self.cut(output, need, lambda tensor: self.runtime.detached(tensor, plan, self.site.module, self.users))
 
     def cut(self, output: Any, need: int, function: TensorMap) -> Any:
-        """The output with the function applied to those of its tensors that are the last of a branch."""
+        """The output, with `function` applied to those of its tensors that are the output of a branch."""
         places = self.ends.get(need)
         if not places:
             return output
@@ -80,7 +79,7 @@ class SiteState(Attachment):
 
 
 def site_forward(original: Forward) -> Forward:
-    """Around a branch's module: without recording when the branch is dropped. Called often: every look-up counts."""
+    """Wrap a branch's module: it runs without recording if the branch is dropped. Hot path: every look-up counts."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +93,7 @@ def site_forward(original: Forward) -> Forward:
                 return original(self, *args, **kwargs)
         plan = site.running()
         if plan is not None:
-            if site.need & plan.trained:  # mostly without keywords, and a call without them is faster
+            if site.need & plan.trained:  # most calls have no keywords, and a call without them is faster
                 return original(self, *args, **kwargs) if kwargs else original(self, *args)
             if not site.need & plan.detached:
                 return _unrecorded(original, self, args, kwargs)
@@ -104,7 +103,7 @@ def site_forward(original: Forward) -> Forward:
 
 
 class RestState(Attachment):
-    """A module that rests, beside the branches, when branch `border` (a bit) is dropped."""
+    """A module outside the branches that is frozen (at rest) if branch `border` (a bit) is dropped."""
 
     __slots__ = ("border", "runtime")
 
@@ -112,15 +111,15 @@ class RestState(Attachment):
         self.border, self.runtime = border, runtime
 
     def plan(self) -> ForwardPlan | None:
-        """The plan, if the module rests under it: not under masks that name branches only."""
+        """The plan, if the module is at rest under it; None otherwise, as under masks that name branches only."""
         plan = self.runtime.plan_here()
         return plan if plan.stem_rests and not self.border & plan.trained else None
 
 
 def rest_forward(original: Forward) -> Forward:
-    """Around a module that feeds the stream or stands in it: unrecorded when a branch above it is dropped.
+    """Wrap a module that feeds the stream or stands in it: it runs without recording if a branch above it is dropped.
 
-    Unless the stream may end there, its output still asks for a gradient, if it does so in plain training: see
+    Unless the backward is truncated, its output still requires a gradient if it does so in plain training: see
     `dropbp.engine.truncation`.
     """
 
@@ -140,12 +139,12 @@ def rest_forward(original: Forward) -> Forward:
 
 
 def _asks(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether what the module makes of its arguments would ask for a gradient if it were recorded."""
+    """Whether the output of the module would require a gradient if it were recorded."""
     return any(parameter.requires_grad for parameter in module.parameters()) or ask_for_gradients(args, kwargs)
 
 
 def shared_site_forward(original: Forward) -> Forward:
-    """Around a module shared by several branches; compiled code cannot tell which call this is."""
+    """Wrap a module shared by several branches. Not compiled, as compiled code cannot tell which call this is."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +158,7 @@ def shared_site_forward(original: Forward) -> Forward:
 
 
 def _run_as_planned(site: SiteState, original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Run as the plan says: that of the running forward, or of the one that is recomputed."""
+    """Run under the plan of the running forward, or of the one that is recomputed."""
     plan, need = uncompiled(site.this_call)
     if not need & plan.kept:
         return site.runtime.reconnected(_unrecorded(original, module, args, kwargs))
@@ -172,8 +171,9 @@ never_compile(_run_as_planned)
 
 
 def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Run under `no_grad`, and keep caches (of casts, of parametrizations) from what carries no gradient: kept branches
-    would take it later. Where no cache is in use now, one that the module uses itself ends with it.
+    """Run under `no_grad`, and fill no cache (of casts, of parametrizations) with tensors without a gradient, which
+    kept
+    branches would use later. If no cache is active, one that the module opens itself ends with it.
     """
     if is_any_autocast_enabled() or parametrize._cache_enabled:
         original = functools.partial(_uncached, original)
@@ -185,18 +185,18 @@ def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) ->
         set_grad_enabled(recording)
     if isinstance(output, Tensor):
         return _made_without_recording(output)
-    if type(output) is tuple:  # mostly of one tensor, and this is faster
+    if type(output) is tuple:  # usually of one tensor, and this is faster
         return tuple(_made_without_recording(item) if isinstance(item, Tensor) else item for item in output)
     return map_tensors(output, _made_without_recording)
 
 
 def _made_without_recording(tensor: Tensor) -> Tensor:
-    """Autograd forbids `tensor += x` where the tensor is a view made without recording."""
+    """Detach a view, because autograd forbids `tensor += x` on a view made without recording."""
     return detached(tensor) if tensor._is_view() and not tensor.requires_grad else tensor
 
 
 def _no_parameter(tensor: Tensor) -> Tensor:
-    """A parameter that a resting module returns, or a view of it, would have everything after it recorded."""
+    """Detach a parameter, or a view of one: returned by a resting module, it would make later operations recorded."""
     return detached(tensor) if tensor.requires_grad and tensor.grad_fn is None else tensor
 
 
@@ -215,7 +215,7 @@ never_compile(_unrecorded)
 
 
 def loose_forward(original: Forward) -> Forward:
-    """Around the module whose own forward uses parameters of a branch outside of the branch's modules."""
+    """Wrap a module whose own forward uses parameters of a branch outside the branch's modules."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +229,7 @@ def loose_forward(original: Forward) -> Forward:
 
 
 class OutputState(Attachment):
-    """The last module of one or more branches: where the gradient of a kept branch is scaled."""
+    """The last module of one or more branches, where the gradient of a kept branch is scaled."""
 
     def __init__(self, exits: Sequence[BranchOutput], runtime: Runtime) -> None:
         self.runtime = runtime
@@ -250,7 +250,7 @@ class OutputState(Attachment):
 
 
 def output_forward(original: Forward) -> Forward:
-    """Around a branch's last module: its output's gradient is scaled."""
+    """Wrap a branch's last module: scale the gradient of its output."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -273,18 +273,18 @@ def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 class BoundaryState(Attachment):
-    """A module before which a lazy device is told that a step ends, in the forward and in the backward."""
+    """A module before which a lazy device is told that a step ends, in forward and backward."""
 
     def __init__(self, boundary: Callable[[], None]) -> None:
         self.boundary = boundary
 
 
 class EndState(BoundaryState):
-    """A module after which a lazy device is told the same."""
+    """A module after which a lazy device is told that a step ends."""
 
 
 def boundary_forward(original: Forward) -> Forward:
-    """Around a block: its first floating-point input passes a step boundary."""
+    """Wrap a block: its first floating-point input passes a step boundary."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -297,7 +297,7 @@ def boundary_forward(original: Forward) -> Forward:
 
 
 def end_forward(original: Forward) -> Forward:
-    """Around the last block: the first floating-point tensor of its output passes a step boundary."""
+    """Wrap the last block: the first floating-point tensor of its output passes a step boundary."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -326,7 +326,7 @@ def _with_boundary(
 
 
 def install(model: nn.Module, structure: Structure, runtime: Runtime, rests: Rests) -> list[Interception]:
-    """Put the functions around branches and what rests in place; the innermost first, so that removal is exact."""
+    """Wrap the modules of branches and those that rest in some steps; innermost first, so that removal is exact."""
     return [
         *_install_sites(model, structure, runtime),
         *_install_rests(model, rests.modules, runtime),
@@ -376,7 +376,7 @@ def _install_loose(
 
 
 def install_outputs(model: nn.Module, structure: Structure, runtime: Runtime) -> list[Interception]:
-    """The functions that scale gradients of kept branches."""
+    """Install the wrappers that scale gradients of kept branches."""
     by_module: dict[str, list[BranchOutput]] = {}
     for entry in structure.branch_outputs:
         by_module.setdefault(entry.module, []).append(entry)
@@ -389,7 +389,7 @@ def install_outputs(model: nn.Module, structure: Structure, runtime: Runtime) ->
 def install_boundaries(
     model: nn.Module, names: Iterable[str], boundary: Callable[[], None], *, after: bool = False
 ) -> list[Interception]:
-    """The functions that tell a lazy device where steps end: before these modules, or after them."""
+    """Install the wrappers that tell a lazy device where steps end: before these modules, or after them."""
     if after:
         ends = ((model.get_submodule(name), EndState(boundary)) for name in names)
         return [Interception(module, "_dropbp_end", state, end_forward) for module, state in ends]

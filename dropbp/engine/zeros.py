@@ -1,11 +1,12 @@
-"""Gradients of zero: a dropped branch must have none, or an optimizer would move it by decay and momentum.
+"""Resets gradients of dropped branches from zero to None, or an optimizer would move the parameters.
 
-`zero_grad(set_to_none=False)` leaves zeros, before the forward or after it. So the end of a backward is where to look:
-what its forwards dropped was not written by it. To look at a gradient makes the host wait for the device, and a
-gradient of zero that an earlier backward wrote must stay. So all gradients there at the end of a backward are noted,
-each with its version, and only those are looked at that were written since by something other than a backward, or that
-an optimizer has made a step with. (Its version alone does not tell: some kernels leave it.) Notes are taken and
-compared by loops in C: hooks on the parameters would cost more than the rest of a step's bookkeeping.
+With a gradient of zero, weight decay and momentum still move a parameter, and `zero_grad(set_to_none=False)` leaves
+zeros, before the forward or after it. So the check runs at the end of a backward: this backward did not write the
+gradients of branches that its forwards dropped. Reading a gradient makes the host wait for the device, and a zero
+gradient that an earlier backward wrote must stay. So the end of each backward notes all gradients with their versions.
+The next one reads only those that something other than a backward has written since, or that an optimizer step has
+used. (The version alone does not tell, because some kernels do not raise it.) Loops in C take and compare these notes:
+hooks on the parameters would cost more than all other bookkeeping of a step.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from dropbp.tensors import tensors_in
 
 _NONE, _get = itertools.repeat(None), cast(Any, dict.get)
 _grad_of, _version_of = operator.attrgetter("grad"), operator.attrgetter("_version")
-Place = tuple[Mapping[str, nn.Parameter | None], str]  # of a parameter: its module's table, and its name there
+Place = tuple[Mapping[str, nn.Parameter | None], str]  # of a parameter: its module's dictionary, and its key there
 
 
 class ZeroGradients:
-    """Turns gradients of zero into None, for the branches that all forwards of a backward have dropped.
+    """Sets zero gradients to None for branches that all forwards of a backward have dropped.
 
-    Of each set of branches the smallest trained parameter stands for all.
+    For each set of branches, its smallest trained parameter (the probe) represents all of them.
     """
 
     def __init__(self, parameters: Parameters) -> None:
@@ -43,31 +44,31 @@ class ZeroGradients:
         self._needs = list(probes)
         self._tables, self._names = ([place[i] for place in probes.values()] for i in (0, 1))
         self._types = [nn.Parameter] * len(probes)
-        self._found: list[Any] | None = None  # the parameters found there last, unless something else was
+        self._found: list[Any] | None = None  # the probes found last; None if an engine has replaced one
         self._running = weakref.WeakValueDictionary[int, _Backward]()
         self._steps = _Steps()
         self._noted: tuple[list[weakref.ref[Tensor]], list[int], int] = [], [], 0
         self._counting: RemovableHandle | None = None
 
     def release(self) -> None:
-        """Remove the hook from the optimizers."""
+        """Remove the optimizer hook."""
         if self._counting is not None:
             self._counting.remove()
             self._counting = None
 
     def watch(self, outputs: Any, dropped: int) -> None:
-        """Called after each recorded forward, with the branches that it drops."""
+        """Watch the backward of a recorded forward; `dropped` are its dropped branches."""
         if transforming():
             return
         self._count_steps()
         roots = [tensor.grad_fn for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
         for root in roots:
             root.register_prehook(functools.partial(self._begin, dropped))
-        if dropped and not roots:  # its backward will not be seen
+        if dropped and not roots:  # its backward would go unnoticed
             self._end(_Backward(dropped, _present(self._gradients()), self._end))
 
     def _count_steps(self) -> None:
-        """The hook is on all optimizers of the process, so it goes with this object if nobody removes it."""
+        """Install the optimizer hook. It is global to the process, so it is also removed when this object is freed."""
         if self._counting is None:
             self._counting = register_optimizer_step_post_hook(self._steps.count)
             weakref.finalize(self, self._counting.remove)
@@ -76,14 +77,14 @@ class ZeroGradients:
         task = torch._C._current_graph_task_id()
         backward = self._running.get(task)
         if backward is None:
-            parameters = self._found  # that engines put others there is seen at the end
+            parameters = self._found  # if an engine has replaced one since, `_end` notices
             gradients = self._gradients() if parameters is None else list(map(_grad_of, parameters))
             backward = self._running[task] = _Backward(dropped, _present(gradients), self._end)
             torch.autograd.Variable._execution_engine.queue_callback(backward)
         backward.dropped &= dropped
 
     def _end(self, backward: _Backward) -> None:
-        """Look at what is to be looked at, and note what backwards have written."""
+        """Reset the gradients that may need it, and note the gradients that backwards have written."""
         gradients = self._gradients()
         if backward.before:
             unknown = self._unknown(backward.before, gradients)
@@ -97,7 +98,7 @@ class ZeroGradients:
         self._noted = list(map(weakref.ref, written)), list(map(_version_of, written)), self._steps.made
 
     def _gradients(self) -> list[Tensor | None]:
-        """Those of the probes, read in C; where an engine has put something else there, one by one."""
+        """The gradients of the probes, read in C; one by one if an engine has replaced a probe."""
         parameters = list(map(_get, self._tables, self._names))
         self._found = parameters if list(map(type, parameters)) == self._types else None
         if self._found is not None:
@@ -105,7 +106,9 @@ class ZeroGradients:
         return [p.grad if isinstance(p, nn.Parameter) and p.requires_grad else None for p in parameters]
 
     def _unknown(self, before: Mapping[int, int], gradients: Sequence[Tensor | None]) -> set[int]:
-        """The sets of branches whose gradient neither this backward has written nor, as it is, an earlier one."""
+        """The sets of branches whose gradient was not written by this backward, or, unchanged since, by an
+        earlier one.
+        """
         held, versions, made = self._noted
         known = {id(ref()): version for ref, version in zip(held, versions, strict=True)}
         known = known if made == self._steps.made else {}
@@ -113,7 +116,7 @@ class ZeroGradients:
         return {need for need, g in each if before.get(id(g)) == g._version != known.get(id(g))}
 
     def _forget(self, needs: set[int]) -> None:
-        """Of these sets of branches, those without a gradient other than zero; one transfer tells it of all."""
+        """Reset these sets of branches where all gradients are zero; one transfer from the device tells for all."""
         own = [(need, p, p.grad) for p, need in self._parameters.needs().items() if need in needs]
         held = [(need, p, grad) for need, p, grad in own if grad is not None]
         alive = {need for (need, *_), any_ in zip(held, _any([grad for *_, grad in held]), strict=True) if any_}
@@ -123,9 +126,9 @@ class ZeroGradients:
 
 
 class _Backward:
-    """A backward that runs: what its forwards have all dropped, and the gradients there before it, with their versions.
+    """A running backward: the branches that all its forwards dropped, and the gradients before it, with their versions.
 
-    Only the backward holds it, as what is called at its end: both end together, even in an error.
+    Only the backward holds it, as its final callback, so both end together, even on an error.
     """
 
     def __init__(self, dropped: int, held: Sequence[Tensor], end: Callable[[_Backward], None]) -> None:
@@ -137,7 +140,7 @@ class _Backward:
 
 
 class _Steps:
-    """Counts the steps of all optimizers."""
+    """Counts the steps of all optimizers in the process."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -163,7 +166,7 @@ def _smallest(parameters: Parameters) -> dict[int, Place]:
 
 
 def _any(tensors: Sequence[Tensor]) -> list[bool]:
-    """Whether each holds something other than zero; the host waits once for each device."""
+    """Whether each tensor has a nonzero element; the host waits once per device."""
     by_device: dict[torch.device, list[int]] = {}
     for place, tensor in enumerate(tensors):
         by_device.setdefault(tensor.device, []).append(place)
@@ -175,6 +178,6 @@ def _any(tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def _whole(value: Tensor) -> Tensor:
-    """What all ranks agree on, where a gradient is sharded."""
+    """The value that all ranks agree on, if a gradient is sharded."""
     whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole
