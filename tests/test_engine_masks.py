@@ -161,7 +161,9 @@ def test_fixed_masks_leave_the_sequence_of_drawn_masks_alone():
 @pytest.mark.parametrize("mask", [[True] * 5, [True] * 7, []])
 def test_a_mask_of_the_wrong_length_is_refused(mask):
     _, handle = enabled()
-    message = f"The mask has {len(mask)} entries, the model 6 branches. Give one bool per entry of handle.branches"
+    message = (
+        f"The mask has {len(mask)} entries, but the model has 6 branches. Pass one bool per entry of handle.branches"
+    )
     with pytest.raises(ConfigError, match=message), handle.fixed(mask):
         pass
 

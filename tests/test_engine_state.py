@@ -95,7 +95,7 @@ def _foreign(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "is of version 99; this library reads version"),
+        ({"version": 99}, "has version 99; this library reads version"),
         ({"branches": ["a", "b"]}, r"its branches are \['a', 'b'\], this model's are \['blocks.0.mix'"),
         ({"masks": "cyclic"}, "its masks are 'cyclic', this model's are 'exact'"),
         ({"seed": 3}, "its seed are 3, this model's are 0|its seed is 3"),
@@ -130,7 +130,7 @@ def test_a_foreign_or_damaged_state_is_refused_and_changes_nothing(change, messa
 @pytest.mark.parametrize("state", [None, 3, [], {}, "state"])
 def test_what_is_no_state_at_all_is_refused(state):
     _, handle = enabled()
-    with pytest.raises(StateError, match="is of version"):
+    with pytest.raises(StateError, match="has version"):
         handle.load_state_dict(state)
 
 

@@ -316,7 +316,7 @@ def test_a_sampler_of_ones_own_can_be_added(monkeypatch):
 
     assert Sampler("alternate", [0.5] * 3, [1.0] * 3, offset=1).draw(0) == (False, True, False)
     assert sampler_kinds()["alternate"].summary == "Every other branch in turn."
-    with pytest.raises(ConfigError, match="mask sampler 'alternate' is registered already; known are alternate"):
+    with pytest.raises(ConfigError, match="mask sampler 'alternate' is already registered; known are alternate"):
         register_sampler("alternate")(alternate)
 
 

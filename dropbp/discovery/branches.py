@@ -1,4 +1,4 @@
-"""Which edges of the graph are cut to drop each branch."""
+"""The edges of the graph that are cut to drop each branch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A term of an addition to the stream; `group` is cut to drop it exactly, None if nothing does."""
+    """A term of an addition to the stream. Cutting `group` drops it exactly; None if that is impossible."""
 
     edge: Edge
     join: Join
@@ -25,7 +25,7 @@ class Found:
 
 
 def found_in(graph: Graph) -> list[Found]:
-    """Every term of an addition to the stream that is a branch, in the order of their outputs."""
+    """All branches, in the order in which their outputs were created."""
     pairs = [(edge, join) for join in outermost(graph, joins(graph)) for edge in join.edges]
     pairs.sort(key=lambda pair: graph.nodes[pair[0][1]].sequence)
     groups = exact_groups(graph, [[edge] for edge, _ in pairs])
@@ -33,14 +33,14 @@ def found_in(graph: Graph) -> list[Found]:
 
 
 def together(found: Sequence[Found]) -> tuple[int, ...]:
-    """Neighbouring branches that leave the stream at one place and join it at one place, as bits."""
+    """Neighbouring branches that leave the stream at the same point and join it at the same point, as bits."""
     places = [(branch.join.node, dict(branch.join.branches)[branch.edge]) for branch in found]
     runs = [list(run) for _, run in itertools.groupby(range(len(found)), key=places.__getitem__)]
     return tuple(sum(1 << branch for branch in run) for run in runs if len(run) > 1)
 
 
 def branch_groups(graph: Graph) -> list[Group]:
-    """For each branch the edges that are cut to drop it, in the order of the branches' outputs."""
+    """For each branch, the edges that are cut to drop it, in the order of the branches' outputs."""
     return [found.group for found in found_in(graph) if found.group is not None]
 
 
@@ -53,14 +53,14 @@ def groups_again(graph: Graph, structure: Structure) -> list[Group]:
 
 
 def edges_leaving(graph: Graph, names: Sequence[str]) -> list[Edge]:
-    """Every edge from outside the named modules to a node they made."""
+    """Every edge from outside the named modules to a node that they created."""
     inside: set[int] = set()
     for call in graph.calls:
         if call.name in names:
             inside |= set(graph.numbers_in_call[call.index])
     if not inside:
         raise DiscoveryError(
-            f"branches= names {list(names)}, but the small forward never ran them (or they make nothing "
-            "differentiable). Pass example_inputs=... that use them."
+            f"branches= names {list(names)}, but the small forward never ran them, or they create nothing "
+            "differentiable. Pass example_inputs=... that use them."
         )
     return [(user, n) for n in inside for user in graph.consumers[n] if user not in inside]

@@ -1,7 +1,7 @@
-"""The structure of a model's residual branches, from a recorded forward: `dropbp.discovery.graph` says where the stream
-is added to, `dropbp.discovery.liveness` what can run without recording. No table of architectures is needed.
+"""Builds the structure of a model's residual branches from a recorded forward, without a table of architectures.
 
-Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
+`dropbp.discovery.graph` finds the additions to the residual stream, `dropbp.discovery.liveness` the modules that can
+run without recording. Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
 
 
 def by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
-    """The trace as the output at the end of the stream sees it, and whether others come out of branches.
+    """The trace restricted to the output at the end of the stream, and whether other outputs come out of branches.
 
-    An output from inside a branch (the scores of a router, attention maps) would keep the branch from being dropped.
-    What leads to it is recorded all the same where it is asked for: see `dropbp.engine.calls`.
+    An output from inside a branch (router scores, attention maps) would keep the branch from being dropped. The nodes
+    that lead to it are still recorded if a call asks for it: see `dropbp.engine.calls`.
     """
     keys = trace.outputs if len(trace.outputs) > 1 else {}
     best, most = trace, _whole_branches(trace, model) if keys else 0
@@ -65,12 +65,12 @@ def by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
 
 
 def _whole_branches(trace: Trace, model: nn.Module) -> int:
-    """How many branches are dropped by cutting them where they are added."""
+    """Number of branches that are dropped exactly by cutting the edge into their addition."""
     return sum(found.group == [found.edge] for found in found_in(Graph(trace, model)))
 
 
 def trained_outputs(trace: Trace) -> dict[str, bool]:
-    """The outputs by their keys, and whether a parameter that trains leads to each."""
+    """The outputs by their keys, each with whether it depends on a parameter that trains."""
     trained = [False] * len(trace.nodes)
     for node in trace.nodes:
         leaf = node.leaf
@@ -86,7 +86,7 @@ def structure_of(
     unexplained: Iterable[int] = (),
     together: tuple[int, ...] = (),
 ) -> Structure:
-    """The structure that branches have which are dropped by cutting these groups of edges."""
+    """The structure of branches that are dropped by cutting these groups of edges."""
     need = needs(graph, groups)
     structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
     found = with_unseen(rests(graph, groups, together), model, structure.sites)
@@ -96,12 +96,12 @@ def structure_of(
 
 
 def _last(branch: int, together: Iterable[int]) -> int:
-    """Of the branches that are dropped all at once with this one the last: each then weighs what is its own."""
+    """The last of the branches that are dropped together with this one, so that each has only its own weight."""
     return next((bits.bit_length() - 1 for bits in together if bits >> branch & 1), branch)
 
 
 class _Builder:
-    """Names, sites, loose parameters and outputs of branches from a graph with its cut edges."""
+    """Derives names, sites, loose parameters and outputs of branches from a graph with its cut edges."""
 
     def __init__(
         self,
@@ -164,8 +164,8 @@ class _Builder:
     def _common(self, name: str, needs: set[tuple[int, ...]]) -> tuple[int, ...]:
         if len(needs) > 1:
             raise DiscoveryError(
-                f"Module {name} was not called in the small forward, and its siblings belong to different branches, "
-                "so it is unclear when to skip it. Pass example_inputs=... that use it, or branches=[...]."
+                f"Module {name} was not called in the small forward, and its siblings belong to different branches, so "
+                "it is unclear when to skip it. Pass example_inputs=... that use it, or branches=[...]."
             )
         return next(iter(needs))
 
@@ -208,7 +208,7 @@ class _Builder:
         return {name: need for name, need in needs.items() if name is not None and need not in (0, ALIVE)}
 
     def _loose(self) -> tuple[LooseParameter, ...]:
-        """Parameters that recorded glue of a branch uses directly (layer scales, gates)."""
+        """Parameters that a branch uses directly, outside its skipped modules (layer scales, gates)."""
         found = {}
         for node in self.graph.nodes:
             name = self.graph.parameter_names.get(id(node.leaf)) if node.is_leaf else None
@@ -236,7 +236,9 @@ class _Builder:
         return {self._made_by(branch, number) for number in met}
 
     def _made_by(self, branch: int, number: int) -> Call:
-        """The module of this branch that made the node; one around it may be of several."""
+        """The module call that created the node and belongs to this branch alone; an outer one may serve several
+        branches.
+        """
         own = 1 << branch
         return next(c for c in self.cover.top_of[number] if not self.cover.call_need[c.index] & ~own)
 
@@ -255,13 +257,13 @@ class _Builder:
         ]
 
     def _users_outside(self, made_by: Call, number: int) -> int:
-        """How many nodes outside of the module that made this one take its output."""
+        """How many nodes outside the module that created this one use its output."""
         inside = set(self.graph.numbers_in_call[made_by.index])
         return sum(user not in inside for user in self.graph.consumers[number])
 
     def _why_unscalable(self, branch: int, glue: set[int], met: set[int]) -> str:
         if any(self.graph.nodes[n].is_leaf for n in glue):
-            return "a parameter is multiplied in outside of any module"
+            return "a parameter is multiplied in outside any module"
         calls = self._output_calls(branch, met)
         inside = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
         for number in met:
@@ -282,7 +284,7 @@ class _Builder:
         return masks
 
     def _repeated(self, blocks: Iterable[str], sites: Iterable[Site]) -> dict[str, str]:
-        """Blocks that ran more than once in the forward, or that hold a module which several branches share."""
+        """Blocks that ran more than once in the forward, or that contain a module shared by several branches."""
         shared = {self.modules[site.module] for site in sites if site.per_call}
         calls = Counter(call.name for call in self.graph.calls)
         reasons = {}
@@ -290,7 +292,7 @@ class _Builder:
             if calls[name] > 1:
                 reasons[name] = "it runs more than once in a forward"
             elif shared.intersection(self.modules[name].modules()):
-                reasons[name] = "several branches share a module of it"
+                reasons[name] = "several branches share a module in it"
         return reasons
 
     def _coverage(self) -> float:
@@ -299,7 +301,7 @@ class _Builder:
         return sum(self._flops(i) for i in range(len(self.groups))) / total if total else 0.0
 
     def _check_blocks(self, branches: Sequence[Branch]) -> None:
-        """Every element of a list of blocks must be understood if one of them is."""
+        """Raises DiscoveryError if one block of a list has branches and another was not understood."""
         lists = {_container(_element(branch.modules)) for branch in branches} - {""}
         for name in self.names:
             if _container(name) in lists and self._may_hold_branches(name):
@@ -307,12 +309,14 @@ class _Builder:
                 if share is not None and share < COVERED_SHARE:
                     raise DiscoveryError(
                         f"Block {name} ({type(self.modules[name]).__name__}) was not understood: its residual branches "
-                        f"hold {share:.0%} of its weights, at least {COVERED_SHARE:.0%} is expected. Name the branches "
-                        "yourself with branches=[...], or report the architecture."
+                        f"hold {share:.0%} of its weights, at least {COVERED_SHARE:.0%} is expected. Name the "
+                        "branches yourself with branches=[...], or report the architecture."
                     )
 
     def _may_hold_branches(self, name: str) -> bool:
-        """A branch can be missed only at an addition that was not understood, on a stream that keeps its shape."""
+        """Whether a branch may be missed: there is an unexplained addition, and the block keeps the shape of the
+        stream.
+        """
         calls = [call for call in self.graph.calls if call.name == name]
         made = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
         return not all(call.reshapes for call in calls) and bool(made & self.unexplained)
@@ -324,7 +328,7 @@ class _Builder:
 
 
 def _totals(graph: Graph, need: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
-    """FLOPs, and elements of parameters, by the set of branches that must be dropped to save them."""
+    """FLOPs and parameter elements by the set of branches that must be dropped to save them."""
     flops: dict[int, int] = {}
     elements: dict[int, int] = {}
     for node in graph.nodes:
@@ -337,7 +341,7 @@ def _totals(graph: Graph, need: Sequence[int]) -> tuple[dict[int, int], dict[int
 
 
 def _container(name: str) -> str:
-    """The list a numbered element belongs to: `model.layers` for `model.layers.3`; empty for other modules."""
+    """The list that a numbered element belongs to: `model.layers` for `model.layers.3`; empty for other modules."""
     head, _, tail = name.rpartition(".")
     return head if tail.isdigit() else ""
 
@@ -348,13 +352,13 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _element(modules: Sequence[str]) -> str:
-    """The innermost numbered element that holds all modules of a branch, or is the only one."""
+    """The innermost numbered element that contains all modules of a branch, or is the only one."""
     match = re.match(r"^(.*\.)?\d+(?=\.|$)", _common_prefix(modules))
     return match.group(0) if match else ""
 
 
 def _block(modules: Sequence[str]) -> str:
-    """The innermost numbered element that holds all modules of a branch, but is none of them."""
+    """The innermost numbered element that contains all modules of a branch without being one of them."""
     shared = _common_prefix(modules) if len(modules) > 1 else modules[0].rpartition(".")[0]
     match = re.match(r"^(.*\.)?\d+(?=\.|$)", shared) if shared else None
     return match.group(0) if match else ""
@@ -375,7 +379,7 @@ def _weight_elements(module: nn.Module) -> int:
 
 
 def _elements(leaf: torch.Tensor) -> int:
-    """Elements of the whole parameter, also if DeepSpeed ZeRO-3 holds only a part of it."""
+    """Elements of the whole parameter, even if DeepSpeed ZeRO-3 holds only a part of it here."""
     return int(getattr(leaf, "ds_numel", leaf.numel()))
 
 

@@ -1,4 +1,4 @@
-"""`discover`: the residual branches of a model and their FLOPs for any shape, with the model left as it is."""
+"""`discover` finds the residual branches of a model and their FLOPs at any shape, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 Names = Sequence[str | Sequence[str]]
 SHORT = 16
-CHUNKS = 240  # tokens more
+CHUNKS = 240  # additional tokens
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the recordings of a few small forwards tell about a model.
+    """The results of recording a few small forwards of a model.
 
     Attributes:
-        structure: the branches and all that is done when they are dropped.
-        flops: of each branch's forward, for any shape.
-        weights: of each branch in the budget, for any shape: the FLOPs of the backward that it has.
-        shape: for which they were counted.
+        structure: the branches, and what must be done to drop them.
+        flops: forward FLOPs of each branch at any shape.
+        weights: weight of each branch in the budget at any shape: the FLOPs of its actual backward.
+        shape: the shape of the first recorded forward.
         asked: what the recorded call asked for; see `dropbp.inputs.asked`.
     """
 
@@ -49,22 +49,22 @@ class Findings:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The branches with their FLOPs for the shape counted."""
+        """The branches with their FLOPs at `shape`."""
         counts = self.flops.at(self.shape)
         return tuple(replace(b, flops=f) for b, f in zip(self.structure.branches, counts, strict=True))
 
 
 def discover(model: nn.Module, example_inputs: Any = None, branches: Names | None = None) -> tuple[Branch, ...]:
-    """The residual branches of a model, nearest the input first; the model is not changed.
+    """The residual branches of a model, from the input upwards; the model is not changed.
 
     Raises:
-        DiscoveryError: none was found, a block was not understood, or the forward needs `example_inputs`.
+        DiscoveryError: no branch was found, a block was not understood, or the forward needs `example_inputs`.
     """
     return find(unwrapped(checked_module(model)), example_inputs, branches).branches
 
 
 def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings:
-    """What `discover` and `enable` need to know. Raises DiscoveryError as `discover` does."""
+    """The findings that `discover` and `enable` need. Raises DiscoveryError as `discover` does."""
     if example_inputs is not None:
         return _find(model, example.as_inputs(example_inputs), named)
     with none_replaced(model):
@@ -84,14 +84,14 @@ def _find(model: nn.Module, given: example.Inputs, named: Names | None) -> Findi
 
 
 def checked_module(model: Any) -> nn.Module:
-    """The model. Raises ConfigError if it is not a module."""
+    """The model itself. Raises ConfigError if it is not a module."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {type(model).__name__}; dropbp.enable takes a torch.nn.Module.")
     return model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module behind `torch.compile(model)`."""
+    """The module inside `torch.compile(model)`."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -99,7 +99,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _at_other_lengths(
     model: nn.Module, given: example.Inputs, structure: Structure, named: Names | None
 ) -> dict[Shape, Structure]:
-    """The same branches recorded at more lengths, the longest last: as many as the fit of their FLOPs needs."""
+    """The same branches recorded at other lengths, the longest last: as many as the fit of their FLOPs needs."""
     recorded = partial(_recorded, model, structure, named)
     if not shape_of(given.args, given.kwargs).sequence_length:
         return {}
@@ -118,14 +118,14 @@ def _at_other_lengths(
 def _at_chunks(
     model: nn.Module, given: example.Inputs, structure: Structure, named: Names | None
 ) -> dict[Shape, Structure]:
-    """The same at a length of several chunks, where that is possible."""
+    """The same branches recorded at a length of several chunks, if the model accepts it."""
     return _recorded(model, structure, named, example.longer(model, given, source=True, target=True, more=CHUNKS))
 
 
 def _recorded(
     model: nn.Module, structure: Structure, named: Names | None, given: example.Inputs
 ) -> dict[Shape, Structure]:
-    """The same branches in another forward; nothing where that forward fails or has others."""
+    """The same branches in another forward; empty if that forward fails or has other branches."""
     shape = shape_of(given.args, given.kwargs)
     try:
         found = _structure(model, given, named)
@@ -140,7 +140,7 @@ def _counts(found: Mapping[Shape, Structure]) -> dict[Shape, list[int]]:
 
 
 def _only_text(given: example.Inputs) -> bool:
-    """Whether every branch reads tokens, and so has a cost that grows with their number."""
+    """Whether all inputs are text, so that every branch's cost grows with the number of tokens."""
     tensors = [(name, value) for name, value in given.kwargs.items() if isinstance(value, torch.Tensor)]
     return not given.args and all(name in TOKENS or not value.is_floating_point() for name, value in tensors)
 
@@ -156,5 +156,5 @@ def _names(names: str | Sequence[str]) -> list[str]:
     """The modules of one branch."""
     each = [names] if isinstance(names, str) else listed("branches", names)
     if not all(isinstance(name, str) for name in each):
-        raise ConfigError(f"branches holds {short(names)}; it takes names of modules, or lists of names.")
+        raise ConfigError(f"branches holds {short(names)}; pass names of modules, or lists of names.")
     return each

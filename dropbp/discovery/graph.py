@@ -1,7 +1,7 @@
-"""Where a recorded forward adds to its residual stream.
+"""Finds the additions to the residual stream in a recorded forward.
 
-Where the autograd graph adds two tensors `x + f(x)`, and one operand depends on the other, the dependent operand `f(x)`
-is a branch, and the other is the residual stream. Scalings, casts, shifts and reshapes of the stream are ignored. Of
+If the autograd graph adds two tensors `x + f(x)` and one operand depends on the other, the dependent operand `f(x)` is
+a branch, and the other is the residual stream. Scalings, casts, shifts and reshapes of the stream are ignored. Of
 nested branches only the outermost counts. A "branch" that is itself a residual stream (a long skip around many blocks)
 does not count.
 """
@@ -15,7 +15,7 @@ from torch import nn
 
 from dropbp.discovery.trace import Call, Node, Trace
 
-Edge = tuple[int, int]  # (the node that consumes, the node that is consumed)
+Edge = tuple[int, int]  # (consumer node, source node)
 
 JOINS = ("AddBackward", "SubBackward", "AddcmulBackward")
 SHIFTS = ("AddBackward", "SubBackward")
@@ -36,8 +36,8 @@ class Join:
     Attributes:
         node: the (last) addition.
         base: the stream before it.
-        edges: one for each branch, from an addition to the branch's output.
-        starts: for each branch the point of the stream it left: `base`, or an earlier one where a branch is added late.
+        edges: for each branch, the edge from an addition to the branch's output.
+        starts: for each branch, the point where it left the stream: `base`, or an earlier one if it is added late.
     """
 
     node: int
@@ -71,7 +71,7 @@ class Graph:
         return tuple(i for i in node.inputs if not self.nodes[i].is_leaf)
 
     def ancestors(self, start: int, floor: int) -> set[int]:
-        """Nodes that `start` depends on, itself included, made after node `floor` or `floor` itself; leaves too."""
+        """All nodes and leaves that `start` depends on, itself included, down to node `floor`."""
         seen, pending = {start}, [start]
         limit = self.nodes[floor].sequence
         while pending:
@@ -86,16 +86,16 @@ class Graph:
         return start != on and on in self.ancestors(start, on)
 
     def is_private(self, node: int) -> bool:
-        """Whether the node's output goes to one consumer only and is not returned by the model."""
+        """Whether the node's output has a single consumer and is not returned by the model."""
         return len(self.consumers[node]) == 1 and node not in self.trace.roots
 
     def place(self, node: int) -> str:
-        """Qualified name of the module whose own forward made the node; empty for the model itself."""
+        """Qualified name of the module whose own forward created the node; empty for the model itself."""
         call = self.trace.call_of[node]
         return self.calls[call].name if call >= 0 else ""
 
     def base_of(self, operand: int) -> int:
-        """The operand with scalings, shifts, casts, reshapes and gates made from it taken off."""
+        """The operand without the scalings, shifts, casts, reshapes and gates applied to it."""
         while True:
             source = self._below(self.nodes[operand])
             if source is None:
@@ -111,7 +111,7 @@ class Graph:
         return None
 
     def _gated(self, one: int, other: int) -> int | None:
-        """Of a product the factor that the other one was computed from: `gate(x) * x` is x, scaled."""
+        """The factor of a product from which the other factor was computed: `gate(x) * x` is a scaled x."""
         for gate, stream in ((one, other), (other, one)):
             base = self.base_of(stream)
             if self.depends(gate, base):
@@ -121,7 +121,7 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True)
 class _Sum:
-    """A chain of additions in one forward: its last node and its terms, as edges (addition, term)."""
+    """A chain of additions in one forward: its last node, and its terms as edges (addition, term)."""
 
     node: int
     terms: tuple[Edge, ...]
@@ -185,7 +185,9 @@ def _continues(graph: Graph, root: Node, source: int) -> bool:
 
 
 def _as_join(graph: Graph, total: _Sum) -> Join | None:
-    """The sum with the term on which most others depend as the stream; None if no term depends on another."""
+    """The sum as a join, with the term on which most others depend as the stream; None if no term depends
+    on another.
+    """
     best: tuple[int, tuple[Edge, ...]] = (0, ())
     for _, stream in total.terms:
         base = graph.base_of(stream)
@@ -201,7 +203,9 @@ def _leaves(graph: Graph, term: int, stream: int) -> bool:
 
 
 def _with_late_terms(graph: Graph, total: _Sum, join: Join, bases: Sequence[int]) -> Join:
-    """Terms computed from an earlier point of the stream in the same forward are branches too (shortcut experts)."""
+    """Add terms computed from an earlier point of the stream in the same forward, which are branches too (shortcut
+    experts).
+    """
     edges, starts = list(join.edges), list(join.starts)
     earlier = [base for base in bases if base < join.base and graph.depends(join.base, base)]
     for edge in total.terms:
@@ -215,7 +219,7 @@ def _with_late_terms(graph: Graph, total: _Sum, join: Join, bases: Sequence[int]
 
 
 def outermost(graph: Graph, joins: Sequence[Join]) -> list[Join]:
-    """Branches that are not part of another branch; a 'branch' that is itself a residual stream is a long skip."""
+    """Joins without branches that lie inside another branch, and without long skips that are residual streams."""
     kept: list[Join] = []
     covered: set[int] = set()
     for position, join in enumerate(joins):
@@ -241,7 +245,7 @@ def _is_branch(graph: Graph, join: Join, head: int, start: int, later: Sequence[
 
 
 def _span(graph: Graph, start: int, head: int) -> set[int]:
-    """Nodes between the point of the stream that a branch left and its output."""
+    """Nodes between the point where a branch left the stream and its output."""
     return graph.ancestors(head, start) - graph.ancestors(start, start)
 
 

@@ -1,10 +1,10 @@
-"""Which modules run without recording when a branch is dropped, and whether that drops the branch exactly.
+"""Finds the modules that can run without recording if a branch is dropped, and whether that drops the branch exactly.
 
-Dropping a branch means that no gradient enters the edge from the addition to the branch's output. Everything that only
-that edge leads to is then dead, and a module whose nodes are all dead can run without recording. One pass over the
-graph, from the outputs to the inputs, gives every node the set of branches that must all be dropped to make it dead
-(`ALIVE` if no set is enough). A norm shared by two parallel branches is dead when both are dropped, a bias shared by
-all attention layers when all are.
+Dropping a branch means that no gradient enters the edge from the addition to the branch's output. Every node that
+reaches the outputs only through that edge is then dead, and a module whose nodes are all dead can run without
+recording. One pass over the graph, from the outputs to the inputs, gives every node the set of branches that must all
+be dropped to make it dead (`ALIVE` if no set is enough). A norm shared by two parallel branches is dead if both are
+dropped, a bias shared by all attention layers if all are.
 
 Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
 """
@@ -21,10 +21,10 @@ Group = Sequence[Edge]  # the edges that are cut to drop one branch
 
 
 def exact_groups(graph: Graph, groups: Sequence[Group]) -> list[Group | None]:
-    """For each branch the edges to cut so that running modules without recording drops exactly that; None if none do.
+    """For each branch, the edges to cut so that running modules without recording drops exactly it; None if impossible.
 
-    Where the addition's term mixes a branch with something that stays alive, `gate(x) * f(x)`, the cut retreats to the
-    outputs of the branch's modules: the gate keeps its gradient, with `f(x)` as a constant.
+    If the term of an addition mixes a branch with something that stays alive, as in `gate(x) * f(x)`, the cut moves
+    back to the outputs of the branch's modules. The gate keeps its gradient, with `f(x)` as a constant.
     """
     cuts: list[Group | None] = list(groups)
     retreated: set[int] = set()
@@ -40,7 +40,7 @@ def exact_groups(graph: Graph, groups: Sequence[Group]) -> list[Group | None]:
 
 
 def needs(graph: Graph, groups: Sequence[Group]) -> list[int]:
-    """For each node the branches that must all be dropped for it to get no gradient; `ALIVE` if none suffice."""
+    """For each node, the branches that must all be dropped for it to get no gradient; `ALIVE` if none suffice."""
     cut = {edge: 1 << i for i, group in enumerate(groups) for edge in group}
     need = [0] * len(graph.nodes)
     for root in graph.trace.roots:
@@ -52,7 +52,7 @@ def needs(graph: Graph, groups: Sequence[Group]) -> list[int]:
 
 
 def flows(graph: Graph, groups: Sequence[Group]) -> list[int]:
-    """For each node the branches, its own included, through which its gradient comes; no other changes it."""
+    """For each node, the branches that its gradient passes through, its own included; no other branch changes it."""
     cut = {edge: 1 << i for i, group in enumerate(groups) for edge in group}
     flow = [0] * len(graph.nodes)
     for node in reversed(graph.nodes):
@@ -62,7 +62,7 @@ def flows(graph: Graph, groups: Sequence[Group]) -> list[int]:
 
 
 class Cover:
-    """Which module calls run without recording, and whether that drops each branch exactly."""
+    """The module calls that can run without recording, and whether that drops each branch exactly."""
 
     def __init__(self, graph: Graph, need: Sequence[int]) -> None:
         self.graph = graph
@@ -90,11 +90,11 @@ class Cover:
         return tops
 
     def silent(self, number: int, dropped: int) -> bool:
-        """Whether the node lies in a module that runs without recording when exactly `dropped` are dropped."""
+        """Whether the node lies in a module that runs without recording if exactly `dropped` are dropped."""
         return any(not self.call_need[c.index] & ~dropped for c in self.top_of.get(number, ()))
 
     def glue(self, branch: int, heads: Iterable[int]) -> tuple[set[int], set[int], set[int]]:
-        """(recorded nodes, silent nodes met first, leaking inputs) on the way from the heads into the branch."""
+        """Walk from the heads into the branch; return (recorded nodes, first silent nodes reached, leaking inputs)."""
         dropped = 1 << branch
         glue: set[int] = set()
         met: set[int] = set()
@@ -114,12 +114,12 @@ class Cover:
         return glue, met, leaks
 
     def is_exact(self, branch: int, edges: Group) -> bool:
-        """Whether all that the cut makes dead is recorded glue without living inputs, then modules not recorded."""
+        """Whether the cut makes dead only recorded glue without live inputs, and modules that run without recording."""
         _, met, leaks = self.glue(branch, [head for _, head in edges])
         return bool(met) and not leaks
 
     def retreat(self, branch: int, edges: Group) -> Group | None:
-        """The edges from the glue into the branch's modules; None if it has no modules of its own."""
+        """The edges from the glue into the branch's modules; None if the branch has no modules of its own."""
         glue, met, _ = self.glue(branch, [head for _, head in edges])
         inward = [(user, n) for n in sorted(met) for user in self.graph.consumers[n] if user in glue]
         return inward or None

@@ -1,4 +1,4 @@
-"""Branches that the user names: their modules say which edges are cut, and the graph says whether that is exact."""
+"""Branches named by the user: their modules determine the cut edges, and the graph tells whether the cut is exact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from dropbp.errors import DiscoveryError
 
 
 def analyse_named(trace: Trace, model: nn.Module, named: Sequence[Sequence[str]]) -> Structure:
-    """A structure from branches given by name: each entry lists the modules that run without recording when dropped."""
+    """The structure of branches given by name. Each entry lists the modules that run without recording if it is
+    dropped.
+    """
     graph = Graph(trace, model)
     _check_names(model, named)
     groups = exact_groups(graph, [edges_leaving(graph, names) for names in named])
@@ -43,21 +45,21 @@ def _check_exact(named: Sequence[Sequence[str]], groups: Sequence[Group | None])
     lost = [list(names) for names, group in zip(named, groups, strict=True) if group is None]
     if lost:
         raise DiscoveryError(
-            f"{len(named)} branches were named, {len(lost)} of them cannot be dropped exactly, first {lost[0]}: they "
-            "share tensors with the residual stream. Name only modules whose outputs are added to the stream."
+            f"{len(named)} branches were named, but {len(lost)} of them cannot be dropped exactly, first {lost[0]}: "
+            "they share tensors with the residual stream. Name only modules whose outputs are added to the stream."
         )
 
 
 def _check_stream_survives(graph: Graph, named: Sequence[Sequence[str]]) -> None:
-    """Dropping a branch must leave a path for the gradient to everything below, or nothing there would train."""
+    """Raises DiscoveryError if dropping a branch would cut the gradient to everything below it."""
     for names in named:
         calls = [c for c in graph.calls if c.name in names]
         first = min(c.start for c in calls)
         inside = {n for c in calls for n in graph.numbers_in_call[c.index]}
         if _feeds(graph, inside, first) and not _reaches_below(graph, inside, first):
             raise DiscoveryError(
-                f"Branch {', '.join(names)} carries the residual stream: dropping it would cut the gradient to all "
-                "that comes before it. Name the branch's modules (attention, MLP), not the whole block."
+                f"Branch {', '.join(names)} carries the residual stream: dropping it would cut the gradient to "
+                "everything before it. Name the branch's modules (attention, MLP), not the whole block."
             )
 
 

@@ -1,10 +1,10 @@
-"""One small forward, recorded: its autograd graph, the module calls that made it, and the FLOPs of each node.
+"""Records one small forward: its autograd graph, the module calls that created it, and the FLOPs of each node.
 
 Autograd numbers its nodes in the order of their creation (`Node._sequence_nr`). Reading that counter before and after a
-module runs gives the interval of nodes that the call made. Reading it inside a dispatch mode gives the node that an
+module runs gives the interval of nodes that the call created. Reading it inside a dispatch mode gives the node that an
 operator belongs to. So module structure, data flow and FLOPs share one axis, without a table of architectures and
-without symbolic tracing. The graph is never run backward, so saved tensors are thrown away while recording: it takes
-the memory of a forward without gradients, and none on meta tensors.
+without symbolic tracing. The graph is never run backward, so saved tensors are discarded while recording: it takes the
+memory of a forward without gradients, and none on meta tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dropbp.tensors import held_by_modules, is_differentiable, outputs_by_key, t
 
 
 def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
-    """Run `model(*args, **kwargs)` once and return what it did; the model is as before afterwards.
+    """Run `model(*args, **kwargs)` once and return the trace; the model is unchanged afterwards.
 
     Raises:
         DiscoveryError: the forward failed, or no output depends on anything differentiable.
@@ -57,7 +57,7 @@ def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
 
 
 def differentiable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments with floating-point tensors made to depend on something, so that the first residual is seen."""
+    """The arguments with floating-point tensors given a graph node, so that the first residual addition is recorded."""
     return [_depending(value) for value in args], {name: _depending(value) for name, value in kwargs.items()}
 
 
@@ -79,7 +79,7 @@ def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 
 class _FlopMode(TorchDispatchMode):
-    """Counts each operator's FLOPs with PyTorch's own formulas, filed under the autograd node being made."""
+    """Counts each operator's FLOPs with PyTorch's formulas, stored under the autograd node that is being created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _FlopMode(TorchDispatchMode):
 
 
 def _likely(value: torch.Tensor) -> bool | int | float:
-    """The value of a tensor without data: True (the mask is full, the sequence is one), or one."""
+    """A likely value for a scalar without data: True (a full mask, a single sequence), or one."""
     return True if value.dtype == torch.bool else 1.0 if value.is_floating_point() else 1
 
 
@@ -112,13 +112,15 @@ def _formula(func: Any) -> Callable[..., int] | None:
 
 
 def _grouped_mm_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    """Stacked experts' products, which PyTorch has no formula for: each row of `a` meets one of the matrices in `b`."""
+    """FLOPs of a grouped matrix product (stacked experts), for which PyTorch has no formula: each row of `a` is
+    multiplied by one of the matrices in `b`.
+    """
     batch = a.shape[0] if a.dim() == b.dim() == 3 else 1
     return int(2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1])
 
 
 class _MaskMode(TorchFunctionMode):
-    """Notes attention calls whose mask requires a gradient: PyTorch then takes another kernel."""
+    """Notes attention calls whose mask requires a gradient, since PyTorch then selects another kernel."""
 
     def __init__(self, note: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class _MaskMode(TorchFunctionMode):
 
 
 class _AdditionMode(TorchFunctionMode):
-    """Notes the numbers of the nodes made where a tensor is added to another in place."""
+    """Notes the sequence numbers of nodes created by in-place additions."""
 
     OPERATORS = frozenset({"add_", "__iadd__", "sub_", "__isub__", "addcmul_"})
 
@@ -161,11 +163,11 @@ def _next_sequence() -> int:
 
 
 class Recorder:
-    """Hooks on every module for the length of one forward. `functions` are the graph's nodes after `trace`.
+    """Hooks every module for the length of one forward. After `trace`, `functions` holds the nodes of the graph.
 
     Args:
-        model: the root.
-        count_flops: whether FLOPs and attention masks are recorded, too.
+        model: the root module.
+        count_flops: whether to record FLOPs and attention masks, too.
         adds_in_place: whether the model may add in place to views.
     """
 
@@ -222,7 +224,7 @@ class Recorder:
         return enter
 
     def _stand_in_hook(self, name: str) -> Any:
-        """Under `fully_shard` a module computes with gathered tensors in the place of its parameters."""
+        """Note the gathered tensors that a module under `fully_shard` uses instead of its parameters."""
 
         def note(module: nn.Module, args: Any) -> None:
             for attribute, parameter in module._parameters.items():
@@ -251,13 +253,13 @@ class Recorder:
         return leave
 
     def _count_opaque(self, module: nn.Module, output: Any) -> None:
-        """A linear layer none of whose operators is known (packed weights, others' kernels) does a product's FLOPs."""
+        """Count a linear layer without known operators (packed weights, foreign kernels) as a plain matrix product."""
         width, function = getattr(module, "in_features", None), getattr(output, "grad_fn", None)
         if isinstance(width, int) and function is not None and hasattr(module, "out_features"):
             self.flops.records.append((sequence_of(function), 2 * output.numel() * width))
 
     def _connected(self, output: Any) -> Any:
-        """The output with a node of its own, if frozen parameters gave it none (frozen embeddings)."""
+        """The output with a graph node of its own, if frozen parameters gave it none (frozen embeddings); else None."""
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.grad_fn is None:
             return output + self._anchor(output.device).to(output.dtype)
         return None
@@ -272,7 +274,7 @@ class Recorder:
         if not functions:
             raise DiscoveryError(
                 f"No output of {type(self.model).__name__}.forward depends on a differentiable tensor, so there is no "
-                "residual stream to follow. Does the forward run under torch.no_grad, or return no tensors?"
+                "residual stream to follow. Check whether the forward runs under torch.no_grad or returns no tensors."
             )
         nodes, roots, self.functions = collect(functions, self.additions.added)
         call_of = innermost_call(nodes, self.calls)
@@ -289,7 +291,7 @@ class Recorder:
 
 
 def _made_by(output: Any) -> tuple[int, ...]:
-    """The numbers of the nodes that made the differentiable tensors of an output, in their order."""
+    """Sequence numbers of the nodes that created the differentiable tensors of an output, in order; -1 if none did."""
     tensors = filter(is_differentiable, tensors_in(output))
     return tuple(-1 if t.grad_fn is None else sequence_of(t.grad_fn) for t in tensors)
 

@@ -1,15 +1,15 @@
-"""Parameters that must rest in a step although they lie in none of the branches it drops.
+"""Parameters that must be frozen in a step although they lie in none of the branches that it drops.
 
-A parameter's gradient is exact in a step that drops none of the branches through which it flows to the outputs. The
-parameters of a branch lie in the lowest of these. Others do not: embeddings, projectors, class tokens and positions
-feed the stream, the norm of a post-norm block stands in it, one position bias serves all layers, an encoder's last norm
-feeds every cross-attention. If a branch above them is dropped, the gradient that still reaches them along the bare
-stream would move them the wrong way. Under masks that drop the bottom of a model, such a parameter has its exact
-gradient if the lowest branch above it is kept, and rests if that branch is dropped.
+A parameter's gradient is exact in a step that drops none of the branches between it and the outputs. The parameters of
+a branch lie in the lowest of these. Others do not: embeddings, projectors, class tokens and positions feed the stream,
+the norm of a post-norm block stands in it, one position bias serves all layers, an encoder's last norm feeds every
+cross-attention. If a branch above such a parameter is dropped, the gradient that still reaches it along the residual
+stream alone would move it in the wrong direction. Under masks that drop the bottom of a model, the parameter has its
+exact gradient if the lowest branch above it is kept, and rests (is frozen) if that branch is dropped.
 
 If all outputs of a module rest together, the module runs without recording. Otherwise the parameter is frozen while the
 module that uses it runs. A parameter with several uses (tied embeddings, a block applied repeatedly) needs the exact
-gradient of every use. So it rests in all of them when the lowest branch above any of them is dropped.
+gradient of every use, so all its uses rest if the lowest branch above any of them is dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dropbp.discovery.trace import Call
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """A call that uses a parameter in its own forward, the lowest branch above (a bit, 0: none), and who sees to it."""
+    """A call that uses a parameter in its own forward; `border` is the lowest branch above it (a bit, 0: none)."""
 
     name: str
     call: int
@@ -36,12 +36,12 @@ class _Use:
 
 
 def rests(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Rests:
-    """What must rest.
+    """The modules and parameters that must rest.
 
     Args:
-        graph: of the recorded forward.
-        groups: for each branch the edges that are cut to drop it.
-        together: sets of branches, as bit masks, that are only dropped all at once.
+        graph: graph of the recorded forward.
+        groups: for each branch, the edges that are cut to drop it.
+        together: sets of branches, as bit masks, that are only dropped together.
     """
     by_name: dict[str, list[_Use]] = {}
     for use in _uses(graph, groups, together):
@@ -57,7 +57,7 @@ def rests(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Res
                 modules[module.name] = use.border
             if use.border != border or not (module or use.in_branch):
                 loose[LooseParameter(name, graph.calls[use.call].name, border)] = None
-        if any(not use.border for use in uses) and border:  # a fused loss takes the head's weight without the head
+        if any(not use.border for use in uses) and border:  # a fused loss uses the weight without the head
             loose[LooseParameter(name, "", border)] = None
     return Rests(
         modules,
@@ -69,17 +69,17 @@ def rests(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Res
 
 
 def _border(uses: Iterable[_Use]) -> int:
-    """The lowest branch above any of the uses, as a bit; 0 where there is none."""
+    """The lowest branch above any of the uses, as a bit; 0 if there is none."""
     return min((use.border for use in uses if use.border), default=0)
 
 
 def _rests(uses: Sequence[_Use]) -> bool:
-    """Whether the parameter does not simply lie in one branch, or above all of them."""
+    """Whether the parameter lies neither in a single branch nor above all branches."""
     return len({use.border for use in uses}) > 1 or any(use.border and not use.in_branch for use in uses)
 
 
 def with_unseen(found: Rests, model: nn.Module, sites: Iterable[Site]) -> Rests:
-    """The same with the parameters that the recorded forward did not use; those inside of a site are the site's."""
+    """Add the parameters that the recorded forward did not use; those inside a site follow the site."""
     borders, unseen = dict(found.borders), []
     by_module = {site.module: site.needs for site in sites}
     for name, parameter in model.named_parameters():
@@ -121,7 +121,7 @@ def _uses(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> lis
 
 
 def lowest(bits: int) -> int:
-    """The lowest set bit; 0 of 0."""
+    """The lowest set bit; 0 for 0."""
     return bits & -bits
 
 
@@ -137,14 +137,16 @@ class _Places:
             self._runs[call.name] = self._runs.get(call.name, 0) + 1
 
     def resting(self, use: _Use) -> Call | None:
-        """The outermost module around the use whose outputs all rest with it; None where its own module's do not."""
+        """The outermost module around the use whose outputs all rest with it; None if those of its own
+        module do not.
+        """
         found, index = None, use.call
         while index >= 0 and self._rests_at(index) == use.border:
             found, index = self.graph.calls[index], self.graph.calls[index].parent
         return found
 
     def _rests_at(self, index: int) -> int:
-        """The branch, as a bit, whose dropping lets the call run unrecorded; 0 if none does."""
+        """The branch, as a bit, that must be dropped for the call to run without recording; 0 if there is none."""
         if index not in self._last_borders:
             self._last_borders[index] = self._last_border(index)
         return self._last_borders[index]

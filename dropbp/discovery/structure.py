@@ -1,6 +1,6 @@
-"""What discovery finds, as data: branches, where they run, what rests beside them.
+"""The results of discovery as data: branches, the modules they run in, and what rests (is frozen) beside them.
 
-Sets of branches are bit masks held in Python integers: bit `i` is branch `i`; -1 is no set at all.
+Sets of branches are bit masks held in Python integers: bit `i` is branch `i`; -1 means that no set is enough.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from dropbp.discovery.weights import NO_WORK, Work
 
-EXACT = -1  # the border of a use whose gradient flows through no branch: norms and heads after the last
+EXACT = -1  # border of a use whose gradient passes through no branch: norms and heads after the last branch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Branch:
     """A residual branch (sublayer): `stream + branch(stream)`.
 
     Attributes:
-        name: qualified name of the part of the model the branch is, `model.layers.0.self_attn`.
-        modules: qualified names of the modules that run without recording when this branch alone is dropped.
-        flops: floating-point operations of one forward of the branch, for the shapes last seen.
+        name: qualified name of the part of the model that forms the branch, such as `model.layers.0.self_attn`.
+        modules: qualified names of the modules that run without recording if this branch alone is dropped.
+        flops: floating-point operations of one forward of the branch, at the latest input shape.
         rate: probability that a training step skips its backward, 0..1.
-        block: qualified name of the repeated block it lies in, `model.layers.0`; empty if there is none.
-        parameters: number of parameter elements that belong to the branch alone.
+        block: qualified name of the repeated block that contains it, such as `model.layers.0`; empty if there is none.
+        parameters: number of parameter elements that belong to this branch alone.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A module that runs without recording when every branch in `needs[i]` is dropped, `i` being its i-th call.
+    """A module whose i-th call runs without recording if every branch in `needs[i]` is dropped.
 
-    `learned_mask`: the parameters from which it makes a mask for attention. PyTorch takes another kernel where such a
-    mask requires a gradient; without recording the choice must be the same, or the last bits would differ.
+    `learned_mask` names the parameters from which it makes an attention mask. PyTorch selects another kernel if such a
+    mask requires a gradient. Without recording, the choice must be the same, or the last bits would differ.
     """
 
     module: str
@@ -53,7 +53,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class LooseParameter:
-    """A parameter used outside every dropped module: frozen while `scope` runs with all branches in `need` dropped."""
+    """A parameter used outside every skipped module: frozen while `scope` runs with all branches in `need` dropped."""
 
     name: str
     scope: str
@@ -62,9 +62,9 @@ class LooseParameter:
 
 @dataclasses.dataclass(frozen=True)
 class BranchOutput:
-    """A module whose output is the last of branch `branch`: scaling its gradient scales the branch's whole backward.
+    """A module that produces the output of branch `branch`. Scaling the output's gradient scales the whole branch's.
 
-    `places`: which of its differentiable outputs those are; `users`: how many operations take one of them.
+    `places`: which of its differentiable outputs belong to the branch; `users`: how many operations use one of them.
     """
 
     module: str
@@ -76,16 +76,16 @@ class BranchOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Rests:
-    """What rests when which branch is dropped.
+    """What rests (is frozen) when which branch is dropped.
 
     Attributes:
-        modules: that run without recording, each with the branch as a bit.
-        parameters: that are frozen while the module in `scope` runs, with the branch as a bit.
-        borders: for every parameter the lowest branch above it, as an index; `EXACT` where there is none.
-        resting: parameters that are seen to here, as they do not lie in one branch.
+        modules: modules that run without recording, each with the branch as a bit.
+        parameters: parameters that are frozen while the module in `scope` runs, with the branch as a bit.
+        borders: for every parameter, the index of the lowest branch above it; `EXACT` if there is none.
+        resting: parameters handled here because they do not lie in a single branch.
         shared: those of them that several branches use.
-        unseen: those of them that the recorded forward did not use; where they act is not known, so they count as if
-            all branches were above them.
+        unseen: those of them that the recorded forward did not use. Their position is unknown, so they count as below
+            all branches.
     """
 
     modules: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -102,17 +102,26 @@ class Rests:
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """All that is needed to drop branches of one model.
+    """Everything needed to drop branches of one model.
 
-    `unscalable` names branches whose gradient cannot be scaled exactly at module outputs, each with the reason;
-    `blocks` and `parameters` map a qualified name to the branches that lie in the block, and to those that must all be
-    dropped for the parameter to get no gradient; `coverage` is the share of the model's FLOPs that lies in branches;
-    `rests` says what rests beside the branches, under masks that drop the bottom of the model; `together` are branches,
-    as bits, that leave the stream at one point and join it at one: such masks drop all of them or none; `named` are the
-    modules of branches that were given by name; `work` is what their backward would cost; `outputs` are the keys of the
-    model's outputs, each with whether something that trains leads to it; `aside`: outputs come out of branches by other
-    ways than the stream; `repeated` names blocks that run more than once in a forward, or share a module with others,
-    with the reason; `adds_in_place`: something is added in place to a view.
+    Attributes:
+        branches: the branches, from the input upwards.
+        sites: the modules that run without recording.
+        loose: parameters of branches that lie in no skipped module.
+        branch_outputs: the modules that produce the branches' outputs.
+        unscalable: branches whose gradient cannot be scaled exactly at module outputs, each with the reason.
+        blocks: for each block, the branches that lie in it.
+        parameters: for each parameter, the branches that must all be dropped for it to get no gradient.
+        coverage: share of the model's FLOPs that lies in branches.
+        rests: what rests beside the branches, under masks that drop the bottom of the model.
+        together: sets of branches, as bits, that leave and join the stream at the same points. Masks that drop the
+            bottom of the model drop all of them or none.
+        named: the modules of branches that the user named.
+        work: the cost of the branches' backward.
+        outputs: keys of the model's outputs, each with whether it depends on something that trains.
+        aside: whether outputs come out of branches in other ways than through the stream.
+        repeated: blocks that run more than once in a forward, or share a module with others, each with the reason.
+        adds_in_place: whether something is added in place to a view.
     """
 
     branches: tuple[Branch, ...]

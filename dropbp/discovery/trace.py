@@ -1,4 +1,4 @@
-"""The record of one forward as data: autograd nodes, the module calls that made them, and FLOPs, on one axis."""
+"""The record of one forward as data: autograd nodes, the module calls that created them, and FLOPs, on one axis."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
-IN_PLACE = "torch::autograd::CopySlices"  # of what was written to a view; which operator wrote is not told
-ADDED_IN_PLACE = "AddBackwardInPlace"  # our name for one that was an addition
+IN_PLACE = "torch::autograd::CopySlices"  # an in-place write to a view; autograd does not tell which operator wrote
+ADDED_IN_PLACE = "AddBackwardInPlace"  # our name for such a write by an addition
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One autograd node: `inputs` are the indices of the nodes whose outputs it consumed."""
+    """One autograd node; `inputs` are the indices of the nodes whose outputs it consumes."""
 
     index: int
     name: str
@@ -30,10 +30,10 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of one module: the nodes it made are those with `start <= sequence < end`.
+    """One call of one module, which created the nodes with `start <= sequence < end`.
 
-    `reshapes`: its first tensor came out in another shape than it went in; `outputs`: the numbers of the nodes that
-    made its differentiable outputs, -1 for one that no node made.
+    `reshapes`: its first tensor has another shape in the output than in the input. `outputs`: sequence numbers of the
+        nodes that created its differentiable outputs; -1 for an output without a node.
     """
 
     index: int
@@ -47,12 +47,12 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """The record of one forward. `nodes` come in the order of creation, leaves first.
+    """The record of one forward, with `nodes` in the order of creation, leaves first.
 
-    `flops` are filed under the number of the node being made; `learned_masks` holds, for calls that ran an attention
-    kernel with a mask made from parameters, the ids of those; `stand_ins` names, by id, tensors that were computed with
-    in the place of sharded parameters. `outputs` holds the nodes of the model's outputs by their keys; `holds`: modules
-    hold differentiable tensors afterwards, losses of routers, say, that the training loop picks up.
+    `flops` are stored under the sequence number of the node being created. `learned_masks` holds, for calls that ran an
+    attention kernel with a mask made from parameters, the ids of these parameters. `stand_ins` names, by id, tensors
+    that were used instead of sharded parameters. `outputs` maps the keys of the model's outputs to their nodes. `holds`
+    tells whether modules hold differentiable tensors afterwards, such as router losses that the training loop collects.
     """
 
     nodes: tuple[Node, ...]
@@ -71,7 +71,7 @@ class Trace:
         return any(node.name == ADDED_IN_PLACE for node in self.nodes)
 
     def consumers(self) -> list[list[int]]:
-        """For every node, the nodes that consumed one of its outputs."""
+        """For every node, the nodes that consume one of its outputs."""
         consumers: list[list[int]] = [[] for _ in self.nodes]
         for node in self.nodes:
             for source in node.inputs:
@@ -82,9 +82,9 @@ class Trace:
 def collect(
     functions: Sequence[Any], added: Collection[int] = ()
 ) -> tuple[tuple[Node, ...], frozenset[int], tuple[Any, ...]]:
-    """All nodes reachable from the outputs, leaves first, then in the order of creation; the roots; the functions.
+    """All nodes reachable from the outputs, leaves first, then in the order of creation; the roots; the autograd nodes.
 
-    `added` are the numbers of nodes that stand for an addition, if they stand for something done in place to a view.
+    `added` are the sequence numbers of in-place writes to a view that are additions.
     """
     found: dict[Any, None] = dict.fromkeys(functions)
     pending = list(found)
@@ -112,12 +112,12 @@ def _is_leaf(function: Any) -> bool:
 
 
 def sequence_of(function: Any) -> int:
-    """The number of an autograd node in the order of creation; leaves come before all others."""
+    """The sequence number of an autograd node, in the order of creation; leaves come before all others."""
     return -1 if _is_leaf(function) else int(function._sequence_nr())
 
 
 def innermost_call(nodes: Sequence[Node], calls: Sequence[Call]) -> dict[int, int]:
-    """Which call made each node: later calls of the list lie inside earlier ones, so the last match wins."""
+    """The call that created each node. Later calls in the list lie inside earlier ones, so the last match wins."""
     owner: dict[int, int] = {}
     for call in calls:
         for sequence in range(call.start, call.end):

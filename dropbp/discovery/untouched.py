@@ -1,4 +1,4 @@
-"""Guards around a recording forward: each restores one thing."""
+"""Guards around a recording forward; each restores one part of the state."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dropbp._torch import compiled_code_off
 from dropbp.device import random_state_kept
 from dropbp.errors import DiscoveryError
 
-# Random state and attention kernels are settings of the process: overlapping threads would restore each other's.
+# Random state and attention kernels are settings of the process: overlapping threads would restore each other's values.
 _one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, own random state, no compiled code, no cached casts; everything put back afterwards."""
+    """Evaluation mode, restored random state, no compiled code, no cached casts; everything is restored afterwards."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     cache = torch.is_autocast_cache_enabled()
@@ -49,10 +49,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_held(model: nn.Module) -> Iterator[None]:
-    """Modules let go of the recording, as LeViT of its biases for evaluation: its graph cannot be run back nor copied,
-    and the weights that it was made of will change.
+    """Remove recorded tensors that modules keep, as LeViT keeps its attention biases in evaluation mode.
 
-    A module that kept a part of it gets all its attributes back: a flag may say that the part is there.
+    The recorded graph can neither run backward nor be copied, and its weights will change. A module that kept a part of
+    it gets all its attributes back, since a flag may say that the part is there.
     """
     before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
     try:
@@ -69,9 +69,9 @@ def nothing_held(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def none_replaced(model: nn.Module) -> Iterator[None]:
-    """A model that exchanged modules for made-up inputs gets all of its own back; DiscoveryError is raised.
+    """Restore a model that replaced modules because of the generated inputs, and raise DiscoveryError.
 
-    BigBird changes to full attention at the first short row, and stays with it.
+    BigBird switches to full attention at the first short row, and does not switch back.
     """
     before = [(name, module, dict(vars(module)), dict(module._modules)) for name, module in model.named_modules()]
     replaced, failure = "", None
@@ -90,9 +90,9 @@ def none_replaced(model: nn.Module) -> Iterator[None]:
             module._modules.update(children)
     if replaced:
         raise DiscoveryError(
-            f"In the small forward that finds the residual branches, {type(model).__name__} put another module in the "
-            f"place of {replaced}; this was undone. Rows as long as yours may need the first one: pass "
-            "example_inputs=... with rows of the length that you train on."
+            f"In the small forward that finds the residual branches, {type(model).__name__} replaced the module "
+            f"{replaced}; this was undone. Rows as long as yours may need the original one: pass example_inputs=... "
+            "with rows of the length that you train on."
         ) from failure
     if failure is not None:
         raise failure
@@ -107,14 +107,14 @@ def _own(module: nn.Module) -> list[Any]:
 
 
 def _is_recorded(value: Any) -> bool:
-    """Whether it is a tensor of a recorded forward, or holds one."""
+    """Whether the value is a tensor of a recorded forward, or contains one."""
     if isinstance(value, torch.Tensor):
         return value.grad_fn is not None
     return any(map(_is_recorded, _items(value)))
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Lists and dicts that the attributes of a module are, or hold, each with a copy."""
+    """All lists and dicts in the attributes of a module, each with a copy."""
     return [(container, copy.copy(container)) for value in _own(module) for container in _containers(value)]
 
 
@@ -134,15 +134,17 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def _table(value: Any) -> Any:
-    """Of a dataclass its attributes as they lie: to ask for one may be an error, as with configurations."""
+    """The attribute dictionary of a dataclass, because reading an attribute of a configuration may raise an error."""
     is_object = dataclasses.is_dataclass(value) and not isinstance(value, type)
     return getattr(value, "__dict__", ()) if is_object else value
 
 
 @contextlib.contextmanager
 def sharded_again(model: nn.Module) -> Iterator[None]:
-    """Modules under `fully_shard` are sharded afterwards: a forward without a backward leaves the root's gathered, and
-    optimizers made then would hold the gathered tensors in the place of the parameters.
+    """Shard modules under `fully_shard` again afterwards.
+
+    A forward without a backward leaves the root module gathered. Optimizers created then would hold the gathered
+    tensors instead of the parameters.
     """
     try:
         yield
@@ -154,10 +156,11 @@ def sharded_again(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forgotten(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed ZeRO-3 lets go of what a forward without a backward left gathered, and forgets the order of modules.
+    """Make DeepSpeed ZeRO-3 release gathered parameters and forget the recorded order of modules.
 
-    It would gather parameters ahead in that order; where the training calls other modules, as a loss does that takes
-    the head's weight by itself, its backward would meet what was left.
+    A forward without a backward leaves parameters gathered, and ZeRO would prefetch in the recorded order. Training may
+    call other modules, for example a loss that uses the head's weight directly; its backward would then find the stale
+    state.
     """
     try:
         yield
@@ -182,12 +185,12 @@ def _discard(tensor: torch.Tensor) -> None:
 
 
 def _never_unpacked(_: None) -> torch.Tensor:
-    raise DiscoveryError("The graph of the recording forward was run backward; it is only meant to be looked at.")
+    raise DiscoveryError("The graph of the recorded forward was run backward, but it can only be inspected.")
 
 
 @contextlib.contextmanager
 def every_parameter_recorded(model: nn.Module) -> Iterator[None]:
-    """Frozen floating-point parameters require gradients for the length of the recording, so that no path is missed."""
+    """Make frozen floating-point parameters require gradients during the recording, so that no path is missed."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and is_plain(p)]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -199,5 +202,5 @@ def every_parameter_recorded(model: nn.Module) -> Iterator[None]:
 
 
 def is_plain(parameter: torch.Tensor) -> bool:
-    """Whether this is not part of a sharded parameter."""
+    """Whether the parameter is not a shard."""
     return not hasattr(parameter, "device_mesh")

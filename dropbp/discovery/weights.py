@@ -1,15 +1,16 @@
-"""What a branch weighs in the budget: the FLOPs of the backward that it really has.
+"""The weight of a branch in the budget: the FLOPs of its actual backward.
 
-The backward of a product costs its forward once for each operand that a gradient flows into. So full fine-tuning counts
-twice the forward, a frozen projection inside a trained stream once, and a branch through which no gradient flows (it
-holds no trained parameter, nor does anything below it) nothing at all. All of that is read off the recorded graph and
-the parameters that are trained now.
+The backward of a product costs as much as its forward for each operand that receives a gradient. So a fully trained
+branch counts twice its forward, a frozen projection inside a trained stream once. A branch through which no gradient
+flows (neither it nor anything below it has a trained parameter) counts nothing. All of this follows from the recorded
+graph and the parameters that are trained now.
 
-Masks that train the top of the model down to a border save more than the branches below it. A parameter outside of them
-rests with the lowest branch above it, and where all that feeds an operand is dropped or rests, no gradient flows into
-that operand. So a kept branch computes no gradient for its input if nothing below it trains, and a cross-attention none
-for the encoder's output once the encoder rests. Such work weighs on the branch whose dropping ends it. What ends
-outside of branches, as the share of the head in a tied embedding, is saved besides and weighs nothing.
+Masks that train the top of the model down to a border save more than the branches below it. A parameter outside the
+branches rests with the lowest branch above it, and if everything that feeds an operand is dropped or at rest, the
+operand receives no gradient. So a kept branch computes no gradient for its input if nothing below it trains, and a
+cross-attention none for the encoder's output once the encoder rests. Such work counts for the branch whose dropping
+ends it. Work outside the branches, such as the head's share in a tied embedding, is saved in addition and counts
+nothing.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ if TYPE_CHECKING:
 
 _is_trained = operator.attrgetter("requires_grad")
 
-BACKWARD = 2  # times the forward, where everything is trained
+BACKWARD = 2  # times the forward, if everything is trained
 NEVER = -1
 
-# FLOPs by the branch with which they end and the branch that they lie in: an encoder's may end with work of a decoder,
-# which grows with another length.
+# FLOPs by (branch whose dropping ends them, branch that they lie in): an encoder's work may end with a decoder's
+# branch, whose cost grows with another length.
 Costs = Counter[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What the backward of a recorded forward would cost.
+    """The cost of the backward of a recorded forward.
 
     Attributes:
-        inputs: of every node of the graph, in the order of creation.
-        need: of every node the branches, as bits, that must all be dropped for it to get no gradient.
+        inputs: for every node of the graph, in the order of creation, its inputs.
+        need: for every node, the branches, as bits, that must all be dropped for it to get no gradient.
         parameters: names of the parameters among the nodes.
-        products: FLOPs of nodes inside branches, and the nodes of what they multiply.
-        branches: how many there are.
-        borders: for parameters below a branch the lowest branch above; see `stem`.
+        products: for products inside branches, the FLOPs and the nodes of the operands.
+        branches: number of branches.
+        borders: for parameters below a branch, the lowest branch above; see `stem`.
     """
 
     inputs: tuple[tuple[int, ...], ...]
@@ -59,9 +60,9 @@ class Work:
     borders: Mapping[str, int]
 
     def backward(self, trained: Collection[str]) -> Costs:
-        """FLOPs of each branch's backward where these parameters are trained.
+        """FLOPs of each branch's backward if these parameters are trained.
 
-        At least 1 where a gradient flows through the branch, and none where none does.
+        At least 1 if a gradient flows through the branch, otherwise none.
         """
         ends = self._ends(lambda name: self.branches if name in trained else NEVER)
         costs, branch_of = Costs(), {1 << i: i for i in range(self.branches)}
@@ -72,7 +73,9 @@ class Work:
         return self._at_least_one(costs, ends)
 
     def from_the_top(self, trained: Collection[str]) -> Costs:
-        """The same for masks that train the top of the model down to a border: each branch with what ends with it."""
+        """The same under masks that train the top of the model down to a border: each branch with the work that ends
+        with it.
+        """
         ends = self._ends(lambda name: self.borders.get(name, self.branches) if name in trained else NEVER)
         costs = Costs()
         for node, (flops, operands) in self.products.items():
@@ -82,7 +85,7 @@ class Work:
         return self._at_least_one(costs, ends)
 
     def _ends(self, end_of: Callable[[str], int]) -> list[int]:
-        """For each node the branch with whose dropping the last gradient into it ends; `NEVER` where none flows."""
+        """For each node, the branch whose dropping ends the last gradient into it; `NEVER` if no gradient flows."""
         ends = [NEVER] * len(self.inputs)
         for node, inputs in enumerate(self.inputs):
             name = self.parameters.get(node)
@@ -99,7 +102,7 @@ NO_WORK = Work((), (), {}, {}, 0, {})
 
 
 def work_of(graph: Graph, need: Sequence[int], branches: int, borders: Mapping[str, int]) -> Work:
-    """The work in branches; the arguments are as in `Work`."""
+    """The backward work in branches; the arguments are as in `Work`."""
     names = graph.parameter_names
     parameters = {n.index: names[id(n.leaf)] for n in graph.nodes if n.is_leaf and id(n.leaf) in names}
     counted = {n.index: graph.trace.flops.get(n.sequence, 0) for n in graph.nodes if need[n.index] > 0}
@@ -108,20 +111,20 @@ def work_of(graph: Graph, need: Sequence[int], branches: int, borders: Mapping[s
 
 
 def _operands(node: Node) -> tuple[int, ...]:
-    """Without the bias, whose gradient is a sum."""
+    """The factors of a product, without the bias, whose gradient is only a sum."""
     if len(node.inputs) < 3:
         return node.inputs
     return node.inputs[1:3] if node.name.startswith(("Addmm", "Baddbmm")) else node.inputs[:2]
 
 
 class Weights:
-    """What each branch's backward costs, for any shape, with the parameters that are trained now.
+    """The cost of each branch's backward at any shape, with the parameters that are trained now.
 
-    Counted in FLOPs of a forward: a branch that is trained whole weighs as many as its forward has.
+    The unit is forward FLOPs: a fully trained branch weighs as much as its forward.
 
     Args:
-        works: of the same branches at several shapes.
-        parameters: of the model, by name.
+        works: work of the same branches at several shapes.
+        parameters: parameters of the model, by name.
         from_the_top: whether steps train the top of the model down to a border, and nothing below it.
     """
 
@@ -138,7 +141,7 @@ class Weights:
         return Weights(self._works, self._parameters, from_the_top=True)
 
     def renew(self) -> bool:
-        """Take over which parameters are trained now; whether that is others than before."""
+        """Recount if other parameters are trained than before; return whether that is so."""
         stamp = bytes(map(_is_trained, self._each))
         if stamp == self._stamp:
             return False
@@ -150,7 +153,7 @@ class Weights:
         return True
 
     def at(self, shape: Shape) -> tuple[float, ...]:
-        """Of every branch; 0 for one through which no gradient flows."""
+        """The weight of every branch; 0 if no gradient flows through it."""
         found = [0] * next(iter(self._works.values())).branches
         for (branch, _), count in zip(self._places, self._model.at(shape), strict=True):
             found[branch] += count

@@ -172,8 +172,7 @@ never_compile(_run_as_planned)
 
 def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run under `no_grad`, and fill no cache (of casts, of parametrizations) with tensors without a gradient, which
-    kept
-    branches would use later. If no cache is active, one that the module opens itself ends with it.
+    kept branches would use later. If no cache is active, one that the module opens itself ends with it.
     """
     if is_any_autocast_enabled() or parametrize._cache_enabled:
         original = functools.partial(_uncached, original)

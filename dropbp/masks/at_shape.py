@@ -1,4 +1,4 @@
-"""What follows from the shape of a forward: FLOPs, rates, the sampler of masks, and the blocks that are recomputed."""
+"""Everything that depends on the shape of a forward: FLOPs, rates, the mask sampler, and the recomputed blocks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Rates = tuple[float, ...]
 
 
 class AtShape:
-    """What follows from a shape, and plans made so far.
+    """FLOPs, rates and sampler at one shape, and the plans made so far.
 
     Args:
         flops: forward FLOPs of every branch.
-        weights: those of branches that have a backward, 0 for others: what the budget counts.
-        rates: the name of a profile, or every branch's rate.
-        trains: whether a step under a mask leaves something with a gradient.
-        together: sets of neighbouring branches, as bits, that masks drop all at once.
+        weights: what the budget counts: the FLOPs of branches that have a backward, 0 for others.
+        rates: the name of a profile, or the rate of every branch.
+        trains: whether a step under a mask trains anything.
+        together: sets of neighbouring branches, as bits, that masks drop together.
 
     Attributes:
         total: sum of the weights.
-        rates: drop rates; 0 where the weight is.
+        rates: drop rates; 0 for a branch of weight 0.
         planned: FLOPs that these rates drop on average.
-        plans: by what they were made from.
+        plans: plans by the values they were made from.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AtShape:
         self.plans: dict[tuple[Any, ...], ForwardPlan] = {}
 
     def _rates(self, rates: str | Rates, together: Sequence[int]) -> Rates:
-        """Attention weighs more in long sequences, so rates of a profile depend on the shape."""
+        """Attention weighs more in long sequences, so the rates of a profile depend on the shape."""
         weights, rate, cap = list(compress(self.weights, self.live)), self.config.drop_rate, self.config.max_rate
         if not isinstance(rates, str):
             return self.spread(level(compress(rates, self.live), weights, together))
@@ -65,31 +65,31 @@ class AtShape:
         return self.spread(depth_rates(weights, rate, rates, 1.0 if cap is None else cap, together))
 
     def _among_live(self, bits: int) -> int:
-        """A set of branches, as bits, counted among those that have a backward."""
+        """Renumber a set of branches, as bits, to the branches that have a backward."""
         places = [i for i, alive in enumerate(self.live) if alive]
         return sum(1 << place for place, i in enumerate(places) if bits >> i & 1)
 
     def spread(self, values: Iterable[float]) -> Rates:
-        """Values of the branches that have a backward as values of all branches, 0 for the others."""
+        """Extend values of the branches with a backward to all branches, with 0 for the others."""
         each = iter(values)
         return tuple(next(each) if alive else 0.0 for alive in self.live)
 
     @cached_property
     def sampler(self) -> Sampler:
-        """Of the branches that have a backward."""
+        """The sampler for the branches that have a backward."""
         rates, weights = compress(self.rates, self.live), compress(self.weights, self.live)
         return Sampler(self.config.masks, rates, weights, self.config.seed, **self.config.mask_options)
 
     @property
     def factors(self) -> Rates:
-        """Of the kept branches' gradients; empty where they are not scaled."""
+        """Factors on the kept branches' gradients; empty if they are not scaled."""
         if self.config.scaling == "none":
             return ()
         top = self.config.max_scale if self.config.scaling == "clipped" else float("inf")
         return tuple(min(top, 1 / (1 - rate)) if rate < 1 else 1.0 for rate in self.rates)
 
     def whole(self, mask: Mask) -> Mask:
-        """A mask of the branches that have a backward as one of all branches."""
+        """Extend a mask of the branches with a backward to all branches."""
         if len(mask) == len(self.live):
             return mask
         drops = iter(mask)
@@ -102,10 +102,10 @@ class AtShape:
     # -- masks
 
     def drawn(self, draw: int) -> Mask:
-        """The mask of a draw. Where it would train nothing, another that does is drawn in its place.
+        """The mask of a draw. If it would train nothing, another mask is drawn instead.
 
-        A branch that holds what is trained is then kept more often than its rate says, by as much as such masks are
-        likely: nothing where something outside of the branches trains, and little where many branches do.
+        A branch with trained parameters is then kept more often than its rate says, in proportion to the probability of
+        such masks. That is zero if something outside the branches trains, and small if many branches do.
         """
         mask = self.whole(self.sampler.draw(draw))
         for attempt in range(1, REDRAWS):
@@ -115,7 +115,7 @@ class AtShape:
         return self._with_one_kept(mask)
 
     def _with_one_kept(self, mask: Mask) -> Mask:
-        """The mask without the least often dropped of the branches that would train something."""
+        """The mask, with the least often dropped of the branches that would train something kept."""
         for branch in sorted(range(len(mask)), key=self.rates.__getitem__):
             kept = (*mask[:branch], False, *mask[branch + 1 :])
             if self.trains(kept):
@@ -124,9 +124,9 @@ class AtShape:
 
     @cached_property
     def course(self) -> tuple[Curve, tuple[Mask, ...]]:
-        """The masks of an annealed run, the one that drops most first, and the curve that they follow.
+        """The masks of an annealed run, the one that drops most first, and their curve.
 
-        In the place of one that trains nothing stands the next that does.
+        A mask that trains nothing is replaced by the next one that does.
         """
         edges, masks = self.sampler.edges or (), [self.whole(mask) for mask in self.sampler.distinct_masks or ()]
         for i in range(len(masks) - 2, -1, -1):
@@ -139,16 +139,16 @@ class AtShape:
         return masks[max(0, bisect_right(curve.edges, number, hi=len(masks)) - 1)]
 
     def forget_what_trains(self) -> None:
-        """Something else is trained from now on."""
+        """Discard what depends on which parameters are trained."""
         self.__dict__.pop("course", None)
 
     def beyond_limit(self, blocks: Iterable[int], limit: float, dropped: int) -> int:
-        """Branches of the blocks nearest the input whose activations are more than a step may keep, as a bit mask.
+        """Branches of the lowest blocks whose activations exceed what a step may keep, as a bit mask.
 
         Args:
-            blocks: the branches, as a bit mask, of each block that may be recomputed, nearest the input first.
-            limit: share of all branches' activations that may be kept. One branch more is allowed. Activations are
-                taken to be in proportion to FLOPs.
+            blocks: for each block that may be recomputed, from the input upwards, its branches as a bit mask.
+            limit: share of all branches' activations that may be kept, plus one branch. Activations are assumed to be
+                proportional to FLOPs.
             dropped: branches that keep nothing, as a bit mask.
         """
         flops = [f if alive else 0 for f, alive in zip(self.flops, self.live, strict=True)]

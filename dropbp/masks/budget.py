@@ -1,4 +1,4 @@
-"""Whether a run meets its drop rate: what to say before it, and after."""
+"""Whether a run meets its drop rate: messages before and after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOLERANCE = 0.02  # of the realised drop rate
 
 
 def out_of_reach(schedule: Schedule) -> str | None:
-    """What to say beforehand where the masks that meet the drop rate would leave nothing to train."""
+    """A message before the run if masks that meet the drop rate would leave nothing to train."""
     here = schedule.here
     edges, every = (here.sampler.edges, schedule.every) if here.total else (None, None)
     if edges is None or every is None:
@@ -35,7 +35,7 @@ def out_of_reach(schedule: Schedule) -> str | None:
 
 
 def shortfall(schedule: Schedule) -> str | None:
-    """What to say at the end of a run that missed its budget."""
+    """A message at the end of a run that missed its budget."""
     done = schedule.statistics
     target = done.drawn_planned / max(done.drawn_seen, 1.0)
     if abs(done.drawn_rate - target) <= TOLERANCE:
@@ -75,10 +75,10 @@ def _looked(schedule: Schedule) -> int:
 
 
 def to_come(schedule: Schedule) -> int:
-    """The branches, as bits, that training forwards to come may keep, as far as is known.
+    """The branches, as bits, that coming training forwards may keep, as far as known.
 
-    An annealed run goes on from its present mask toward shallower ones. It may fall back a little where batches are of
-    unequal lengths: by one mask, it is assumed.
+    An annealed run moves from its current mask toward shallower ones. With batches of unequal lengths it may fall back
+    a little; one mask is assumed.
     """
     here, every = schedule.here, (1 << len(schedule.names)) - 1
     if not schedule.dropping or schedule.statistics.forwards < schedule.config.warmup or not here.total:

@@ -1,11 +1,11 @@
-"""Keeps sensitivities up to date during ordinary training, without a pass of their own.
+"""Keeps sensitivities up to date during ordinary training, without an extra pass.
 
 A step's gradients show the branches it kept. The first part of a sensitivity follows an exponential average of the
-squared norms of the branch's own gradients. The second part, what the parameters below would lose, is not visible in a
+squared norms of the branch's own gradients. The second part, the loss for the parameters below, is not visible in a
 step that drops branches. It comes from the last calibration, scaled by the growth of all gradients since.
 
-Under accumulation a branch that was kept in k of n forwards has k of n gradients in the sum. Noise dominates those of
-small batches, so their squares are scaled by n / k; a gradient without noise would ask for its square.
+Under gradient accumulation, a branch that was kept in k of n forwards has k of n gradients in the sum. Noise dominates
+the gradients of small batches, so the square is scaled by n / k; without noise it would be (n / k)^2.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Online:
     """Averages of each branch's own squared gradient norm.
 
     Attributes:
-        sums: exponentially weighted sums of what was seen, one per branch.
+        sums: exponentially weighted sums of the observations, one per branch.
         weights: the sums of the weights; 0 for a branch that was never kept.
-        calls: observations so far.
+        calls: number of observations so far.
         forwards: training forwards up to the last observation.
         dropped: how often each branch was dropped up to the last observation.
     """
@@ -38,7 +38,7 @@ class Online:
         return cls([0.0] * count, [0.0] * count, 0, forwards, list(dropped or [0] * count))
 
     def observe(self, squares: Sequence[float], forwards: int, dropped: Sequence[int], decay: float) -> None:
-        """Take in the squared gradient norms of a step, of the branches that were kept in it."""
+        """Add the squared gradient norms of a step, for the branches that it kept."""
         run = forwards - self.forwards
         for branch, square in enumerate(squares):
             kept = run - (dropped[branch] - self.dropped[branch])
@@ -55,7 +55,7 @@ class Online:
     def sensitivities(
         self, own: Sequence[float], calibrated: Sequence[float] | None, calibrated_own: Sequence[float] | None
     ) -> tuple[float, ...] | None:
-        """S_l; None while a branch was neither seen nor calibrated.
+        """S_l; None while a branch was neither observed nor calibrated.
 
         Args:
             own: the averages, or their mean over ranks.

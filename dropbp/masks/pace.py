@@ -3,7 +3,7 @@
 Annealed masks are nested masks in order: those that drop little come first, those that drop much last. So the next mask
 depends on how much of the training is done, and on what the masks so far have dropped. `Pace` knows both, and `Curve`
 turns both into the number that a nested sampler takes. The rule is feedback: the rest of the training must bring the
-mean to its target. So the next mask is the first of a sequence of masks, in order, that has the mean still needed. If
+mean to its target. So the next mask is the first of an ordered sequence of masks that has the mean still needed. If
 everything goes as planned, that sequence is the rest of the plan.
 
 Every rank holds the same numbers, because they count draws, shares of training and FLOPs that all ranks share.
@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-RECENT = 4  # FLOPs of late draws weigh more: about the last quarter counts
+RECENT = 4  # weight of late draws in the mean FLOPs: about the last quarter counts
 
 
 class Curve:
-    """Share of the FLOPs that nested masks drop by their number from 0 to 1: most at 0, least toward 1.
+    """Share of the FLOPs that nested masks drop, by their number from 0 to 1: most at 0, least near 1.
 
     Args:
-        edges: where one mask ends and the next begins, from 0 up; the last ends at 1.
+        edges: where one mask ends and the next begins, rising from 0; the last mask ends at 1.
         dropped: the share that each mask drops, falling.
     """
 
@@ -42,7 +42,7 @@ class Curve:
         return high - (high - low) / (2 * left)
 
     def _end(self, wanted: float) -> float:
-        """The largest number below which the mean is at least `wanted`; 0 where no mask drops so much."""
+        """The largest number below which the mean is at least `wanted`; 0 if no mask drops so much."""
         i = bisect_right(self._means_below, -wanted)
         if i == len(self.dropped):
             return 1.0
@@ -50,7 +50,7 @@ class Curve:
         return min(self.edges[i + 1], self.edges[i] + max(0.0, spare) / slope) if slope > 0 else self.edges[i + 1]
 
     def _start(self, wanted: float) -> float:
-        """The smallest number above which the mean is at most `wanted`; 1 where no mask drops so little."""
+        """The smallest number above which the mean is at most `wanted`; 1 if no mask drops so little."""
         i = max(0, bisect_right(self._means_above, -wanted) - 1)
         spare = self.mean - self.below[i] - wanted * (1 - self.edges[i])
         slope = self.dropped[i] - wanted
@@ -59,21 +59,21 @@ class Curve:
 
 @dataclass
 class Pace:
-    """The share of training that is done, and what its masks still owe the budget.
+    """The share of training that is done, and the FLOPs that its masks still owe the budget.
 
-    A share that the training loop tells is the truth; between two that it tells, and where it tells none, each draw
-    counts for a share as wide as those before (see `tell`).
+    A share reported by the training loop is exact. Between two reports, or without any, each draw counts for a share as
+    wide as those before (see `tell`).
 
     Attributes:
         width: the share of training that a draw is expected to take.
-        share: the share of training done when the loop last told it.
+        share: the share of training done at the last report.
         draws: draws since then.
-        base: the share at which counting draws began, from which `width` is known.
-        counted: draws from there to the last telling.
+        base: the share at which counting draws began, from which `width` is derived.
+        counted: draws from there to the last report.
         owed: FLOPs that the masks so far should have dropped and have not.
-        mean: FLOPs of a draw, late ones weighing more; 0 before the second.
+        mean: mean FLOPs of a draw, late ones weighing more; 0 before the second draw.
         averaged: draws in that mean.
-        taken: FLOPs of the present draw.
+        taken: FLOPs of the current draw.
     """
 
     width: float
@@ -88,19 +88,19 @@ class Pace:
 
     @property
     def now(self) -> float:
-        """The share of training done at the end of the present draw, as far as is known."""
+        """The share of training done at the end of the current draw, as far as known."""
         return self.share + self.draws * self.width
 
     @property
     def over(self) -> bool:
-        """Whether the training should have ended before the present draw."""
+        """Whether the training should have ended before the current draw."""
         return self.now > 1 + self.width / 2
 
     def tell(self, share: float) -> None:
-        """The training loop says how much of it is done.
+        """Take a report of the training loop about the share that is done.
 
-        Draws to come are taken to be as wide as those so far, or as the latest where those were wider: then fewer are
-        left than a burst of narrow ones makes believe, and what is owed is paid in time.
+        Later draws are assumed to be as wide as those so far, or as the latest ones if these were wider. Then a burst
+        of narrow draws does not overstate how many are left, and what is owed is paid in time.
         """
         latest = (share - self.share) / self.draws if self.draws else 0.0
         self.counted, self.draws, self.share = self.counted + self.draws, 0, share
@@ -110,25 +110,27 @@ class Pace:
             self.base, self.counted = share, 0
 
     def expect(self, width: float) -> None:
-        """From now on a draw takes another share of the training."""
+        """Continue with draws that take another share of the training."""
         self.share = self.base = min(self.now, 1.0)
         self.draws = self.counted = 0
         self.width = width
 
     def begin(self) -> None:
-        """A new mask is drawn."""
+        """Count a new draw."""
         if self.taken:
             self.averaged += 1
             self.mean += (self.taken - self.mean) * RECENT / (self.averaged + RECENT - 1)
         self.draws, self.taken = self.draws + 1, 0.0
 
     def number(self, curve: Curve, planned: float) -> float:
-        """The number of the present draw's nested mask; `planned` is the share of FLOPs it drops on average."""
+        """The number of the current draw's nested mask; `planned` is the share of FLOPs that a mask drops
+        on average.
+        """
         left = max(1, 1 + round((1 - self.now) / self.width))
         owed = self.owed / (self.mean * left) if self.mean else 0.0
         return curve.number(planned + owed, left)
 
     def note(self, planned: float, dropped: float, seen: float) -> None:
-        """FLOPs of a forward: those that the rates foresee to be dropped, those that were, all."""
+        """Count the FLOPs of a forward: those to drop according to the rates, those dropped, and all."""
         self.owed += planned - dropped
         self.taken += seen

@@ -1,4 +1,4 @@
-"""What one forward does, and the conditions that only the run knows."""
+"""The plan of one forward, and the conditions that only the run knows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """What one forward does.
+    """The plan of one forward. Sets of branches are bits.
 
     Attributes:
-        dropped: the branches whose backward it drops.
-        factors: of the kept branches' gradients; empty where they are not scaled.
-        checkpointed: branches whose blocks are recomputed in the backward instead of kept.
-        stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
-        truncated: whether the stream then asks for no gradient below the lowest kept branch.
-        detached: branches whose backward it drops too, recorded all the same; see `dropbp.engine.calls`.
-        kept: the branches that run recorded.
-        trained: the branches whose backward it does not drop.
+        dropped: branches whose backward is dropped, which run without recording.
+        factors: factors on the kept branches' gradients; empty if they are not scaled.
+        checkpointed: branches whose blocks are recomputed in the backward.
+        stem_rests: whether modules that feed a stream rest (are frozen) if the stream's first branch is dropped.
+        truncated: whether the stream then requires no gradient below the lowest kept branch.
+        detached: branches whose backward is dropped although they are recorded; see `dropbp.engine.calls`.
+        kept: branches that run with recording.
+        trained: branches whose backward is not dropped.
     """
 
     dropped: int = 0
@@ -43,14 +43,14 @@ class Conditions:
     """What only the run knows about its next forward.
 
     Attributes:
-        limit: share of all activations that may be kept; None where nothing is recomputed for its sake.
-        stem_rests: whether what feeds a stream rests when the stream's first branch is dropped.
-        truncated: whether the stream then asks for no gradient below the lowest kept branch.
-        whole: whether nothing may be dropped, as an input asks for its gradient.
+        limit: share of all activations that may be kept; None: no limit.
+        stem_rests: whether modules that feed a stream rest (are frozen) if the stream's first branch is dropped.
+        truncated: whether the stream then requires no gradient below the lowest kept branch.
+        whole: whether nothing may be dropped, because an input requires a gradient.
         ranks: whether other ranks run the same forward on batches of their own.
-        held: tells which branches' parameters have gradients now, as bits; asked by a warm-up of graphs only.
-        left_alone: branches of the blocks that must not be recomputed, as bits.
-        again: whether the forward must drop what the one before it dropped.
+        held: returns the branches, as bits, whose parameters have gradients now; used by the graph warm-up only.
+        left_alone: branches, as bits, of the blocks that must not be recomputed.
+        again: whether the forward must use the mask of the previous one.
     """
 
     limit: float | None = None

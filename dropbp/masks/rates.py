@@ -1,10 +1,10 @@
-"""Which branch is dropped how often, when the whole may save a given share of the backward FLOPs.
+"""How often each branch is dropped, given the share of the backward FLOPs to save.
 
-Two ways to rates p_l. From sensitivities S_l: minimise sum S_l p_l^2 under sum f_l p_l = p sum f_l, 0 <= p_l <= max.
-By Karush-Kuhn-Tucker p_l = min(max, lambda f_l / S_l): branches reach the cap in the order of S_l / f_l, so lambda
-is found by walking along that order, with no tolerance. The paper (DropBP, arXiv:2402.17812, section 3.2) walks the
-same way in steps of 0.1. From a profile over depth: under nested masks a vector of rates that does not fall toward
-the input is a distribution of how many branches, counted from the top, a step trains.
+There are two ways to the rates p_l. From sensitivities S_l: minimise sum S_l p_l^2 under sum f_l p_l = p sum f_l, 0 <=
+p_l <= max. By Karush-Kuhn-Tucker p_l = min(max, lambda f_l / S_l). Branches reach the cap in the order of S_l / f_l, so
+lambda is found by walking along that order, with no tolerance. The paper (DropBP, arXiv:2402.17812, section 3.2) walks
+the same way in steps of 0.1. From a depth profile: under nested masks, rates that do not fall toward the input are a
+distribution of the number of branches, counted from the top, that a step trains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROUNDING = 1e-12
 _PAPER_STEPS = 10
 _BISECTIONS = 100
 _SHELF_TO_TAIL = 3.0
-_BLOCK = 2  # branches: the last steps of a band train an attention and an MLP at least
+_BLOCK = 2  # branches: the last steps of a band train at least an attention and an MLP
 
 T = TypeVar("T")
 Allocator = Callable[[Rates, Rates, float, float], Rates]
@@ -39,24 +39,25 @@ def allocate(
     """Drop rates per branch that save `drop_rate` of the FLOPs at the least cost in sensitivity.
 
     Args:
-        sensitivities: S_l >= 0, one per branch, any unit. 0 means free to drop: such branches are filled first, all
+        sensitivities: S_l >= 0, one per branch, in any unit. 0 means free to drop: such branches are filled first, all
             to the same rate. Infinity means never dropped.
-        flops: backward FLOPs per branch, any unit, positive.
+        flops: backward FLOPs per branch, in any unit, positive.
         drop_rate: share of the FLOPs to save on average, in [0, 1).
-        max_rate: no branch is dropped more often, in (0, 1]. Default max(0.9, (1 + drop_rate) / 2): the paper's cap,
-            and at high drop rates still room for sensitive branches to be dropped less than others.
-        method: "exact" (the minimiser of sum S_l p_l^2), "paper" (the paper's greedy in steps of 0.1, counting the
-            FLOPs that a step saves, with a last fractional step to meet the budget), "uniform" (the same for all).
+        max_rate: largest rate of a branch, in (0, 1]. Default max(0.9, (1 + drop_rate) / 2): the paper's cap, raised at
+            high drop rates so that sensitive branches can still be dropped less than others.
+        method: "exact" (the minimiser of sum S_l p_l^2), "paper" (the paper's greedy method in steps of 0.1, counting
+            the FLOPs that a step saves, with a last fractional step to meet the budget), "uniform" (the same rate for
+            all).
 
     Returns:
-        One rate per branch, in order; sum f_l p_l equals drop_rate * sum f_l to rounding. Permuting the branches
-        permutes the rates; less sensitivity per FLOP never gives a lower rate; nor does a higher drop_rate, except
-        by the steps of "paper".
+        One rate per branch, in order; sum f_l p_l equals drop_rate * sum f_l up to rounding. Permuting the branches
+        permutes the rates. Less sensitivity per FLOP never gives a lower rate. A higher drop_rate never gives a lower
+        rate either, except for the steps of "paper".
 
     Raises:
-        ConfigError: NaN or negative entries, unequal lengths, unknown method, or a budget that cannot be reached.
+        ConfigError: NaN or negative entries, unequal lengths, an unknown method, or a budget that cannot be reached.
 
-    Source: DropBP, arXiv:2402.17812, section 3.2 (objective and greedy); the exact solution is the KKT point.
+    Source: DropBP, arXiv:2402.17812, section 3.2 (objective and greedy method); the exact solution is the KKT point.
     """
     work, scores = checked_flops(flops), checked_sensitivities(sensitivities)
     check_lengths("sensitivities", scores, work)
@@ -79,7 +80,7 @@ def _exact(scores: Rates, shares: Rates, drop_rate: float, cap: float) -> Rates:
 
 
 def _prices(scores: Rates, shares: Rates, drop_rate: float, cap: float) -> Rates:
-    """Sensitivity per share of the FLOPs; an error where the branches of finite price cannot carry the budget."""
+    """Sensitivity per share of the FLOPs. Raises ConfigError if the branches of finite price cannot meet the budget."""
     prices = tuple(score / share for score, share in zip(scores, shares, strict=True))
     droppable = math.fsum(share for share, price in zip(shares, prices, strict=True) if price < math.inf)
     _check_reachable(drop_rate, cap, droppable)
@@ -110,7 +111,9 @@ def _paper(scores: Rates, shares: Rates, drop_rate: float, cap: float) -> Rates:
 
 
 def _cheapest(prices: Sequence[float], rates: Sequence[float], steps: Sequence[int], cap: float) -> list[int]:
-    """Branches whose next step costs least per FLOP saved; ties rise together, so the order of branches is nothing."""
+    """Branches whose next step costs least per FLOP saved. Ties rise together, so the order of branches has
+    no effect.
+    """
     costs = {
         i: price * _rate_after(steps[i] + 1, cap)
         for i, price in enumerate(prices)
@@ -141,29 +144,29 @@ def depth_rates(
 ) -> Rates:
     """Drop rates that do not fall toward the input (index 0) and save exactly `drop_rate` of the FLOPs.
 
-    Made for nested masks: a step trains the top of the model down to a random depth D, and 1 - rate is P(D reaches
-    the branch). Each profile is one family of distributions of D; its one parameter is set by the budget.
+    Made for nested masks: a step trains the top of the model down to a random depth D, and 1 - rate is P(D reaches the
+    branch). Each profile is a family of distributions of D with one parameter, which the budget determines.
 
     Args:
-        flops: backward FLOPs per branch, input side first, any unit, positive.
+        flops: backward FLOPs per branch, from the input upwards, in any unit, positive.
         drop_rate: share of the FLOPs to save on average, in [0, 1).
         profile: "geometric" (P(D >= k) = q^(k-1): the top branch is always trained), "uniform_depth" (D uniform over
-            1..m, or over m..N where the budget allows more), "shelf" (P(D >= k) = min(1, q^(k-m)) with
-            m = 3 q / (1-q): three quarters of the trained FLOPs are a top that is always trained, one quarter goes
-            to a geometric tail below it; with less than one branch of shelf, that branch alone), "linear" (rates on
-            a straight line in depth, as steep as the bounds allow), "freeze" (1 below, 0 above, one
-            fractional branch at the border), "band" (D uniform over a band around its mean m, from m - d to m + d
-            with d half the distance to the nearer end, less where m - d would be under two branches: the top is
-            always trained, the lowest part never).
-        max_rate: no branch is dropped more often, in (0, 1]; below 1 every branch is trained now and then.
+            1..m, or over m..N if the budget allows more), "shelf" (P(D >= k) = min(1, q^(k-m)) with m = 3 q / (1-q):
+            three quarters of the trained FLOPs are a top that is always trained, one quarter goes to a geometric tail
+            below it; a shelf is never shorter than one branch), "linear" (rates on a straight line in depth, as steep
+            as the bounds allow), "freeze" (1 below, 0 above, one fractional branch at the border), "band" (D uniform
+            over a band around its mean m, from m - d to m + d with d half the distance to the nearer end, less if m - d
+            would be under two branches: the top is always trained, the lowest part never).
+        max_rate: largest rate of a branch, in (0, 1]; below 1 every branch is trained now and then.
         together: sets of neighbouring branches, each as a bit mask, that get one rate: parallel branches.
 
     Returns:
-        One rate per branch, non-increasing; sum f_l p_l equals drop_rate * sum f_l within 1e-12 of it. A budget
-        smaller than the top branch alone leaves that branch a fraction and drops the rest, for all but "linear".
+        One rate per branch, non-increasing; sum f_l p_l equals drop_rate * sum f_l within 1e-12 of it. If the budget is
+        smaller than the top branch alone, all profiles but "linear" train that branch in a fraction of the steps and
+        drop the rest.
 
     Raises:
-        ConfigError: wrong FLOPs or shares, unknown profile, or drop_rate above max_rate.
+        ConfigError: wrong FLOPs or shares, an unknown profile, or drop_rate above max_rate.
     """
     work = checked_flops(flops)
     parts = _parts(len(work), together)
@@ -180,13 +183,13 @@ def depth_rates(
 
 
 def _parts(count: int, together: Iterable[int]) -> list[list[int]]:
-    """The branches, those that get one rate in one part."""
+    """The branches in groups that get one rate."""
     first = {i: bits for bits in together for i in range(count) if bits >> i & 1}
     return [list(part) for _, part in groupby(range(count), key=lambda i: first.get(i, -1 - i))]
 
 
 def level(rates: Iterable[float], flops: Iterable[float], together: Iterable[int]) -> Rates:
-    """The rates with one for each of these sets of branches, by FLOPs the mean of its own; see `depth_rates`."""
+    """The rates, with the FLOPs-weighted mean in each of these sets of branches; see `depth_rates`."""
     values, work = list(checked_rates(rates)), checked_flops(flops)
     check_lengths("rates", values, work)
     for part in _parts(len(values), together):
@@ -209,7 +212,7 @@ def _meet_budget(rates_at: Callable[[float], list[float]], shares: Rates, drop_r
 
 
 def _snapped(rates: Rates, cap: float, drop_rate: float) -> Rates:
-    """Move rates within rounding of a bound onto it: a rate of 1e-16 would add a mask that never occurs."""
+    """Move rates within rounding error of a bound onto it: a rate of 1e-16 would add a mask that never occurs."""
     noise = _ROUNDING / 10 * drop_rate
     return tuple(cap if cap - rate < noise else 0.0 if rate < noise else rate for rate in rates)
 
@@ -221,7 +224,9 @@ def _geometric(count: int, theta: float) -> list[float]:
 
 
 def _shelf(count: int, theta: float) -> list[float]:
-    """With q = theta the tail's mean length nears q / (1-q), and the shelf is 3 times that: from q = 1/4 a branch."""
+    """With q = theta the tail's mean length is about q / (1-q), and the shelf is 3 times that: one branch
+    at q = 1/4.
+    """
     if theta <= 0.125:
         return _only_top(count, 8 * theta)
     if theta <= 0.25:

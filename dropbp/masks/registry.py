@@ -1,4 +1,4 @@
-"""The registry of mask samplers: each says what it is and what it needs."""
+"""The registry of mask samplers; each entry says what the sampler needs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Mask = tuple[bool, ...]
 
 @dataclass(frozen=True)
 class Draws:
-    """What a mask sampler makes of rates.
+    """The masks that a sampler makes from rates.
 
     Attributes:
-        draw: the mask of a step.
+        draw: returns the mask of a step.
         every: all masks that can occur, if they are few.
-        edges: where each of `every` follows from a number from 0 to below 1, the smallest number of each, rising: the
-            masks then have an order, in which a run may take them.
+        edges: if each mask follows from a number in [0, 1), the smallest number of each of `every`, rising. The masks
+            then have an order, in which a run may take them.
     """
 
     draw: Callable[[int], Mask]
@@ -30,17 +30,17 @@ class Draws:
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """A registered mask sampler, and what it asks of those who use it.
+    """A registered mask sampler, and what it asks of its users.
 
     Attributes:
-        name: it is chosen by.
-        build: `build(rates, flops, seed, **options)` gives its `Draws`.
+        name: the name that selects it.
+        build: `build(rates, flops, seed, **options)` returns its `Draws`.
         rates: the depth profile that drop rates follow by default; see `dropbp.masks.rates.depth_rates`.
-        annealed_rates: the profile in a run of known length, whose masks are then taken in their order, the deepest
-            first; None where they have no order. Options given to the sampler keep it from that.
-        prefixes: each mask drops the lowest branches and no others. Then what lies below the border is frozen with
-            them, parallel branches are dropped together, the share of activations that a step keeps is limited, and
-            sensitivities set no rates.
+        annealed_rates: the profile in a run of known length, which takes the masks in order, the deepest first; None if
+            they have no order. Options given to the sampler disable this.
+        prefixes: whether each mask drops exactly the branches below some depth. Then modules below that depth are
+            frozen with them, parallel branches are dropped together, the share of activations that a step keeps is
+            limited, and sensitivities set no rates.
     """
 
     name: str
@@ -65,10 +65,10 @@ _SAMPLERS: dict[str, SamplerKind] = {}
 
 
 def register_sampler(name: str, **traits: Any) -> Callable[[Callable[..., Draws]], Callable[..., Draws]]:
-    """Decorator that makes a function `(rates, flops, seed, *, option=default) -> Draws` known as mask sampler `name`.
+    """Decorator that registers a function `(rates, flops, seed, *, option=default) -> Draws` as mask sampler `name`.
 
     `rates` and `flops` arrive checked, as tuples of floats. `draw(step)` must be a pure function of its step. `traits`
-    are what the sampler asks of those who use it: see `SamplerKind`.
+    are the other fields of `SamplerKind`.
 
     Raises:
         ConfigError: the name is taken.
@@ -77,7 +77,8 @@ def register_sampler(name: str, **traits: Any) -> Callable[[Callable[..., Draws]
     def register(build: Callable[..., Draws]) -> Callable[..., Draws]:
         if name in _SAMPLERS:
             raise ConfigError(
-                f"mask sampler {name!r} is registered already; known are {', '.join(sampler_kinds())}. Rename."
+                f"mask sampler {name!r} is already registered; known are {', '.join(sampler_kinds())}. Choose another "
+                "name."
             )
         _SAMPLERS[name] = SamplerKind(name, build, **traits)
         return build
@@ -91,8 +92,8 @@ def sampler_kinds() -> Mapping[str, SamplerKind]:
 
 
 def sampler_kind(name: str) -> SamplerKind:
-    """The mask sampler registered as `name`. Raises ConfigError that lists the known ones."""
-    if name not in tuple(_SAMPLERS):  # not the mapping, which would want to hash it
+    """The mask sampler registered as `name`. Raises ConfigError that lists the known ones if there is none."""
+    if name not in tuple(_SAMPLERS):  # not the dict itself, because an unhashable name would raise TypeError
         raise ConfigError(
             f"mask sampler {name!r} is unknown; known are {', '.join(sampler_kinds())}. Pass one of these, or add your "
             "own with dropbp.masks.register_sampler."

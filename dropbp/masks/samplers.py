@@ -3,8 +3,8 @@
 A mask is a pure function of (sampler, rates, flops, seed, step). Random numbers come from generators keyed by a hash of
 seed and step, so the whole state is (seed, step): the same on every rank, platform and Python version, and after a
 resume. No global generator is touched. Every sampler drops branch l at its rate p_l. They differ in what else they fix:
-the FLOPs of each step (`exact`), the turns of each branch (`cyclic`), the path of the gradient (`nested`), the number
-of different masks (`nested`, `pool`). `independent` is the paper's (arXiv:2402.17812).
+the FLOPs of each step (`exact`), the intervals between a branch's drops (`cyclic`), the path of the gradient
+(`nested`), the number of different masks (`nested`, `pool`). `independent` is the paper's (arXiv:2402.17812).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ T = TypeVar("T")
 AHEAD = 8  # draws made at once
 _TWO_64 = 1 << 64
 _FAR = 1 << 40
-_DIGITS = b"01" + bytes(254)  # of the bytes 0 and 1
+_DIGITS = b"01" + bytes(254)  # translates the bytes 0 and 1 to digits
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill the unit circle most evenly
 
 
 class Sampler:
-    """Draws the mask of any step, from rates and a mask sampler.
+    """Draws the mask of any step from rates, with a mask sampler.
 
     Args:
         kind: name of a registered mask sampler; see `sampler_kinds()`.
-        rates: share of steps in which each branch is dropped, in [0, 1]. 0 is never and 1 is always dropped.
-        flops: backward FLOPs per branch, any unit, positive.
+        rates: share of steps in which each branch is dropped, in [0, 1]; 0 is never, 1 always.
+        flops: backward FLOPs per branch, in any unit, positive.
         seed: any integer.
-        **options: what the mask sampler takes, for instance pool_size=8 of "pool".
+        **options: options of the mask sampler, for instance pool_size=8 of "pool".
 
     Raises:
         ConfigError: rates, FLOPs or seed out of bounds, unequal lengths, unknown mask sampler or option.
@@ -58,11 +58,11 @@ class Sampler:
         self._ahead: dict[int, Mask] = {}
 
     def draw(self, step: int) -> Mask:
-        """The mask of draw number `step` (0, 1, ...): True = backward dropped. The same whenever it is asked for."""
+        """The mask of draw number `step` (0, 1, ...): True = backward dropped. Repeated calls give the same mask."""
         if _checked_int("step", step) < 0:
             raise ConfigError(f"step is {step!r}; allowed is 0 and above. Count draws from 0.")
         mask = self._ahead.get(step)
-        if mask is None:  # several at once: one alone finds the processor's caches full of the training step
+        if mask is None:  # several at once: the training step evicts caches
             self._ahead = masks = {s: self._draws.draw(s) for s in range(step, step + AHEAD)}
             mask = masks[step]
         return mask
@@ -74,16 +74,16 @@ class Sampler:
 
     @property
     def distinct_masks(self) -> tuple[Mask, ...] | None:
-        """Every mask that can occur, each once, where the mask sampler bounds them; else None."""
+        """Every mask that can occur, each once; None if the mask sampler does not bound them."""
         return None if self._draws.every is None else tuple(dict.fromkeys(self._draws.every))
 
     @property
     def edges(self) -> tuple[float, ...] | None:
-        """If masks follow from one number, the smallest number of each of `distinct_masks`; else None."""
+        """The smallest number of each of `distinct_masks`, if masks follow from one number; else None."""
         return self._draws.edges
 
     def redraw(self, step: int, attempt: int) -> Mask:
-        """The `attempt`-th other mask for draw number `step`, taken from draws that no run reaches."""
+        """The `attempt`-th replacement mask for draw number `step`, from draw numbers that no run reaches."""
         return self._draws.draw(step + attempt * _FAR)
 
     def __reduce__(self) -> tuple[Callable[..., Sampler], tuple[object, ...]]:
@@ -98,7 +98,7 @@ class Sampler:
 
 
 def bits(mask: Mask) -> int:
-    """A mask as a number: bit i for branch i."""
+    """A mask as an integer: bit i for branch i."""
     return int(b"0" + bytes(mask)[::-1].translate(_DIGITS), 2)
 
 
@@ -113,7 +113,7 @@ def _build(name: str, options: Mapping[str, Any]) -> Callable[..., Draws]:
 
 @register_sampler("independent")
 def independent(rates: Rates, flops: Rates, seed: int) -> Draws:
-    """Each branch is dropped by its own coin (the paper's way); the FLOPs saved vary from step to step."""
+    """Each branch is dropped independently (the paper's method); the FLOPs saved vary from step to step."""
 
     def draw(step: int) -> Mask:
         coin = _generator(seed, "independent", step).random
@@ -126,14 +126,14 @@ def independent(rates: Rates, flops: Rates, seed: int) -> Draws:
 def exact(rates: Rates, flops: Rates, seed: int) -> Draws:
     """Each step drops the FLOPs budget to within one branch, by pivotal sampling in random order.
 
-    Two branches with rates strictly between 0 and 1 trade FLOPs until one of them is certain: with m = p f, branch i
+    Two branches with rates strictly between 0 and 1 trade FLOPs until one of them is certain. With m = p f, branch i
     gains a = min(f_i - m_i, m_j) from j with probability b / (a + b), or gives j b = min(m_i, f_j - m_j) with
-    probability a / (a + b). The sum of m stays, and the expected change is a b / (a + b) - b a / (a + b) = 0, so
-    every E[m_l] stays p_l f_l: the marginals are exact. One branch at most is left uncertain; it is dropped if a
-    uniform number is below its m / f, which changes the sum by less than its FLOPs and keeps its marginal. That
-    number runs through the multiples of the golden ratio from a seeded start: uniform over seeds and independent of
-    the trades, and evenly spread over steps, so the mean over T steps nears the budget like 1/T where all FLOPs are
-    equal. Branches of equal FLOPs trade among themselves first, so each such class keeps its own count to within one.
+    probability a / (a + b). The sum of m stays, and the expected change is a b / (a + b) - b a / (a + b) = 0, so every
+    E[m_l] stays p_l f_l: the marginals are exact. At most one branch is left uncertain. It is dropped if a uniform
+    number is below its m / f, which changes the sum by less than its FLOPs and keeps its marginal. That number runs
+    through the multiples of the golden ratio from a seeded start: uniform over seeds, independent of the trades, and
+    evenly spread over steps, so the error of the mean over T steps falls like 1/T if all FLOPs are equal. Branches of
+    equal FLOPs trade among themselves first, so each such class keeps its own count to within one.
 
     Source: Deville and Tille, Biometrika 85 (1998), "Unequal probability sampling without replacement".
     """
@@ -161,7 +161,7 @@ def _pivot(
     for other in order[1:]:
         room, offered = flops[left] - mass, masses[other]
         other_room = flops[other] - offered
-        gain = room if room <= offered else offered  # min() would take as long as all the rest
+        gain = room if room <= offered else offered  # calling min() would double the time of the loop
         loss = mass if mass <= other_room else other_room
         if coin() * (gain + loss) < loss:
             mask[left] = room <= offered
@@ -179,12 +179,12 @@ def _pivot(
 
 @register_sampler("cyclic")
 def cyclic(rates: Rates, flops: Rates, seed: int) -> Draws:
-    """Each branch is dropped in regular turns: in any T steps between floor(T p) and ceil(T p) times.
+    """Each branch is dropped at regular intervals: in any T steps between floor(T p) and ceil(T p) times.
 
     Branch l is dropped at step t if floor((t+1) p_l + phase_l) > floor(t p_l + phase_l), in exact 64-bit arithmetic.
     Branches of equal rate get phases that cut the unit circle in proportion to their FLOPs, in shuffled order, so
-    that together they drop their FLOPs budget each step to within one branch. Where all rates differ the phases drift
-    apart and the FLOPs of a step vary as under independent masks. Over seeds each phase is uniform: exact marginals.
+    together they drop their FLOPs budget each step to within one branch. If all rates differ, the phases drift apart
+    and the FLOPs of a step vary as under independent masks. Over seeds each phase is uniform: exact marginals.
     """
     turns = [int(rate * _TWO_64) for rate in rates]
     starts = [int(phase * _TWO_64) for phase in _phases(rates, flops, _generator(seed, "cyclic", 0).random)]
@@ -211,11 +211,11 @@ def _phases(rates: Rates, flops: Rates, coin: Callable[[], float]) -> list[float
 def nested(rates: Rates, flops: Rates, seed: int, *, uniform: str = "golden") -> Draws:
     """One uniform number per step drops every branch whose rate exceeds it. At most N+1 different masks.
 
-    With rates that do not fall toward the input (`dropbp.masks.rates.depth_rates`) each step trains the top of the
+    With rates that do not fall toward the input (`dropbp.masks.rates.depth_rates`), each step trains the top of the
     model down to a random depth, and every trained branch gets its exact gradient. The FLOPs budget holds on average.
-    `uniform="golden"` steps through multiples of the golden ratio from a seeded start: uniform over seeds, and so
-    even over steps that a few consecutive ones already cover all depths in proportion. `"random"` draws independently.
-    A run of known length takes them in order instead: see `dropbp.masks.pace`.
+    `uniform="golden"` steps through multiples of the golden ratio from a seeded start: uniform over seeds, and so even
+    over steps that a few consecutive ones already cover all depths in proportion. `"random"` draws independently. A run
+    of known length takes them in order instead: see `dropbp.masks.pace`.
     """
     numbers: dict[str, Callable[[int], float]] = {
         "golden": _golden(seed, "nested"),
@@ -234,9 +234,8 @@ def pool(rates: Rates, flops: Rates, seed: int, *, pool_size: int = 8, pool_of: 
     """`pool_size` masks drawn once, then visited in shuffled laps: each lap visits each mask once.
 
     `pool_of="balanced"`: branch l is dropped in floor or ceil of K p_l of the K masks (K p_l on average over seeds),
-    and each mask keeps the FLOPs budget to within one branch. Or the name of a mask sampler, whose first K draws are
-    taken.
-    A branch is never trained if all K masks drop it: choose K >= 1 / (1 - p_l).
+        and each mask keeps the FLOPs budget to within one branch. Otherwise `pool_of` is the name of a mask sampler
+        whose first K draws are used. A branch is never trained if all K masks drop it: choose K >= 1 / (1 - p_l).
     """
     size = _checked_int("pool_size", pool_size)
     if size < 1:
@@ -259,10 +258,10 @@ def _first(name: str, rates: Rates, flops: Rates, seed: int, size: int) -> tuple
 
 
 def _balanced(rates: Rates, flops: Rates, seed: int, size: int) -> tuple[Mask, ...]:
-    """Each branch in turn goes to the masks that have dropped the fewest FLOPs so far.
+    """Add each branch in turn to the masks that have dropped the fewest FLOPs so far.
 
-    The masks' loads then never differ by more than the largest branch; and as all masks start alike and ties are
-    broken at random, each holds a branch with the same probability: that of its count over `size`.
+    The masks' loads then never differ by more than the largest branch. All masks start alike and ties are broken at
+    random, so each contains a branch with the same probability: its count over `size`.
     """
     counts = _rounded([rate * size for rate in rates], flops, seed)
     coin = _generator(seed, "balanced", 0).random
@@ -282,12 +281,12 @@ def _rounded(counts: Sequence[float], flops: Rates, seed: int) -> list[int]:
 
 
 def _generator(seed: int, stream: str, step: int) -> Random:
-    """A generator of its own for one purpose and step; `Random.random` is the same on every Python version."""
+    """A separate generator for each purpose and step; `Random.random` is the same on every Python version."""
     return Random(_key(f"{seed}/{stream}/{step}", 16))
 
 
 def _golden(seed: int, stream: str) -> Callable[[int], float]:
-    """Step -> number in [0, 1): a start that depends on the seed plus multiples of the golden ratio, modulo 1."""
+    """Map a step to a number in [0, 1): a seeded start plus multiples of the golden ratio, modulo 1."""
     start = _key(f"{seed}/{stream}/golden", 8)
     return lambda step: ((start + step * _GOLDEN & _TWO_64 - 1) >> 11) * 2.0**-53
 
@@ -297,7 +296,7 @@ def _key(text: str, size: int) -> int:
 
 
 def _shuffled(items: Sequence[T], coin: Callable[[], float]) -> Sequence[T]:
-    # Random.shuffle may differ between Python versions, its random() may not.
+    # Random.shuffle may differ between Python versions; Random.random does not.
     return sorted(items, key=lambda _: coin()) if len(items) > 1 else items
 
 

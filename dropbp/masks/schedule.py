@@ -1,14 +1,14 @@
 """The schedule of a run: what each training forward drops. It knows no model.
 
-It alone owns the shape of the forwards, FLOPs, rates, sampler, counters and the state that is saved. A forward asks
-`next` with its shape and with what only the run can know (`Conditions`), and gets a `ForwardPlan`. The mask is, in this
-order: what a `with handle.fixed(mask)` says, the mask of a forward whose backward is still to come where both must be
-the same, nothing dropped during the warm-up, the present mask as long as `resample`
-keeps it, a mask for a graph that a lazy device has yet to compile, the mask of this point of an annealed run, or a new
-draw. With its state in hand it is a pure function of seed and step.
+It alone owns the shape of the forwards, FLOPs, rates, sampler, counters and the saved state. A forward calls `next`
+with its shape and with the conditions that only the run knows (`Conditions`), and gets a `ForwardPlan`. The first of
+these that applies gives the mask: `with handle.fixed(mask)`; the previous mask, if a forward that waits for its
+backward requires the same one; nothing dropped, in the warm-up; the current mask, as long as `resample` keeps it; a
+mask for a graph that a lazy device has yet to compile; the mask at this point of an annealed run; a new draw. Given the
+state, it is a pure function of seed and step.
 
-Ranks must draw the same masks, though each sees batches of its own. Where there are several, all that masks depend on
-is taken at one shape: that of rank 0 in the first training forward.
+Ranks must draw the same masks although each has its own batches. With several ranks, everything that masks depend on is
+taken at one shape: that of rank 0 in the first training forward.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from dropbp.masks.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
-MAX_SHAPES = 32  # whose rates, sampler and plans are remembered
-MAX_PLANS = 512  # of one shape
+MAX_SHAPES = 32  # number of shapes whose rates, sampler and plans are remembered
+MAX_PLANS = 512  # per shape
 
 
 class CountsFlops(Protocol):
@@ -51,17 +51,18 @@ class Schedule:
 
     Args:
         config: the options of `enable`.
-        names: of the branches, nearest the input first.
-        blocks: each block's branches as a bit mask, nearest the input first.
+        names: names of the branches, from the input upwards.
+        blocks: for each block, from the input upwards, its branches as a bit mask.
         flops: counts FLOPs at a shape.
-        shape: of the forwards to come; on several ranks, the one that all masks are drawn for until they agree on one.
-        weights: counts in the same way what dropping a branch saves; 0 for branches without a backward, which are never
-            dropped. None: as much as its FLOPs.
-        trains: whether a step that drops these branches, as bits, leaves something with a gradient.
-        together: sets of neighbouring branches, as bits, that nested masks drop all at once.
+        shape: shape of the coming forwards; on several ranks, the one that masks are drawn for until the ranks agree on
+            one.
+        weights: counts what dropping a branch saves; 0 for branches without a backward, which are never dropped. None:
+            as much as its FLOPs.
+        trains: whether a step that drops these branches, as bits, trains anything.
+        together: sets of neighbouring branches, as bits, that nested masks drop together.
 
     Raises:
-        ConfigError: rates or options of the mask sampler are outside what is allowed.
+        ConfigError: rates or options of the mask sampler have values that are not allowed.
     """
 
     def __init__(
@@ -101,46 +102,48 @@ class Schedule:
         self.seen = self.here = self.at(shape)
         self.check_trains(self.rates)
         if self.here.total:
-            _ = self.here.sampler  # what is wrong with the sampler's options is said here, not in the first step
+            _ = self.here.sampler  # so that wrong sampler options raise here, not in the first step
         else:
             logger.warning("No branch has a backward that could be skipped: DropBP saves nothing on this model.")
 
-    # -- what is known
+    # -- derived values
 
     @property
     def rates(self) -> Rates:
-        """Each branch's drop rate."""
+        """The drop rate of each branch."""
         return self.here.rates
 
     @property
     def every(self) -> tuple[Mask, ...] | None:
-        """Every mask that can occur, each once, where the mask sampler bounds them."""
+        """Every mask that can occur, each once; None if the sampler does not bound them."""
         masks = self.here.sampler.distinct_masks
         return None if masks is None else tuple(map(self.here.whole, masks))
 
     @property
     def anneals(self) -> bool:
-        """Whether masks are taken in their order over the run, the deepest first."""
+        """Whether the run takes the masks in order, the deepest first."""
         return self.config.steps is not None and self.kind.annealed_rates is not None and not self.config.mask_options
 
     @property
     def length(self) -> int:
-        """Draws in the whole run, after its warm-up; 1 where that is not known."""
+        """Number of draws in the run after its warm-up; 1 if unknown."""
         return self.config.draws or 1
 
     @property
     def fixed(self) -> list[Mask]:
-        """The masks of the `with handle.fixed(...)` open in this thread, the innermost last."""
+        """The masks of the open `with handle.fixed(...)` blocks of this thread, innermost last."""
         return self._fixed.masks
 
     def see(self, shape: Shape, ranks: bool = False) -> None:
-        """The next forwards have this shape. `seen` is what follows from it, `here` what masks are drawn by."""
+        """Set the shape of the next forwards: `seen` are the values at this shape, `here` those that masks are drawn
+        from.
+        """
         if shape != self.shape or ranks != self._ranks:
             self.shape, self._ranks = shape, ranks
             self._look()
 
     def agree(self, shape: Shape) -> None:
-        """On several ranks all masks are drawn for this shape from now on: the same on each of them."""
+        """Draw all masks for this shape from now on, so that all ranks draw the same ones."""
         self.agreed = shape
 
     def _look(self) -> None:
@@ -148,7 +151,7 @@ class Schedule:
         self.here = self.at(self.agreed or self._first) if self._ranks else self.seen
 
     def at(self, shape: Shape) -> AtShape:
-        """What follows from a shape, worked out once."""
+        """The values at a shape, computed once."""
         found = self._known.get(shape)
         if found is None:
             if len(self._known) >= MAX_SHAPES:
@@ -162,28 +165,28 @@ class Schedule:
 
     @property
     def profile(self) -> str | None:
-        """The name of the profile that rates follow from, at each shape; None where they were given."""
+        """The name of the profile that the rates follow at each shape; None if rates were given."""
         if self.given is not None:
             return None
         auto = self.kind.annealed_rates if self.anneals and self.kind.annealed_rates else self.kind.rates
         return auto if self.config.rates == "auto" else str(self.config.rates)
 
     def check_trains(self, rates: Sequence[float]) -> None:
-        """Raises ConfigError where every step would drop all that is trained."""
+        """Raises ConfigError if every step would drop all trained parameters."""
         always = bits(tuple(rate >= 1 for rate in rates))
         if always and not self._trains(always):
             raise ConfigError(
-                "With these rates every step drops all that is trained, so nothing would train. Give the branches "
-                "that hold trained parameters rates below 1, or train the input embedding always: stem='train'."
+                "With these rates every step drops all trained parameters, so nothing would train. Give the branches "
+                "that hold them rates below 1, or train the input embedding in every step: stem='train'."
             )
 
     def set_rates(self, rates: Rates | None) -> None:
-        """The next mask is drawn from these rates; None: from those of the configuration."""
+        """Draw the next masks from these rates; None: from those of the configuration."""
         self.given = self._initial_rates() if rates is None else rates
         self.reweigh()
 
     def reweigh(self) -> None:
-        """What branches weigh is asked anew: other parameters are trained than before."""
+        """Recompute the weights of the branches because other parameters are trained than before."""
         self._known.clear()
         self._training.clear()
         self._look()
@@ -191,8 +194,9 @@ class Schedule:
     def allocated(self, sensitivities: Sequence[float]) -> Rates:
         """Rates under the FLOPs budget.
 
-        Under nested masks rates stay as they are: a distribution over depths. Sensitivities mostly rise toward the
-        input, and the nearest rates that do not fall there are all equal: a mask would drop everything or nothing.
+        Under nested masks the rates do not change: they are a distribution over depths. Sensitivities mostly rise
+        toward the input, and the nearest rates that do not fall there are all equal: a mask would drop everything or
+        nothing.
         """
         here = self.here
         if self.kind.prefixes or not here.total:
@@ -210,7 +214,7 @@ class Schedule:
     # -- a forward
 
     def next(self, shape: Shape, conditions: Conditions) -> ForwardPlan:
-        """What the next training forward does; it is counted as done."""
+        """The plan of the next training forward, which is counted as done."""
         self.see(shape, conditions.ranks)
         here, seen = self.here, self.seen
         past = self.dropping and self.statistics.forwards >= self.config.warmup
@@ -222,33 +226,33 @@ class Schedule:
         return self._plan(mask, past, conditions)
 
     def progress(self, share: float, dropping: bool) -> None:
-        """The training loop says how much of it is done, and whether branches are dropped in the forwards to come."""
+        """Take the training loop's report: the share that is done, and whether the coming forwards drop branches."""
         self.dropping = dropping
         self.pace.tell(share)
 
     def resample(self) -> None:
-        """The next mask is a new one."""
+        """Draw a new mask next time."""
         self.current = None
 
     def checked(self, mask: Sequence[bool]) -> Mask:
-        """The mask as a tuple of bools. Raises ConfigError if it has not one entry per branch."""
+        """The mask as a tuple of bools. Raises ConfigError unless it has one entry per branch."""
         checked = checked_mask(mask)
         if len(checked) != len(self.names):
             raise ConfigError(
-                f"The mask has {len(checked)} entries, the model {len(self.names)} branches. Give one bool per entry "
-                "of handle.branches, True to drop its backward."
+                f"The mask has {len(checked)} entries, but the model has {len(self.names)} branches. Pass one bool per "
+                "entry of handle.branches, True to drop its backward."
             )
         return checked
 
     def checkpointed(self, dropped: int, limit: float | None, left_alone: int = 0) -> int:
-        """Blocks nearest the input whose kept branches are more than a step may keep, as a bit mask of branches."""
+        """The lowest blocks whose kept branches exceed what a step may keep, as a bit mask of branches."""
         if limit is None or not self.here.total:
             return 0
         blocks = [branches for branches in self.blocks if not branches & left_alone]
         return self.here.beyond_limit(blocks, limit, dropped)
 
     def trains(self, mask: Mask) -> bool:
-        """Whether a step under this mask leaves something with a gradient: where all is dropped, or only here."""
+        """Whether a step under this mask trains anything: also if everything is dropped, or under this mask only."""
         return self._trains_under((1 << len(mask)) - 1) or self._trains_under(bits(mask))
 
     def _trains_under(self, dropped: int) -> bool:
@@ -259,10 +263,10 @@ class Schedule:
         return self._training[dropped]
 
     def forget_what_trains(self) -> None:
-        """Something else is trained from now on.
+        """Discard what depends on which parameters are trained.
 
         Raises:
-            ConfigError: every step would drop all of it.
+            ConfigError: every step would drop all of them.
         """
         self._training.clear()
         for at in (*self._known.values(), self.seen, self.here):
@@ -270,7 +274,7 @@ class Schedule:
         self.check_trains(self.rates)
 
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
-        """Worked out once for each mask: few masks come again and again."""
+        """Computed once for each mask, because a few masks occur again and again."""
         asked, plans = conditions, self.here.plans
         key = mask, scaled, asked.limit, asked.stem_rests, asked.truncated, asked.left_alone
         plan = plans.get(key)
@@ -309,12 +313,12 @@ class Schedule:
         if not self.anneals or self.pace.over:
             return here.drawn(draw)
         number = self.pace.number(here.course[0], here.planned / here.total)
-        # Near an edge between two masks the feedback would go back and forth: the mask stays what it is.
+        # Near an edge between two masks the feedback would oscillate, so the current mask stays.
         steady = here.ordered(number - self.pace.width)
         return steady if steady == self.current else here.ordered(number)
 
     def _warming_up(self, warmup: GraphWarmup, held: int) -> Mask:
-        """A mask for a graph that is not compiled yet, see `dropbp.lazy.warmup`; the usual one where none is left."""
+        """A mask for a graph that is not compiled yet (`dropbp.lazy.warmup`); the usual one if none is left."""
         if self.current is None or not self._keeps():
             dropped = warmup.next(held, self._upcoming)
             self.current = self._drawn() if dropped is None else self._in_advance(dropped)
@@ -323,13 +327,15 @@ class Schedule:
         return self.current
 
     def _in_advance(self, dropped: int) -> Mask:
-        if self.anneals:  # it takes up a part of the run, whose rest makes good for what it drops
+        if self.anneals:  # it takes up a part of the run; the rest compensates for what it drops
             self.draws += 1
             self.pace.begin()
         return tuple(bool(dropped >> i & 1) for i in range(len(self.names)))
 
     def _upcoming(self) -> list[int]:
-        """Masks to come, as bits of dropped branches; an annealed run's from all of it, as they come late but come."""
+        """Coming masks, as bits of dropped branches. For an annealed run, from the whole run, since late masks come
+        too.
+        """
         here = self.here
         if not self.anneals:
             return [bits(here.drawn(draw)) for draw in range(self.draws, self.draws + LOOKAHEAD)]
@@ -337,14 +343,14 @@ class Schedule:
         return [bits(mask) for mask in (*spread, *here.course[1])]
 
     def foreseen(self, draw: int) -> Mask:
-        """The mask of a draw, where a run of known length goes as it should."""
+        """The expected mask of a draw, if a run of known length goes as planned."""
         return self.here.ordered(1 - (draw + 0.5) / self.length) if self.anneals else self.here.drawn(draw)
 
-    # -- the state
+    # -- state
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a state must share with this schedule to be loaded."""
+        """The values that a saved state must share with this schedule."""
         return {"branches": list(self.names), "masks": self.config.masks, "seed": self.config.seed}
 
     @property
@@ -359,14 +365,15 @@ class Schedule:
         return written(self)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue where another schedule of the same model stopped, by the options of this one.
+        """Continue where another schedule of the same model stopped, with the options of this one.
 
         Raises:
-            StateError: the state is of another version, model, mask sampler or seed, or is damaged; nothing is changed.
+            StateError: the state is damaged, or belongs to another version, model, mask sampler or seed; nothing is
+                changed.
         """
         saved = read(state, self)
         if self.statistics.forwards < saved.statistics.forwards:
-            self.graph_warmup = None  # the run that is continued had its own
+            self.graph_warmup = None  # the run being continued has done its own
         self.draws, self.mask, self.current = saved.draws, saved.mask, saved.current
         self.pace, self.statistics = saved.pace, saved.statistics
         self.sensitivities, self.own, self.online = saved.sensitivities, saved.own, saved.online
@@ -376,7 +383,7 @@ class Schedule:
         self._take_over({name for name, mine in self.options.items() if saved.options.get(name) != mine})
 
     def _take_over(self, changed: set[str]) -> None:
-        """Go on by options that the saved run did not have: what is left of the training is the same share of it."""
+        """Apply options that differ from those of the saved run; the finished share of the training stays the same."""
         if changed & {"steps", "resample"}:
             self.pace.expect(1 / self.length)
         if "resample" in changed:

@@ -1,6 +1,6 @@
-"""The state of a schedule: what a resumed run needs to draw the same masks. Written and read here.
+"""The saved state of a schedule, written and read here: everything a resumed run needs to draw the same masks.
 
-Each field of `State` is an attribute of `Schedule`. It is written by its name and read by its type, so a further one
+Each field of `State` is an attribute of `Schedule`. It is written by its name and read by its type, so a new field
 takes a line here and a line in `Schedule.load`.
 """
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where a schedule is: options that a resumed run may change, rates that were set, and all that counts."""
+    """The progress of a schedule: options that a resumed run may change, rates that were set, and all counters."""
 
     options: Mapping[str, Any]
     given: Rates | None
@@ -61,19 +61,19 @@ def _plain(value: Any) -> Any:
 
 
 def read(state: Any, schedule: Schedule) -> State:
-    """The state, if it is whole, of this version and of a run like the schedule's.
+    """The state, if it is complete, of this version and of a run like the schedule's.
 
     Raises:
-        StateError: it is not; the message says in what they differ, or what is damaged.
+        StateError: it is not; the message says how they differ, or what is damaged.
     """
     found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
     if not isinstance(state, Mapping) or not isinstance(found, int) or found != STATE_VERSION:
-        raise StateError(f"The DropBP state is of version {short(found)}; this library reads version {STATE_VERSION}.")
+        raise StateError(f"The DropBP state has version {short(found)}; this library reads version {STATE_VERSION}.")
     for key, mine in schedule.identity.items():
         if type(state.get(key)) is not type(mine) or state[key] != mine:
             raise StateError(
-                f"The DropBP state belongs to another run: its {key} are {short(state.get(key))}, this "
-                f"model's are {short(mine)}. Enable the same model with the same options before loading."
+                f"The DropBP state belongs to another run: its {key} are {short(state.get(key))}, this model's are "
+                f"{short(mine)}. Enable the same model with the same options before loading."
             )
     try:
         saved = _of(State, state, len(schedule.names))
@@ -87,13 +87,13 @@ def read(state: Any, schedule: Schedule) -> State:
 
 
 def _of(kind: type[T], values: Mapping[str, Any], branches: int) -> T:
-    """A dataclass from its fields, each of which must be there."""
+    """Build a dataclass from its fields, all of which must be present."""
     fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: _value(type_, name, values[name], branches) for name, type_ in fields.items()})
 
 
 def _value(type_: str, name: str, value: Any, branches: int) -> Any:
-    """One field; where it holds several values, it has one for each branch."""
+    """One field; a list or tuple must have one entry per branch."""
     optional = type_.removesuffix(" | None")
     if value is None and optional != type_:
         return None
@@ -117,7 +117,7 @@ def _mask(mask: Any) -> Mask:
 
 def _count(value: Any) -> int:
     if not is_whole(value, 0):
-        raise ValueError(f"a count is {short(value)}, not a number of 0 and above")
+        raise ValueError(f"a count is {short(value)}, not a whole number of at least 0")
     return int(value)
 
 

@@ -43,7 +43,7 @@ class Statistics:
 
     @property
     def drawn_rate(self) -> float:
-        """The same without the warm-up and given masks."""
+        """The same without the warm-up and masks given by the user."""
         return self.drawn_dropped / max(self.drawn_seen, 1.0)
 
     def note(self, mask: Mask, flops: Sequence[float], total: float, planned: float | None) -> None:
@@ -84,8 +84,8 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     never = sum(entry["rate"] == 1 for entry in branches)
     foot = (
-        f"{len(branches)} branches hold {report['branch_flops_share']:.1%} of the FLOPs of the forward that found them"
-        f"{_without(report['not_recorded'])}; target drop "
+        f"{len(branches)} branches hold {report['branch_flops_share']:.1%} of the FLOPs of the forward that found "
+        f"them{_without(report['not_recorded'])}; target drop "
         f"rate {report['drop_rate']:g}, realised {report['realised_drop_rate']:.4f} in {report['forwards']} forwards"
     )
     idle = sum(not entry["weight"] for entry in branches)
