@@ -236,9 +236,7 @@ class _Builder:
         return {self._made_by(branch, number) for number in met}
 
     def _made_by(self, branch: int, number: int) -> Call:
-        """The module call that created the node and belongs to this branch alone; an outer one may serve several
-        branches.
-        """
+        """The module call that created the node and belongs to this branch alone; an outer call may serve several."""
         own = 1 << branch
         return next(c for c in self.cover.top_of[number] if not self.cover.call_need[c.index] & ~own)
 
@@ -314,9 +312,7 @@ class _Builder:
                     )
 
     def _may_hold_branches(self, name: str) -> bool:
-        """Whether a branch may be missed: there is an unexplained addition, and the block keeps the shape of the
-        stream.
-        """
+        """Whether a branch may be missed: there is an unexplained addition, and the block does not reshape the stream."""
         calls = [call for call in self.graph.calls if call.name == name]
         made = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
         return not all(call.reshapes for call in calls) and bool(made & self.unexplained)

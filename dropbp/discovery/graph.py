@@ -185,9 +185,7 @@ def _continues(graph: Graph, root: Node, source: int) -> bool:
 
 
 def _as_join(graph: Graph, total: _Sum) -> Join | None:
-    """The sum as a join, with the term on which most others depend as the stream; None if no term depends
-    on another.
-    """
+    """The sum as a join, its stream the term on which most others depend; None if no term depends on another."""
     best: tuple[int, tuple[Edge, ...]] = (0, ())
     for _, stream in total.terms:
         base = graph.base_of(stream)
@@ -203,9 +201,7 @@ def _leaves(graph: Graph, term: int, stream: int) -> bool:
 
 
 def _with_late_terms(graph: Graph, total: _Sum, join: Join, bases: Sequence[int]) -> Join:
-    """Add terms computed from an earlier point of the stream in the same forward, which are branches too (shortcut
-    experts).
-    """
+    """Add terms computed from an earlier point of the stream in the same forward (shortcut experts)."""
     edges, starts = list(join.edges), list(join.starts)
     earlier = [base for base in bases if base < join.base and graph.depends(join.base, base)]
     for edge in total.terms:

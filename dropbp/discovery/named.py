@@ -17,9 +17,7 @@ from dropbp.errors import DiscoveryError
 
 
 def analyse_named(trace: Trace, model: nn.Module, named: Sequence[Sequence[str]]) -> Structure:
-    """The structure of branches given by name. Each entry lists the modules that run without recording if it is
-    dropped.
-    """
+    """The structure of branches given by name: each entry lists the modules that are skipped if it is dropped."""
     graph = Graph(trace, model)
     _check_names(model, named)
     groups = exact_groups(graph, [edges_leaving(graph, names) for names in named])

@@ -73,9 +73,7 @@ class Work:
         return self._at_least_one(costs, ends)
 
     def from_the_top(self, trained: Collection[str]) -> Costs:
-        """The same under masks that train the top of the model down to a border: each branch with the work that ends
-        with it.
-        """
+        """The same under masks that train the top of the model: each branch with the work that ends with it."""
         ends = self._ends(lambda name: self.borders.get(name, self.branches) if name in trained else NEVER)
         costs = Costs()
         for node, (flops, operands) in self.products.items():

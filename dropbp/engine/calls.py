@@ -75,9 +75,7 @@ class Kind:
         return known[1]
 
     def _observing(self, plan: ForwardPlan, detached: int) -> CallPlan:
-        """Do not truncate the backward: outputs below the truncation would look as if they never required a
-        gradient.
-        """
+        """Keep the full backward: below a truncation, outputs would look as if they never required a gradient."""
         return self._of(plan, detached, False, Observation())
 
     def _of(self, plan: ForwardPlan, detached: int, ends: bool, observation: Observation | None) -> CallPlan:

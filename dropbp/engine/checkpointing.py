@@ -54,9 +54,7 @@ class BlockState(Attachment):
         return self.recomputed.run(forward, args, kwargs, again=calls > 0)
 
     def recompute(self, forward: Callable[[], Any], args: tuple[Any, ...]) -> Any:
-        """Return the block's input instead of its output. The first time, run the block to check that this
-        is allowed.
-        """
+        """Return the block's input as its output. The first time, run the block to check that this is allowed."""
         if self.only_adds and args[0].requires_grad:
             return args[0]
         output = forward()

@@ -331,9 +331,7 @@ def _last_blocks(structure: Structure) -> list[str]:
 def _graph_warmup(
     model: nn.Module, structure: Structure, rests: Rests, recomputed: Callable[[int], int]
 ) -> GraphWarmup:
-    """The graph warm-up for a model's blocks, and for the modules beside their branches that are frozen in
-    some steps.
-    """
+    """The graph warm-up for a model's blocks, and for modules beside their branches that are frozen at times."""
     parts = [*rests.modules.items(), *structure.blocks.items()]
     layers = [Layer(_kind(model.get_submodule(name)), need) for name, need in parts]
     return GraphWarmup(layers, (1 << len(structure.branches)) - 1, recomputed)

@@ -65,9 +65,7 @@ def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kw
 
 
 def _without(outputs: Any, parameters: Iterable[torch.Tensor]) -> Any:
-    """Detach the frozen parameters, and views of them, in the outputs: unfrozen again, they would require a
-    gradient.
-    """
+    """Detach frozen parameters and views of them in the outputs: unfrozen, they would require a gradient."""
     own = set(map(id, parameters))
 
     def is_own(tensor: torch.Tensor) -> bool:

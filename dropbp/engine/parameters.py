@@ -41,9 +41,7 @@ class Parameters:
         return functools.reduce(operator.or_, held, 0)
 
     def skipped(self, plan: ForwardPlan) -> tuple[set[int], set[int]]:
-        """Ids of the parameters without a gradient in a step under this plan: all of them, and those in no dropped
-        branch.
-        """
+        """Ids of the parameters that get no gradient under this plan: all, and those in no dropped branch."""
         present = self._present()
         at_rest = self.resting().items() if plan.stem_rests else ()
         resting = {id(present[name]) for name, border in at_rest if not border & plan.trained and name in present}

@@ -66,9 +66,7 @@ def is_plain(value: Any) -> bool:
 
 
 class State:
-    """Everything a block's forward can reach beside its arguments. It keeps the values alive, so that ids
-    stay unique.
-    """
+    """Everything a block's forward can reach beside its arguments. It keeps values alive: their ids stay unique."""
 
     def __init__(self, reach: Reach) -> None:
         self.modes = [module.training for module in reach.modules]

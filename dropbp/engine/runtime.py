@@ -59,9 +59,7 @@ class ForwardRecord:
 
 
 class _Task:
-    """The plan under which a backward recomputes. Only the backward holds it, so both end together, even on
-    an error.
-    """
+    """The plan under which a backward recomputes. Only the backward holds it: both end together, even on an error."""
 
     def __init__(self, plan: ForwardPlan) -> None:
         self.thread, self.plan = threading.get_ident(), plan
@@ -118,9 +116,7 @@ class Runtime:
         return self.plan_recomputed() if plan is None else plan
 
     def plan_here(self) -> ForwardPlan:
-        """The current plan for modules that may run alone, such as an embedding; outside a forward they
-        drop nothing.
-        """
+        """The current plan for modules that may run alone, such as an embedding; they then drop nothing."""
         plan = self.running.get()
         if plan is not None:
             return plan
@@ -153,9 +149,7 @@ class Runtime:
         return next((record for record in others if record is not None), None)
 
     def _remember_task(self, plan: ForwardPlan) -> None:
-        """Remember the plan for nodes created by a recomputation, which are in no record: a nested backward may need
-        it.
-        """
+        """Remember the plan: nodes created by a recomputation are in no record, and a nested backward may need it."""
         number = torch._C._current_graph_task_id()
         task = self.tasks.get(number)
         if task is None:
@@ -190,9 +184,7 @@ class Runtime:
             )
 
     def note_unrecorded_block(self, block: nn.Module) -> None:
-        """Warn of a kept block that ran unrecorded under a truncated backward, inside a reentrant checkpoint switched
-        on late.
-        """
+        """Warn of a kept block that ran unrecorded under a truncated backward: a late reentrant checkpoint."""
         if not self.unrecorded_block:
             self.unrecorded_block = True
             logger.warning(
@@ -270,9 +262,7 @@ class Runtime:
         return outputs
 
     def note_end_of_blocks(self) -> None:
-        """Note the end of a module inside the root. The first to end in a forward is the one that contains
-        the blocks.
-        """
+        """Note the end of a module inside the root; the first to end is the one that contains the blocks."""
         records = self._own_records()
         if records and records[-1].blocks_end == math.inf:
             records[-1].blocks_end = next_sequence()
@@ -314,9 +304,7 @@ class Runtime:
                 flag.detached = not (flag.dropped or flag.need & plan.trained)
 
     def _show_flags_in_backward(self, outputs: Any, plan: ForwardPlan) -> None:
-        """Under gradient checkpointing, compiled code is recomputed in the backward and must see this
-        forward's flags.
-        """
+        """Set this forward's flags in the backward, where checkpointing recomputes compiled code."""
         for tensor in tensors_in(outputs):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(lambda gradients: self.show_flags(plan))

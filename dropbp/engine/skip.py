@@ -14,9 +14,7 @@ import torch
 
 
 class ScaleGradient(torch.autograd.Function):
-    """Identity that multiplies the gradient by a constant. At a branch's output it scales the whole
-    branch's gradients.
-    """
+    """Identity that multiplies the gradient by a constant; at a branch's output, this scales all its gradients."""
 
     generate_vmap_rule = True
 

@@ -124,9 +124,7 @@ def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence
 
 
 def _whole_steps(config: Config) -> float:
-    """Share of steps that drop nothing if the user trains parameters below all branches: half of the
-    backward budget.
-    """
+    """Share of steps that drop nothing if parameters below all branches train: half of the backward budget."""
     return (1 - config.drop_rate) / 2
 
 
@@ -206,9 +204,7 @@ def _few(config: Config) -> float:
 
 
 def _rare(config: Config, shares: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Parameters that no step trains, and those that few steps train. Under ordered masks half a step
-    counts as none.
-    """
+    """Parameters that no step trains, and those that few train. Under ordered masks half a step counts as none."""
     ordered = sampler_kind(config.masks).annealed_rates is not None and not config.mask_options
     none = (0.5 - 1e-6) / config.draws if config.draws and ordered else 0.0
     never = [name for name, share in shares.items() if share <= none]

@@ -59,7 +59,5 @@ class Truncation:
 
 
 def _reentrant_checkpoint_in(roots: list[Any]) -> bool:
-    """Whether the graph holds a node that recomputes part of the forward: PyTorch's reentrant checkpoint, or a similar
-    one.
-    """
+    """Whether the graph has a node that recomputes part of the forward: a reentrant checkpoint or similar."""
     return any(hasattr(node, "run_function") or "checkpoint" in node.name().lower() for node in nodes_below(roots))

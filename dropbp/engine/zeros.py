@@ -106,9 +106,7 @@ class ZeroGradients:
         return [p.grad if isinstance(p, nn.Parameter) and p.requires_grad else None for p in parameters]
 
     def _unknown(self, before: Mapping[int, int], gradients: Sequence[Tensor | None]) -> set[int]:
-        """The sets of branches whose gradient was not written by this backward, or, unchanged since, by an
-        earlier one.
-        """
+        """The sets of branches whose gradient no backward has written, or that changed since one did."""
         held, versions, made = self._noted
         known = {id(ref()): version for ref, version in zip(held, versions, strict=True)}
         known = known if made == self._steps.made else {}

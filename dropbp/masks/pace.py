@@ -123,9 +123,7 @@ class Pace:
         self.draws, self.taken = self.draws + 1, 0.0
 
     def number(self, curve: Curve, planned: float) -> float:
-        """The number of the current draw's nested mask; `planned` is the share of FLOPs that a mask drops
-        on average.
-        """
+        """The number of the current draw's nested mask; `planned` is the mean share of FLOPs that a mask drops."""
         left = max(1, 1 + round((1 - self.now) / self.width))
         owed = self.owed / (self.mean * left) if self.mean else 0.0
         return curve.number(planned + owed, left)

@@ -111,9 +111,7 @@ def _paper(scores: Rates, shares: Rates, drop_rate: float, cap: float) -> Rates:
 
 
 def _cheapest(prices: Sequence[float], rates: Sequence[float], steps: Sequence[int], cap: float) -> list[int]:
-    """Branches whose next step costs least per FLOP saved. Ties rise together, so the order of branches has
-    no effect.
-    """
+    """Branches whose next step costs least per FLOP saved. Ties rise together: the order has no effect."""
     costs = {
         i: price * _rate_after(steps[i] + 1, cap)
         for i, price in enumerate(prices)
@@ -224,9 +222,7 @@ def _geometric(count: int, theta: float) -> list[float]:
 
 
 def _shelf(count: int, theta: float) -> list[float]:
-    """With q = theta the tail's mean length is about q / (1-q), and the shelf is 3 times that: one branch
-    at q = 1/4.
-    """
+    """With q = theta the tail's mean length is about q / (1-q), the shelf 3 times that: one branch at q = 1/4."""
     if theta <= 0.125:
         return _only_top(count, 8 * theta)
     if theta <= 0.25:

@@ -54,8 +54,7 @@ class Schedule:
         names: names of the branches, from the input upwards.
         blocks: for each block, from the input upwards, its branches as a bit mask.
         flops: counts FLOPs at a shape.
-        shape: shape of the coming forwards; on several ranks, the one that masks are drawn for until the ranks agree on
-            one.
+        shape: of the coming forwards; on several ranks, masks are drawn for it until the ranks agree on one.
         weights: counts what dropping a branch saves; 0 for branches without a backward, which are never dropped. None:
             as much as its FLOPs.
         trains: whether a step that drops these branches, as bits, trains anything.
@@ -135,9 +134,7 @@ class Schedule:
         return self._fixed.masks
 
     def see(self, shape: Shape, ranks: bool = False) -> None:
-        """Set the shape of the next forwards: `seen` are the values at this shape, `here` those that masks are drawn
-        from.
-        """
+        """Set the shape of the next forwards: `seen` holds its values, `here` those that masks are drawn from."""
         if shape != self.shape or ranks != self._ranks:
             self.shape, self._ranks = shape, ranks
             self._look()
@@ -194,9 +191,8 @@ class Schedule:
     def allocated(self, sensitivities: Sequence[float]) -> Rates:
         """Rates under the FLOPs budget.
 
-        Under nested masks the rates do not change: they are a distribution over depths. Sensitivities mostly rise
-        toward the input, and the nearest rates that do not fall there are all equal: a mask would drop everything or
-        nothing.
+        Under nested masks the rates, a distribution over depths, do not change. Sensitivities mostly rise toward the
+        input, and the nearest rates that do not fall there are all equal: a mask would drop everything or nothing.
         """
         here = self.here
         if self.kind.prefixes or not here.total:
@@ -333,9 +329,7 @@ class Schedule:
         return tuple(bool(dropped >> i & 1) for i in range(len(self.names)))
 
     def _upcoming(self) -> list[int]:
-        """Coming masks, as bits of dropped branches. For an annealed run, from the whole run, since late masks come
-        too.
-        """
+        """Coming masks, as bits of dropped branches; for an annealed run, from all of it, late masks included."""
         here = self.here
         if not self.anneals:
             return [bits(here.drawn(draw)) for draw in range(self.draws, self.draws + LOOKAHEAD)]
@@ -368,8 +362,7 @@ class Schedule:
         """Continue where another schedule of the same model stopped, with the options of this one.
 
         Raises:
-            StateError: the state is damaged, or belongs to another version, model, mask sampler or seed; nothing is
-                changed.
+            StateError: the state is damaged or has another version, model, sampler or seed; nothing is changed.
         """
         saved = read(state, self)
         if self.statistics.forwards < saved.statistics.forwards:
