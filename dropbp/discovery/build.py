@@ -312,7 +312,7 @@ class _Builder:
                     )
 
     def _may_hold_branches(self, name: str) -> bool:
-        """Whether a branch may be missed: there is an unexplained addition, and the block does not reshape the stream."""
+        """Whether a branch may be missed: an addition is unexplained, and the block does not reshape the stream."""
         calls = [call for call in self.graph.calls if call.name == name]
         made = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
         return not all(call.reshapes for call in calls) and bool(made & self.unexplained)

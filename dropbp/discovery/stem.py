@@ -137,7 +137,7 @@ class _Places:
             self._runs[call.name] = self._runs.get(call.name, 0) + 1
 
     def resting(self, use: _Use) -> Call | None:
-        """The outermost module around the use whose outputs all rest with it; None if even its own module has others."""
+        """The outermost module around the use whose outputs all rest with it; None if there is none."""
         found, index = None, use.call
         while index >= 0 and self._rests_at(index) == use.border:
             found, index = self.graph.calls[index], self.graph.calls[index].parent
