@@ -311,7 +311,7 @@ def test_unknown_method_no_closure_and_removed_handle_are_refused():
 def test_an_optimizer_that_steps_in_backward_is_refused():
     model = tiny_llama()
     next(model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
-    with dropbp.enable(model) as handle, pytest.raises(StateError, match="step during backward"):
+    with dropbp.enable(model) as handle, pytest.raises(StateError, match="step during the backward"):
         handle.calibrate(lambda: llama_loss(model))
 
 

@@ -1,11 +1,11 @@
-"""Peak memory of a step at any size of its batch, from a few small steps.
+"""Peak memory of a step at any batch shape, from a few small steps.
 
-A step is a fixed sequence of operations. The bytes of live tensors after each operation are a polynomial in the sizes
-of the batch: linear in its rows, quadratic in its length (attention scores). So the live bytes at two numbers of rows
-and three lengths give those at any size. The largest is the peak, whichever operation it belongs to. The optimizer's
-part is counted on tensors without data.
+A step is a fixed sequence of operations. The bytes of live tensors after each operation are a polynomial in the batch
+shape: linear in the rows, quadratic in the length (attention scores). So the live bytes at two numbers of rows and
+three lengths give those at any shape. The largest is the peak, whichever operation it belongs to. The optimizer's part
+is counted on tensors without data.
 
-Only bytes of tensors are counted (`dropbp.memory`), not what an allocator adds, nor scratch memory inside a kernel.
+Only bytes of tensors are counted (`dropbp.memory`), without the allocator's overhead and scratch memory inside kernels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNITS = (1, 2, 3)
 
 
 class _Timeline(TorchDispatchMode):
-    """The live bytes after each operation."""
+    """Records the live bytes after each operation."""
 
     supports_higher_order_operators = True
 
@@ -51,7 +51,7 @@ class _Timeline(TorchDispatchMode):
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The small sizes at which steps are counted. `alone`: also one row, a special case for some kernels."""
+    """The small shapes at which steps are counted. `alone`: also one row, a special case in some kernels."""
 
     lengths: tuple[int, ...]
     alone: bool
@@ -59,17 +59,17 @@ class Probe:
 
     @property
     def smallest(self) -> Shape:
-        """Where only the step as such matters."""
+        """The shape for steps whose size does not matter."""
         return Shape(self.rows[0], self.lengths[0])
 
     @property
     def largest(self) -> Shape:
-        """All of the others fit where this one does."""
+        """The largest shape: if it fits, all others do."""
         return Shape(self.rows[-1], self.lengths[-1])
 
 
 def probe_for(shape: Shape) -> Probe:
-    """Small sizes that behave as `shape` does."""
+    """Small shapes that behave like `shape`."""
     length = shape.sequence_length
     unit = min(LARGE_UNIT, length // (UNITS[-1] + 1))
     return Probe(tuple(unit * n for n in UNITS) if unit >= SMALL_UNIT else (length,), shape.batch_size == 1)
@@ -80,9 +80,9 @@ class Footprint:
 
     Args:
         run: runs one step of a shape, forward and backward, under the mask.
-        probe: the small sizes it is run at.
-        workload: of the steps.
-        held_gradients: whether all gradients are there from the start, as in the second of several micro-batches.
+        probe: the small shapes at which it runs.
+        workload: the workload of the steps.
+        held_gradients: whether all gradients exist from the start, as in the second of several micro-batches.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Footprint:
         workload.model.zero_grad(set_to_none=True)
 
     def peak_bytes(self, shape: Shape) -> int:
-        """The most bytes alive at once in forward and backward, the model's own included."""
+        """Peak bytes in forward and backward, with those of the model."""
         return int(self._at(shape).max())
 
     def end_bytes(self, shape: Shape) -> int:
@@ -126,7 +126,7 @@ def _sum(lines: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _comparable(lines: Lines) -> Lines:
-    """If the operations themselves depend on the data, there is no common sequence: only peak and end."""
+    """Reduce to peak and end if the sequence of operations depends on the data, so that there is no common one."""
     if len({len(line) for line in lines.values()}) == 1:
         return lines
     return {size: torch.stack([line.max(), line[-1]]) for size, line in lines.items()}
@@ -135,16 +135,16 @@ def _comparable(lines: Lines) -> Lines:
 def _timeline(run: Callable[[Shape], None], shape: Shape, model: nn.Module, held_gradients: bool) -> torch.Tensor:
     for parameter in model.parameters():
         held = held_gradients and parameter.requires_grad
-        parameter.grad = torch.ones_like(parameter) if held else None  # zeros would be let go
+        parameter.grad = torch.ones_like(parameter) if held else None  # zeros would be reset to None
     with _no_collection(), track_tensor_bytes(model) as tracked, _Timeline(tracked) as line:
         run(shape)
-        line.live_bytes.append(tracked.live_bytes)  # the last operation's own temporaries are gone
+        line.live_bytes.append(tracked.live_bytes)  # by now the last operation's temporaries are freed
     return torch.tensor(line.live_bytes, dtype=torch.float64)
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """When cycles end depends on all that the process does; here they stay."""
+    """Disable garbage collection of cycles, whose timing depends on everything else in the process."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -167,7 +167,7 @@ def _lagrange(places: Sequence[int], at: int) -> list[float]:
 
 
 class OptimizerBytes:
-    """An optimizer's states, and what its step needs for a moment, counted on tensors without data."""
+    """Bytes of an optimizer's states and of its step's temporaries, counted on tensors without data."""
 
     def __init__(self, model: nn.Module, make: Optimizer) -> None:
         self._mode = FakeTensorMode()
@@ -189,11 +189,11 @@ class OptimizerBytes:
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters that may be trained."""
+        """Names of the parameters that may be trained."""
         return list(self._parameters)
 
     def step_bytes(self, trained: Iterable[str]) -> int:
-        """Bytes beyond states, parameters and gradients at the worst moment of a step that moves these parameters."""
+        """Peak bytes of a step that moves these parameters, beyond states, parameters and gradients."""
         with self._mode:
             self._give_gradients(trained)
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -227,8 +227,8 @@ def _explained(make: Optimizer) -> Iterator[None]:
 def largest(fits: Callable[[int], bool], *, step: int = 1, most: int, guess: int | None = None) -> int:
     """The largest multiple of `step`, at most `most`, for which `fits` holds; 0 if not even one step does.
 
-    Steps double away from a guess until the border is passed; then comes bisection. `fits` must be monotone. Without a
-    guess it is asked about O(log(most / step)) sizes, with a right one about two.
+    Steps double away from a guess until the border is passed; bisection follows. `fits` must be monotone. It is called
+    about O(log(most / step)) times without a guess, and about twice with a right one.
     """
     limit = most // step
     first = min(max(1, (guess or step) // step), limit)
@@ -240,7 +240,7 @@ def largest(fits: Callable[[int], bool], *, step: int = 1, most: int, guess: int
 
 
 def _bracket(fits: Callable[[int], bool], first: int, limit: int) -> tuple[int, int]:
-    """(a size that fits, a larger one that does not), in steps; 0 is taken to fit, `limit + 1` not to."""
+    """(a size that fits, a larger one that does not), in steps; 0 is assumed to fit, `limit + 1` not to."""
     stride = 1
     if fits(first):
         low = first

@@ -1,4 +1,4 @@
-"""What `plan` returns: the prediction for each drop rate, what it is based on, and a table of it."""
+"""The result of `plan`: the prediction for each drop rate, what it is based on, and its table."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class RatePlan:
         forward_backward_s: seconds of forward and backward in an optimizer step, the mean over the masks; None if
             nothing was timed.
         optimizer_s: seconds of the optimizer.
-        peak_bytes: the most tensor bytes at once in a step, the peak over the masks.
-        flops: of a step, the mean over the masks.
+        peak_bytes: peak tensor bytes of a step, the maximum over the masks.
+        flops: FLOPs of a step, the mean over the masks.
         largest_batch: rows of the planned length that fit the memory limit; 0 if not even one does.
-        largest_sequence: tokens per row that fit at the planned rows; None if the length of inputs cannot change.
-        spared_s: seconds that the activation cache spares an optimizer step whose rows are all known; None if nothing
-            was timed.
+        largest_sequence: tokens per row that fit at the planned rows; None if the length of the inputs cannot change.
+        spared_s: seconds that the activation cache saves in an optimizer step whose rows are all cached; None if
+            nothing was timed.
     """
 
     drop_rate: float
@@ -43,7 +43,7 @@ class RatePlan:
 
     @property
     def known_rows_step_s(self) -> float | None:
-        """Seconds of a step whose rows are all known to the activation cache: in every epoch but the first."""
+        """Seconds of a step whose rows are all in the activation cache, as in every epoch but the first."""
         return None if self.step_s is None or self.spared_s is None else self.step_s - self.spared_s
 
     @property
@@ -56,11 +56,10 @@ class RatePlan:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """What `plan` returns: a prediction for each drop rate, and what it is based on.
+    """The result of `plan`: a prediction for each drop rate, and what it is based on.
 
-    `cache_row_bytes` is what the state of a row takes in the activation cache. `timed_at` is the shape of the timed
-    steps. It is smaller than the planned one if plain training of that would not
-    fit the memory limit.
+    `cache_row_bytes` is the size of a row in the activation cache. `timed_at` is the shape of the timed steps, which is
+    smaller than the planned one if plain training of that does not fit the memory limit.
     """
 
     rates: tuple[RatePlan, ...]
@@ -77,7 +76,7 @@ class TrainingPlan:
     cache_row_bytes: int = 0
 
     def fastest(self, epochs: int, *, activation_cache: bool = True) -> RatePlan | None:
-        """The drop rate with the least time for a whole run; None if nothing was timed."""
+        """The drop rate with the shortest whole run; None if nothing was timed."""
         timed = [rate for rate in self.rates if rate.step_s is not None]
         return min(timed, key=lambda rate: _run_s(rate, epochs if activation_cache else 1), default=None)
 
@@ -101,7 +100,7 @@ class TrainingPlan:
 
 
 def _run_s(rate: RatePlan, epochs: int) -> float:
-    """Seconds of one step in each epoch."""
+    """Seconds for one step from each epoch."""
     assert rate.step_s is not None
     return rate.step_s + (epochs - 1) * (rate.known_rows_step_s or rate.step_s)
 
@@ -110,10 +109,10 @@ def _run_s(rate: RatePlan, epochs: int) -> float:
 
 
 def plan_table(found: Mapping[str, Any]) -> str:
-    """The predictions; ratios are to the first row. `batch` and `sequence` are the largest that fit.
+    """The predictions as text; ratios are to the first row. `batch` and `sequence` are the largest that fit.
 
     Args:
-        found: a plan as `TrainingPlan.as_dict` gives it.
+        found: a plan in the form of `TrainingPlan.as_dict`.
     """
     lines = [_COLUMNS, *(_cells(entry, found["rates"][0]) for entry in found["rates"])]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]

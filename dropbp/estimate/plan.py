@@ -1,8 +1,8 @@
-"""`plan`: what a training step will take in time, memory and FLOPs at each drop rate, before any training.
+"""`plan` predicts time, memory and FLOPs of a training step at each drop rate, before any training.
 
-Nothing is trained. The memory of a few small steps is counted (`dropbp.estimate.footprint`), and a few full ones are
-timed (`dropbp.estimate.stepcost`). Both are combined for the masks that each drop rate draws. Masks differ from step to
-step, so a plan shows the peak memory over the masks and the mean time.
+It counts the memory of a few small steps (`dropbp.estimate.footprint`), times a few full ones
+(`dropbp.estimate.stepcost`), and combines both for the masks that each drop rate draws. Masks differ from step to step,
+so a plan shows the peak memory over the masks and the mean time.
 """
 
 from __future__ import annotations
@@ -66,30 +66,31 @@ def plan(
     """Predict time, peak memory and FLOPs of a training step at each drop rate, and the largest batch that fits.
 
     Runs some small steps and, to measure time, a few of full size. Parameters do not move, and the model is restored.
-    Weights may be random. Bytes are those of tensors; an allocator adds its share.
+    Weights may be random. Memory is in bytes of tensors; an allocator needs more.
 
     Args:
         model: as it will be trained (adapters, frozen parameters, gradient checkpointing), on its device.
         batch_size: rows of a micro-batch; 1, or the rows of `example_inputs`.
-        sequence_length: tokens of a row, for models of text; 512, or as many as the model has positions.
+        sequence_length: tokens per row, for text models; 512, or as many as the model has positions.
         drop_rates: 0 stands for plain training.
         masks: as in `dropbp.enable`.
         device: as in `dropbp.enable`.
-        precision: `bf16` or `fp16` for mixed precision (autocast), None for the model's own type.
-        accumulation: micro-batches of an optimizer step; time is that of the whole step.
+        precision: `bf16` or `fp16` for mixed precision (autocast), None for the model's own dtype.
+        accumulation: micro-batches per optimizer step; time is that of the whole step.
         optimizer: makes the optimizer from a list of parameters.
-        memory_limit: bytes that a step may need; None takes all that the device has.
-        example_inputs: needed if the model does not say what it takes; their rows are repeated to make a batch.
-        loss: of the model's output; by default its `loss`, or the mean square of its first tensor.
+        memory_limit: bytes that a step may need; None uses all memory of the device.
+        example_inputs: needed if the model does not describe its inputs; their rows are repeated to make a batch.
+        loss: computes the loss from the model's output; by default the output's `loss`, or the mean square of its first
+            tensor.
         measure: whether to time steps. If not, only small steps run.
         clock: returns seconds; use `time.process_time` on a CPU shared with others.
         progress: called with a line before each part of the work.
         **options: as in `dropbp.enable`.
 
     Raises:
-        ConfigError: an argument is outside what is allowed, or the model has no weights.
+        ConfigError: an argument has a value that is not allowed, or the model has no weights.
         DiscoveryError: no residual branch was found, or `example_inputs` are needed.
-        StateError: the model is enabled already, or nothing in it is trained.
+        StateError: the model is already enabled, or nothing in it is trained.
     """
     given = None if example_inputs is None else example.as_inputs(example_inputs)
     text = given is None and example.takes_text(model)
@@ -99,7 +100,7 @@ def plan(
     _check(model, accumulation, memory_limit)
     limit = adapter.memory_limit_bytes() if memory_limit is None else memory_limit
     if limit is None:
-        raise ConfigError(f"Device {adapter.name!r} does not say how much memory it has; give memory_limit, in bytes.")
+        raise ConfigError(f"Device {adapter.name!r} does not report its memory; pass memory_limit, in bytes.")
     planner = _Planner(
         Workload(model, given, loss, precision_of(precision)), shape, adapter, optimizer, limit, accumulation,
         {"masks": masks, "device": adapter, "example_inputs": example_inputs, **_stem_at_rest(masks, options)},
@@ -118,7 +119,7 @@ def plan(
 
 
 class _Planner:
-    """One plan: the workload, and what is counted once for all drop rates."""
+    """Makes one plan; holds the workload and everything that is counted once for all drop rates."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class _Planner:
 
     @contextlib.contextmanager
     def _enabled(self, drop_rate: float, **options: Any) -> Iterator[Handle]:
-        """The model enabled, and past its first step, which differs from the others (`dropbp.engine.truncation`)."""
+        """The enabled model after its first step, which differs from later ones (`dropbp.engine.truncation`)."""
         model = self.workload.model
         with enable(model, drop_rate, **{**self.enabling, **options}) as handle:
             smallest = self.workload.batch(self.probe.smallest)
@@ -184,11 +185,11 @@ class _Planner:
             )
 
     def _forward_s(self, flops: Costs, seconds: Costs) -> float:
-        """Of all branches: their share of the FLOPs of a step that drops them all."""
+        """Forward seconds of all branches, from their share of the FLOPs of a step that drops them all."""
         return self.accumulation * seconds.dropped * flops.recomputing / flops.dropped
 
     def row_bytes(self) -> int:
-        """What the stream of one row takes."""
+        """Bytes of the residual stream for one row."""
         with self._enabled(0.0, max_activations=None) as handle:
             first = next(iter(handle.engine.structure.blocks), None)
             if first is None:
@@ -220,7 +221,7 @@ class _Planner:
         return found
 
     def _memory(self, handle: Handle, mask: Mask, mix: MaskMix | None) -> Memory:
-        """Of steps under a mask, beside the states of all that the masks of the run train; None is this mask alone."""
+        """Memory of steps under a mask, with optimizer states for all that `mix` trains (None: this mask alone)."""
         footprint = self._footprint(handle, mask)
         ever = footprint.trained if mix is None else mix.trained(mix.every, self.optimizer_bytes.names)
         step_bytes = self.optimizer_bytes.step_bytes(footprint.trained)
@@ -234,7 +235,7 @@ class _Planner:
         return Footprint(run, self.probe, self.workload, held_gradients)
 
     def _affordable(self, plain: Memory) -> Shape:
-        """The shape to time: the planned one, or the largest part of it that fits as plain training."""
+        """The shape to time: the planned one, or as many of its rows as fit in plain training."""
         length = self.shape.sequence_length
         fitting = self._largest(lambda rows: plain.peak_bytes(Shape(rows, length)), self.shape.batch_size)
         return Shape(fitting, length) if fitting else self.probe.largest
@@ -273,7 +274,7 @@ class _Planner:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """A footprint, and bytes of gradients held beside those in it."""
+    """A footprint, and the bytes of gradients held in addition to it."""
 
     footprint: Footprint
     extra_bytes: int
@@ -283,9 +284,9 @@ class Held:
 class Memory:
     """Peak memory of whole steps under one mask, the optimizer's part included.
 
-    Of several `limits` the least holds. Gradients of earlier micro-batches lie between two cases that can be counted:
-    added to a step that starts with none, they are counted twice where the step makes them again; and in a step that
-    starts with all gradients, those it makes are there too early.
+    The smallest of several `limits` holds. With gradients of earlier micro-batches the true peak is below two cases
+    that can be counted. Added to a step that starts without gradients, they count twice if the step computes them
+    again. In a step that starts with all gradients, its own ones exist too early.
     """
 
     limits: tuple[Held, ...]
@@ -294,11 +295,11 @@ class Memory:
 
     @property
     def footprint(self) -> Footprint:
-        """Of the first limit."""
+        """The footprint of the first limit."""
         return self.limits[0].footprint
 
     def peak_bytes(self, shape: Shape) -> int:
-        """The most tensor bytes at once."""
+        """Peak tensor bytes."""
         return self.state_bytes + min(self._peak_bytes(held, shape) for held in self.limits)
 
     def _peak_bytes(self, held: Held, shape: Shape) -> int:
@@ -315,7 +316,7 @@ def _branch_flops(handle: Handle, shape: Shape) -> int:
 
 
 def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Given masks leave the input embedding trained, drawn ones freeze it: here masks are given, and meant as drawn."""
+    """Freeze the input embedding as drawn masks do: a plan gives its masks by hand, which would leave it trained."""
     if sampler_kind(masks).prefixes and options.get("stem", "auto") == "auto":
         return {**options, "stem": "rest"}
     return options
@@ -329,7 +330,7 @@ def _positions(model: nn.Module) -> int | None:
 def _check(model: nn.Module, accumulation: int, memory_limit: int | None) -> None:
     if any(tensor.device.type == "meta" for tensor in model.parameters()):
         raise ConfigError(
-            f"{type(model).__name__} has parameters without data (meta device), and planning runs some small steps. "
+            f"{type(model).__name__} has parameters without data (meta device), but planning runs some small steps. "
             "Give it weights on the device to plan for; random ones will do."
         )
     if not is_whole(accumulation, 1):

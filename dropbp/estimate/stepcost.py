@@ -1,12 +1,12 @@
 """Time and FLOPs of a step under any mask, from a few timed steps.
 
-A mask saves time in proportion to the FLOPs it drops. So two timed steps suffice: one that drops nothing and one that
+A mask saves time in proportion to the FLOPs it drops, so two timed steps suffice: one that drops nothing and one that
 drops everything. Blocks that are recomputed in the backward cost their forward once more. With `k` the share of the
 branches' FLOPs that a mask keeps and `r` the share that it recomputes,
 
     time = dropped + k * (kept - dropped) + r * recomputing.
 
-The optimizer's time is in proportion to the parameters it moves.
+The optimizer's time is proportional to the number of parameters it moves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SAMPLED_BYTES = 256 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Of the branches' FLOPs, what a mask keeps and what it recomputes in the backward."""
+    """The shares of the branches' FLOPs that a mask keeps and that it recomputes in the backward."""
 
     kept: float
     recomputed: float
@@ -52,9 +52,9 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Seconds, or FLOPs, of a step that drops nothing, of one that drops all, and of recomputing every block.
+    """Seconds, or FLOPs, of a step that drops nothing, of one that drops everything, and of recomputing every block.
 
-    `kept` includes the recomputing where the model checkpoints its blocks itself; then `checkpoints` is true.
+    If the model checkpoints its own blocks, `checkpoints` is true and `kept` includes the recomputation.
     """
 
     kept: float
@@ -74,7 +74,7 @@ class Costs:
 class MaskMix:
     """The masks that a handle draws at one shape, each with its share of the steps.
 
-    They are drawn from a schedule of its own, so that the handle's stays as it is.
+    They are drawn from a separate schedule, so the handle's own does not change.
     """
 
     def __init__(self, handle: Handle, shape: Shape, accumulation: int = 1) -> None:
@@ -88,12 +88,12 @@ class MaskMix:
         self._needs = {**handle.engine.structure.parameters, **handle.engine.parameters.resting()}
 
     def share(self, mask: Mask) -> Share:
-        """What the mask keeps and recomputes."""
+        """The shares that the mask keeps and recomputes."""
         kept = ~bits(mask) & ((1 << len(mask)) - 1)
         return Share(self._part(kept), self._part(self._recomputed(kept)))
 
     def mean(self, cost: Callable[[Share], float]) -> float:
-        """Of a cost over the steps."""
+        """The mean of a cost over the steps."""
         return self.mean_of(lambda mask: cost(self.share(mask)))
 
     @property
@@ -108,16 +108,16 @@ class MaskMix:
         return self.mean_of(lambda mask: self._part(self._lowest(bits(mask) if anneals else always)))
 
     def mean_of(self, figure: Callable[[Mask], float]) -> float:
-        """Of a figure over the steps."""
+        """The mean of a figure over the steps."""
         return sum(weight * figure(mask) for mask, weight in self.weights.items())
 
     def _lowest(self, dropped: int) -> int:
-        """The branches of the lowest blocks that are dropped whole."""
+        """The branches of the lowest blocks that are dropped completely."""
         blocks = self.handle.engine.structure.blocks.values()
         return sum(itertools.takewhile(lambda need: not need & ~dropped, blocks))
 
     def peak_memory_masks(self) -> tuple[Mask, ...]:
-        """Masks among which is the one that needs most memory: those that hold most, and the one that trains most."""
+        """Masks that include the one of highest peak memory: those that keep most activations, or train most."""
         held = sorted(self.every, key=lambda mask: self._held(self.share(mask)), reverse=True)[:2]
         most = max(self.every, key=lambda mask: self.share(mask).kept)
         return tuple(dict.fromkeys([*held, most]))
@@ -129,12 +129,12 @@ class MaskMix:
         return statistics.fmean(moved) / sum(sizes.values())
 
     def trained(self, masks: Sequence[Mask], names: Iterable[str]) -> frozenset[str]:
-        """Of these parameters, those that get a gradient from at least one of the masks."""
+        """Those of these parameters that get a gradient from at least one of the masks."""
         dropped = [bits(mask) for mask in masks]
         return frozenset(n for n in names if any(_is_kept(self._needs.get(n, 0), d) for d in dropped))
 
     def before(self, mask: Mask) -> set[tuple[Mask, ...]]:
-        """What may have come before a mask in the same optimizer step: the masks of earlier micro-batches."""
+        """The masks of earlier micro-batches that may precede this mask in an optimizer step."""
         found = {window[:i] for window in self.windows for i, drawn in enumerate(window) if drawn == mask}
         return found or {()}
 
@@ -151,7 +151,7 @@ class MaskMix:
 
 
 def _windows(schedule: Schedule, accumulation: int) -> list[Sequence[int]]:
-    """The draws that optimizer steps take, spread over the run where masks change in the course of it."""
+    """The draws of each optimizer step, spread over the run if masks change in its course."""
     if schedule.config.resample == "step":
         return [(step,) * accumulation for step in range(DRAWS)]
     count = max(1, DRAWS // accumulation)
@@ -161,10 +161,10 @@ def _windows(schedule: Schedule, accumulation: int) -> list[Sequence[int]]:
 
 
 class Timing:
-    """Steps of several kinds that take turns, as they do in training; medians over the rounds.
+    """Times steps of several kinds in turns, as they occur in training, and takes medians over the rounds.
 
-    Timed are a step that keeps all, one that drops all, one that recomputes blocks (where the model does so itself, a
-    forward that records nothing tells what that takes), and the optimizer, on copies of parameters.
+    The kinds are: a step that keeps everything, one that drops everything, one that recomputes blocks (if the model
+    checkpoints them itself, a forward without recording gives that time), and the optimizer, on copies of parameters.
     """
 
     def __init__(self, workload: Workload, handle: Handle, shape: Shape, device: Device, clock: Clock) -> None:
@@ -183,7 +183,7 @@ class Timing:
             "optimizer": optimizer.step,
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for index in range(ROUNDS + 1):  # the first warms up
+        for index in range(ROUNDS + 1):  # the first round warms up
             note(f"timing steps, round {index} of {ROUNDS}")
             for name, run in ways.items():
                 seconds[name].append(self._timed(run))
@@ -227,14 +227,14 @@ class Timing:
 
 
 def see_what_recomputes(handle: Handle, step: Callable[[], None]) -> None:
-    """Run a step in which every block is to be recomputed, where any ever is: it shows which of them can be."""
+    """Run a step that recomputes every block, if steps ever do, to find out which blocks can be recomputed."""
     if handle.engine.recomputes:
         with handle.engine.recomputing_all(), handle.fixed((False,) * len(handle.branches)):
             step()
 
 
 def _copied_optimizer(model: nn.Module, make: Optimizer) -> tuple[torch.optim.Optimizer, float]:
-    """An optimizer of copies of parameters, of 256 MiB at most, and their share of all that are trained."""
+    """An optimizer over copies of at most 256 MiB of parameters, and their share of all trained parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     sample = _sampled(trained)
     copies = [nn.Parameter(p.detach().clone()) for p in sample]
@@ -249,7 +249,7 @@ def counted_flops(workload: Workload, handle: Handle, shape: Shape) -> Costs:
 
     def count_with(drop: bool) -> int:
         with handle.fixed((drop,) * count), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            workload.step(batch)  # by PyTorch's own kernels: fused ones hide their FLOPs on CPU
+            workload.step(batch)  # with the math kernels: fused ones hide their FLOPs on CPU
         workload.model.zero_grad(set_to_none=True)
         return int(counter.get_total_flops())
 
@@ -259,11 +259,11 @@ def counted_flops(workload: Workload, handle: Handle, shape: Shape) -> Costs:
 
 
 def rescaled_flops(costs: Costs, counted: Shape, wanted: Shape, branches: tuple[int, int]) -> Costs:
-    """From the shape that was counted to another: what lies in branches as they grow, the rest as tokens do.
+    """Rescale FLOPs from the counted shape to another: branches by their own growth, the rest by the tokens.
 
     Args:
-        costs: as counted.
-        counted: the shape they were counted at.
+        costs: FLOPs at the counted shape.
+        counted: the shape at which they were counted.
         wanted: the other shape.
         branches: FLOPs of one forward of all branches at either shape.
     """
@@ -275,7 +275,7 @@ def rescaled_flops(costs: Costs, counted: Shape, wanted: Shape, branches: tuple[
 
 
 def _sampled(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Every n-th, as evenly as they come, so that the copies stay small."""
+    """Every n-th parameter, so that the copies stay small."""
     total = sum(p.numel() * p.element_size() for p in parameters)
     stride = max(1, -(-total // SAMPLED_BYTES))
     return list(parameters[:: min(stride, len(parameters))])

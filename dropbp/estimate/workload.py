@@ -1,7 +1,7 @@
-"""What one training step runs, at any size of its batch: inputs, loss, precision.
+"""The work of one training step at any batch shape: inputs, loss, precision.
 
-Batches are made as in `dropbp.inputs`, or grown from the example inputs row by row. The values of tokens do not matter:
-neither time nor memory of a step depends on them.
+Batches are built as in `dropbp.inputs`, or by repeating the rows of the example inputs. The values of tokens do not
+matter: neither time nor memory of a step depends on them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Steps of a model.
+    """Training steps of a model.
 
     Attributes:
-        model: in training mode.
-        given: example inputs, whose rows are repeated as often as needed; None where the model says what it takes.
-        loss: of the model's output; None takes the output's `loss`, or the mean square of its first tensor.
-        autocast: the type of mixed precision, None for the model's own.
+        model: the model, in training mode.
+        given: example inputs, whose rows are repeated as needed; None if the model describes its inputs.
+        loss: computes the loss from the model's output; None: the output's `loss`, or the mean square of its first
+            tensor.
+        autocast: the dtype of mixed precision; None for the model's own.
     """
 
     model: nn.Module
@@ -44,11 +45,11 @@ class Workload:
 
     @property
     def has_lengths(self) -> bool:
-        """Whether batches of any length can be made."""
+        """Whether batches of any length can be built."""
         return self.given is None and example.takes_text(self.model)
 
     def batch(self, shape: Shape) -> example.Inputs:
-        """Inputs of this shape on the model's device, with labels where the model makes its own loss."""
+        """Inputs of this shape on the model's device, with labels if the model computes its own loss."""
         if self.given is not None:
             return _with_rows(self.given, shape.batch_size)
         built = example.build(self.model, shape.batch_size, max(1, shape.sequence_length))
@@ -58,10 +59,10 @@ class Workload:
         return example.Inputs(built.args, kwargs)
 
     def forward(self, batch: example.Inputs) -> torch.Tensor:
-        """One forward; the loss.
+        """Run one forward; return the loss.
 
         Raises:
-            ConfigError: tokens that were made for the model, and that have no place in its tables.
+            ConfigError: the model has no positions for generated inputs of this length.
         """
         with self._precision():
             return self._loss_of(self._output(batch))
@@ -73,12 +74,12 @@ class Workload:
             if self.given is not None:
                 raise
             raise ConfigError(
-                f"{type(self.model).__name__} does not take a batch of this length ({error}). Give a sequence_length "
+                f"{type(self.model).__name__} does not take a batch of this length ({error}). Pass a sequence_length "
                 "that it has positions for, or example_inputs."
             ) from error
 
     def step(self, batch: example.Inputs) -> None:
-        """Forward and backward."""
+        """Run forward and backward."""
         self.forward(batch).backward()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -96,10 +97,10 @@ class Workload:
 
 
 def precision_of(name: Any) -> torch.dtype | None:
-    """The type that autocast takes for a precision: `bf16`, `fp16`, or None for none.
+    """The autocast dtype of a precision: `bf16`, `fp16`, or None for no autocast.
 
     Raises:
-        ConfigError: another one.
+        ConfigError: the precision is unknown.
     """
     if name is not None and (not isinstance(name, str) or name not in AUTOCAST):
         raise ConfigError(
@@ -111,10 +112,10 @@ def precision_of(name: Any) -> torch.dtype | None:
 def shape_asked_for(
     given: example.Inputs | None, text: bool, rows: int | None, length: int | None, positions: int | None = None
 ) -> Shape:
-    """The shape of the steps that are planned; text has 512 tokens in a row, or as many as there are positions.
+    """The shape of the planned steps; text has 512 tokens per row, or as many as there are positions.
 
     Raises:
-        ConfigError: not numbers of at least 1, or a length for inputs that have none that could be changed.
+        ConfigError: a size is no integer of at least 1, or a length is given for inputs whose length cannot change.
     """
     for name, value in (("batch_size", rows), ("sequence_length", length)):
         if value is not None and not is_whole(value, 1):
@@ -123,7 +124,7 @@ def shape_asked_for(
         return Shape(rows or 1, length or min(512, positions or 512))
     if length is not None:
         raise ConfigError(
-            f"sequence_length is {length}, and the length of these inputs cannot be changed. Leave it out, and give "
+            f"sequence_length is {length}, but the length of these inputs cannot be changed. Leave it out, and pass "
             "example_inputs of the length to plan for."
         )
     return Shape(rows or (1 if given is None else shape_of(given.args, given.kwargs).batch_size))
@@ -143,7 +144,7 @@ def in_training(model: nn.Module) -> Iterator[None]:
 
 
 def _makes_its_loss(model: Any) -> bool:
-    """Whether the model has a head over its vocabulary, and takes labels of the shape of its tokens."""
+    """Whether the model has a language model head, and takes labels of the shape of its tokens."""
     if not example.takes_text(model) or not hasattr(model, "get_output_embeddings"):
         return False
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

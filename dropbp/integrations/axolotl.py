@@ -1,7 +1,7 @@
-"""DropBP in Axolotl, by its YAML file alone.
+"""DropBP in Axolotl, configured by its YAML file alone.
 
 The entry `dropbp.integrations.axolotl.DropBPPlugin` under `plugins`, and `dropbp:` with the arguments of
-`DropBPCallback`, turn it on. Without that, or with `dropbp: false`, the plugin does nothing.
+`DropBPCallback`, turn it on. Without the second, or with `dropbp: false`, the plugin does nothing.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dropbp.integrations.transformers import DropBPCallback
 
 
 class DropBPArgs(BaseModel):
-    """What the plugin adds to Axolotl's YAML file."""
+    """The fields that the plugin adds to Axolotl's YAML file."""
 
     dropbp: dict[str, Any] | bool = False
 
     @field_validator("dropbp")
     @classmethod
     def check(cls, value: dict[str, Any] | bool) -> dict[str, Any] | bool:
-        """Make a callback of it now, so that what is wrong is said before a model is loaded."""
+        """Create a callback from the value now, so that errors appear before a model is loaded."""
         callback(value)
         return value
 
@@ -38,7 +38,7 @@ class DropBPPlugin(BasePlugin):  # type: ignore[misc]
     """Adds `DropBPCallback` to Axolotl's trainer."""
 
     def get_input_args(self) -> str:
-        """The name of the model that Axolotl checks its file by."""
+        """Qualified name of the pydantic model that checks the file."""
         return f"{DropBPArgs.__module__}.{DropBPArgs.__qualname__}"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[DropBPCallback]:
@@ -49,10 +49,10 @@ class DropBPPlugin(BasePlugin):  # type: ignore[misc]
 
 
 def callback(asked: Any) -> DropBPCallback | None:
-    """The callback that `dropbp:` asks for; None for nothing, `true` for its default.
+    """The callback that `dropbp:` asks for; None if it is empty or false, the defaults for `true`.
 
     Raises:
-        ValueError: an argument is not one of `DropBPCallback`'s, or its value is not allowed.
+        ValueError: an argument is unknown to `DropBPCallback`, or its value is not allowed.
     """
     if not asked:
         return None

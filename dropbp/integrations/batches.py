@@ -1,7 +1,7 @@
-"""A batch of a trainer's own data, for models that do not say what they take; the run stays as it would be.
+"""Takes a batch from a trainer's own data, for models that do not describe their inputs, without changing the run.
 
 Asking a data loader for a batch would draw an order and start workers. So the first rows of its data set are collated
-here, on copies of whatever may count or draw in it.
+here, on copies of everything that may count or draw random numbers.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 2  # enough for models that compare rows with each other
 _STATELESS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-_NESTED = ("dataset", "data_collator", "collate_fn")  # the names under which wrappers keep what they wrap
+_NESTED = ("dataset", "data_collator", "collate_fn")  # attributes in which wrappers keep the wrapped object
 
 
 def first_batch(loader: Any, model: nn.Module) -> dict[str, Any]:
     """The first rows of a data loader's data set as keyword arguments of the model, on its device.
 
-    No random state moves, and the loader's next batch is the one it would have been.
+    No random state moves, and the loader's next batch does not change.
 
     Raises:
         ConfigError: the loader's batches are not dictionaries, or its data set has no rows.
@@ -42,16 +42,16 @@ def first_batch(loader: Any, model: nn.Module) -> dict[str, Any]:
     with random_state_kept(model), _random_state_of_python_kept():
         batch = _copied(loader.collate_fn)(_first_rows(loader))
     if not isinstance(batch, Mapping):
-        raise ConfigError(f"the trainer's batches are of type {type(batch).__name__}, and not dictionaries.")
+        raise ConfigError(f"the trainer's batches are of type {type(batch).__name__}, but must be dictionaries.")
     device = device_of(model)
     return {name: _moved(value, device) for name, value in batch.items()}
 
 
 def batch_for(loader: Any, model: nn.Module, failure: DiscoveryError) -> dict[str, Any]:
-    """The same where the model failed without one. Raises DiscoveryError that says why there is none either."""
+    """A batch for a model whose discovery failed without one. Raises DiscoveryError with both reasons."""
     try:
         return first_batch(loader, model)
-    except Exception as error:  # data sets and collators are the user's, and so are their errors
+    except Exception as error:  # data sets and collators are the user's and can raise anything
         raise DiscoveryError(
             f"{failure} The trainer's own data gave no batch to try either ({type(error).__name__}: {error})."
         ) from error
@@ -60,7 +60,7 @@ def batch_for(loader: Any, model: nn.Module, failure: DiscoveryError) -> dict[st
 def with_media(options: dict[str, Any], loader: Any, model: nn.Module) -> dict[str, Any]:
     """The options of `enable`, with a batch as example if the model reads images or sound beside the text.
 
-    It would be shown text alone, and its other parts would not be seen.
+    With text alone as example, discovery would not see the other parts of such a model.
     """
     config = getattr(model, "config", None)
     media = any(hasattr(config, part) for part in ("vision_config", "audio_config"))
@@ -68,8 +68,8 @@ def with_media(options: dict[str, Any], loader: Any, model: nn.Module) -> dict[s
         return options
     try:
         return {**options, "example_inputs": first_batch(loader, model)}
-    except Exception as error:  # noqa: BLE001 - data sets and collators are the user's, and so are their errors
-        logger.debug("no batch to show the model: %s", error)
+    except Exception as error:  # noqa: BLE001 - data sets and collators are the user's and can raise anything
+        logger.debug("no example batch for the model: %s", error)
         return options
 
 
@@ -88,7 +88,7 @@ def _first_rows(loader: Any) -> Any:
 
 
 def _copied(part: Any) -> Any:
-    """A data set or collator over the same data, whose counts and generators are its own."""
+    """A copy of a data set or collator that shares the data but has its own counters and generators."""
     if isinstance(part, (list, tuple, dict, *_STATELESS)) or not hasattr(part, "__dict__"):
         return part
     twin = copy.copy(part)
@@ -104,7 +104,7 @@ def _copied(part: Any) -> Any:
 
 @contextmanager
 def _random_state_of_python_kept() -> Iterator[None]:
-    own, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state, to put it back
+    own, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state, to restore it
     try:
         yield
     finally:

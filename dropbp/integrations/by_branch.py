@@ -1,8 +1,8 @@
-"""Cuts a trainer's optimizer and clipping by branch, for lazy devices, on the instances that the trainer uses.
+"""Splits a trainer's optimizer step and gradient clipping by branch, for lazy devices, on the trainer's own instances.
 
-The optimizer keeps its own groups, so its saved state fits a run with or without DropBP. They are cut only while it
-steps, into parts in which all parameters are skipped or none is. What an optimizer writes into a part (Gaudi's
-`FusedAdamW` counts steps there) is kept in the group under `PARTS` and saved with it.
+The optimizer keeps its own groups, so its saved state fits a run with or without DropBP. The groups are split only
+during a step, into parts in which either all parameters are skipped or none is. Values that an optimizer writes into a
+part (Gaudi's `FusedAdamW` counts steps there) are kept in the group under `PARTS` and saved with it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 class ByBranch:
-    """Cuts what a trainer does between backward and the next forward; `remove` puts everything back.
+    """Splits a trainer's work between backward and the next forward; `remove` restores everything.
 
     Args:
-        handle: of the model that is trained.
-        trainer: of transformers or optimum-habana, with its optimizer made.
+        handle: handle of the model that is trained.
+        trainer: a trainer of transformers or optimum-habana that has created its optimizer.
     """
 
     def __init__(self, handle: Handle, trainer: Any) -> None:
@@ -45,13 +45,13 @@ class ByBranch:
             self._put(trainer, "FusedNorm", FusedNormByBranch(self, trainer.args.max_grad_norm))
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer's step, part by part."""
+        """The optimizer step, part by part."""
         self.boundary()
         with self._parts() as parts, marked_groups(self.optimizer, self.boundary, parts):
             return self._step(*args, **kwargs)
 
     def clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Clip by the norm of all gradients, part by part; the norm before is returned."""
+        """Clip by the norm of all gradients, part by part; return the norm before clipping."""
         self.boundary()
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         parts = self.handle.group_parameters([{"params": given}])
@@ -59,7 +59,7 @@ class ByBranch:
         return clip_grad_norm_grouped(groups, max_norm, norm_type, step_boundary=self.boundary)
 
     def remove(self) -> None:
-        """Restore the instances; if someone has wrapped ours since, theirs stays and ours passes calls on."""
+        """Restore the instances. If another wrapper was put around ours since, it stays and ours forwards calls."""
         for owner, name, ours, before in reversed(self._undo):
             if vars(owner).get(name) is not ours:
                 continue
@@ -86,7 +86,7 @@ class ByBranch:
 
 
 class FusedNormByBranch:
-    """In place of Gaudi's `FusedClipNorm`."""
+    """Replaces Gaudi's `FusedClipNorm`."""
 
     def __init__(self, by_branch: ByBranch, max_norm: float) -> None:
         self.by_branch, self.max_norm = by_branch, max_norm
@@ -100,13 +100,13 @@ _ABSENT = object()
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's."""
+    """The optimizer inside accelerate's wrapper."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Whether gradients are in pieces on several ranks, whose norms only the sharding engine knows."""
+    """Whether gradients are sharded over ranks, so that only the sharding engine knows their norms."""
     return str(trainer.accelerator.distributed_type).rpartition(".")[2] in SHARDED
 
 
@@ -125,7 +125,7 @@ def _saved_parts(group: ParameterGroup, count: int) -> Sequence[Mapping[str, Any
 
 
 def _save_parts(group: ParameterGroup, parts: Sequence[ParameterGroup]) -> None:
-    """Keep what the optimizer wrote into the parts; the group itself gets the highest count of steps."""
+    """Keep the values that the optimizer wrote into the parts; the group itself gets the highest step count."""
     own = [{key: value for key, value in part.items() if _is_news(group, key, value)} for part in parts]
     if not any(own):
         return

@@ -1,4 +1,4 @@
-"""The trainer that calls a callback, found on the call stack: an event passes neither it nor its list of callbacks."""
+"""Finds the trainer that calls a callback on the call stack, because an event passes no reference to it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 def put_first(callback: TrainerCallback) -> None:
     """Move the callback before the reporters, which would otherwise log before it adds its figures.
 
-    A trainer runs the callbacks of `callbacks=[…]` last and offers no other order. Its list is found on the call
-    stack, because an event passes neither the trainer nor the list. Moving an entry to the front while the list
-    is being run skips and repeats nothing: the entries before it shift to the places that have been run already.
+    A trainer runs the callbacks of `callbacks=[…]` last and offers no other order. Its list is found on the call stack,
+    because an event passes neither the trainer nor the list. Moving an entry to the front while the list is being
+    iterated skips and repeats nothing: the entries before it shift to positions that have already run.
     """
     handler = calling_handler(callback)
     if handler is None:
-        logger.debug("called by something else than a trainer: the reporters will not see the figures of DropBP")
+        logger.debug("not called by a trainer: the reporters will not see the figures of DropBP")
         return
     others = [other for other in handler.callbacks if other is not callback]
     handler.callbacks[:] = [callback, *others]
 
 
 def calling_handler(callback: TrainerCallback) -> CallbackHandler | None:
-    """What runs the trainer's callbacks, this one among them."""
+    """The handler that runs the trainer's callbacks, this one among them."""
     frame = sys._getframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -51,7 +51,7 @@ def frame_of_train(callback: TrainerCallback) -> FrameType | None:
 
 
 def calling_trainer(handler: CallbackHandler | None) -> Any:
-    """The trainer whose list of callbacks is being run: found like the list."""
+    """The trainer whose callbacks are running, found on the call stack."""
     frame: FrameType | None = sys._getframe() if handler is not None else None
     while frame is not None:
         caller = frame.f_locals.get("self")

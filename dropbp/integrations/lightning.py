@@ -1,4 +1,4 @@
-"""`DropBPLightning`: DropBP in a Lightning trainer, by one line in `callbacks=[…]`."""
+"""`DropBPLightning`: DropBP in a Lightning trainer, with one line in `callbacks=[…]`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ except ModuleNotFoundError as error:
 
 
 class DropBPLightning(Callback):
-    """Enables DropBP when training begins and removes it when training ends, also by an exception.
+    """Enables DropBP when training begins and removes it when training ends, even by an exception.
 
-    The state goes into Lightning's checkpoints; a resumed run draws the masks that the uninterrupted one would have
+    The state is saved in Lightning's checkpoints; a resumed run draws the masks that the uninterrupted one would have
     drawn. Under DDP the strategy must be `ddp_find_unused_parameters_true`.
 
     Args:
         drop_rate: mean share of the branches' backward FLOPs to skip, in [0, 1).
-        module: name of the submodule to enable, the network that `training_step` calls; "" is the LightningModule
-            itself, if it is its `forward` that is called.
+        module: name of the submodule to enable, the network that `training_step` calls. "" is the LightningModule
+            itself, for a `training_step` that calls its `forward`.
         log: log `dropbp_realised_drop_rate` after each batch.
         **options: passed on to `dropbp.enable`, such as `masks` or `example_inputs`.
     """
@@ -38,7 +38,7 @@ class DropBPLightning(Callback):
         self._state: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Enable, in the state of the checkpoint if there is one."""
+        """Enable DropBP, in the state of the checkpoint if there is one."""
         self._remove()
         state, self._state = self._state, None
         self.handle = enable(self._network(pl_module), self.drop_rate, **self.options)
@@ -64,7 +64,7 @@ class DropBPLightning(Callback):
         return {} if state is None else {"handle": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state that Lightning hands over before training begins."""
+        """Keep the state that Lightning passes before training begins."""
         self._state = state_dict.get("handle")
 
     def _network(self, pl_module: LightningModule) -> nn.Module:

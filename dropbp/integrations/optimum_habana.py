@@ -1,7 +1,7 @@
 """DropBP in the `GaudiTrainer` of optimum-habana, on Intel Gaudi.
 
 A GaudiTrainer, like any other trainer, needs only `DropBPCallback` in `callbacks=[…]`. This module offers a trainer
-that makes the callback itself and refuses at once what cannot work.
+that creates the callback itself and refuses unsupported options at once.
 
     from dropbp.integrations.optimum_habana import DropBPGaudiTrainer
 
@@ -26,8 +26,8 @@ __all__ = ["DropBPCallback", "DropBPGaudiTrainer", "with_dropbp"]
 def with_dropbp(trainer_class: type) -> type:
     """A subclass of any Gaudi trainer (`GaudiSFTTrainer`, `GaudiSeq2SeqTrainer`, ...) that drops branches.
 
-    Its constructor takes two more arguments, `drop_rate` and `dropbp_options`, the latter a mapping of what
-    `DropBPCallback` takes; `dropbp` is the callback.
+    Its constructor takes two more arguments: `drop_rate`, and `dropbp_options`, a mapping of arguments for
+    `DropBPCallback`. Its attribute `dropbp` is the callback.
     """
 
     class DropBPTrainer(trainer_class):  # type: ignore[misc]
@@ -46,21 +46,20 @@ def with_dropbp(trainer_class: type) -> type:
 
 
 def refuse_graphs(arguments: Any) -> None:
-    """Do nothing for training arguments with which DropBP works.
+    """Refuse training arguments that do not work with DropBP.
 
     Raises:
-        ConfigError: HPU graphs are asked for in training.
+        ConfigError: HPU graphs are enabled for training.
     """
     if getattr(arguments, "use_hpu_graphs_for_training", False):
         raise ConfigError(
-            "use_hpu_graphs_for_training=True replays one recorded sequence of operations, and so one mask for ever; "
-            "DropBP draws another mask in each step. Set use_hpu_graphs_for_training=False (graphs for inference may "
-            "stay), or train without DropBP."
+            "use_hpu_graphs_for_training=True replays one recorded sequence of operations, so every step would use the "
+            "same mask. Set use_hpu_graphs_for_training=False (graphs for inference may stay), or train without DropBP."
         )
 
 
 def __getattr__(name: str) -> Any:
-    """`DropBPGaudiTrainer`, made when it is first asked for: optimum-habana takes seconds to import."""
+    """Create `DropBPGaudiTrainer` on first use, because optimum-habana takes seconds to import."""
     if name != "DropBPGaudiTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

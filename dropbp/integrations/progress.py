@@ -12,12 +12,12 @@ RESAMPLE = ("forward", "step")
 
 
 class Position:
-    """Where a trainer is: its optimizer steps, and the micro-batches of the present one.
+    """Where a trainer is: its optimizer step, and the micro-batch in that step.
 
     Args:
         max_steps: optimizer steps of the whole training.
-        accumulation: micro-batches of a step.
-        epoch: micro-batches of an epoch, whose last step has what is left; None where that is not known.
+        accumulation: micro-batches per step.
+        epoch: micro-batches of an epoch, whose last step has the remainder; None if unknown.
     """
 
     def __init__(self, max_steps: int, accumulation: int, epoch: int | None) -> None:
@@ -33,7 +33,7 @@ class Position:
         self.done += 1
 
     def draws(self, resample: str, steps: int | None = None) -> int:
-        """Masks drawn in so many optimizer steps, or in all, if the model runs once for each micro-batch."""
+        """Masks drawn in this many optimizer steps (None: in all), if the model runs once for each micro-batch."""
         count = self.max_steps if steps is None else steps
         if resample == "step":
             return count
@@ -41,7 +41,7 @@ class Position:
         return epochs * self.epoch + min(rest * self.accumulation, self.epoch)
 
     def share_after(self, warmup: int) -> float:
-        """The share of the steps after a warm-up that is done; below 0 in the warm-up."""
+        """The finished share of the steps after a warm-up; negative during the warm-up."""
         last = self.step % self.steps == self.steps - 1
         expected = self.epoch - self.accumulation * (self.steps - 1) if last else self.accumulation
         done = self.step + min(self.done / expected, 1.0) - warmup
@@ -49,7 +49,7 @@ class Position:
 
 
 class StepClock:
-    """Mean time of the steps since it was last asked."""
+    """Mean step time since the last query."""
 
     def __init__(self) -> None:
         self._begin_s: float | None = None
@@ -73,7 +73,7 @@ class StepClock:
 
 
 def check_schedule(resample: Any, calibrate_at: Any, recalibrate_every: Any, warmup_steps: Any) -> None:
-    """Raises ConfigError for what is not allowed."""
+    """Raises ConfigError for values that are not allowed."""
     if resample not in RESAMPLE:
         raise ConfigError(f"resample={resample!r} is not known; allowed are {' and '.join(map(repr, RESAMPLE))}.")
     for name, value in (("calibrate_at", calibrate_at), ("recalibrate_every", recalibrate_every)):
@@ -84,7 +84,7 @@ def check_schedule(resample: Any, calibrate_at: Any, recalibrate_every: Any, war
 
 
 def calibration_point(calibrate_at: float | int | str | None, masks: str) -> float | int | None:
-    """When to calibrate first, where `auto` leaves it to the mask sampler. Raises ConfigError for other words."""
+    """When to calibrate first; `auto` leaves it to the mask sampler. Raises ConfigError for other strings."""
     if not isinstance(calibrate_at, str):
         return calibrate_at
     if calibrate_at != "auto":
@@ -93,7 +93,7 @@ def calibration_point(calibrate_at: float | int | str | None, masks: str) -> flo
 
 
 def length_of(loader: Any) -> int | None:
-    """Micro-batches of an epoch, None where a data set does not tell."""
+    """Micro-batches of an epoch; None if the loader does not tell."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
@@ -101,5 +101,5 @@ def length_of(loader: Any) -> int | None:
 
 
 def as_steps(amount: float | int, max_steps: int) -> int:
-    """A share of the training, or a number of steps, in optimizer steps."""
+    """A share of the training, or a number of steps, as optimizer steps."""
     return max(1, round(amount * max_steps)) if amount < 1 else int(amount)

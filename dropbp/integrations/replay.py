@@ -1,9 +1,9 @@
-"""The loss of a training step, computed again outside the trainer that computed it.
+"""Computes the loss of a training step again, outside the trainer that computed it.
 
 A callback sees neither the batch nor the loss; with preference trainers the loss is not even an output of the model.
-But a trainer's loss reaches the parameters only through the gradient `g = dL/dy` of the model's outputs `y`. So the
-inputs of one forward and the gradient of its outputs are caught in passing. Then `sum(y * g)` of a new forward on the
-same inputs has the same gradients as the trainer's own loss. The order of the data stays.
+But a trainer's loss reaches the parameters only through the gradient `g = dL/dy` of the model's outputs `y`. So hooks
+capture the inputs of one forward and the gradient of its outputs. Then `sum(y * g)` of a new forward on the same inputs
+has the same gradients as the trainer's loss. The order of the data does not change.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Closure: TypeAlias = Callable[[], torch.Tensor]
 
 
 class LossReplay:
-    """Catches the next training forwards of a model, and the gradients that their outputs get.
+    """Captures the next training forwards of a model, and the gradients of their outputs.
 
-    Forwards in evaluation mode or without gradients are let pass. Call `release` when done.
+    Forwards in evaluation mode or without gradients are ignored. Call `release` when done.
 
     Args:
-        model: the model whose forwards are caught.
-        limit: how many are caught at most; the later ones are let pass.
+        model: the model whose forwards are captured.
+        limit: the largest number of captured forwards; later ones are ignored.
     """
 
     def __init__(self, model: nn.Module, limit: int = 1) -> None:
@@ -38,18 +38,18 @@ class LossReplay:
         self._hook = model.register_forward_hook(self._note_forward, with_kwargs=True)
 
     def closures(self) -> list[Closure]:
-        """One function for each forward caught: runs it again and returns a loss with the trainer's own gradients.
+        """One function for each captured forward, which runs it again and returns a loss with the trainer's gradients.
 
         Raises:
-            StateError: no training forward with a backward through its outputs has been caught.
+            StateError: no training forward with a backward through its outputs was captured.
         """
         closures = [partial(forward.loss, self._model) for forward in self._caught if forward.gradients]
         if not closures:
-            raise StateError("no training forward followed by a backward was caught, so there is no loss to replay.")
+            raise StateError("no training forward followed by a backward was captured, so there is no loss to replay.")
         return list(closures)
 
     def release(self) -> None:
-        """Free the batches and the model's hook."""
+        """Free the batches, and remove the hook from the model."""
         self._hook.remove()
         self._caught.clear()
 
@@ -62,7 +62,7 @@ class LossReplay:
 
 @dataclass
 class _Forward:
-    """The inputs of one forward, and the gradient of each output that got one."""
+    """The inputs of one forward, and the gradient of each output that received one."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -80,8 +80,8 @@ class _Forward:
     def _watched(self, index: int, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
             return leaf
-        # A copy gets what comes from outside the model; the output itself may also feed another output, as the
-        # logits feed the loss, and would count that twice. A view would not do: trainers scale losses in place.
+        # Only the copy's gradient comes purely from outside the model. The output itself may also feed another output,
+        # as the logits feed the loss, and would count that twice. A view fails, because trainers scale losses in place.
         copy = leaf.clone()
         copy.register_hook(partial(self._note_gradient, index))
         return copy

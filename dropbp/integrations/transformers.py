@@ -1,7 +1,7 @@
-"""`DropBPCallback`: DropBP in a trainer of transformers, by one line in `callbacks=[…]`.
+"""`DropBPCallback`: DropBP in a trainer of transformers, with one line in `callbacks=[…]`.
 
-It works wherever `transformers.Trainer` calls its callbacks: in `Trainer` itself, in TRL's `SFTTrainer`, `DPOTrainer`
-and their relatives, from transformers 4.55 on.
+It works wherever `transformers.Trainer` calls its callbacks: in `Trainer` itself and in TRL's `SFTTrainer`,
+`DPOTrainer` and similar, from transformers 4.55 on.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "dropbp.json"
-CALIBRATION_BATCHES = 4  # of the step's micro-batches; sensitivities differ from batch to batch
+CALIBRATION_BATCHES = 4  # micro-batches of the step; sensitivities differ between batches
 
 
 class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Enables DropBP when training begins and removes it when training ends.
 
-    Each checkpoint holds the state (rates, masks, counts), in `trainer_state.json` and in a file `dropbp.json` of its
-    own. A resumed run draws the masks that the uninterrupted one would have drawn.
+    Each checkpoint holds the state (rates, masks, counts), in `trainer_state.json` and in a separate file
+    `dropbp.json`. A resumed run draws the masks that the uninterrupted one would have drawn.
 
     Args:
         drop_rate: mean share of the branches' backward FLOPs to skip, in [0, 1).
-        masks: the mask sampler from which masks are drawn; see `dropbp.enable`.
+        masks: the mask sampler; see `dropbp.enable`.
         resample: `"forward"` draws a mask for each micro-batch, `"step"` one for each optimizer step.
-        calibrate_at: when to set rates from sensitivities: a share of training (a float below 1; the paper's is 0.1)
-            or an optimizer step (an int). None keeps the initial rates. `"auto"` is 0.1, but None under `nested`
-            masks, whose depth profile does better without (docs/learning.md).
+        calibrate_at: when to set rates from sensitivities: a share of training (a float below 1; the paper's is 0.1) or
+            an optimizer step (an int). None keeps the initial rates. `"auto"` is 0.1, but None under `nested` masks,
+            whose depth profile does better without (docs/learning.md).
         recalibrate_every: repeat that after this many optimizer steps, or this share of training.
-        warmup_steps: optimizer steps at the beginning in which nothing is dropped.
-        compile_blocks: options of `torch.compile` for compiling every block by itself, as `dropbp.compile_blocks`
-            does; an empty dict takes the defaults, None compiles nothing. Leave `torch_compile` of the training
-            arguments off then.
+        warmup_steps: optimizer steps at the beginning that drop nothing.
+        compile_blocks: options of `torch.compile` for compiling each block separately, as `dropbp.compile_blocks` does.
+            An empty dict uses the defaults; None compiles nothing. Leave `torch_compile` of the training arguments off
+            then.
         group_parameters: whether optimizer and clipping work branch by branch, so that a lazy device compiles nothing
             new for a new mask; None asks the device. The result is the same.
         log: add `dropbp_*` figures to the trainer's own log, and so to TensorBoard, W&B and the like.
         **options: passed on to `dropbp.enable`. By default `rehearse` is on for a lazy device, and `steps` is the
-            length of the training, so that nested masks anneal by the trainer's own progress; `steps=None` prevents
-            that. `example_inputs` that a forward needs are the first rows of the training data (docs/integrations.md).
+            length of the training, so that nested masks anneal with the trainer's progress; `steps=None` prevents that.
+            If a forward needs `example_inputs`, the first rows of the training data are used (docs/integrations.md).
 
-    After an exception inside `train()` no trainer calls its callbacks. Then `close()`, leaving a `with` block around
+    After an exception inside `train()`, no trainer calls its callbacks. Then `close()`, leaving a `with` block around
     the callback, or the next `train()` removes DropBP from the model.
     """
 
@@ -124,20 +124,20 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return self._handle
 
     def report(self) -> dict[str, Any]:
-        """The handle's report: the present one while training runs, else that of the end of the last training."""
+        """The handle's report: the current one during training, afterwards that of the end of the last training."""
         if self._handle is not None:
             self._last_report = dict(self._handle.report())
         return self._last_report
 
     @contextlib.contextmanager
     def enabled(self, model: nn.Module) -> Iterator[Handle]:
-        """A model enabled as in the training that ended, with the rates that it ended with."""
+        """Enable a model as in the last training, with the rates it ended with."""
         with enable(model, self.drop_rate, masks=self.masks, **self.options) as handle:
             handle.set_rates([branch["rate"] for branch in self.report()["branches"]])
             yield handle
 
     def close(self) -> None:
-        """Remove DropBP from the model; nothing if it is not enabled."""
+        """Remove DropBP from the model. Does nothing if it is not enabled."""
         self._train = None
         if self._replay is not None:
             self._replay.release()
@@ -163,14 +163,14 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.close()
 
     def state(self) -> dict[str, Any]:
-        """What the trainer writes into `trainer_state.json`."""
+        """The state that the trainer writes into `trainer_state.json`."""
         return {"args": self._arguments(), "attributes": {"snapshot": self._snapshot()}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Enable DropBP on the model, in the state of the checkpoint if there is one."""
-        self.close()  # what an earlier training left that did not end
+        self.close()  # in case an earlier training did not end properly
         put_first(self)
         loader = kwargs.get("train_dataloader")
         self._position = Position(state.max_steps, args.gradient_accumulation_steps, length_of(loader))
@@ -188,7 +188,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw a mask for the step if `resample` says so, and prepare to calibrate if it is due."""
+        """Draw a mask for the step if `resample` says so, and prepare a calibration if it is due."""
         if self._handle is None:
             return
         self._position.begin_step(state.global_step)
@@ -202,7 +202,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell how much of the training is done, also between the micro-batches of a step."""
+        """Report the progress of the training between the micro-batches of a step."""
         self._position.end_micro_batch()
         self._tell_progress()
 
@@ -215,7 +215,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the activation cache that every row has come once."""
+        """Tell the activation cache that every row was seen once."""
         if self._handle is not None and self._handle.cache is not None:
             self._handle.cache.end_epoch()
 
@@ -227,16 +227,16 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add this library's figures to the trainer's."""
+        """Add DropBP's figures to the trainer's log."""
         if self._handle is None or not self.log or not logs or not ({"loss", "train_runtime"} & logs.keys()):
             return
         figures = self._figures()
         logs.update(figures)
         if state.log_history:
-            state.log_history[-1].update(figures)  # the trainer has stored a copy before asking its callbacks
+            state.log_history[-1].update(figures)  # the trainer has stored a copy before calling its callbacks
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put a file of its own into the checkpoint, for other readers."""
+        """Write a separate file into the checkpoint, for other readers."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._handle is not None and state.is_world_process_zero and folder.is_dir():
             write_text(folder / STATE_FILE, json.dumps(self.state(), indent=1) + "\n")
@@ -265,7 +265,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._compiled = [self._handle.model.get_submodule(name) for name in names]
 
     def _closed_as_train_ended(self) -> bool:
-        """Asked before each forward: if `train()` is no longer running, an exception ended it."""
+        """Whether `train()` is no longer on the call stack, so an exception ended it. Asked before each forward."""
         if self._train is None or self._thread != threading.get_ident():
             return False
         frame: FrameType | None = sys._getframe()
@@ -276,7 +276,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return frame is None
 
     def _enabled(self, model: nn.Module, options: dict[str, Any], loader: Any) -> Handle:
-        """Enable; a batch of the run serves as example if the model does not say (all of) what it takes."""
+        """Enable the model, with a batch of the run as example if the model does not describe all its inputs."""
         options = with_media(options, loader, model)
         try:
             return enable(model, self.drop_rate, masks=self.masks, **options)
@@ -288,7 +288,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return enable(model, self.drop_rate, masks=self.masks, **options)
 
     def _tell_progress(self) -> None:
-        """Tell the handle the share of training done, without the steps of the warm-up."""
+        """Report the finished share of the training, without the warm-up, to the handle."""
         if self._handle is not None:
             share = self._position.share_after(self.warmup_steps)
             self._handle.progress(max(0.0, share), dropping=share >= 0)
@@ -349,7 +349,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         begin_s = time.perf_counter()
         try:
             self._handle.calibrate(replay.closures())
-        except StateError as error:  # a loss that is not finite, say: no reason to end the training
+        except StateError as error:  # for example a loss that is not finite: no reason to end the training
             logger.warning("Calibration failed at step %d, and the drop rates stay as they are: %s", step, error)
         replay.release()
         self.calibrated_steps.append(step)

@@ -1,11 +1,11 @@
-"""Cuts optimizer and clipping by branch, so that the work on each part does not depend on the mask.
+"""Splits optimizer step and gradient clipping by branch, so that the work on each part does not depend on the mask.
 
 A lazy device compiles a graph for each new set of operations. An optimizer or a clipping that handles all gradients at
-once, and leaves out those that are None, runs another set of operations for every mask. Cut by branch, where all
-gradients are present or all are None, each part does one thing or nothing. Skipped parameters still do not move; the
-price is more and smaller launches.
+once, and leaves out those that are None, runs another set of operations for every mask. Split by branch, where all
+gradients are present or all are None, each part runs one set of operations or none. Skipped parameters still do not
+move; the price is more and smaller launches.
 
-`zero_fill_gradients` is the alternative: few launches, but another optimizer.
+`zero_fill_gradients` is the alternative: it needs few launches, but changes what the optimizer does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def split_groups(groups: Iterable[ParameterGroup], key: Callable[[torch.Tensor], Any]) -> list[ParameterGroup]:
-    """Each group cut into one for each key of its parameters, in the order of the keys; options are kept."""
+    """Split each group into one per key of its parameters, in the order of the keys; options are kept."""
     return [part for group in _checked_groups(groups) for part in _split_group(group, key)]
 
 
@@ -52,13 +52,13 @@ def clip_grad_norm_grouped(
 ) -> torch.Tensor:
     """Clip all gradients by their common norm, group by group: `torch.nn.utils.clip_grad_norm_` in bounded pieces.
 
-    A group without gradients takes part with a norm of zero, so that the sum over groups has the same shape for every
-    mask. Norms are computed in float32, or in float64 for parameters of that kind; nothing is read back to the host.
+    A group without gradients contributes a norm of zero, so that the sum over groups has the same shape for every mask.
+    Norms are computed in float32, or in float64 if a parameter has that type; nothing is read back to the host.
     Gradients sharded over ranks (DTensor) are not supported: use PyTorch's function.
 
     Args:
         groups: the parameters of each group, for instance `[group["params"] for group in optimizer.param_groups]`.
-        max_norm: the largest norm that is left as it is.
+        max_norm: the largest norm that is not clipped.
         norm_type: the order of the norm; may be `inf`.
         step_boundary: called after each piece; `device.step_boundary` on a lazy device.
 
@@ -84,15 +84,15 @@ def step_by_group(
     step_boundary: Callable[[], None],
     groups: Sequence[ParameterGroup] | None = None,
 ) -> None:
-    """One step of an optimizer, a parameter group at a time, with a boundary after each.
+    """Run one step of an optimizer, a parameter group at a time, with a boundary after each.
 
-    For optimizers that do not mark between groups themselves, as those of PyTorch do not. The result is that of
-    `optimizer.step()` where groups do not depend on each other, as in all optimizers of PyTorch but LBFGS.
+    For optimizers that do not call a boundary between groups themselves, such as PyTorch's. The result is that of
+    `optimizer.step()` if groups do not depend on each other, as in all optimizers of PyTorch but LBFGS.
 
     Args:
-        optimizer: one that goes through its groups one after another.
+        optimizer: an optimizer that goes through its groups one after another.
         step_boundary: called after each group; `device.step_boundary` on a lazy device.
-        groups: taken for this step in place of the optimizer's own.
+        groups: used for this step instead of the optimizer's own.
     """
     with marked_groups(optimizer, step_boundary, groups):
         optimizer.step()
@@ -104,7 +104,7 @@ def marked_groups(
     step_boundary: Callable[[], None],
     groups: Iterable[ParameterGroup] | None = None,
 ) -> Iterator[None]:
-    """Inside, a step of the optimizer goes through these groups, its own by default, with a boundary after each."""
+    """Inside the context, a step goes through these groups, by default the optimizer's, with a boundary after each."""
     own = optimizer.param_groups
     optimizer.param_groups = _MarkedGroups(own if groups is None else groups, step_boundary)
     try:
@@ -114,7 +114,7 @@ def marked_groups(
 
 
 class _MarkedGroups(list[ParameterGroup]):
-    """Groups with a boundary after each when iterated."""
+    """Calls a boundary after each group when iterated."""
 
     def __init__(self, groups: Iterable[ParameterGroup], boundary: Callable[[], None]) -> None:
         super().__init__(groups)
@@ -128,11 +128,11 @@ class _MarkedGroups(list[ParameterGroup]):
 
 @torch.no_grad()
 def zero_fill_gradients(parameters: Iterable[torch.Tensor]) -> int:
-    """Give every trained parameter whose gradient is None a gradient of zeros, and return how many there were.
+    """Give every trained parameter whose gradient is None a gradient of zeros; return the number of such parameters.
 
-    The optimizer then does the same work for every mask, but it is no longer the same optimizer. AdamW shrinks a
-    skipped parameter by its weight decay, moves it along its momentum, lets both its moments fade and counts the step;
-    SGD does likewise with decay and momentum. Under the default, None, a skipped parameter stays where it is.
+    The optimizer then does the same work for every mask, but moves skipped parameters. AdamW shrinks them by weight
+    decay, moves them along their momentum, lets both moments fade and counts the step; SGD does likewise with weight
+    decay and momentum. Under the default, None, a skipped parameter stays where it is.
     """
     missing = [parameter for parameter in parameters if parameter.requires_grad and parameter.grad is None]
     for parameter in missing:

@@ -1,12 +1,12 @@
-"""Warm-up of graphs: the first masks on a lazy device, chosen so that every graph is compiled then and none later.
+"""Warm-up of graphs: chooses the first masks on a lazy device so that every graph is compiled then and none later.
 
 With a graph cut at each block, the recording of a block has few variants. They differ by which of its branches are
 kept, which of these already have a gradient (from an earlier micro-batch), whether the block is recomputed, and whether
 anything below it is kept: the lowest kept block needs no gradient of its input. The optimizer's work on a branch
 depends on whether the branch trained before, because the first step creates the moments. Each variant is compiled once
-for all blocks. Common variants appear by themselves in the first steps; each rare one would cost seconds of compilation
-at some later step. So the first steps take, out of the masks to come, those with new variants, until none is left. The
-masks stay those of the run; only their order changes.
+for all blocks. Common variants occur in the first steps anyway; each rare one would cost seconds of compilation at some
+later step. So the first steps use, out of the coming masks, those with new variants, until none is left. The masks stay
+those of the run; only their order changes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ MAX_FORWARDS = 64
 
 @dataclass(frozen=True)
 class Layer:
-    """A block, or a stem frozen when a branch is dropped: its kind (equal ones share graphs), branches as bits."""
+    """A block, or a stem that is frozen if a branch is dropped; equal kinds share graphs, `branches` are bits."""
 
     kind: Hashable
     branches: int
 
 
 class GraphWarmup:
-    """Chooses masks, as bit masks of dropped branches, until no new variant of a graph is to come.
+    """Chooses masks, as bit masks of dropped branches, until all variants of the graphs have occurred.
 
     Args:
-        layers: the blocks, nearest the input first.
+        layers: the blocks, from the input upwards.
         everything: all branches.
-        recomputed: for dropped branches, the kept ones that are recomputed in the backward.
+        recomputed: returns the kept branches that are recomputed in the backward, for given dropped branches.
     """
 
     def __init__(self, layers: Sequence[Layer], everything: int, recomputed: Callable[[int], int]) -> None:
@@ -49,11 +49,11 @@ class GraphWarmup:
         self._run = self._longest_run = 1
 
     def next(self, with_gradient: int, upcoming: Callable[[], Sequence[int]]) -> int | None:
-        """The dropped branches of the next forward; None when every variant was met.
+        """The dropped branches of the next forward; None once every variant has occurred.
 
         Args:
             with_gradient: the branches whose parameters have gradients now.
-            upcoming: draws the dropped branches of the forwards to come.
+            upcoming: draws the dropped branches of the coming forwards.
         """
         if self.done:
             return None
@@ -71,14 +71,14 @@ class GraphWarmup:
         return self._window.pop(0)
 
     def note(self, dropped: int, with_gradient: int) -> None:
-        """Remember what the present forward compiles."""
+        """Remember the variants that the current forward compiles."""
         if self.done:
             return
         self._in_training = with_gradient | self.everything & ~dropped
         self.seen.update(self._variants(dropped, with_gradient))
 
     def _best_window(self, upcoming: Sequence[int], with_gradient: int) -> list[int]:
-        """The consecutive masks, as many as a step has had forwards, with the most new variants."""
+        """The consecutive masks with the most new variants, as many as a step has forwards."""
         best: list[int] = []
         most = 0
         for start in range(len(upcoming)):

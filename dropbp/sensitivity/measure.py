@@ -1,8 +1,8 @@
-"""How much each branch matters to the gradients: the sensitivities from which drop rates follow.
+"""Measures how much each branch matters to the gradients: the sensitivities that determine the drop rates.
 
-Two methods. `exact` is the paper's: one backward with everything kept, then one with each branch dropped alone,
-`S_l = sum over parameters of (|g| - |g without l|)^2`: N+1 passes for N branches. `one-pass` estimates the same from
-one backward and two forwards (`dropbp.sensitivity.onepass`).
+There are two methods. `exact` is the paper's: one backward with everything kept, then one with each branch dropped
+alone, `S_l = sum over parameters of (|g| - |g without l|)^2`: N+1 passes for N branches. `one-pass` estimates the same
+from one backward and two forwards (`dropbp.sensitivity.onepass`).
 
 Both run only the given closure, and restore parameters, gradients, buffers, random state and modes. Source of the
 measure: DropBP, arXiv:2402.17812, section 3.2, in its gradient-norm form.
@@ -37,15 +37,15 @@ METHODS = ("one-pass", "exact")
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What a calibration found.
+    """The result of a calibration.
 
     Attributes:
         sensitivities: S_l, one per branch, in units of squared gradient norm.
-        rates: the drop rates they lead to under the FLOPs budget, one per branch, 0..1.
+        rates: the resulting drop rates under the FLOPs budget, one per branch, 0..1.
         own: the part of S_l from the branch's own parameters (all of S_l for `exact`).
         method: `one-pass` or `exact`.
-        passes: backward passes run.
-        seconds: wall-clock time taken.
+        passes: number of backward passes.
+        seconds: wall-clock time.
     """
 
     sensitivities: tuple[float, ...]
@@ -64,7 +64,7 @@ class Masking(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Sensitivities with the share that comes from each branch's own parameters."""
+    """Sensitivities, and the part of each that comes from the branch's own parameters."""
 
     sensitivities: tuple[float, ...]
     own: tuple[float, ...]
@@ -77,8 +77,8 @@ def measure(
     """Sensitivities averaged over the closures, the same on every rank, and the seconds it took.
 
     Raises:
-        ConfigError: unknown method, no closure, or one that does not return a loss.
-        StateError: a loss or gradient that is not finite, or gradients that cannot be read here.
+        ConfigError: the method is unknown, there is no closure, or a closure does not return a loss.
+        StateError: a loss or gradient is not finite, or gradients cannot be read here.
     """
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}; allowed: {', '.join(METHODS)}.")
@@ -93,7 +93,7 @@ def measure(
 
 
 def _exact(model: nn.Module, structure: Structure, closure: Closure, masked: Masking) -> Observation:
-    """A pass for each branch: never more memory than a training step needs."""
+    """Run one pass per branch, which never needs more memory than a training step."""
     count = len(structure.branches)
     rewind = random_state(model)
     norms = _norms_under(model, closure, masked, [False] * count)
@@ -134,10 +134,10 @@ def _one_pass(model: nn.Module, structure: Structure, closure: Closure, masked: 
 
 @contextlib.contextmanager
 def moved_along_gradients(model: nn.Module, step: float) -> Iterator[float]:
-    """Parameters are `step` times their gradients further; afterwards they are as before to the bit.
+    """Move parameters by `step` times their gradients; restore them bit-identically afterwards.
 
-    Yields the real length of the step, which differs by the rounding of the parameters. The gradients are freed, so
-    that the copies of the parameters need no memory of their own.
+    Yields the actual length of the step, which differs by the rounding of the parameters. The gradients are freed, so
+    that the copies of the parameters need no additional memory.
     """
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
     gone, squares = [], []
@@ -149,7 +149,7 @@ def moved_along_gradients(model: nn.Module, step: float) -> Iterator[float]:
                 parameter.data.add_(gradient.to(parameter.dtype), alpha=step)
                 gone.append(_whole_sum((parameter.data.float() - kept[-1][1].float()) * gradient))
                 squares.append(squared_norm(gradient))
-        torch.clear_autocast_cache()  # casts made of the parameters where they were
+        torch.clear_autocast_cache()  # which holds casts of the unmoved parameters
         yield math.fsum(_numbers(gone)) / math.fsum(_numbers(squares))
     finally:
         for parameter, original in kept:
@@ -158,7 +158,7 @@ def moved_along_gradients(model: nn.Module, step: float) -> Iterator[float]:
 
 
 def checked_loss(loss: Any) -> torch.Tensor:
-    """The loss, if it is one number that can be run backward."""
+    """The loss, if it is a single number with a graph. Raises ConfigError otherwise."""
     if isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.grad_fn is not None:
         return loss
     what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
@@ -169,13 +169,13 @@ def checked_loss(loss: Any) -> torch.Tensor:
 
 
 def gradient_squares(model: nn.Module) -> dict[str, float]:
-    """Squared norm of every gradient present, by parameter name."""
+    """Squared norm of every existing gradient, by parameter name."""
     squares = {name: squared_norm(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return dict(zip(squares, _numbers(list(squares.values())), strict=True))
 
 
 def own_squares(model: nn.Module, parameters: Mapping[str, int], count: int) -> list[float]:
-    """Squared norm of the gradients of each branch's own parameters, from `grad` as it is."""
+    """Squared norm of the current gradients of each branch's own parameters."""
     squares = [0.0] * count
     for name, square in gradient_squares(model).items():
         need = parameters.get(name, 0)
@@ -185,7 +185,7 @@ def own_squares(model: nn.Module, parameters: Mapping[str, int], count: int) -> 
 
 
 def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
-    """Squared norm of the whole gradient as a tensor of one element, also if each rank holds a shard."""
+    """Squared norm of the whole gradient as a tensor of one element, even if each rank holds a shard."""
     whole: Any = gradient.coalesce().values() if gradient.is_sparse else gradient
     return _whole_sum(whole.detach().float().square())
 
@@ -196,7 +196,7 @@ def _whole_sum(tensor: Any) -> torch.Tensor:
 
 
 def _numbers(scalars: Sequence[torch.Tensor]) -> list[float]:
-    """Their values, with one transfer from each device."""
+    """The values of the scalars, with one transfer from each device."""
     values = [0.0] * len(scalars)
     for device in {scalar.device for scalar in scalars}:
         places = [i for i, scalar in enumerate(scalars) if scalar.device == device]
@@ -214,14 +214,14 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _averaged(observations: Sequence[Observation], device: torch.device, passes: int) -> Estimate:
-    """Ranks hold parts of one batch, so their observations are averaged; closures are batches, so their results are."""
+    """Average observations over ranks, which hold parts of one batch, and results over closures, which are batches."""
     rows = torch.tensor([[o.own, o.below, o.falls, o.ratios] for o in observations], dtype=torch.float64)
     whole = [Observation(*(tuple(values) for values in row)) for row in mean_over_ranks(rows, device).tolist()]
     scores = _mean([observation.sensitivities() for observation in whole])
     if not all(math.isfinite(score) for score in scores):
         raise StateError(
-            "A sensitivity is not finite: the loss, or gradients, overflowed or were not a number. Nothing was "
-            "changed. Calibrate on another batch, or later."
+            "A sensitivity is not finite: the loss or a gradient overflowed or was NaN. Nothing was changed. Calibrate "
+            "on another batch, or later."
         )
     return Estimate(scores, _mean([observation.own for observation in whole]), passes)
 
@@ -236,7 +236,7 @@ def mean_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _least_over_ranks(value: float, device: torch.device) -> float:
-    """Ranks that hold shards of one parameter must move it together."""
+    """The minimum over ranks: those that hold shards of one parameter must move it equally."""
     return float(_over_ranks(torch.tensor(value, dtype=torch.float64), device, "MIN"))
 
 

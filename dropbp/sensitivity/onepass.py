@@ -2,17 +2,17 @@
 
 Dropping branch l removes the gradients of its own parameters, and the part of the gradients below that came through the
 branch. Let `d_l` be the gradient at the branch's inputs, and `T` the map that carries a gradient from there to the
-parameters below: their gradients turn from `g` into `g - T d_l`. So the norm of all of them together falls to first
-order by `<g, T d_l> / |g|`, and
+parameters below: their gradients change from `g` to `g - T d_l`. To first order, the norm of all of them together falls
+by `<g, T d_l> / |g|`, so
 
     S_l = sum over own parameters |g|^2 + <g, T d_l>^2 / sum over parameters below |g|^2.
 
 One backward gives every `d_l`, but `T d_l` would take a backward for each branch. Its inner product with `g` does not:
-transposed, `<g, T d_l> = <T' g, d_l>`, and `T' g` is how the branch's inputs move when all parameters move along
-their gradients. One more forward with parameters a small step away shows that for every branch at once.
+transposed, `<g, T d_l> = <T' g, d_l>`, and `T' g` is how the branch's inputs move when all parameters move along their
+gradients. One more forward with slightly moved parameters shows that for every branch at once.
 
-If a branch's inputs cannot be observed, the norms of the stream's gradient stand in: `sum over parameters below |g|^2 *
-(1 - |g_in - d_l| / |g_in|)^2`, which needs no second forward.
+If a branch's inputs cannot be observed, the norms of the stream's gradient give an estimate instead: `sum over
+parameters below |g|^2 * (1 - |g_in - d_l| / |g_in|)^2`, which needs no second forward.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from dropbp.tensors import tensors_in
 
 logger = logging.getLogger(__name__)
 
-Source = tuple[Any, int]  # an output of an autograd node: the node, and which of its outputs
-Place = tuple[str, int, int]  # a tensor that a module is given: the module, which call of it, which tensor
+Source = tuple[Any, int]  # an output of an autograd node: (node, index of the output)
+Place = tuple[str, int, int]  # a tensor passed to a module: (module, index of the call, index of the tensor)
 
-STEP_SHARE = 2e-3  # of a tensor's length: far above the rounding of bfloat16, summed over all elements, and yet small
-LARGEST_MOVE = 0.2  # of a tensor's length: more means that the second forward was another one (dropout not repeated)
+STEP_SHARE = 2e-3  # of a tensor's norm: small, but far above the rounding of bfloat16 summed over all elements
+LARGEST_MOVE = 0.2  # of a tensor's norm: beyond it the second forward differed otherwise (dropout not repeated)
 
 
 @dataclasses.dataclass(frozen=True)
 class BranchInput:
-    """Where a node of a branch takes what was made outside: the branch, the node, which input, and its source."""
+    """A point where a node of a branch uses a tensor from outside the branch."""
 
     branch: int
     consumer: Any
@@ -58,12 +58,12 @@ class BranchInput:
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """Of every branch: squared norms of its own gradients and of those below, and two views of what below loses.
+    """For every branch: squared norms of its own gradients and of those below, and two measures of the loss below.
 
     Attributes:
         own: sum of |g|^2 over the branch's own parameters.
         below: sum of |g|^2 over the parameters that the branch's inputs depend on.
-        falls: <g, T d_l>; NaN where the branch's inputs could not be watched.
+        falls: <g, T d_l>; NaN if the branch's inputs could not be observed.
         ratios: |g_in - d_l| / |g_in|.
     """
 
@@ -97,8 +97,8 @@ class OnePass:
 
     @contextlib.contextmanager
     def watching(self, forward: Callable[[], Tensor]) -> Iterator[Tensor]:
-        """Runs the forward; run its loss backward inside the `with`."""
-        with self.recorder:  # backward included: what checkpointing recomputes must look like the first forward
+        """Run the forward; run the backward of its loss inside the `with` block."""
+        with self.recorder:  # also during the backward: checkpointing must recompute exactly the first forward
             with self.inputs.remembered():
                 loss = forward()
             try:
@@ -117,9 +117,9 @@ class OnePass:
         self.branch_inputs.watch(edges, kept)
 
     def step(self, squares: Mapping[str, float]) -> float:
-        """How far to go along the gradients; 0 if nothing would be seen.
+        """The length of the step along the gradients; 0 if it would show nothing.
 
-        A tensor x with gradient g moves by `step * below / |g|` at least, since its movement times g is what the
+        A tensor x with gradient g moves by at least `step * below / |g|`, since its movement times g is what the
         parameters below add to the loss.
         """
         reach = [
@@ -131,7 +131,7 @@ class OnePass:
         return STEP_SHARE * min(reach, default=0.0)
 
     def comparing(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the second forward is to be run."""
+        """Run the second forward inside this context."""
         return self.inputs.compared(self.branch_inputs.leaving)
 
     def observation(self, squares: Mapping[str, float], step: float) -> Observation:
@@ -144,7 +144,7 @@ class OnePass:
         return tuple(math.fsum(squares.get(name, 0.0) for name in names) for names in self.below)
 
     def _fall(self, branch: int, step: float) -> float:
-        """From the inputs that were seen; weights of a mixture, changed in place, may be missing, the stream hardly."""
+        """<g, T d_l> from the observed inputs; weights of a mixture, changed in place, may be missing."""
         seen = [source for source in self.branch_inputs.sources[branch] if (branch, source) in self.inputs.products]
         if not step or not seen or not all(self.inputs.moved_little(source) for source in seen):
             return math.nan
@@ -152,7 +152,7 @@ class OnePass:
 
 
 class _BranchInputs:
-    """The gradients that leave the branches at their inputs, and those that arrive where these lead to."""
+    """The gradients that leave the branches at their inputs, and those that arrive at the sources of these inputs."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -176,7 +176,7 @@ class _BranchInputs:
             self.handles.append(source[0].register_prehook(functools.partial(self._arrive, source)))
 
     def unhook(self) -> None:
-        """Nodes hold their hooks, and these would hold the nodes."""
+        """Remove the hooks: nodes hold their hooks, and these hold the nodes."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -201,11 +201,11 @@ class _BranchInputs:
                 self.leaving.pop((branch, source), None)
 
     def norm(self, source: Source) -> float:
-        """Length of the whole gradient that arrives at a source."""
+        """Norm of the whole gradient that arrives at a source."""
         return math.sqrt(float(self.squares.get(source, 0.0)))
 
     def ratios(self) -> tuple[float, ...]:
-        """Of what arrives at a branch's sources, the length that is left without the branch."""
+        """Relative norm of the gradient at a branch's sources without the branch's part."""
         return tuple(self._ratio(branch) for branch in range(self.count))
 
     def _ratio(self, branch: int) -> float:
@@ -229,14 +229,14 @@ class _Inputs:
 
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
-        """In the forward inside the `with`, what the modules are given is kept (without copies)."""
+        """In the forward inside the context, keep the inputs of the modules (without copies)."""
         with self._hooks(self._remember, self._note_made):
             yield
         self.made = {}
 
     @contextlib.contextmanager
     def compared(self, leaving: Mapping[tuple[int, Source], Tensor]) -> Iterator[None]:
-        """In the forward inside the `with`, products of movements and gradients are taken."""
+        """In the forward inside the context, multiply movements by gradients."""
         by_source: dict[Source, list[tuple[int, Tensor]]] = {}
         for (branch, source), gradient in leaving.items():
             by_source.setdefault(source, []).append((branch, gradient))
@@ -269,7 +269,7 @@ class _Inputs:
         return needs[call % len(needs)]
 
     def _remember(self, place: Place, tensor: Tensor) -> None:
-        """Not what one module of a branch hands to the next: that is not the branch's input."""
+        """Keep a module's input unless another module of the same branch created it."""
         source = (tensor.grad_fn, tensor.output_nr)
         if tensor.grad_fn is not None and self.made.get(source) != self._need(place[0], place[1]):
             self.seen.setdefault(source, (place, tensor.detach(), tensor._version))
@@ -289,7 +289,7 @@ class _Inputs:
             self.products[branch, source] = (movement * gradient.float()).sum()
 
     def keep_only(self, sources: set[Source]) -> set[Source]:
-        """Let go of all other tensors, and of those that were changed in place since; returns what is left."""
+        """Release all other tensors, and those changed in place since; return the sources that are left."""
         self.seen = {s: seen for s, seen in self.seen.items() if s in sources and seen[1]._version == seen[2]}
         self.at = {place: source for source, (place, _, _) in self.seen.items()}
         return set(self.seen)
@@ -299,11 +299,11 @@ class _Inputs:
         return source in self.seen
 
     def norm(self, source: Source) -> float:
-        """Length of the source's tensor."""
+        """Norm of the source's tensor."""
         return math.sqrt(float(_square(self.seen[source][1])))
 
     def moved_little(self, source: Source) -> bool:
-        """Whether the second forward was the first one but for a small movement."""
+        """Whether the second forward equals the first one up to a small movement."""
         return self.moves.get(source, math.inf) <= LARGEST_MOVE
 
 
@@ -320,7 +320,7 @@ def edges_of_branches(graph: Graph, structure: Structure) -> list[list[Edge]]:
     found, count = groups_again(graph, structure), len(structure.branches)
     if not found or len(found) % count:
         raise StateError(
-            f"The closure's graph shows {len(found)} branches, the model has {count}: reentrant gradient "
+            f"The closure's graph shows {len(found)} branches, but the model has {count}. Reentrant gradient "
             "checkpointing hides branches, and so does a closure that runs only a part of the model. Use "
             "checkpointing with use_reentrant=False, or calibrate with method='exact'."
         )
@@ -328,7 +328,7 @@ def edges_of_branches(graph: Graph, structure: Structure) -> list[list[Edge]]:
 
 
 def input_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], count: int) -> list[list[BranchInput]]:
-    """For every branch where its nodes take what other parts of the model made, parameters left out."""
+    """For every branch, the points where its nodes use tensors of other parts of the model, parameters excluded."""
     number = {function: i for i, function in enumerate(functions)}
     found: list[list[BranchInput]] = [[] for _ in range(count)]
     for node in graph.nodes:
@@ -348,7 +348,7 @@ def _only_branch(need: int) -> int | None:
 
 
 def _owned(graph: Graph, need: Sequence[int], count: int) -> list[dict[str, int]]:
-    """For every branch the parameters that it uses itself, each with the number of parts of the model that use it."""
+    """For every branch, the parameters it uses directly, each with the number of parts of the model that use it."""
     owned: list[dict[str, int]] = [{} for _ in range(count)]
     for node in graph.nodes:
         name = graph.parameter_names.get(id(node.leaf)) if node.is_leaf else None
@@ -360,7 +360,7 @@ def _owned(graph: Graph, need: Sequence[int], count: int) -> list[dict[str, int]
 
 
 def _parameters_below(graph: Graph, starts: Sequence[Sequence[int]]) -> list[set[str]]:
-    """For every branch the parameters that its inputs depend on; nodes are numbered in the order of creation."""
+    """For every branch, the parameters that its inputs depend on; nodes are numbered in the order of creation."""
     known: dict[int, set[str]] = {}
     for start in sorted({start for each in starts for start in each}):
         known[start] = _reached(graph, start, known)

@@ -16,7 +16,7 @@ from dropbp.tensors import buffers_kept
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Gradients, random state, buffers and the root's mode are as before afterwards, whatever happens."""
+    """Restore gradients, random state, buffers and the root's mode afterwards, even after an error."""
     _refuse_partitioned(model)
     _refuse_steps_in_backward(model)
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -36,8 +36,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def _refuse_partitioned(model: nn.Module) -> None:
     if is_partitioned(model):
         raise StateError(
-            "DeepSpeed ZeRO keeps gradients inside its engine, so they cannot be read here. Calibrate before the "
-            "engine is built, or set rates with handle.set_rates(...)."
+            "DeepSpeed ZeRO keeps gradients inside its engine, where they cannot be read. Calibrate before building "
+            "the engine, or set rates with handle.set_rates(...)."
         )
 
 
@@ -45,7 +45,7 @@ def _refuse_steps_in_backward(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise StateError(
-                f"Parameter {name} has a hook that runs when its gradient is ready, as optimizers that step during "
-                "backward do; a calibration would set it off and change the model. Calibrate before the hooks are put "
-                "on, or set rates with handle.set_rates(...)."
+                f"Parameter {name} has a hook that runs when its gradient is ready, as in optimizers that step during "
+                "the backward. A calibration would trigger it and change the model. Calibrate before the hooks are "
+                "registered, or set rates with handle.set_rates(...)."
             )

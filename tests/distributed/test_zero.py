@@ -62,4 +62,4 @@ def test_the_engine_and_calibration_inside_it_are_refused_with_what_to_do(ranks,
     for rank in ranks("zero"):
         refused = result(rank, f"refusals {stage}")
         assert "wrapped in DeepSpeedEngine" in refused["wrapper"]
-        assert "Calibrate before the engine is built" in refused["calibrate"]
+        assert "Calibrate before building the engine" in refused["calibrate"]
