@@ -250,8 +250,8 @@ class Observation:
             if node in roots or len(users[node]) > expected:
                 names = {roots[node]} if node in roots else _led_to(users[node], users, roots)
                 raise StateError(
-                    f"The output {' or '.join(sorted(names))} uses the output of {module} outside the residual stream, "
-                    "so dropping its branch would lose that gradient. Do not ask for this output, or name the "
+                    f"The output {' or '.join(sorted(names))} depends on the output of {module} outside the residual "
+                    "stream, so dropping its branch would lose that gradient. Do not ask for this output, or name the "
                     "branches to drop, without this one: dropbp.enable(model, branches=[...])."
                 )
             if len(users[node]) != 1 or "Add" in users[node][0].name() or _operands(users[node][0]) != 1:
