@@ -1,8 +1,8 @@
-"""The adapter of every device without one of its own.
+"""The adapter for every device that has no adapter of its own.
 
-It asks the device's module, such as `torch.xpu`, and else `torch.accelerator`. Backends differ in what they offer.
-Memory without statistics is None, a missing random state is empty. XLA has no such module and records what it runs; it
-is asked through `torch_xla`.
+It asks the device's PyTorch module, such as `torch.xpu`, and otherwise `torch.accelerator`. Backends differ in what
+they offer: memory without statistics is None, a missing random state is empty. XLA has no such module and records what
+it runs, so it is asked through `torch_xla`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from dropbp.device import JSON, Availability, DeviceDefaults, dynamo_graph_count
 
-# A device from outside of PyTorch is known once its package is imported.
+# A device from outside PyTorch becomes known when its package is imported.
 PACKAGES = {
     "mlu": "torch_mlu",
     "musa": "torch_musa",
@@ -33,18 +33,20 @@ NOT_KNOWN = "not known: the backend has no statistics"
 
 
 def create_device(name: str, index: int | None) -> AcceleratorDevice:
-    """The adapter of the device of that name; None is PyTorch's current one at the time of each call."""
+    """The adapter of the device with that name. Index None means PyTorch's current device at the time of each call."""
     return (XlaDevice if name == "xla" else AcceleratorDevice)(name, index)
 
 
 class AcceleratorDevice:
-    """One device, through what its backend has registered with PyTorch."""
+    """One device, accessed through what its backend has registered with PyTorch."""
 
     def __init__(self, name: str, index: int | None = None) -> None:
         self.name, self.index = name, index
 
     def is_available(self) -> Availability:
-        """Whether the backend's package, its module in PyTorch and the device are there; else which is missing."""
+        """Whether the backend's package, its PyTorch module and the device are present; if not, the answer says what is
+        missing.
+        """
         try:
             reason = self._missing()
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -56,10 +58,10 @@ class AcceleratorDevice:
         self._call(getattr(self._module(), "synchronize", None) or torch.accelerator.synchronize)
 
     def step_boundary(self) -> None:
-        """Nothing: operations are launched as they are called."""
+        """Does nothing: operations are launched as they are called."""
 
     def is_lazy(self) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     def memory_allocated_bytes(self) -> int | None:
@@ -67,7 +69,7 @@ class AcceleratorDevice:
         return _whole(self._ask("memory_allocated", "current_allocated_memory"))
 
     def max_memory_allocated_bytes(self) -> int | None:
-        """The most bytes of live tensors at once since `reset_peak_memory`; None if the backend does not report it."""
+        """Peak bytes of live tensors since `reset_peak_memory`; None if the backend does not report it."""
         return _whole(self._ask("max_memory_allocated"))
 
     def memory_limit_bytes(self) -> int | None:
@@ -79,7 +81,7 @@ class AcceleratorDevice:
         return _whole(getattr(properties, "total_memory", None) or self._ask("recommended_max_memory"))
 
     def reset_peak_memory(self) -> None:
-        """Start measuring the peak anew, if there is one."""
+        """Start a new peak measurement, if the backend has one."""
         self._ask("reset_peak_memory_stats")
 
     def describe(self) -> dict[str, JSON]:
@@ -116,7 +118,7 @@ class AcceleratorDevice:
         return DeviceDefaults()
 
     def check_model(self, model: nn.Module) -> None:
-        """Nothing: every model will do."""
+        """Accept every model."""
 
     def _missing(self) -> str:
         """What is missing; empty if nothing is."""
@@ -128,7 +130,7 @@ class AcceleratorDevice:
         if self._module() is None:
             return f"PyTorch {torch.__version__} has no module torch.{self.name}"
         if not self._module().is_available():
-            return f"torch.{self.name}.is_available() says no: this build of PyTorch lacks it, or there is no device"
+            return f"torch.{self.name}.is_available() is False: this build of PyTorch lacks it, or there is no device"
         count = int(self._ask("device_count") or 1)
         if self.index is not None and self.index >= count:
             return f"index {self.index} was asked for; the number of devices is {count}, counted from 0"
@@ -138,17 +140,19 @@ class AcceleratorDevice:
         return getattr(torch, self.name, None)
 
     def _ask(self, *names: str) -> Any:
-        """The answer of the device's module, else of `torch.accelerator`, to the first of these names that it knows."""
+        """Call the first of these functions that the device's module has, else `torch.accelerator`; return
+        the answer.
+        """
         accelerator = torch.accelerator.current_accelerator()
         is_current = accelerator is not None and accelerator.type == self.name
         for place in (self._module(), torch.accelerator if is_current else None):
             for function in filter(None, (getattr(place, name, None) for name in names)):
-                with suppress(NotImplementedError, RuntimeError):  # there, and not for this backend
+                with suppress(NotImplementedError, RuntimeError):  # it exists, but not for this backend
                     return self._call(function)
         return None
 
     def _call(self, function: Callable[..., Any], *values: Any) -> Any:
-        """Call it with the device if it takes one; backends with a single device may not."""
+        """Call the function with the device if it takes one; backends with a single device may not."""
         return function(*values, self._device()) if _takes(function, len(values) + 1) else function(*values)
 
     def _device(self) -> torch.device:
@@ -162,16 +166,16 @@ class XlaDevice(AcceleratorDevice):
     """
 
     def synchronize(self) -> None:
-        """Launch the recording and wait until it is done."""
+        """Launch the recorded graph and wait until it is done."""
         self.step_boundary()
         self._model().wait_device_ops()
 
     def step_boundary(self) -> None:
-        """Launch the recording."""
+        """Launch the recorded graph."""
         self._module().sync()
 
     def is_lazy(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     def memory_allocated_bytes(self) -> int | None:
@@ -183,7 +187,7 @@ class XlaDevice(AcceleratorDevice):
         return None
 
     def memory_limit_bytes(self) -> int | None:
-        """Bytes that could be in use, if the runtime reports them."""
+        """Bytes that can be used, if the runtime reports them."""
         return self._memory("bytes_limit")
 
     def compile_count(self) -> int:
@@ -200,7 +204,7 @@ class XlaDevice(AcceleratorDevice):
         self._model().set_rng_state(int(state))
 
     def defaults(self) -> DeviceDefaults:
-        """As on a lazy Gaudi: no graph depends on the whole mask, and no skipped parameter moves."""
+        """As on a lazy Gaudi: no graph depends on the whole mask, and skipped parameters do not move."""
         return DeviceDefaults(boundary="layer", group_parameters=True)
 
     def _missing(self) -> str:

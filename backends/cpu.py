@@ -1,6 +1,6 @@
-"""CPU. Its memory is the process's resident set, which the operating system rounds and shares.
+"""CPU. Its memory is the resident set of the process, which the operating system rounds and shares.
 
-For figures exact to the byte, of tensors alone, use `dropbp.memory.track_tensor_bytes`.
+For byte-exact figures of tensors alone, use `dropbp.memory.track_tensor_bytes`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SAMPLE_EVERY_S = 0.005
 
 
 def create_device(index: int | None) -> CpuDevice:
-    """The adapter; a process has one CPU device, so the index is not used."""
+    """The adapter. A process has one CPU device, so the index is not used."""
     return CpuDevice()
 
 
@@ -37,17 +37,17 @@ class CpuDevice:
         self._sampler: ResidentSampler | None = None
 
     def is_available(self) -> Availability:
-        """Always."""
+        """Always available."""
         return Availability(True)
 
     def synchronize(self) -> None:
-        """Nothing: operations have finished when they return."""
+        """Does nothing: operations have finished when they return."""
 
     def step_boundary(self) -> None:
-        """Nothing: operations run when they are called."""
+        """Does nothing: operations run when they are called."""
 
     def is_lazy(self) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     def memory_allocated_bytes(self) -> int:
@@ -57,24 +57,24 @@ class CpuDevice:
     def max_memory_allocated_bytes(self) -> int:
         """The largest resident set since `reset_peak_memory`, or since the process began if that was never called.
 
-        Linux's own high-water mark where it can be reset; else the largest of samples taken every 5 ms, which can
-        miss a short peak. `describe` says which.
+        This is Linux's high-water mark if it can be reset, else the largest of samples taken every 5 ms, which can miss
+        a short peak. `describe` says which.
         """
         if self._sampler is not None:
             return self._sampler.peak_bytes()
         return high_water_bytes() or resident_bytes()
 
     def memory_limit_bytes(self) -> int:
-        """The machine's memory, or the control group's limit where that is lower."""
+        """The machine's memory, or the control group's limit if that is lower."""
         limits = [psutil.virtual_memory().total, *map(_cgroup_limit_bytes, _CGROUP_LIMITS)]
         return int(min(limit for limit in limits if limit))
 
     def reset_peak_memory(self) -> None:
-        """Start measuring the peak anew."""
+        """Start a new peak measurement."""
         self._sampler = None if reset_high_water() else ResidentSampler()
 
     def describe(self) -> dict[str, JSON]:
-        """Processor, its vector instructions as PyTorch uses them, cores, threads, memory and how its peak is got."""
+        """Processor, vector instructions used by PyTorch, cores, threads, memory, and how its peak is measured."""
         return {
             "name": self.name,
             "generation": processor_name(),
@@ -101,15 +101,15 @@ class CpuDevice:
         torch.set_rng_state(state)
 
     def defaults(self) -> DeviceDefaults:
-        """No boundaries, `exact` masks, compilation by region."""
+        """The defaults of a device that runs eagerly."""
         return DeviceDefaults()
 
     def check_model(self, model: nn.Module) -> None:
-        """Nothing: every model will do."""
+        """Accept every model."""
 
 
 class ResidentSampler:
-    """The largest of the resident sets read every few milliseconds by a thread that ends with this object."""
+    """The largest resident set that a background thread samples every few milliseconds, until this object is freed."""
 
     def __init__(self, every_s: float = _SAMPLE_EVERY_S) -> None:
         self._peak_bytes = resident_bytes()
@@ -134,7 +134,7 @@ def _sample_until_stopped(reference: weakref.ref[ResidentSampler], stop: threadi
         if sampler is None:
             return
         sampler.sample()
-        del sampler  # held while waiting, it would never end
+        del sampler  # if the thread kept it while waiting, it would never be freed
 
 
 def resident_bytes() -> int:
@@ -143,7 +143,7 @@ def resident_bytes() -> int:
 
 
 def high_water_bytes() -> int | None:
-    """The largest resident set since the last reset, in bytes; None where the system does not say."""
+    """The largest resident set since the last reset, in bytes; None if the system does not report it."""
     try:
         lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -153,7 +153,7 @@ def high_water_bytes() -> int | None:
 
 
 def reset_high_water() -> bool:
-    """Set the system's high-water mark to the present resident set; False where that is not allowed.
+    """Set the system's high-water mark to the current resident set; return False if that is not allowed.
 
     Source: Linux, `Documentation/filesystems/proc.rst`, value 5 of `clear_refs`.
     """

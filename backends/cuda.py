@@ -1,13 +1,13 @@
-"""CUDA: the caching allocator's own statistics, events for timing, and graphs counted by `torch.compile`.
+"""CUDA: statistics of the caching allocator, and graphs counted by `torch.compile`.
 
-Written for the A100 class and later (compute capability 8.0 and up); older ones work where PyTorch does.
+Written for the A100 class and later (compute capability 8.0 and up); older GPUs work if PyTorch supports them.
 
 Captured graphs: a CUDA graph is one fixed sequence of kernels and would repeat the mask of its recording. So models
-with captured modules are refused, and capturing a training forward is allowed only under a fixed mask. A compiled whole
-model has one graph for each mask; compile by region instead, where a dropped region is merely called without gradients.
+with captured modules are refused, and a training forward may be captured only under a fixed mask. A model compiled as a
+whole has one graph per mask; compile by region instead, where a dropped region is merely called without gradients.
 
-Streams: nothing here makes a stream or waits for one. Dropped and kept branches run in the current stream, as they
-would without DropBP, and autograd runs a backward in the stream of its forward.
+Streams: nothing here creates a stream or waits for one. Dropped and kept branches run in the current stream, as they
+    would without DropBP, and autograd runs a backward in the stream of its forward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GRAPHS_MODULE = "torch.cuda.graphs"
 
 
 def create_device(index: int | None) -> CudaDevice:
-    """The adapter of one GPU; None is PyTorch's current one at the time of each call."""
+    """The adapter of one GPU. Index None means PyTorch's current one at the time of each call."""
     return CudaDevice(index)
 
 
@@ -43,7 +43,9 @@ class CudaDevice:
         self.index = index
 
     def is_available(self) -> Availability:
-        """Whether PyTorch sees this GPU; else whether the build, the driver or the index is to blame."""
+        """Whether PyTorch sees this GPU; if not, the answer says whether the build, the driver or the index is the
+        cause.
+        """
         if torch.version.cuda is None and torch.version.hip is None:
             return Availability(False, f"PyTorch {torch.__version__} is built without CUDA or ROCm")
         if not torch.cuda.is_available():
@@ -58,10 +60,10 @@ class CudaDevice:
         torch.cuda.synchronize(self.index)
 
     def step_boundary(self) -> None:
-        """Nothing: kernels are launched as they are called."""
+        """Does nothing: kernels are launched as they are called."""
 
     def is_lazy(self) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     def memory_allocated_bytes(self) -> int:
@@ -69,7 +71,7 @@ class CudaDevice:
         return torch.cuda.memory_allocated(self.index)
 
     def max_memory_allocated_bytes(self) -> int:
-        """The most bytes of live tensors at once since `reset_peak_memory`, scratch memory of kernels included."""
+        """Peak bytes of live tensors since `reset_peak_memory`, scratch memory of kernels included."""
         return torch.cuda.max_memory_allocated(self.index)
 
     def memory_limit_bytes(self) -> int:
@@ -77,7 +79,7 @@ class CudaDevice:
         return int(self._properties().total_memory * torch.cuda.get_per_process_memory_fraction(self.index))
 
     def reset_peak_memory(self) -> None:
-        """Start measuring the peak anew."""
+        """Start a new peak measurement."""
         torch.cuda.reset_peak_memory_stats(self.index)
 
     def describe(self) -> dict[str, JSON]:
@@ -109,7 +111,7 @@ class CudaDevice:
         return dynamo_graph_count()
 
     def generator_state(self) -> torch.Tensor:
-        """The state of this GPU's generator; to ask all GPUs would be to start using them."""
+        """The state of this GPU's generator. Asking all GPUs would initialize them."""
         return torch.cuda.get_rng_state(self._index())
 
     def set_generator_state(self, state: torch.Tensor) -> None:
@@ -117,7 +119,7 @@ class CudaDevice:
         torch.cuda.set_rng_state(state, self._index())
 
     def defaults(self) -> DeviceDefaults:
-        """No boundaries, `exact` masks, compilation by region."""
+        """The defaults of a device that runs eagerly."""
         return DeviceDefaults()
 
     def check_model(self, model: nn.Module) -> None:
@@ -140,12 +142,12 @@ class CudaDevice:
 
 
 def platform() -> str:
-    """What this build of PyTorch means by `cuda`."""
+    """What `cuda` means in this build of PyTorch."""
     return "CUDA" if torch.version.hip is None else "ROCm"
 
 
 def driver_version() -> str | None:
-    """The driver's version as its kernel module reports it; None where it does not."""
+    """The driver's version as its kernel module reports it; None if it does not."""
     try:
         if torch.version.hip is not None:
             return _AMD_DRIVER_VERSION.read_text(encoding="utf-8", errors="replace").strip()

@@ -1,7 +1,7 @@
 """HPU: Intel Gaudi, in lazy and in eager mode.
 
-The first call that needs `habana_frameworks` imports it; importing this module does not. It reads its environment
-variables once, so they must be set before. `docs/devices.md` says what the modes mean for DropBP.
+Importing this module does not import `habana_frameworks`; the first call that needs it does. It reads its environment
+variables once, so they must be set before that. `docs/devices.md` says what the modes mean for DropBP.
 
 Sources: docs.habana.ai, and the HabanaAI/gaudi-pytorch-bridge repository.
 """
@@ -19,8 +19,8 @@ from torch import nn
 from dropbp.device import JSON, Availability, DeviceDefaults, replayed_modules
 from dropbp.errors import DeviceError
 
-# Lazy: with marks around each layer, and the optimizer and clipping cut by branch (`dropbp.lazy.grouping`), no graph
-# depends on the whole mask and no skipped parameter moves. Eager: nothing is recorded, so nothing needs a mark.
+# Lazy: with step boundaries around each layer, and optimizer and clipping split by branch (`dropbp.lazy.grouping`), no
+# graph depends on the whole mask and skipped parameters do not move. Eager: nothing is recorded, so none is needed.
 DEFAULTS = {
     "lazy": DeviceDefaults(boundary="layer", group_parameters=True),
     "eager": DeviceDefaults(),
@@ -31,7 +31,7 @@ _DRIVER_VERSION = Path("/sys/module/habanalabs/version")
 
 
 def create_device(index: int | None) -> HpuDevice:
-    """The adapter; None is the process's device, of which Gaudi gives each process one."""
+    """The adapter. Index None means the process's device; Gaudi gives each process one."""
     return HpuDevice(index)
 
 
@@ -50,18 +50,18 @@ class HpuDevice:
         except DeviceError as error:
             return Availability(False, str(error))
         if not hpu.is_available():
-            return Availability(False, "habana_frameworks is installed and finds no device")
+            return Availability(False, "habana_frameworks is installed but finds no device")
         if self.index is not None and self.index >= hpu.device_count():
             return Availability(False, f"index {self.index} was asked for; there are {hpu.device_count()} devices")
         return Availability(True)
 
     def synchronize(self) -> None:
-        """Launch the recording and wait until it is done."""
+        """Launch the recorded graph and wait until it is done."""
         self.step_boundary()
         _torch_hpu().synchronize()
 
     def step_boundary(self) -> None:
-        """`htcore.mark_step()` in lazy mode, nothing in eager mode."""
+        """Call `htcore.mark_step()` in lazy mode; do nothing in eager mode."""
         if self.is_lazy():
             _habana("core").mark_step()
 
@@ -74,15 +74,15 @@ class HpuDevice:
         return self._memory("InUse")
 
     def max_memory_allocated_bytes(self) -> int:
-        """The most bytes in use at once since `reset_peak_memory`."""
+        """Peak bytes in use since `reset_peak_memory`."""
         return self._memory("MaxInUse")
 
     def memory_limit_bytes(self) -> int:
-        """Bytes that could be in use."""
+        """Bytes that can be used."""
         return self._memory("Limit")
 
     def reset_peak_memory(self) -> None:
-        """Start measuring the peak anew."""
+        """Start a new peak measurement."""
         _torch_hpu().reset_peak_memory_stats()
 
     def describe(self) -> dict[str, JSON]:
@@ -135,7 +135,7 @@ class HpuDevice:
 
 
 def refuse_hpu_graphs(model: nn.Module) -> None:
-    """Do nothing for a model without HPU graphs.
+    """Refuse a model with HPU graphs.
 
     Raises:
         DeviceError: the model, or a module in it, runs through `wrap_in_hpu_graph`, `ModuleCacher` or
@@ -145,10 +145,9 @@ def refuse_hpu_graphs(model: nn.Module) -> None:
     if wrapped:
         raise DeviceError(
             f"module {wrapped[0]!r} runs as an HPU graph ({len(wrapped)} such modules in the model). An HPU graph "
-            "replays one recorded sequence of operations, so it would repeat the mask of its recording at every step "
-            "and DropBP would do nothing it is asked for. Enable DropBP on the model as it was before "
-            "wrap_in_hpu_graph, ModuleCacher or make_graphed_callables (GaudiTrainer: use_hpu_graphs_for_training="
-            "False), or train without DropBP."
+            "replays one recorded sequence of operations, so every step would repeat the mask of the recording. "
+            "Enable DropBP on the model as it was before wrap_in_hpu_graph, ModuleCacher or make_graphed_callables "
+            "(GaudiTrainer: use_hpu_graphs_for_training=False), or train without DropBP."
         )
 
 
@@ -164,7 +163,7 @@ def _habana(name: str) -> Any:
         if (error.name or "").startswith("habana_frameworks"):
             raise DeviceError(f"Gaudi's software is not installed here ({error})") from error
         raise DeviceError(f"Gaudi's software cannot be imported: {error!r}") from error
-    except Exception as error:  # a broken driver or a foreign build of PyTorch fails in its own way
+    except Exception as error:  # a broken driver or an incompatible PyTorch can raise anything
         raise DeviceError(f"Gaudi's software cannot be imported: {error!r}") from error
 
 

@@ -1,4 +1,4 @@
-"""Meta: models whose tensors have shapes and no data. Nothing runs, so there is no memory in use and none to limit."""
+"""Meta: models whose tensors have shapes but no data. Nothing runs, so no memory is used and there is no limit."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class MetaDevice:
     name = "meta"
 
     def is_available(self) -> Availability:
-        """Always."""
+        """Always available."""
         return Availability(True)
 
     def synchronize(self) -> None:
-        """Nothing: nothing runs."""
+        """Does nothing: nothing runs."""
 
     def step_boundary(self) -> None:
-        """Nothing: nothing runs."""
+        """Does nothing: nothing runs."""
 
     def is_lazy(self) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     def memory_allocated_bytes(self) -> int:
@@ -45,10 +45,10 @@ class MetaDevice:
         return 0
 
     def reset_peak_memory(self) -> None:
-        """Nothing: there is no peak."""
+        """Does nothing: there is no peak."""
 
     def describe(self) -> dict[str, JSON]:
-        """The name, PyTorch's version, and that these are shapes without data."""
+        """The name, PyTorch's version, and that tensors are shapes without data."""
         return {
             "name": self.name,
             "generation": "shapes without data",
@@ -65,11 +65,11 @@ class MetaDevice:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def set_generator_state(self, state: torch.Tensor) -> None:
-        """Nothing: meta tensors draw no random numbers."""
+        """Does nothing: meta tensors draw no random numbers."""
 
     def defaults(self) -> DeviceDefaults:
         """The defaults of a device that runs eagerly."""
         return DeviceDefaults()
 
     def check_model(self, model: nn.Module) -> None:
-        """Nothing: every model will do."""
+        """Accept every model."""

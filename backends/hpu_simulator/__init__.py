@@ -5,8 +5,8 @@
     ...                                                  # any training code that runs on Gaudi
     print(hpu_simulator.report())
 
-or, for an unchanged script, `python -m dropbp.backends.hpu_simulator train.py`. `docs/hpu_simulator.md` says what it
-simulates. Nothing in dropbp loads it by itself, and once loaded it stays in the process.
+For an unchanged script: `python -m dropbp.backends.hpu_simulator train.py`. `docs/hpu_simulator.md` says what it
+simulates. dropbp never loads it by itself. Once loaded, it stays in the process.
 """
 
 from __future__ import annotations

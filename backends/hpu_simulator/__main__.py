@@ -13,7 +13,7 @@ from ._session import DEFAULT_MEMORY, install, report
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script; its exit status is ours."""
+    """Run the script and return its exit status."""
     options = _parser().parse_args(argv)
     install(lazy=options.lazy, memory=options.memory)
     try:

@@ -1,8 +1,9 @@
 """Builds the simulator's C++ extension on demand and loads it.
 
 The library is kept in a cache folder named by the hash of the source, the PyTorch version and the interpreter, so a
-change of any of them builds anew. It is built in a scratch folder under a file lock and moved into place by one rename.
-So two processes that start together build it once, and an interrupted build is never taken for a finished one.
+change to any of them triggers a new build. It is built in a scratch folder under a file lock and moved into place by
+one rename. So two processes that start together build it once, and an interrupted build is never taken for a finished
+one.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _platform() -> str:
 
 
 def load() -> ModuleType:
-    """The loaded extension, built first if need be.
+    """The loaded extension, built first if necessary.
 
     Raises:
         DeviceError: there is no compiler, or the compiler failed.
@@ -139,7 +140,7 @@ def _compiler() -> str:
 
 
 def _search_path() -> str:
-    """``PATH``, and the interpreter's own scripts: there lies ``ninja`` when the environment is not activated."""
+    """``PATH``, and the interpreter's scripts folder, which holds ``ninja`` if the environment is not activated."""
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
@@ -154,7 +155,7 @@ def _tools_on_path() -> Iterator[None]:
 
 
 def _import(library: Path) -> ModuleType:
-    import torch  # noqa: F401  (the library links against what this loads)
+    import torch  # noqa: F401  (loads the libraries that the extension links against)
 
     spec = importlib.util.spec_from_file_location(MODULE_NAME, library)
     assert spec is not None and spec.loader is not None

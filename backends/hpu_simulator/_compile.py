@@ -1,7 +1,7 @@
 """`torch.compile(backend="hpu_backend")` on the simulated HPU, in eager mode.
 
-Each graph that dynamo and AOT autograd hand over runs unchanged as one region: one launch of one recipe. The number of
-graphs and the time of their compilation are simulated, the work of Gaudi's compiler is not.
+Each graph from dynamo and AOT autograd runs unchanged as one region: one launch of one recipe. The number of graphs and
+the time of their compilation are simulated; the work of Gaudi's compiler is not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _as_region(function: Compiled) -> Compiled:
 
 
 def hpu_backend(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor], **_: Any) -> Compiled:
-    """The dynamo backend; options of the real one are accepted and have no effect."""
+    """The dynamo backend. It accepts the options of the real one and ignores them."""
     compiled: Compiled = aot_autograd(
         fw_compiler=_compiler("forward"),
         bw_compiler=_compiler("backward"),
@@ -51,7 +51,7 @@ def hpu_backend(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor],
 
 
 class HpuInterface(DeviceInterface):
-    """What dynamo asks of a device."""
+    """The interface that dynamo requires of a device."""
 
     device = torch.get_device_module("hpu").device
     Event = torch.get_device_module("hpu").Event
@@ -91,6 +91,6 @@ class HpuInterface(DeviceInterface):
 
 
 def register() -> None:
-    """Make the backend and the device known to dynamo."""
+    """Register the backend and the device with dynamo."""
     register_interface_for_device("hpu", HpuInterface)
     register_backend(name="hpu_backend", compiler_fn=hpu_backend)

@@ -1,4 +1,4 @@
-"""What a run on the simulated HPU cost: recipes, recompilations, launches, memory."""
+"""The costs of a run on the simulated HPU: recipes, recompilations, launches, memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class StepCount:
-    """What one optimizer step added.
+    """The counts of one optimizer step.
 
     Attributes:
         recompiles: recipes compiled, that is, cache misses.
-        launches: graphs run, compiled anew or not.
-        host_reads: times the host waited for a value: `.item()`, a copy to the host, a shape that depends on data.
-        peak_bytes: the most device memory in use since the run began.
+        launches: graphs run, newly compiled or not.
+        host_reads: how often the host waited for a value: `.item()`, a copy to the host, a data-dependent shape.
+        peak_bytes: peak device memory since the run began.
     """
 
     recompiles: int
@@ -33,17 +33,17 @@ class Report:
 
     Attributes:
         mode: `lazy` or `eager`.
-        recipes: different graphs compiled.
+        recipes: number of different graphs compiled.
         launches: graphs run.
         ops: operators that did work on the device.
         host_reads: as in :class:`StepCount`.
         flushes: launches by what ended the graph: `mark_step`, `item`, `copy_to_host`, `dynamic_shape`, `max_ops`,
             `synchronize`; in eager mode `eager` (one operator) or `region` (a compiled region).
-        compiled_graphs: graphs given to `torch.compile(backend="hpu_backend")`, by kind.
-        peak_bytes: most device memory in use at once.
+        compiled_graphs: graphs passed to `torch.compile(backend="hpu_backend")`, by kind.
+        peak_bytes: peak device memory in use.
         in_use_bytes: device memory in use now.
-        limit_bytes: device memory there is.
-        steps: per optimizer step.
+        limit_bytes: device memory available.
+        steps: counts per optimizer step.
     """
 
     mode: str
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def late_steps(self) -> Sequence[StepCount]:
-        """The second half of the steps: those in which a bounded design compiles nothing."""
+        """The second half of the steps, in which a bounded design compiles nothing."""
         return self.steps[len(self.steps) // 2 :]
 
     @property
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def launches_per_step(self) -> float:
-        """Over the late steps, where warm-up no longer counts."""
+        """Mean over the late steps, which exclude the warm-up."""
         return fmean(each.launches for each in self.late_steps) if self.late_steps else 0.0
 
     def as_dict(self) -> dict[str, Any]:

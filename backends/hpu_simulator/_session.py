@@ -1,4 +1,4 @@
-"""Putting the simulated HPU into a process, and reading its counts."""
+"""Installs the simulated HPU in a process, and reads its counts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODE_VARIABLE = "PT_HPU_LAZY_MODE"
 MAX_OPS_VARIABLE = "PT_HPU_MAX_COMPOUND_OP_SIZE"
 DEFAULT_MEMORY = "96GiB"
 UNLIMITED_OPS = 2**63 - 1
-DEVICE_COUNT = 8  # cards that the machine says it has; as on Gaudi, a process has one of them and calls it hpu:0
+DEVICE_COUNT = 8  # cards that the machine reports; as on Gaudi, a process has one of them and calls it hpu:0
 OTHER_ACCELERATORS_VARIABLE = "CUDA_VISIBLE_DEVICES"  # ROCm reads it as well
 PACKAGE = "habana_frameworks"
 PACKAGE_DIR = Path(__file__).resolve().parent / PACKAGE
@@ -30,7 +30,7 @@ _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class _State:
-    """What the process remembers of the simulation; it has one device, so there is one of these."""
+    """The state of the simulation in this process, which has one device."""
 
     def __init__(self) -> None:
         self.extension: ModuleType | None = None
@@ -44,20 +44,20 @@ _state = _State()
 
 
 def install(*, lazy: bool | None = None, memory: int | str = DEFAULT_MEMORY, max_ops: int | None = None) -> None:
-    """Put the simulated HPU into this process. Calling it again with the same mode only sets the memory limit.
+    """Install the simulated HPU in this process. Calling it again with the same mode only sets the memory limit.
 
     Args:
-        lazy: lazy mode, or eager mode; None asks `PT_HPU_LAZY_MODE`, and without that takes lazy mode.
+        lazy: lazy or eager mode; None uses `PT_HPU_LAZY_MODE`, and lazy mode if that is not set.
         memory: device memory, in bytes or as text such as `"96GiB"`.
-        max_ops: most operators in one lazy graph; None asks `PT_HPU_MAX_COMPOUND_OP_SIZE`, else there is no bound.
+        max_ops: largest number of operators in a lazy graph; None uses `PT_HPU_MAX_COMPOUND_OP_SIZE`, else no limit.
 
-    Writes two variables into this process's environment: `PT_HPU_LAZY_MODE`, which Gaudi's own software and
-    transformers read, and an empty `CUDA_VISIBLE_DEVICES`: PyTorch knows one accelerator for each process, so a GPU is
-    hidden, and a build of PyTorch with CUDA behaves like one without.
+    Writes two variables into this process's environment: `PT_HPU_LAZY_MODE`, which Gaudi's software and transformers
+    read, and an empty `CUDA_VISIBLE_DEVICES`. PyTorch supports one accelerator per process, so GPUs are hidden, and a
+    build of PyTorch with CUDA behaves like one without.
 
     Raises:
-        DeviceError: no compiler, real Gaudi software in the same process, another mode asked for than the one running,
-            or called too late: after something has already found out that there is no HPU, or used a GPU.
+        DeviceError: there is no compiler, real Gaudi software is in the same process, the simulator runs in the other
+            mode, or it is too late: something has already found out that there is no HPU, or used a GPU.
     """
     lazy = _lazy_from_environment() if lazy is None else lazy
     limit = parse_bytes(memory)
@@ -104,7 +104,7 @@ def is_lazy() -> bool:
 
 
 def set_memory_limit(memory: int | str) -> None:
-    """Set the device's memory, in bytes or as text such as `"512MiB"`; what is in use stays."""
+    """Set the device's memory, in bytes or as text such as `"512MiB"`. Memory in use is not freed."""
     extension().set_memory_limit(parse_bytes(memory))
 
 
@@ -124,17 +124,17 @@ def recipes() -> list[dict[str, Any]]:
 
 
 def compiled_graphs() -> dict[str, int]:
-    """Graphs given to `torch.compile(backend="hpu_backend")`: `forward`, `backward`, `inference`."""
+    """Graphs passed to `torch.compile(backend="hpu_backend")`: `forward`, `backward`, `inference`."""
     return dict(_state.graphs)
 
 
 def count_graph(kind: str) -> None:
-    """Called by the compiler backend for each graph it is given."""
+    """Count a graph that the compiler backend receives."""
     _state.graphs[kind] = _state.graphs.get(kind, 0) + 1
 
 
 def mark_step_done(*_: Any) -> None:
-    """End a step of the report. Called by itself after every `optimizer.step()`."""
+    """End a step of the report. Runs automatically after every `optimizer.step()`."""
     now = counters()
     _state.steps.append(
         StepCount(
@@ -148,7 +148,7 @@ def mark_step_done(*_: Any) -> None:
 
 
 def reset(*, forget_recipes: bool = True) -> None:
-    """Start counting anew: counters, steps and peak memory; the recipe cache too unless told otherwise."""
+    """Reset counters, steps and peak memory, and the recipe cache unless told otherwise."""
     extension().reset_counters(forget_recipes)
     extension().reset_peak_memory()
     _state.steps.clear()
@@ -197,15 +197,15 @@ def _check_same_mode(lazy: bool) -> None:
     if lazy != _state.lazy:
         running, asked = ("lazy", "eager") if _state.lazy else ("eager", "lazy")
         raise DeviceError(
-            f"The simulated HPU already runs in {running} mode in this process and {asked} mode was asked for. "
-            "The mode cannot change: use another process."
+            f"The simulated HPU already runs in {running} mode in this process, but {asked} mode was asked for. The "
+            "mode cannot change: use another process."
         )
 
 
 def _refuse_real_software() -> None:
     if PACKAGE in sys.modules or importlib.util.find_spec(PACKAGE) is not None:
         raise DeviceError(
-            f"{PACKAGE} is installed here, and the simulated HPU brings a stand-in of the same name. Run on the real "
+            f"{PACKAGE} is installed here, but the simulated HPU needs a stand-in of the same name. Run on the real "
             "device, or use an environment without it for the simulation."
         )
 

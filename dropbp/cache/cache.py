@@ -1,4 +1,4 @@
-"""Decides for each forward whether it starts at the border, runs whole, or is run both ways and compared."""
+"""Decides for each forward whether it starts at the border, runs in full, or runs both ways to compare them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dropbp.tensors import ask_for_gradients, tensors_in
 
 logger = logging.getLogger(__name__)
 
-MEASURED = 3  # forwards that tell how long the blocks below the border take
+MEASURED = 3  # forwards that measure how long the blocks below the border take
 Kind = tuple[Any, ...]
 
 
@@ -41,14 +41,14 @@ class ActivationCache:
     """The cache of one enabled model.
 
     Args:
-        engine: makes the model run; its schedule tells what will still train.
-        where: True, the memory of the host; or a folder.
-        limit: bytes that may be stored; None takes a share of what is free.
+        engine: the engine of the model; its schedule tells what will still train.
+        where: True (host memory), or a folder.
+        limit: bytes that may be stored; None: a share of the free memory or disk space.
 
     Attributes:
         refused: why the cache is off; None while it is on.
         objections: why some forwards run without it.
-        difference: the largest that was found when a forward was run both ways, relative to the norm of a row's state.
+        difference: the largest difference found when a forward ran both ways, relative to the norm of a row's state.
     """
 
     def __init__(self, engine: Engine, where: bool | str | os.PathLike[str], limit: int | None = None) -> None:
@@ -63,7 +63,7 @@ class ActivationCache:
         self.objections: dict[str, None] = {}
         self.difference = 0.0
         self.looked_up = self.found = self.forwards_hit = self.border = 0
-        self._highest = 0  # border so far: no state lies above it
+        self._highest = 0  # the highest border so far: no state lies above it
         self.saved_s = 0.0
         self._running: ContextVar[Passage | None] = ContextVar("passage", default=None)
         self.takes_use_cache = "use_cache" in argument_names(self.model)
@@ -74,20 +74,20 @@ class ActivationCache:
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self.freed_bytes = 0
         self._measured: list[float] = []
-        self._untried = True  # whether it matters how much padding is to the left of a row
+        self._untried = True  # whether it is still unknown if the padding to the left of a row matters
         self._patches: list[Interception] = []
 
     def start(self) -> None:
-        """Put the functions around the blocks in place."""
+        """Wrap the forwards of the blocks."""
         if not self.prefix.count:
             self.refuse(f"{type(self.model).__name__} has no blocks that could be skipped")
         for place, block in enumerate(self.prefix.blocks):
             self._patches.append(Interception(block, "_dropbp_cache", BlockState(place, self._running), block_forward))
-        self.engine.recomputation.look()  # what is around a block now is no change of it
+        self.engine.recomputation.look()  # so that these wrappers do not count as changes of the blocks
         self.runtime.shortened = self.shortened
 
     def stop(self) -> None:
-        """Remove them, and set everything free."""
+        """Remove the wrappers, and free all memory."""
         self.runtime.shortened = None
         for patch in reversed(self._patches):
             patch.remove()
@@ -95,7 +95,7 @@ class ActivationCache:
         self.store.close()
 
     def report(self) -> dict[str, Any]:
-        """Plain numbers and strings."""
+        """The cache's figures as plain numbers and strings."""
         return {
             "rows": self.store.rows,
             "bytes": self.store.nbytes,
@@ -116,7 +116,7 @@ class ActivationCache:
         return self.store.trouble or full
 
     def figures(self) -> dict[str, float]:
-        """What a trainer's log shows."""
+        """The figures for a trainer's log."""
         return {
             "dropbp_cache_hit_share": self.found / max(1, self.looked_up),
             "dropbp_cache_gib": self.store.nbytes / 2**30,
@@ -128,7 +128,9 @@ class ActivationCache:
     def shortened(
         self, call: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any], plan: ForwardPlan
     ) -> Callable[[], Any] | None:
-        """What runs in place of the root's forward; `call` is None where that is compiled, and is left alone."""
+        """The function that runs instead of the root's forward. `call` is None if that is compiled; it is then
+        unchanged.
+        """
         if call is None:
             self._object("the whole model is compiled: compile its blocks instead, dropbp.compile_blocks(handle)")
             return None
@@ -139,7 +141,7 @@ class ActivationCache:
             return whole
         tensors = self.prefix.look()
         floor = self._floor(plan)
-        observed = isinstance(plan, CallPlan) and plan.observation is not None  # looks at what dropped branches record
+        observed = isinstance(plan, CallPlan) and plan.observation is not None  # inspects what dropped branches record
         border = self._border(floor, 0 if observed else plan.detached)
         self._highest = max(self._highest, border)
         changed = self.prefix.changed(tensors, self._highest)
@@ -154,7 +156,7 @@ class ActivationCache:
         self.store.reach(border)
         rows = self.keys.of(args, kwargs, self._salt(kind))
         if rows is None:
-            self._object("an input is something else than tensors, numbers and texts")
+            self._object("an input is neither a tensor nor a number nor text")
             return whole
         self.looked_up += len(rows)
         forward = CachedForward(self, call, args, kwargs, kind, rows, border, plan)
@@ -169,7 +171,7 @@ class ActivationCache:
         return functools.partial(forward.run_short, states)
 
     def _kind(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
-        """What forwards have in common whose outputs come from the same places: what is called, what is asked for."""
+        """A key for forwards whose outputs come from the same places: what is called, and what is asked for."""
         module = getattr(call, "args", (self.model,))[0]
         return (type(module).__name__, *self.engine.calls.key(args, kwargs), self.prefix.modes())
 
@@ -183,7 +185,7 @@ class ActivationCache:
         return not self._wants_caches(kwargs)
 
     def _wants_caches(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the key-value caches of all layers are wanted: in generation, and where a call says so."""
+        """Whether the key-value caches of all layers are wanted: in generation, or because the call says so."""
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
             return True
         loss = kwargs.get("labels") is not None or torch.is_grad_enabled()
@@ -197,12 +199,14 @@ class ActivationCache:
         return self.prefix.floor(plan.trained & every, plan.stem_rests)
 
     def _below(self, branches: int) -> int:
-        """The highest border with none of these branches below: an output leads to their inside."""
+        """The highest border below which none of these branches lies, because an output depends on their inside."""
         needs = self.engine.structure.blocks.values()
         return next((place for place, need in enumerate(needs) if need & branches), self.prefix.count)
 
     def _border(self, floor: int, detached: int) -> int:
-        """Where states are stored now: nothing below trains in this forward or in one to come."""
+        """The border at which states are stored now: nothing below it trains in this forward or later; 0 if there is
+        none.
+        """
         resting = self.prefix.floor(to_come(self.engine.schedule), self.engine.freezes)
         border = min(resting, self.forms.limit, self.prefix.count)
         below = self._below(detached)
@@ -228,7 +232,7 @@ class ActivationCache:
         return f"{name}{sorted(map(repr, asked))}{sorted(map(repr, changed))}{modes.hex()}{autocast}"
 
     def _states(self, rows: Sequence[Row], floor: int) -> dict[int, State]:
-        """The states of the rows, if all are there."""
+        """The states of the rows, if all are stored; else empty."""
         if not all(0 < self.store.border(row.key) <= floor for row in rows):
             return {}
         if not all(row.padding is None or self.store.border(row.at(self.store.border(row.key))) for row in rows):
@@ -238,17 +242,17 @@ class ActivationCache:
         return states if len(states) == len(rows) else {}
 
     def padding(self, rows: Sequence[Row], states: Mapping[int, State]) -> dict[int, State]:
-        """The states of the padding to the left of these rows, where they enter."""
+        """The states of the padding to the left of these rows, at the border where the rows enter."""
         wanted = {place: rows[place].at(state.border) for place, state in states.items() if rows[place].padding}
         found = {place: self.store.get(key) for place, key in wanted.items()}
         return {place: state for place, state in found.items() if state is not None}
 
     def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Its states of parameters that will never train again are set free as the border moves up."""
+        """Free this optimizer's states of parameters that will never train again, as the border moves up."""
         self._optimizer = weakref.ref(optimizer)
 
     def _set_free(self, border: int) -> None:
-        """A parameter that did train again, against expectation, would find its state as at the start of the run."""
+        """Free optimizer states. If such a parameter did train again, its state would start afresh."""
         optimizer = self._optimizer() if self._optimizer is not None else None
         if optimizer is None or type(optimizer).__module__.startswith("deepspeed"):  # states of many parameters in one
             return
@@ -258,7 +262,7 @@ class ActivationCache:
                     state = optimizer.state.pop(tensor)
                     self.freed_bytes += sum(value.nbytes for value in tensors_in(state))
 
-    # -- what was found
+    # -- observations
 
     def refuse(self, reason: str) -> None:
         """Switch the cache off for the rest of the run."""
@@ -268,9 +272,9 @@ class ActivationCache:
             logger.warning("The activation cache is switched off, because %s.", reason)
 
     def bound(self, kind: Kind, border: int, leak: str) -> None:
-        """Something besides the stream crosses this border. Stay below the stack of blocks it lies in, if there is one.
+        """Something besides the stream crosses this border, so stay below the stack of blocks it lies in, if any.
 
-        So an encoder can be cached, whose last state every block of the decoder reads.
+        This way an encoder can still be cached although every block of the decoder reads its last state.
         """
         stack = stack_of(self.prefix.names[border - 1])
         below = next((i for i in reversed(range(border)) if stack_of(self.prefix.names[i]) != stack), 0)
@@ -283,7 +287,7 @@ class ActivationCache:
             self._object(reason)
 
     def object_to_randomness(self, kind: Kind, place: int) -> None:
-        """A block, or what feeds the first one, draws random numbers in training."""
+        """A block, or a module that feeds the first one, draws random numbers in training."""
         where = self.prefix.random_module(place)
         self._against[kind] = reason = (
             f"{where} draws random numbers in training, so a row's state differs each time. Switch off dropout below "
@@ -292,7 +296,7 @@ class ActivationCache:
         self._object(reason)
 
     def end_epoch(self) -> None:
-        """Every row has come once more. Where none of them was known, none will be: what was stored is set free."""
+        """Note that every row was seen once more. If no row ever recurs, switch the cache off."""
         known, seen = self.found - self._at_epoch[0], self.looked_up - self._at_epoch[1]
         if self._epochs and seen and not known and not self._against:
             self.refuse(
@@ -303,7 +307,7 @@ class ActivationCache:
         self._at_epoch = self.found, self.looked_up
 
     def note_whole(self, forward: CachedForward, border: int, stream: torch.Tensor) -> None:
-        """A forward ran whole and has reached the border."""
+        """Note that a forward run in full has reached the border."""
         self.stream_type = stream.dtype
         if torch.is_grad_enabled() and not forward.plan.truncated:
             self.stream_asks = stream.requires_grad
@@ -312,13 +316,13 @@ class ActivationCache:
             self._measured.append((time.perf_counter() - forward.begin_s) / (border * stream[..., 0].numel()))
 
     def note_hit(self, forward: CachedForward, start: int, positions: int) -> None:
-        """A forward started at a border."""
+        """Note that a forward started at a border."""
         self.forwards_hit += 1
         self.saved_s += min(self._measured, default=0.0) * start * positions
 
     @property
     def stores(self) -> bool:
-        """Whether states are stored."""
+        """Whether states are being stored."""
         return self.refused is None and not self.store.full and self.store.trouble is None
 
     def _named(self, border: int) -> str:

@@ -1,8 +1,8 @@
-"""Stored states in a folder: shared by processes and by later runs, and safe against whatever ends a process.
+"""Stores states in a folder that processes and later runs share, safely whatever ends a process.
 
-Each border has a folder, named by the fingerprint of what is below it, and each process a file in it, to which it
-appends. A record is a header, the numbers, and a checksum of each. A record that is torn, damaged or not finite counts
-as not being there: the row runs whole again. Files of other processes are read, and looked at again as they grow.
+Each border has a folder, named by the fingerprint of what is below it. Each process appends to a file of its own in it.
+A record is a header and the numbers, each with a checksum. A record that is truncated, damaged or not finite counts as
+missing, so the row runs in full again. Files of other processes are read, and read again as they grow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dropbp.errors import StateError
 
 logger = logging.getLogger(__name__)
 
-SHARE_OF_DISK = 0.5  # of what is free, unless a limit is given
+SHARE_OF_DISK = 0.5  # of the free space, unless a limit is given
 SUFFIX = ".rows"
 MAGIC = b"DBPROWS1"
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +39,7 @@ LOOK_AGAIN_S = 1.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record's numbers are, and what they are."""
+    """Position and format of a record's numbers."""
 
     path: Path
     offset: int
@@ -53,9 +53,9 @@ class FileStore:
     """States in a folder, up to a limit in bytes.
 
     Args:
-        folder: it is made if it is not there.
-        fingerprints: of the model.
-        limit: bytes; None takes a share of what is free on the disk.
+        folder: the folder; it is created if missing.
+        fingerprints: fingerprints of the model.
+        limit: bytes; None: a share of the free disk space.
     """
 
     def __init__(self, folder: Path, fingerprints: Fingerprints, limit: int | None = None) -> None:
@@ -76,12 +76,12 @@ class FileStore:
 
     @property
     def rows(self) -> int:
-        """How many rows there are, without states of padding."""
+        """Number of rows, without states of padding."""
         return len({key for index in self._index.values() for key in index if len(key) == KEY_BYTES})
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the states take that can be found now."""
+        """Bytes of the states that can be found now."""
         return sum(place.nbytes for index in self._index.values() for place in index.values())
 
     def reach(self, border: int) -> None:
@@ -92,7 +92,7 @@ class FileStore:
                 self._look(each)
 
     def border(self, key: bytes) -> int:
-        """The highest border at which there is a state of a row; 0 where there is none."""
+        """The highest border at which a state of the row is stored; 0 if there is none."""
         found = self._border(key)
         if not found and time.monotonic() - self._looked_s > LOOK_AGAIN_S:
             self._looked_s = time.monotonic()
@@ -105,7 +105,7 @@ class FileStore:
         return max((border for border, index in self._index.items() if key in index), default=0)
 
     def get(self, key: bytes) -> State | None:
-        """A row's state; None where there is none, or it is damaged."""
+        """A row's state; None if there is none, or if it is damaged."""
         border = self._border(key)
         place = self._index[border].get(key) if border else None
         values = None if place is None else _values(place)
@@ -128,7 +128,7 @@ class FileStore:
             self._taken += len(record)
 
     def drop_above(self, border: int) -> None:
-        """Forget the states above a border; the files stay, for a run with those weights."""
+        """Forget the states above a border. The files stay, for runs with those weights."""
         self._fingerprints.forget_above(border)
         for each in [each for each in self._index if each > border]:
             del self._index[each]
@@ -145,7 +145,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
-        """Storing ends at the first error; the training goes on."""
+        """Stop storing at the first error; the training goes on."""
         try:
             yield
         except (OSError, StateError) as error:
@@ -179,7 +179,7 @@ class FileStore:
         return path, offset
 
     def _look(self, border: int) -> None:
-        """Index the records that files at a border have and this process has not seen."""
+        """Index the records in the files of a border that this process has not seen."""
         with self._disk():
             for path in sorted(self._folder(border).glob(f"*{SUFFIX}")):
                 seen = self._read.get(path, 0)
@@ -195,13 +195,13 @@ def _record(key: bytes, state: State, numbers: bytes) -> bytes:
 
 
 def _scan(path: Path, start: int, index: dict[bytes, Place]) -> int:
-    """Index the whole records from an offset on; returns where they end."""
+    """Index the complete records from an offset on; return where they end."""
     size = path.stat().st_size
     with path.open("rb") as file:
         while start + HEADER.size + CHECK.size <= size:
             file.seek(start)
             found = _header(file.read(HEADER.size + CHECK.size))
-            if found is None:  # nothing after it can be trusted
+            if found is None:  # nothing after a damaged header can be trusted
                 return size
             key, kind, shape, nbytes, checksum = found
             offset = start + HEADER.size + CHECK.size
@@ -223,7 +223,7 @@ def _header(data: bytes) -> tuple[bytes, torch.dtype, tuple[int, ...], int, int]
 
 
 def _values(place: Place) -> torch.Tensor | None:
-    """The numbers of a record; None where they are not those that were written, or not finite."""
+    """The numbers of a record; None if they are damaged or not finite."""
     try:
         with place.path.open("rb") as file:
             file.seek(place.offset)

@@ -1,6 +1,6 @@
-"""Which model a folder of states belongs to: a fingerprint of the weights below a border and of what computes there.
+"""Identifies the model that a folder of states belongs to, by a fingerprint of the weights and code below a border.
 
-States of another model, of other weights, another type or another version have another fingerprint, so they lie in
+States of another model, other weights, another dtype or another version have another fingerprint, so they lie in
 another folder and are never found.
 """
 
@@ -20,18 +20,18 @@ from dropbp.errors import StateError
 from dropbp.tensors import tensors_in
 
 _ORIGIN = ("name_or_path", "commit_hash")
-CHUNK = 1 << 26  # elements hashed at once, so that the host holds no second copy of a large weight
+CHUNK = 1 << 26  # elements hashed at once, so that the host never holds a second copy of a large weight
 
 
 class Fingerprints:
-    """The fingerprint of each border, worked out from the lowest up when it is asked for."""
+    """The fingerprint of each border, computed from the lowest up on demand."""
 
     def __init__(self, prefix: Prefix) -> None:
         self._prefix = prefix
         self._chain = [self._of_code()]
 
     def at(self, border: int) -> str:
-        """The fingerprint of what is below a border.
+        """The fingerprint of everything below a border.
 
         Raises:
             StateError: this process does not hold the weights.
@@ -45,11 +45,11 @@ class Fingerprints:
         return self._chain[border].hex()
 
     def forget_above(self, border: int) -> None:
-        """A tensor in the block above this border has changed."""
+        """Note that a tensor in the block above this border has changed."""
         del self._chain[border + 1 :]
 
     def _of_code(self) -> bytes:
-        """The classes with their source, the configuration, and the versions of what runs."""
+        """Hash the classes with their source, the configuration, and the versions of the packages."""
         model = self._prefix.model
         kinds = sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__)
         packages = sorted({kind.__module__.partition(".")[0] for kind in kinds} | {"torch"})
@@ -61,7 +61,7 @@ class Fingerprints:
 
 
 def _configuration(model: nn.Module) -> str:
-    """All settings but where the model came from, and the tree of its modules."""
+    """All settings except where the model came from, and the tree of its modules."""
     settings = vars(getattr(model, "config", None) or _Nothing())
     shown = sorted(f"{name}={value!r}" for name, value in settings.items() if not name.endswith(_ORIGIN))
     return f"{shown}{model}"
@@ -73,13 +73,13 @@ def _source(kind: type) -> str:
         return name
     try:
         return name + inspect.getsource(kind)
-    except (OSError, TypeError):  # typed into an interpreter
+    except (OSError, TypeError):  # defined in an interactive session
         return name
 
 
 def _update(hashed: Any, name: str, tensor: torch.Tensor) -> None:
     if hasattr(tensor, "ds_id") or hasattr(tensor, "device_mesh") or tensor.is_meta:
-        raise StateError(f"{name} is sharded over ranks or on no device, so its folder of states is not known")
+        raise StateError(f"{name} is sharded over ranks or has no data, so its folder of states is unknown")
     hashed.update(f"|{name}{tensor.dtype}{list(tensor.shape)}".encode())
     for part in (tensor, *tensors_in(list(vars(getattr(tensor, "quant_state", _Nothing())).values()))):
         for piece in part.detach().reshape(-1).split(CHUNK):
@@ -87,4 +87,4 @@ def _update(hashed: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 class _Nothing:
-    """A tensor that is not quantised has no scales beside its numbers."""
+    """Stands for the missing scales of a tensor that is not quantised."""

@@ -1,4 +1,4 @@
-"""One forward of the root with the cache: whole, shortened, or both ways to compare them."""
+"""One forward of the root with the cache: in full, shortened, or both ways to compare them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dropbp.cache.cache import ActivationCache, Kind
 
 CACHES = ("past_key_values", "cache_params", "past_key_value", "mems", "state", "layer_past", "past")
-# Relative to the norm of a row's state: what rounding leaves after many layers, with other rows beside it.
+# Relative to the norm of a row's state: rounding errors after many layers, with other rows in the batch.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -31,14 +31,14 @@ class CachedForward:
     """One call of the root.
 
     Args:
-        cache: whose states are used.
+        cache: the cache whose states are used.
         call: the root's forward.
-        args: of the call.
-        kwargs: likewise.
-        kind: of the call; what was seen of one holds for all.
-        rows: of the batch.
-        border: where states are stored now.
-        plan: of the forward.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        kind: kind of the call; observations of one call hold for its kind.
+        rows: rows of the batch.
+        border: the border at which states are stored now.
+        plan: plan of the forward.
     """
 
     def __init__(
@@ -54,12 +54,14 @@ class CachedForward:
     ) -> None:
         self.cache, self.call, self.args, self.kwargs = cache, call, args, kwargs
         self.kind, self.rows, self.border, self.plan = kind, rows, border, plan
-        self._seen = kind, len(rows) > 1  # a row that was alone so far has yet to meet others
+        self._seen = kind, len(rows) > 1  # rows seen alone must still be checked together with others
         self.begin_s = time.perf_counter()
         self._worst = 0.0
 
     def run_whole(self, states: Mapping[int, State] | None = None) -> Any:
-        """All blocks run, and what is missing at the border is stored. Given states are compared with what is found."""
+        """Run all blocks, and store states missing at the border. If states are given, compare them with
+        the results.
+        """
         cache, whole = self.cache, functools.partial(self.call, *self.args, **self.kwargs)
         watch = _Randomness(cache, self.kind) if cache.model.training else None
         passage = Passage(
@@ -77,7 +79,7 @@ class CachedForward:
         return outputs
 
     def run_short(self, states: Mapping[int, State]) -> Any:
-        """The blocks below the border do not run; the first time the forward runs both ways."""
+        """Skip the blocks below the border. The first time, run both ways."""
         cache = self.cache
         passage = self._passage(states)
         if (self._seen, None) not in cache.tight:
@@ -95,9 +97,9 @@ class CachedForward:
         return outputs
 
     def try_other_padding(self) -> None:
-        """Whether states depend on how much padding is to the left: one more column of it, and compare.
+        """Find out whether states depend on the amount of padding to the left: add one column of it, and compare.
 
-        They do where positions are counted from the left and learnt; rotary ones only matter by their distance.
+        They do with learned absolute positions; with rotary ones, only distances matter.
         """
         cache, keys = self.cache, self.cache.keys
         call = functools.partial(self.call, *self.args)
@@ -107,7 +109,7 @@ class CachedForward:
         with random_state_kept(cache.model), buffers_kept(cache.model):
             for kwargs in (plain, other):
                 passage = Passage(cache.forms, self.rows, store=lambda _, x: seen.append(x), store_at=self.border)
-                with contextlib.suppress(Exception):  # more positions than the model has, say
+                with contextlib.suppress(Exception):  # for example more positions than the model has
                     cache.runtime.run_aside(
                         functools.partial(cache.passing, passage, functools.partial(call, **kwargs))
                     )
@@ -120,7 +122,7 @@ class CachedForward:
         )
 
     def _alike(self, one: torch.Tensor, more: torch.Tensor, mask: torch.Tensor) -> bool:
-        """Whether all padding left of a row has one state."""
+        """Whether all padding to the left of a row has the same state."""
         first = int(mask.nonzero()[0])
         return all(_distance(more[first], x) <= self._tolerance() for x in (*one[max(0, first - 1) : first], more[0]))
 
@@ -138,19 +140,19 @@ class CachedForward:
         )
 
     def _short_call(self) -> Callable[[], Any]:
-        """Key-value caches would lack the layers that do not run, so none are made."""
+        """Make no key-value caches, since they would lack the layers that do not run."""
         kwargs = {**self.kwargs, "use_cache": False} if self.cache.takes_use_cache else self.kwargs
         return functools.partial(self.call, *self.args, **kwargs)
 
     def _compare_alone(self, states: Mapping[int, State]) -> None:
-        """Run the last row by itself: what it was stored with may be what it has beside it now."""
+        """Run the last row alone, because the other rows may be the same as when its state was stored."""
         count = len(self.rows)
         args, kwargs = (_last_row(value, count) for value in (self.args, {**self.kwargs}))
         kwargs = {name: value for name, value in kwargs.items() if name not in LABELS}
         row = self.rows[-1:]
         alone = CachedForward(self.cache, self.call, args, kwargs, self.kind, row, self.border, self.plan)
         passage = Passage(self.cache.forms, row, {0: states[count - 1]}, compare=alone._compare)
-        with contextlib.suppress(Exception):  # a model may not take its other inputs for one row
+        with contextlib.suppress(Exception):  # a model may not accept its other inputs for one row
             self._run_aside(passage, functools.partial(self.call, *args, **kwargs))
         self._worst = max(self._worst, alone._worst)
 
@@ -158,14 +160,16 @@ class CachedForward:
         return self.cache.runtime.run_aside(functools.partial(self.cache.passing, passage, call))
 
     def _run_both_ways(self, states: Mapping[int, State]) -> Any:
-        """Run shortened, with not-a-numbers from the blocks below, then whole, with the same randomness; compare."""
+        """Run shortened, with NaN as the outputs of the blocks below, then in full with the same random
+        state; compare.
+        """
         cache = self.cache
         passage = Passage(cache.forms, self.rows, states, cache.padding(self.rows, states), seeks_leaks=True)
         short: dict[str, Any] | None = None
         with random_state_kept(cache.model), buffers_kept(cache.model):
             try:
                 short = _figures(self._run_aside(passage, self._short_call()))
-            except Exception as error:  # noqa: BLE001 - whatever a model raises when its blocks return nothing real
+            except Exception as error:  # noqa: BLE001 - a model may raise anything if its blocks return NaN
                 passage.leak = passage.leak or f"a shortened forward raises {type(error).__name__} ({error})"
             if len(self.rows) > 1:
                 self._compare_alone(states)
@@ -180,7 +184,7 @@ class CachedForward:
         if self._worst > allowed:
             cache.refuse(
                 f"a forward that started at {cache.prefix.names[passage.start - 1]} differed by {self._worst:.2g} of "
-                f"the stream's norm from one that ran whole, and rounding explains at most {allowed:.2g}: the blocks "
+                f"the stream's norm from one that ran in full, but rounding explains at most {allowed:.2g}: the blocks "
                 "below are not deterministic, or mix the rows of a batch"
             )
             return
@@ -218,7 +222,7 @@ class CachedForward:
             return
         spans = [row.real for row in self.rows if row.real is not None]
         if spans and not self._fits(stream):
-            cache.keys.trims = False  # from the next forward on whole rows are hashed and stored
+            cache.keys.trims = False  # from the next forward on, whole rows are hashed and stored
             return
         cache.note_whole(self, border, stream)
         for place, row in enumerate(self.rows):
@@ -228,7 +232,7 @@ class CachedForward:
                 _put(cache, row.at(border), border, stream[place, row.real.start - 1])
 
     def _fits(self, stream: torch.Tensor) -> bool:
-        """Whether the stream has a position for each of the mask's."""
+        """Whether the stream has one position for each position of the mask."""
         mask = self.kwargs.get("attention_mask")
         return stream.dim() == 3 and (mask is None or stream.shape[1] == mask.shape[1])
 
@@ -243,14 +247,14 @@ def _put(cache: ActivationCache, key: bytes, border: int, own: torch.Tensor) -> 
 
 
 class _Randomness:
-    """Looks whether a block below the border draws random numbers."""
+    """Checks whether a block below the border draws random numbers."""
 
     def __init__(self, cache: ActivationCache, kind: Kind) -> None:
         self.cache, self.kind, self.found = cache, kind, False
         self._before = self._states()
 
     def __call__(self, place: int) -> None:
-        """A block has run; those below come first."""
+        """Check after a block has run; the blocks below it come first."""
         if self.found or place >= self.cache.border:
             return
         now = self._states()
@@ -263,13 +267,13 @@ class _Randomness:
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Relative to the norm."""
+    """Distance relative to the norm of the first tensor."""
     one, other = one.double(), other.double()
     return float((one - other).norm() / one.norm().clamp(min=1e-30))
 
 
 def _padded(name: str, value: Any, mask: torch.Tensor) -> Any:
-    """The argument for rows with one more position of padding on the left."""
+    """The argument with one more position of padding on the left."""
     if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[1] != mask.shape[1]:
         return value
     first = torch.zeros_like(value[:, :1]) if name == MASK else value[:, :1]
@@ -285,7 +289,7 @@ def _last_row(value: Any, rows: int) -> Any:
 
 
 def _figures(outputs: Any) -> dict[str, Any]:
-    """What two runs are compared by: the outputs that are numbers, and whether the others hold a not-a-number."""
+    """The values by which two runs are compared: scalar outputs, and whether each other output contains NaN."""
     found: dict[str, Any] = {}
     for name, tensor in outputs_by_key(outputs):
         if name not in CACHES:

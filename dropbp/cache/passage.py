@@ -1,8 +1,8 @@
-"""One forward of the model with the cache: blocks that do not run, rows that enter, states that are stored.
+"""One forward of the model with the cache: which blocks are skipped, where rows enter, which states are stored.
 
-A block below the start returns not-a-numbers in the form of its output, so that whatever else they lead to shows. After
-the block below which a row's state was stored the row takes its state. This is done to that block's output and not to
-the next one's input: the next block may be checkpointed, and would be recomputed from the input that it was given.
+A skipped block returns NaN in the form of its output, so that any other use of its output shows. A row takes its stored
+state after the block at its border. The state replaces that block's output and not the next block's input: the next
+block may be checkpointed, and its recomputation would use the original input.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Watch = Callable[[int], None]
 
 
 class MisfitError(Exception):
-    """A forward cannot go on with the cache; it runs again without."""
+    """A forward cannot continue with the cache and runs again without it."""
 
 
 class Forms:
-    """Where each block takes the stream, and in what form it returns it: learnt from forwards that run whole."""
+    """Where each block takes the stream, and in what form it returns it: learned from forwards that run in full."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -42,7 +42,7 @@ class Forms:
         return all(place in self._known for place in range(border))
 
     def learn(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Look at one call of a block; a block that cannot be passed over bounds the border."""
+        """Inspect one call of a block. A block that cannot be skipped limits the border."""
         if place in self._known or place >= self.limit:
             return
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
@@ -59,12 +59,12 @@ class Forms:
         self._known[place] = taken, where if type(output) is tuple else None, known
 
     def bound(self, limit: int, reason: str) -> None:
-        """The border is not above this."""
+        """Limit the border."""
         if limit < self.limit:
             self.limit, self.reason = limit, reason
 
     def taken(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """The stream that a block is given."""
+        """The stream that a block receives."""
         key, _, _ = self._known[place]
         value = kwargs.get(key) if isinstance(key, str) else (args[key] if key < len(args) else None)
         if not isinstance(value, torch.Tensor):
@@ -72,7 +72,7 @@ class Forms:
         return value
 
     def unreal(self, place: int, stream: torch.Tensor) -> torch.Tensor:
-        """Not-a-numbers in place of the stream: made by the first block of a stack, passed on by the others."""
+        """NaN in place of the stream: created by the first block of a stack, passed on by the others."""
         first = place == 0 or stack_of(self.names[place]) != stack_of(self.names[place - 1])
         return torch.full_like(stream, torch.nan) if first else stream
 
@@ -90,7 +90,7 @@ class Forms:
         return stream if where is None else (*output[:where], stream, *output[where + 1 :])
 
     def with_stream(self, place: int, stream: torch.Tensor) -> Any:
-        """A block's output that holds this stream. Whatever else it returns, attention maps say, is not a number."""
+        """A block's output that holds this stream, with NaN for everything else it returns, such as attention maps."""
         _, where, tensors = self._known[place]
         if where is None:
             return stream
@@ -99,7 +99,7 @@ class Forms:
 
 
 def stack_of(name: str) -> str:
-    """What holds a block and its neighbours."""
+    """The path of the container of a block and its neighbours."""
     return name.rpartition(".")[0]
 
 
@@ -113,16 +113,16 @@ class Passage:
     """One forward.
 
     Args:
-        forms: of the blocks.
-        rows: of the batch.
-        states: of the rows, each with its border; empty where the forward runs whole.
-        padding: the states of the padding left of these rows.
-        store: called with the stream at the border where it is to be stored.
+        forms: forms of the blocks.
+        rows: rows of the batch.
+        states: states of the rows, each with its border; empty if the forward runs in full.
+        padding: states of the padding to the left of these rows.
+        store: called with the border and the stream where states are to be stored.
         store_at: that border; 0 if none.
-        compare: called with a border, a row and the stream where the row would enter; the rows then do not.
-        seeks_leaks: whether to look what else than the stream comes out of blocks that do not run.
-        asks: whether the stream at the start asks for a gradient.
-        watch: called with the place of each block that has run, and with -1 before the first.
+        compare: called with a row, its state and the stream where the row would enter; the rows then do not enter.
+        seeks_leaks: whether to check what besides the stream comes out of skipped blocks.
+        asks: whether the stream at the start requires a gradient.
+        watch: called with the index of each block that has run, and with -1 before the first.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Passage:
         self.positions = 0
 
     def block(self, place: int, forward: Callable[[], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What a block returns."""
+        """The output of a block, run or skipped."""
         self._take_turn(place)
         border = place + 1
         if border < self.start:
@@ -227,19 +227,19 @@ def _take(own: torch.Tensor, state: State) -> None:
 
 
 def has_nan(value: Any) -> bool:
-    """Whether something holds a not-a-number."""
+    """Whether a value contains NaN."""
     return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_in(value))
 
 
 class BlockState(Attachment):
-    """A block, and the forward that runs now."""
+    """A block's index, and access to the passage of the running forward."""
 
     def __init__(self, place: int, running: ContextVar[Passage | None]) -> None:
         self.place, self.running = place, running.get
 
 
 def block_forward(original: Forward) -> Forward:
-    """Around a block: lets the passage of the running forward decide what it returns."""
+    """Wrap a block: the passage of the running forward decides what it returns."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -256,7 +256,7 @@ def block_forward(original: Forward) -> Forward:
 
 @contextlib.contextmanager
 def _uncompiled(blocks: Sequence[nn.Module], passage: Passage) -> Any:
-    """Blocks that were compiled by themselves are called through their passage, which calls what was compiled."""
+    """Route calls of separately compiled blocks through the passage, which calls the compiled code."""
     calls = [(place, block, block._compiled_call_impl) for place, block in enumerate(blocks)]
     compiled = [(place, block, call) for place, block, call in calls if call is not None]
     try:

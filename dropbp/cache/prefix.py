@@ -1,8 +1,8 @@
-"""What lies below each border, and what speaks against storing what comes out of it.
+"""What lies below each border, and what speaks against storing states there.
 
-Border `k` lies after the first `k` blocks. A state stored there is right as long as no parameter and no buffer below
-has changed. Which of them may still train follows from the masks to come; whether one has changed is read from the
-versions that PyTorch counts, at every forward.
+Border `k` lies after the first `k` blocks. A state stored there is valid as long as no parameter and no buffer below
+has changed. The coming masks tell which of them may still train. Whether one has changed is read from PyTorch's version
+counters, at every forward.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _get = cast(Any, dict.get)
 
 
 class Prefix:
-    """The blocks of one model in the order in which they run, and what is below each border.
+    """The blocks of one model in the order in which they run, and the tensors below each border.
 
     Args:
-        model: the root.
+        model: the root module.
         structure: its branches and blocks.
-        rests: whether what feeds the stream rests while a branch above it is dropped.
+        rests: whether modules that feed the stream rest (are frozen) while a branch above them is dropped.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, rests: bool) -> None:
@@ -51,13 +51,14 @@ class Prefix:
 
     @property
     def count(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return len(self.blocks)
 
     def _found(self) -> Iterator[tuple[int, dict[str, Any], str, str]]:
-        """Each parameter and buffer that may be below a border: its place, the table that holds it, its names.
+        """Each parameter and buffer that may be below a border: index of its block, dictionary and key that hold it,
+        name.
 
-        Outside of the blocks all that a branch comes after counts as being below the first block.
+        Outside the blocks, everything that comes before some branch counts as below the first block.
         """
         borders = self._structure.rests.borders
         places = {id(module): place for place, block in enumerate(self.blocks) for module in block.modules()}
@@ -71,7 +72,9 @@ class Prefix:
                 yield place or 0, module._buffers, key, ""
 
     def tensors_at(self, place: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and buffers of one block, with their names; with those of the first, what feeds it."""
+        """Parameters and buffers of one block, with their names; those of the first include the modules
+        that feed it.
+        """
         start, end = (bisect_left(self._places, each) for each in (place, place + 1))
         for _, table, key, name in self._tensors[start:end]:
             tensor = table.get(key)
@@ -79,7 +82,7 @@ class Prefix:
                 yield name or key, tensor
 
     def look(self) -> list[Any]:
-        """The tensors that are there before a forward, None where there is none. Which of them train is noted."""
+        """The current tensors before a forward, None for a missing one. Notes which of them train."""
         tensors = list(map(_get, self._tables, self._keys))
         asking = [tensor is not None and tensor.requires_grad for tensor in tensors]
         if asking != self._asking:
@@ -88,20 +91,20 @@ class Prefix:
         return tensors
 
     def _training(self) -> Iterator[tuple[int, int, bool]]:
-        """Of each parameter that asks for a gradient: its place, the lowest branch above it, whether it may rest."""
+        """For each parameter that requires a gradient: its block, the lowest branch above it, whether it may rest."""
         known = self._structure.rests
         for (place, _, _, name), asks in zip(self._tensors, self._asking, strict=True):
             if name and asks:
                 yield place, known.borders.get(name, 0), name in known.resting
 
     def changed(self, tensors: Sequence[Any], border: int) -> int | None:
-        """The place of the lowest tensor below a border that changed since the last call; None if none did.
+        """The block of the lowest tensor below a border that changed since the last call; None if none did.
 
-        One that is looked at for the first time counts as unchanged: no state was stored above it before.
+        A tensor checked for the first time counts as unchanged, since no state was stored above it before.
 
         Args:
-            tensors: as `look` has just found them.
-            border: nothing at or above it is looked at.
+            tensors: the result of `look`.
+            border: only tensors below it are checked.
         """
         still = not hasattr(self.model, "set_unshard_in_backward")  # FSDP2 gathers what it holds at the root
         below = bisect_left(self._places, border)
@@ -116,7 +119,7 @@ class Prefix:
 
         Args:
             kept: branches as bits.
-            rests: whether what feeds the stream rests below the lowest of them.
+            rests: whether modules that feed the stream rest below the lowest of them.
         """
         for place, border, resting in self._trained:
             if border == EXACT or (resting and not rests) or kept >> border & 1:
@@ -124,12 +127,12 @@ class Prefix:
         return self.count
 
     def modes(self) -> bytes:
-        """Which modules are in training mode, and which adapters are on: what a call may switch for a while."""
+        """Which modules are in training mode and which adapters are on, since a call may switch these temporarily."""
         adapters = [(layer._disable_adapters, layer.active_adapters, layer.scaling) for layer in self._adapted]
         return bytes([module.training for module in self._modules]) + repr(adapters).encode()
 
     def objection(self, border: int) -> str | None:
-        """Why states at a border must not be used; None if nothing is known to speak against it."""
+        """Why states at a border must not be used; None if no reason is known."""
         for name, modules, norms in zip(self.names[:border], self._inside, self._norms, strict=False):
             for norm in norms:
                 if norm.training:
@@ -143,7 +146,7 @@ class Prefix:
         return None
 
     def random_module(self, place: int) -> str:
-        """What draws random numbers in a block, as far as its attributes tell."""
+        """The module that draws random numbers in a block, as far as its attributes tell."""
         named = [("", self.model)] if place < 0 else list(self.blocks[place].named_modules())
         dropouts = (name for name, module in named if isinstance(module, _DropoutNd) and module.p)
         found = next(dropouts, "")
@@ -152,12 +155,12 @@ class Prefix:
 
 
 def _called(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that may run. Half of those of a model with adapters are lists and tables, which only hold others."""
+    """The modules that may run, without lists and dicts, which make up half of the modules of a model with adapters."""
     return (module for module in model.modules() if type(module) not in _CONTAINERS)
 
 
 def _mark(tensor: torch.Tensor | None, still: bool) -> tuple[Any, ...] | None:
-    """What tells whether a tensor is what it was; `still`: its storage stays where it is."""
+    """A mark that changes when a tensor changes; `still`: its storage does not move."""
     if tensor is None:
         return None
     version = 0 if tensor.is_inference() else tensor._version

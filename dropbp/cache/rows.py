@@ -1,8 +1,9 @@
-"""Rows of a batch by their content: the same row has the same key in any order, batch, padding and process.
+"""Identifies rows of a batch by their content: the same row has the same key in any order, batch, padding and process.
 
-A key is a hash of all that a row's hidden states may depend on: its own part of every tensor that has rows, the whole
-of every other input, and what `salt` adds (modes, autocast). Labels are left out where they only make the loss. A mask
-of padding, as tokenizers make it, says which positions are real: only these are hashed, and only their states stored.
+A key is a hash of everything that a row's hidden states may depend on: its own part of every tensor with rows, all
+other inputs as a whole, and what `salt` adds (modes, autocast). Labels are left out if they are only used for the loss.
+A padding mask, as tokenizers make it, tells which positions are real: only these are hashed, and only their states are
+stored.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Row:
     """One row.
 
     Attributes:
-        key: of its content.
-        real: its real positions; None where all count, or where that is not known.
+        key: the key of its content.
+        real: its real positions; None if all count, or if that is unknown.
         padding: the key of the padding just left of them, from whose state the first token is predicted; None if there
             is none.
     """
@@ -42,7 +43,7 @@ class Row:
     padding: bytes | None = None
 
     def at(self, border: int) -> bytes:
-        """The key of that padding's state at a border. Each border has one of its own."""
+        """The key of the padding's state at a border; each border has its own."""
         return (self.padding or b"") + border.to_bytes(2, "big")
 
 
@@ -50,13 +51,13 @@ class Keys:
     """Makes the keys of rows.
 
     Args:
-        names: of the forward's arguments by their places.
-        labels_count: whether labels are inputs too, as those are that a decoder reads.
-        length_counts: whether a state depends on how long the padded row is.
+        names: names of the forward's positional arguments.
+        labels_count: whether labels are inputs too, as for a decoder that reads them.
+        length_counts: whether a state depends on the length of the padded row.
 
     Attributes:
-        trims: whether padding is left out. Not where the stream has other positions than the mask.
-        offset_counts: whether a state may depend on how much padding is to its left. Such rows are hashed with it.
+        trims: whether padding is left out; not if the stream has other positions than the mask.
+        offset_counts: whether a state may depend on the amount of padding to its left. Such rows are hashed with it.
     """
 
     def __init__(self, names: Sequence[str], labels_count: bool, length_counts: bool) -> None:
@@ -64,7 +65,7 @@ class Keys:
         self.trims = self.offset_counts = True
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], salt: str) -> list[Row] | None:
-        """The rows of a batch; None where an input is something that cannot be hashed, or asks for a gradient."""
+        """The rows of a batch; None if an input cannot be hashed or requires a gradient."""
         given = dict(_flat([*placed(self._names, args), *kwargs.items()]))
         if not self._labels_count:
             given = {name: value for name, value in given.items() if name.partition("/")[0] not in LABELS}
@@ -104,7 +105,7 @@ class Keys:
         return Row(hashed.digest(), real, padding.digest() if real.start else None)
 
     def _real(self, mask: torch.Tensor | None, labels: torch.Tensor | None) -> slice | None:
-        """The real positions of one row, if they are one run of them, and if what the model makes of others is lost."""
+        """The real positions of one row, if they are contiguous and no output of the other positions is used."""
         if not self.trims or mask is None or mask.dim() != 1:
             return None
         places = mask.nonzero()
@@ -122,7 +123,7 @@ KEY_BYTES = 24
 
 
 def _flat(entries: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Entries of mappings and lists with their way to them: some models take a mask for each kind of layer."""
+    """Entries of nested mappings and lists, named by their path: some models take a mask for each kind of layer."""
     for name, value in entries:
         if isinstance(value, Mapping):
             yield from _flat((f"{name}/{key}", item) for key, item in value.items())
@@ -133,7 +134,7 @@ def _flat(entries: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _has_rows(tensor: torch.Tensor, rows: int) -> bool:
-    """Whether the tensor has a part for each row; one of a single row counts for all of them."""
+    """Whether the tensor has a part for each row; a single part counts for all rows."""
     return (tensor.dim() > 0 and tensor.shape[0] == rows) or (tensor.dim() > 1 and tensor.shape[0] == 1)
 
 

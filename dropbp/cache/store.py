@@ -1,4 +1,4 @@
-"""Stored states in the memory of the host."""
+"""Stores states in host memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from dropbp.cache.rows import KEY_BYTES
 
-SHARE_OF_MEMORY = 0.5  # of what is free, unless a limit is given
+SHARE_OF_MEMORY = 0.5  # of the free memory, unless a limit is given
 
 
 class State(NamedTuple):
-    """What the stream is for one row at a border: after so many blocks."""
+    """The stream of one row at a border, that is, after so many blocks."""
 
     border: int
     values: torch.Tensor
@@ -23,8 +23,8 @@ class Store(Protocol):
     """Holds one state for each row.
 
     Attributes:
-        full: whether a state was turned away for want of room.
-        trouble: why nothing more can be stored; None if nothing is wrong.
+        full: whether a state was rejected for lack of space.
+        trouble: why nothing more can be stored; None if all is well.
     """
 
     full: bool
@@ -32,43 +32,43 @@ class Store(Protocol):
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the states take."""
+        """Bytes that the states take."""
         ...
 
     def reach(self, border: int) -> None:
-        """States up to a border are right now."""
+        """Note that states up to a border are valid now."""
         ...
 
     def border(self, key: bytes) -> int:
-        """The border of a row's state; 0 where there is none."""
+        """The border of a row's state; 0 if there is none."""
         ...
 
     def get(self, key: bytes) -> State | None:
-        """A row's state; None where there is none, or it was found damaged."""
+        """A row's state; None if there is none, or if it is damaged."""
         ...
 
     def put(self, key: bytes, state: State) -> None:
-        """Store a state in place of an earlier one."""
+        """Store a state, replacing an earlier one."""
         ...
 
     def drop_above(self, border: int) -> None:
-        """Forget the states above a border: a block below them has changed."""
+        """Forget the states above a border, because a block below them has changed."""
         ...
 
     def close(self) -> None:
-        """Set everything free."""
+        """Free everything."""
         ...
 
 
 class MemoryStore:
-    """States in the memory of the host, up to a limit in bytes. No state is thrown out for another.
+    """States in host memory, up to a limit in bytes. No state is evicted for another.
 
-    In epochs every row comes once before the first comes again, so what was stored last would be thrown out first.
+    In an epoch every row occurs once before any occurs again, so eviction would remove exactly the rows needed next.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -80,28 +80,28 @@ class MemoryStore:
 
     @property
     def rows(self) -> int:
-        """How many rows there are, without states of padding."""
+        """Number of rows, without states of padding."""
         return sum(len(key) == KEY_BYTES for key in self._states)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the states take."""
+        """Bytes that the states take."""
         return self._bytes
 
     def reach(self, border: int) -> None:
-        """Nothing is to be looked for: no other process stores here."""
+        """Does nothing: no other process stores states here."""
 
     def border(self, key: bytes) -> int:
-        """The border of a row's state; 0 where there is none."""
+        """The border of a row's state; 0 if there is none."""
         state = self._states.get(key)
         return 0 if state is None else state.border
 
     def get(self, key: bytes) -> State | None:
-        """A row's state; None where there is none."""
+        """A row's state; None if there is none."""
         return self._states.get(key)
 
     def put(self, key: bytes, state: State) -> None:
-        """Store a state in place of an earlier one, if there is room."""
+        """Store a state, replacing an earlier one, if there is space."""
         before = self._states.get(key)
         more = state.values.nbytes - (0 if before is None else before.values.nbytes)
         if self._bytes + more > self.limit:
@@ -116,5 +116,5 @@ class MemoryStore:
         self._bytes = sum(state.values.nbytes for state in self._states.values())
 
     def close(self) -> None:
-        """Set everything free."""
+        """Free everything."""
         self._states, self._bytes = {}, 0
