@@ -44,9 +44,7 @@ class AcceleratorDevice:
         self.name, self.index = name, index
 
     def is_available(self) -> Availability:
-        """Whether the backend's package, its PyTorch module and the device are present; if not, the answer says what is
-        missing.
-        """
+        """Whether the backend's package, its PyTorch module and the device are present; if not, what is missing."""
         try:
             reason = self._missing()
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -140,9 +138,7 @@ class AcceleratorDevice:
         return getattr(torch, self.name, None)
 
     def _ask(self, *names: str) -> Any:
-        """Call the first of these functions that the device's module has, else `torch.accelerator`; return
-        the answer.
-        """
+        """Call the first of these functions that the device's module has, else `torch.accelerator`."""
         accelerator = torch.accelerator.current_accelerator()
         is_current = accelerator is not None and accelerator.type == self.name
         for place in (self._module(), torch.accelerator if is_current else None):

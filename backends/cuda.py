@@ -43,9 +43,7 @@ class CudaDevice:
         self.index = index
 
     def is_available(self) -> Availability:
-        """Whether PyTorch sees this GPU; if not, the answer says whether the build, the driver or the index is the
-        cause.
-        """
+        """Whether PyTorch sees this GPU; if not, whether the build, the driver or the index is the cause."""
         if torch.version.cuda is None and torch.version.hip is None:
             return Availability(False, f"PyTorch {torch.__version__} is built without CUDA or ROCm")
         if not torch.cuda.is_available():

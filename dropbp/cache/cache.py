@@ -128,9 +128,7 @@ class ActivationCache:
     def shortened(
         self, call: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any], plan: ForwardPlan
     ) -> Callable[[], Any] | None:
-        """The function that runs instead of the root's forward. `call` is None if that is compiled; it is then
-        unchanged.
-        """
+        """The function that runs instead of the root's forward. If that is compiled, `call` is None and it is kept."""
         if call is None:
             self._object("the whole model is compiled: compile its blocks instead, dropbp.compile_blocks(handle)")
             return None
@@ -204,9 +202,7 @@ class ActivationCache:
         return next((place for place, need in enumerate(needs) if need & branches), self.prefix.count)
 
     def _border(self, floor: int, detached: int) -> int:
-        """The border at which states are stored now: nothing below it trains in this forward or later; 0 if there is
-        none.
-        """
+        """The border at which states are stored now: nothing below it trains in this forward or later; else 0."""
         resting = self.prefix.floor(to_come(self.engine.schedule), self.engine.freezes)
         border = min(resting, self.forms.limit, self.prefix.count)
         below = self._below(detached)

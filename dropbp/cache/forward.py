@@ -59,9 +59,7 @@ class CachedForward:
         self._worst = 0.0
 
     def run_whole(self, states: Mapping[int, State] | None = None) -> Any:
-        """Run all blocks, and store states missing at the border. If states are given, compare them with
-        the results.
-        """
+        """Run all blocks, and store states missing at the border. Compare the given states with the results."""
         cache, whole = self.cache, functools.partial(self.call, *self.args, **self.kwargs)
         watch = _Randomness(cache, self.kind) if cache.model.training else None
         passage = Passage(
@@ -160,9 +158,7 @@ class CachedForward:
         return self.cache.runtime.run_aside(functools.partial(self.cache.passing, passage, call))
 
     def _run_both_ways(self, states: Mapping[int, State]) -> Any:
-        """Run shortened, with NaN as the outputs of the blocks below, then in full with the same random
-        state; compare.
-        """
+        """Run shortened, with NaN from the blocks below, then in full with the same random state; compare."""
         cache = self.cache
         passage = Passage(cache.forms, self.rows, states, cache.padding(self.rows, states), seeks_leaks=True)
         short: dict[str, Any] | None = None

@@ -72,9 +72,7 @@ class Prefix:
                 yield place or 0, module._buffers, key, ""
 
     def tensors_at(self, place: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and buffers of one block, with their names; those of the first include the modules
-        that feed it.
-        """
+        """Parameters and buffers of one block, with their names; the first has those of the modules that feed it."""
         start, end = (bisect_left(self._places, each) for each in (place, place + 1))
         for _, table, key, name in self._tensors[start:end]:
             tensor = table.get(key)
