@@ -1,7 +1,7 @@
-"""`dropbp bench all`: every part that suits the device, then tables, and how long each took.
+"""`dropbp bench all`: every part that suits the device, then tables, and how long each part took.
 
-Parts that time something run one after another and have the machine to themselves. Parts that only count (bytes on
-shapes, compiled graphs) run last and side by side, each in a process of its own with one thread.
+Parts that measure time run one after another, alone on the machine. Parts that only count (bytes on shapes, compiled
+graphs) run last and side by side, each in a process of its own with one thread.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Every part that suits the device; one that fails does not keep the others from running.
+    """Run every part that suits the device. If one fails, the others still run.
 
     Raises:
-        DeviceError: the device is not there.
+        DeviceError: the device is not available.
     """
     get_device(args.device)
     chosen = {name: part for name, part in PARTS.items() if _is_wanted(name, part, args)}
@@ -83,7 +83,7 @@ def _is_wanted(name: str, part: Part, args: argparse.Namespace) -> bool:
 
 @contextmanager
 def _folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Where results go; for tiny sizes a folder that is thrown away, unless one was named."""
+    """The folder for results; for `--smoke` a temporary one, unless one was named."""
     if args.smoke and args.output is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -101,7 +101,7 @@ def _note_finished(args: argparse.Namespace, root: Path) -> None:
 
 
 def options_of(name: str, args: argparse.Namespace, root: Path) -> list[str]:
-    """What a part is given."""
+    """The options passed to a part."""
     if name == "learning":
         return _learning_options(args, root)
     options = ["--output", str(root)]
@@ -117,7 +117,7 @@ def options_of(name: str, args: argparse.Namespace, root: Path) -> list[str]:
 
 
 def _learning_options(args: argparse.Namespace, root: Path) -> list[str]:
-    """The short preset must not replace published runs, which are longer: anew it gets a folder of its own."""
+    """With `--again`, use a separate folder: the short preset must not replace published runs, which are longer."""
     if args.again and args.output is None:
         folder = root / "learning-quick"
         return ["--output", str(folder), "--docs", str(folder / "docs")]
@@ -145,7 +145,7 @@ def _guarded(name: str, work: Callable[[], int]) -> Outcome:
 
 
 def run_beside(commands: Mapping[str, Sequence[str]]) -> list[Outcome]:
-    """Parts with their options, each in a process of its own; all are ended if this one is told to end.
+    """Run parts with their options, each in a process of its own; all end if this process is told to end.
 
     Raises:
         KeyboardInterrupt: this process was told to end (SIGINT, SIGTERM).

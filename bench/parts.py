@@ -15,10 +15,10 @@ class Part(Command):
     """A part of the bench, and when `dropbp bench all` runs it.
 
     Attributes:
-        module: where it is.
+        module: the module that implements it.
         help: what it measures.
         devices: kinds of devices on which it is a part of `all`.
-        counts_on: those of them on which it times nothing, so that other processes do not disturb it.
+        counts_on: those of them on which it measures no time, so other processes do not disturb it.
         smoke: whether `all --smoke` runs it.
     """
 

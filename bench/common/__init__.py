@@ -1,1 +1,1 @@
-"""What the parts share: records of runs, options, processes, models and the ways to train them."""
+"""Shared by all parts: records of runs, options, processes, models and the ways to train them."""

@@ -1,7 +1,7 @@
-"""Text that every Python installation carries: source code to train a base on, English prose to fine-tune it on.
+"""Text that every Python installation contains: source code to train a base on, English prose to fine-tune it on.
 
-The code is the standard library's own; the prose is the language reference behind `help("topics")`. Nothing is
-downloaded, and both come in a fixed order, so that two runs on one installation see the same bytes.
+The code is the standard library; the prose is the language reference behind `help("topics")`. Nothing is downloaded,
+and both come in a fixed order, so two runs on one installation see the same bytes.
 
 Shapes: B rows, S sequence.
 """
@@ -23,30 +23,30 @@ _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "id
 
 
 def source_code(max_bytes: int) -> str:
-    """Source files of the standard library, in alphabetical order, `max_bytes` of them in UTF-8 at most.
+    """Source files of the standard library, in alphabetical order, at most `max_bytes` of them in UTF-8.
 
     Raises:
-        ConfigError: the standard library's sources are not on this machine.
+        ConfigError: this machine has no sources of the standard library.
     """
     return joined(map(read, python_files()), max_bytes, "the standard library's sources")
 
 
 def english_prose(max_bytes: int) -> str:
-    """The Python language reference as plain text, `max_bytes` of it in UTF-8 at most.
+    """The Python language reference as plain text, at most `max_bytes` of it in UTF-8.
 
     Raises:
-        ConfigError: this Python comes without `pydoc_data.topics`.
+        ConfigError: this Python has no `pydoc_data.topics`.
     """
     return joined(_topics(), max_bytes, "the module pydoc_data.topics")
 
 
 def digest(text: str) -> str:
-    """A short name for a text: the same for the same bytes."""
+    """A short hash of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def python_files(wanted: Callable[[str], bool] = lambda top: True) -> list[Path]:
-    """Source files of the standard library, tests left out, whose top-level package or file name is wanted."""
+    """Source files of the standard library, without tests, whose top-level package or file name is wanted."""
     root = Path(sysconfig.get_path("stdlib"))
     places = (path.relative_to(root) for path in root.rglob("*.py"))
     found = sorted(place for place in places if _NOT_LIBRARY.isdisjoint(place.parts) and wanted(place.parts[0]))
@@ -54,12 +54,12 @@ def python_files(wanted: Callable[[str], bool] = lambda top: True) -> list[Path]
 
 
 def read(path: Path) -> str:
-    """The text of a file; what is not UTF-8 is left out."""
+    """The text of a file, without bytes that are not UTF-8."""
     return path.read_text(encoding="utf-8", errors="ignore")
 
 
 def joined(texts: Iterable[str], max_bytes: int, what: str) -> str:
-    """The texts one after the other, `max_bytes` of them in UTF-8 at most. Raises ConfigError if there are none."""
+    """The texts concatenated, at most `max_bytes` in UTF-8. Raises ConfigError if there are none."""
     parts, total = [], 0
     for text in texts:
         parts.append(text)
@@ -81,14 +81,14 @@ def _topics() -> Iterator[str]:
 
 
 class Windows:
-    """Windows at random places of a text, as bytes."""
+    """Windows at random positions of a text, as bytes."""
 
     def __init__(self, text: str, rows: int, length: int, seed: int = 0) -> None:
         self.data, self.rows, self.length = as_bytes(text), rows, length
         self.generator = torch.Generator().manual_seed(seed)
 
     def batch(self) -> Tensor:
-        """The next ones, shape (B, S)."""
+        """The next windows, shape (B, S)."""
         starts = torch.randint(len(self.data) - self.length, (self.rows,), generator=self.generator)
         return windows(self.data, starts, self.length)
 
@@ -99,5 +99,5 @@ def as_bytes(text: str) -> Tensor:
 
 
 def windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Parts of the data from these places on, shape (B, S)."""
+    """Parts of the data from these positions on, shape (B, S)."""
     return torch.stack([data[start : start + length] for start in starts.tolist()])

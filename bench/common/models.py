@@ -1,4 +1,4 @@
-"""The models that are measured: Llama by its shape with random weights, dense or quantised, and its loss.
+"""The measured models: Llama shapes with random weights, dense or quantised, and their loss.
 
 Shapes: B micro-batch, S sequence, T tokens, D width, V vocabulary.
 """
@@ -34,7 +34,7 @@ INIT_STD = 0.02
 
 
 def check_training(training: Training) -> None:
-    """Raises ConfigError for a value that is not known."""
+    """Raises ConfigError for an unknown value."""
     allowed = {"tuning": TUNINGS, "dtype": tuple(DTYPES), "loss": LOSSES}
     for field, values in allowed.items():
         value = getattr(training, field)
@@ -45,7 +45,7 @@ def check_training(training: Training) -> None:
 
 
 def check_packages(training: Training, device: str) -> None:
-    """Raises MissingDependencyError, before a run begins, if what it needs is not installed."""
+    """Raises MissingDependencyError, before a run begins, if a required package is not installed."""
     if training.tuning != "full":
         _package("peft", training.tuning)
     if training.tuning == "qlora" and device != "meta":
@@ -115,7 +115,7 @@ def _llama_config(shape: ModelShape, device: str) -> LlamaConfig:
 
 
 def _quantised_model(shape: ModelShape, device: str) -> Any:
-    """Built on meta and filled layer by layer: the whole model in 16 bits need never fit."""
+    """Build on meta and fill layer by layer, so the whole model in 16 bits need never fit."""
     model = _dense_model(shape, "meta")
     model.requires_grad_(False)
     if device == "meta":
@@ -167,9 +167,11 @@ def _filled(model: Any, device: str) -> Any:
 
 
 class PackedLinear(nn.Linear):
-    """A frozen linear layer as many bytes as NF4 with double quantisation, for counting memory; it computes nothing.
+    """A frozen linear layer with as many bytes as NF4 with double quantisation, for counting memory; it computes
+    nothing.
 
-    Like bitsandbytes' it unpacks its weight for the forward and again for the backward, and saves no activation.
+    Like the layer of bitsandbytes, it unpacks its weight for the forward and again for the backward, and saves no
+    activation.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -198,7 +200,7 @@ class _PackedMatmul(torch.autograd.Function):
 
 
 def _counted_attention() -> str:
-    """Attention for the meta device, which by itself would take the kernel with all S x S scores."""
+    """Attention for the meta device, which would otherwise use the kernel that keeps all S x S scores."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = "dropbp_counted"
@@ -222,18 +224,20 @@ def _attention_of_cpu(
 
 
 class HeadInLoss(nn.Module):
-    """In place of the head: passes hidden states on, and makes logits only inside the loss, some tokens at a time."""
+    """Replaces the head: passes hidden states on, and computes logits only inside the loss, a chunk of tokens at a
+    time.
+    """
 
     def __init__(self, weight_VD: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight_VD
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
-        """What the loss will take for logits."""
+        """The hidden states, which the loss receives in place of logits."""
         return hidden_BSD
 
     def loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
-        """Cross-entropy of the next token; logits are made, used and forgotten chunk by chunk, twice."""
+        """Cross-entropy of the next token; logits are computed, used and freed chunk by chunk, twice."""
         hidden_TD = logits.flatten(0, 1)
         next_T = functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
         total = hidden_TD.new_zeros((), dtype=torch.float32)

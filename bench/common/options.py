@@ -1,4 +1,4 @@
-"""Options that the parts of the bench share, and progress bars."""
+"""Options shared by the parts of the bench, and progress bars."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_only(only: str | None, trainings: Iterable[Iterable[Training]]) -> Non
 
 
 def limit_of(args: argparse.Namespace) -> TimeLimit:
-    """The time that a run beginning now has; without end on CPU, where shapes are counted and models small."""
+    """The time limit of a run that begins now; unlimited on CPU, where shapes are counted and models are small."""
     minutes = args.minutes if args.minutes is not None else math.inf if device_name(args) == "cpu" else RUN_MINUTES
     if minutes <= 0:
         raise ConfigError(f"--minutes {args.minutes:g} must be above 0.")
@@ -54,18 +54,18 @@ def limit_of(args: argparse.Namespace) -> TimeLimit:
 
 
 class TimeLimit:
-    """Seconds that something may take from now on."""
+    """A number of seconds from now on."""
 
     def __init__(self, seconds: float = math.inf) -> None:
         self._ends_s = time.monotonic() + seconds
 
     def left_s(self) -> float:
-        """Seconds left, below 0 once it has passed."""
+        """Seconds left; negative once the limit has passed."""
         return self._ends_s - time.monotonic()
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Set threads, quieten libraries."""
+    """Set the number of threads, and silence libraries."""
     if args.threads is not None:
         if args.threads < 1:
             raise ConfigError(f"--threads {args.threads} must be at least 1.")
@@ -79,13 +79,13 @@ def device_name(args: argparse.Namespace) -> str:
 
 
 def progress(total: int, title: str) -> Any:
-    """A bar on standard error, silent where that is not a terminal."""
+    """A progress bar on standard error; silent if that is not a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=title, disable=not sys.stderr.isatty(), leave=False)
 
 
 def say(text: str) -> None:
-    """A line on standard error, now."""
+    """Print a line on standard error at once."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

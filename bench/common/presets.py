@@ -1,8 +1,8 @@
-"""What can be measured, as data: models by their sizes, and presets that say which variants of them to run.
+"""The measurements as data: models by their sizes, and presets that name the variants to run.
 
-Models have random weights: time and memory do not depend on what a weight is. Sizes are those of the published
-configurations (arXiv:2307.09288 for Llama 2, arXiv:2407.21783 for Llama 3). The scaled models keep what decides the
-ratios, the share of blocks in all FLOPs: 96 % in `llama-8x1024`, 98 % in Llama-2-7B.
+Models have random weights, since time and memory do not depend on the values of weights. Sizes are those of the
+published configurations (arXiv:2307.09288 for Llama 2, arXiv:2407.21783 for Llama 3). The scaled models keep what
+determines the ratios, the share of blocks in all FLOPs: 96 % in `llama-8x1024`, 98 % in Llama-2-7B.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODELS: Mapping[str, ModelShape] = {
 
 @dataclass(frozen=True)
 class Training:
-    """One way of training: what a run's configuration says, apart from drop rates and sizes of the input."""
+    """One way of training: the part of a run's configuration without drop rates and input sizes."""
 
     tuning: str = "full"
     dtype: str = "bf16"
@@ -57,13 +57,13 @@ class Training:
 
     @property
     def name(self) -> str:
-        """As in file names and tables."""
+        """The name in file names and tables."""
         flags = [("checkpointing", self.checkpointing), ("compiled", self.compiled), ("chunked", self.loss != "plain")]
         kernels = [] if self.kernels == "torch" else [self.kernels]
         return "-".join([self.tuning, self.dtype, *(name for name, on in flags if on), *kernels])
 
     def configuration(self) -> dict[str, Any]:
-        """As in result files, where kernels are named if they are not torch's."""
+        """The configuration in result files, which name kernels that are not torch's."""
         fields = asdict(self)
         if self.kernels == "torch":
             del fields["kernels"]
@@ -222,10 +222,10 @@ DEFAULT_SEQLEN: Mapping[str, tuple[str, ...]] = {
 
 
 def chosen(kind: str, table: Mapping[str, T], name: str) -> T:
-    """The entry of that name.
+    """The entry with that name.
 
     Raises:
-        ConfigError: there is none; the message lists those there are.
+        ConfigError: there is none; the message lists the known ones.
     """
     if name not in table:
         raise ConfigError(f"{kind} {name!r} is unknown; known are {', '.join(table)}.")

@@ -1,8 +1,8 @@
-"""Processes that the bench starts: none is left behind, whatever becomes of the one that started it.
+"""Processes that the bench starts. None is left behind, whatever happens to the process that started it.
 
-A process started here holds the other end of a pipe to its parent and ends when that closes: also when the parent is
-killed and can do nothing more. It imports from where its parent imports, so that a folder `dropbp/` in the working
-directory, as a checkout has, does not take the place of the installed package.
+A process started here holds the other end of a pipe to its parent and ends when that closes, even if the parent is
+killed. It imports from the same places as its parent, so a folder `dropbp/` in the working directory, as in a checkout,
+does not replace the installed package.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Answer = dict[str, Any]
 
 
 def module_command(module: str) -> list[str]:
-    """Runs a module as `python -m` does, with this process's import path."""
+    """The command that runs a module like `python -m`, with this process's import path."""
     return [sys.executable, "-c", _RUN, json.dumps(sys.path), module]
 
 
 def requests() -> Iterator[Any]:
-    """What the parent sends on standard input, one JSON line each, without end: this process ends when that closes."""
+    """The parent's requests from standard input, one JSON line each. This process ends when standard input closes."""
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(received,), daemon=True).start()
     while True:
@@ -44,7 +44,9 @@ def requests() -> Iterator[Any]:
 
 
 def _receive(received: queue.SimpleQueue[Any]) -> None:
-    """Reads past `sys.stdin`, whose lock would be held by this thread when the interpreter ends."""
+    """Read the file descriptor and not `sys.stdin`, whose lock this thread would hold while the interpreter
+    shuts down.
+    """
     pending = b""
     while read := os.read(0, 1 << 16):
         *lines, pending = (pending + read).split(b"\n")
@@ -54,7 +56,7 @@ def _receive(received: queue.SimpleQueue[Any]) -> None:
 
 
 class Worker:
-    """A module running in a process of its own, which answers each request with one JSON line or more."""
+    """A module in a process of its own that answers each request with one or more JSON lines."""
 
     def __init__(
         self, module: str, environment: Mapping[str, str] | None = None, errors: IO[str] | None = None
@@ -78,18 +80,18 @@ class Worker:
         self._answers.put(None)
 
     def ask(self, request: Any) -> None:
-        """Send a request; one that a dead process cannot take is answered by its end."""
+        """Send a request. If the process is dead, `answers` reports its end."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
 
     def answers(self, until_s: float, stopped: Callable[[], bool] = lambda: False) -> Iterator[Answer | None]:
-        """Each answer as it comes; None once, last, when the process has ended.
+        """Each answer as it arrives; finally None, once the process has ended.
 
         Raises:
             TimeoutError: `time.monotonic()` has passed `until_s`.
-            KeyboardInterrupt: `stopped()`.
+            KeyboardInterrupt: `stopped()` is true.
         """
         while True:
             if stopped():
@@ -106,7 +108,7 @@ class Worker:
                 return
 
     def end(self) -> int:
-        """End the process, if it is not about to end by itself, and return its status."""
+        """End the process, unless it is about to end by itself, and return its exit status."""
         if not self._has_closed:
             self._process.terminate()
         try:
@@ -140,10 +142,10 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """SIGINT and SIGTERM are noted, to be asked about, instead of raised wherever the program happens to be.
+    """Note SIGINT and SIGTERM for later checks, instead of raising wherever the program happens to be.
 
-    An exception from a signal handler is lost where it strikes a destructor, and leaves a process without an owner
-    where it strikes just after that was started.
+    An exception from a signal handler is lost if it strikes a destructor. If it strikes just after a process was
+    started, that process is left without an owner.
     """
     stop = Stop()
 

@@ -1,7 +1,7 @@
 """The reference implementation's way of dropping: a branch runs with autograd on, and its output is detached.
 
-So it pays for a graph that nobody uses, and for the transient memory that the graph holds. Masks are this library's
-(`exact`), the same as in the variants it is compared with. Source: https://github.com/WooSunghyeon/dropbp.
+It therefore pays for a graph that is never used, and for the transient memory that the graph holds. Masks are those of
+this library (`exact`), the same as in the variants it is compared with. Source: https://github.com/WooSunghyeon/dropbp.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DetachedBranches:
 
     @contextmanager
     def fixed(self, mask: Mask) -> Iterator[None]:
-        """Forwards inside the `with` have this mask and no drawn one."""
+        """Forwards inside the context use this mask instead of a drawn one."""
         self._fixed = mask
         try:
             yield
@@ -43,7 +43,7 @@ class DetachedBranches:
             self._fixed = None
 
     def remove(self) -> None:
-        """Take all hooks off the model."""
+        """Remove all hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 

@@ -1,7 +1,7 @@
-"""The one set-up that speed, memory and sequence length are measured on: batch, optimizer, and the variants of a step.
+"""The common set-up for measuring speed, memory and sequence length: batch, optimizer, and the variants of a step.
 
-All variants of a run hold the same parameters: a variant is a second tree of modules over them, with DropBP enabled or
-not. So variants can take turns in one process, each through the very path a user takes, at no cost in memory.
+All variants of a run share the same parameters: a variant is a second tree of modules over them, with DropBP enabled or
+not. So variants can take turns in one process, each through the same code path as a user's, at no cost in memory.
 
 Shapes: B micro-batch, S sequence, D width, V vocabulary.
 """
@@ -31,9 +31,9 @@ WEIGHT_DECAY = {"full": 0.02, "lora": 0.01, "qlora": 0.01}
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is done: `plain`, with DropBP and a mask sampler (`exact`, `nested`), or in the reference's way.
+    """How a step is done: `plain`, with DropBP and a mask sampler (`exact`, `nested`), or `detach`.
 
-    The last, `detach`, has masks of `exact`.
+    `detach` is the reference implementation's way, with the masks of `exact`.
     """
 
     how: str = "plain"
@@ -41,7 +41,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """As in result files."""
+        """The name in result files."""
         return self.how if self.how == "plain" else f"{self.how}-{self.drop_rate:g}"
 
 
@@ -58,7 +58,7 @@ def build_optimizer(model: nn.Module, tuning: str) -> torch.optim.Optimizer:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Its name, and the type of its states, which is that of the parameters: half the bytes of float32 in bf16."""
+    """Its name, and the dtype of its states, which is that of the parameters: bf16 takes half the bytes of float32."""
     dtypes = {str(p.dtype).removeprefix("torch.") for group in optimizer.param_groups for p in group["params"]}
     fused = ", fused" if optimizer.defaults.get("fused") else ""
     return f"{type(optimizer).__name__}{fused}, states in {' and '.join(sorted(dtypes))}"
@@ -74,7 +74,7 @@ def build_batch(model: str, batch_size: int, sequence_length: int, device: str) 
 
 
 def loss_of(model: nn.Module, ids_BS: Tensor) -> Tensor:
-    """One forward with the loss."""
+    """Run one forward and return the loss."""
     loss: Tensor = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
     return loss
 
@@ -113,7 +113,7 @@ class Lane:
 
     @contextmanager
     def masked(self, mask: Sequence[bool] | None) -> Iterator[None]:
-        """Steps inside the `with` have this mask; None leaves it to be drawn."""
+        """Steps inside the context use this mask; None draws one."""
         fixed = (
             self.handle.fixed(mask) if mask is not None and isinstance(self.handle, dropbp.Handle) else nullcontext()
         )
@@ -121,10 +121,11 @@ class Lane:
             yield
 
     def peak_memory_masks(self, count: int) -> list[tuple[bool, ...] | None]:
-        """Masks among which is the one that needs most memory; None stands for one that is drawn.
+        """Masks that include the one with the highest peak memory; None stands for a drawn one.
 
-        `exact` ones are much alike, so `count` are drawn. `nested` ones reach from nothing dropped, where blocks beyond
-        the budget are checkpointed, to nearly all; beside the first comes the one that just keeps the budget.
+        `exact` masks are much alike, so `count` are drawn. `nested` ones range from nothing dropped, where blocks
+        beyond the budget are checkpointed, to nearly everything. The first of these is taken, and the one that just
+        keeps the budget.
         """
         if not isinstance(self.handle, dropbp.Handle):
             return [None]
@@ -157,7 +158,7 @@ def compiler_of(model: str) -> str:
 
 @contextmanager
 def many_compilations() -> Iterator[None]:
-    """Let `torch.compile` keep every layer's graphs: past its limit it would run layers uncompiled, in silence."""
+    """Raise the recompilation limit of `torch.compile`, beyond which it would silently run layers uncompiled."""
     import torch._dynamo
 
     with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=4096):

@@ -1,7 +1,7 @@
-"""Small language models over bytes, trained in seconds; the one that others start from is kept in the user's cache.
+"""Small byte-level language models that train in seconds; the common base is kept in the user's cache.
 
-The vocabulary is the 256 bytes, so that head and embedding weigh little and the blocks, where DropBP saves, weigh most,
-as they do in large models.
+The vocabulary is the 256 bytes, so head and embedding are small and the blocks, where DropBP saves, dominate, as in
+large models.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def small_llama(layers: int, width: int, *, seed: int = 0, **options: Any) -> Ll
 
 
 def small_gpt2(layers: int, width: int, *, seed: int = 0, dropout: float = 0.0) -> GPT2LMHeadModel:
-    """A GPT-2 likewise: tied embeddings, biases, learnt positions, which a Llama has not."""
+    """A GPT-2 of the same kind: tied embeddings, biases and learned positions, which a Llama does not have."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -101,7 +101,7 @@ def train_briefly(
 
 @dataclass(frozen=True)
 class Base:
-    """A small Llama and how it is first trained; two equal ones share one cached copy."""
+    """A small Llama and its first training; equal ones share one cached copy."""
 
     layers: int = 8
     width: int = 192
@@ -124,13 +124,13 @@ def new_model(base: Base) -> LlamaForCausalLM:
 
 
 def base_folder(base: Base, corpus_digest: str) -> Path:
-    """The folder of the base that is made in this way from this corpus."""
+    """The folder of the base that is trained in this way on this corpus."""
     key = json.dumps([_FORMAT, asdict(base), corpus_digest], sort_keys=True)
     return cache_folder() / f"base-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def cached_base(folder: Path, train: Callable[[], LlamaForCausalLM]) -> LlamaForCausalLM:
-    """The base from the cache; a missing one is trained and moved there at once."""
+    """The base from the cache; a missing one is trained and stored atomically."""
     from transformers import LlamaForCausalLM
 
     if not (folder / "config.json").is_file():

@@ -1,1 +1,1 @@
-"""What a borrowed GPU is worth its minutes for."""
+"""The most valuable measurements on a borrowed GPU."""

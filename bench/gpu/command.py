@@ -1,11 +1,11 @@
-"""`dropbp bench gpu`: what a borrowed GPU is worth its minutes for, in that order, some minutes at a time.
+"""`dropbp bench gpu`: the most valuable measurements on a borrowed GPU first, a few minutes at a time.
 
-The plan is a list of items, each of them one run of another part of the bench. The command does as many as its minutes
-allow. Runs write each figure as soon as it is measured, and `gpu.json` in the same folder says which items are done:
-the next call goes on there, whatever ended the last one, also in the middle of an item. Nothing is downloaded, models
-have random weights and are made on the device.
+The plan is a list of items; each is one run of another part of the bench. The command does as many as its minutes
+allow. Runs write each figure as soon as it is measured, and `gpu.json` in the same folder says which items are done.
+The next call continues there, whatever ended the last one, even in the middle of an item. Nothing is downloaded; models
+have random weights and are created on the device.
 
-Memory, counted: Llama-2-7B in full fine-tuning takes 50.7 GiB with the states of AdamW in bf16, as here, and LoRA 21.4;
+Counted memory: Llama-2-7B in full fine-tuning takes 50.7 GiB with the states of AdamW in bf16, as here, and LoRA 21.4;
 70B under QLoRA 58.3 at 1 x 512 and 36.7 checkpointed. At the paper's 2 x 512 it is 81.7, too much for a card of 80 GB.
 """
 
@@ -34,7 +34,7 @@ from .invariants import PRESETS as INVARIANTS
 LEDGER = "gpu.json"
 MINUTES = 10.0
 TRIES = 2  # of an item that fails
-HELD_BYTES = 1 << 26  # left behind by an item: more, and the next one starts in a process of its own
+HELD_BYTES = 1 << 26  # if an item leaves more behind, the next one starts in a new process
 ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 PARTS = {
     "a": "Llama-2-7B, full and LoRA: what a step promises, its time, its memory",
@@ -50,11 +50,11 @@ TRIED_SIZES, TRIED_TOKENS = 8, 20_000
 
 @dataclass(frozen=True)
 class Item:
-    """One run: a part of the plan, the arguments of `dropbp bench`, and what decides about it.
+    """One run: a part of the plan, the arguments of `dropbp bench`, and what affects its scheduling.
 
     Attributes:
-        steps_tokens: how many tokens are trained on, in all its steps together.
-        package: what must be installed for it.
+        steps_tokens: tokens trained on in all its steps together.
+        package: package that must be installed for it.
         alone: whether it needs the whole device, so that it starts in a process of its own.
     """
 
@@ -83,10 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do some minutes of the plan. Returns 0 once nothing is left, 1 if items failed, else 3: call again.
+    """Do some minutes of the plan. Returns 0 if nothing is left, 1 if items failed, else 3: call again.
 
     Raises:
-        KeyboardInterrupt: SIGINT or SIGTERM came; the next call goes on.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived; the next call continues.
     """
     minutes = MINUTES if args.minutes is None else args.minutes
     if not minutes > 0:
@@ -164,7 +164,7 @@ def _invariants(preset: str, training: Training) -> Item:
 
 
 def estimate_s(item: Item, kind: str) -> float:
-    """Seconds that an item takes on a card of the H100's class: 6 operations for each parameter and token."""
+    """Estimated seconds of an item on a card of the H100's class: 6 operations per parameter and token."""
     shape = MODELS[item.model]
     attention = 2 * shape.width * (shape.width + shape.width * shape.kv_heads // shape.heads)
     per_layer = attention + 3 * shape.width * shape.intermediate
@@ -174,7 +174,7 @@ def estimate_s(item: Item, kind: str) -> float:
 
 
 def missing(item: Item) -> str | None:
-    """The package that an item needs and that is not installed."""
+    """The package that an item needs and that is not installed; None if there is none."""
     absent = item.package is not None and importlib.util.find_spec(item.package) is None
     return item.package if absent else None
 
@@ -183,7 +183,7 @@ def missing(item: Item) -> str | None:
 
 
 class Ledger:
-    """Which items are done, how long each was at it and how it ended, in one file, written after each change."""
+    """Which items are done, their time and outcome, in one file that is rewritten after each change."""
 
     def __init__(self, folder: Path, again: bool = False) -> None:
         self.path = folder / LEDGER
@@ -192,23 +192,23 @@ class Ledger:
             self.entries = records.read(self.path)["items"]
 
     def status(self, item: Item) -> str:
-        """`finished`, `failed`, `begun` (also of one that was stopped), or `open`."""
+        """`finished`, `failed`, `begun` (also if it was stopped), or `open`."""
         return str(self.entries.get(item.name, {}).get("status", "open"))
 
     def tries(self, item: Item) -> int:
-        """How often it was begun and failed."""
+        """How often the item was begun and failed."""
         return int(self.entries.get(item.name, {}).get("failures", 0))
 
     def seconds(self, item: Item) -> float:
-        """How long was spent on it."""
+        """Seconds spent on the item."""
         return float(self.entries.get(item.name, {}).get("seconds", 0.0))
 
     def reason(self, item: Item) -> str:
-        """Why it failed."""
+        """Why the item failed."""
         return str(self.entries.get(item.name, {}).get("reason") or "")
 
     def note(self, item: Item, status: str, seconds: float = 0.0, reason: str | None = None) -> None:
-        """Write down how it stands."""
+        """Record the item's status."""
         entry = self.entries.setdefault(item.name, {"command": list(item.command), "seconds": 0.0, "failures": 0})
         entry.update(status=status, reason=reason, seconds=round(entry["seconds"] + seconds, 1))
         entry["failures"] += status == "failed"
@@ -217,14 +217,14 @@ class Ledger:
 
 
 def to_do(items: Iterable[Item], ledger: Ledger) -> list[Item]:
-    """What is left, in the order of the plan; what failed comes last, and not a third time."""
+    """The remaining items in the order of the plan; failed ones come last, and at most twice."""
     able = [item for item in items if missing(item) is None and ledger.status(item) != "finished"]
     fresh = [item for item in able if ledger.status(item) != "failed"]
     return [*fresh, *(item for item in able if ledger.status(item) == "failed" and ledger.tries(item) < TRIES)]
 
 
 class Work:
-    """Does items, in a worker's process that is kept as long as it stays clean."""
+    """Does items in a worker process that is kept as long as it stays clean."""
 
     def __init__(self, items: Sequence[Item], ledger: Ledger, args: argparse.Namespace) -> None:
         self.items, self.ledger = items, ledger
@@ -233,7 +233,7 @@ class Work:
         self.worker: Worker | None = None
 
     def until(self, until_s: float) -> list[Item]:
-        """Do what is left until then; returns what is left after that."""
+        """Do remaining items until then; return those that are left."""
         with stoppable() as stop:
             try:
                 for item in to_do(self.items, self.ledger):
@@ -272,7 +272,9 @@ class Work:
 
     @staticmethod
     def _limit(item: Item) -> list[str]:
-        """A run is not to end by itself with half of its figures: it is stopped, and goes on."""
+        """Set no time limit, so that the run does not end by itself with half of its figures: it is stopped and
+        continued.
+        """
         return [] if item.command[0] == "invariants" else ["--minutes", "inf"]
 
     def _end_worker(self) -> None:
@@ -285,7 +287,7 @@ class Work:
 
 
 def estimate(items: Sequence[Item], ledger: Ledger, kind: str) -> str:
-    """The plan, minutes for each item that is left, and for each part."""
+    """The plan, with minutes for each remaining item and for each part."""
     lines = ["The plan; minutes are estimates for a card of the H100's class." if kind != "cpu" else "A rehearsal."]
     for part, title in PARTS.items():
         members = [item for item in items if item.part == part]
@@ -312,7 +314,7 @@ def _minutes(seconds: float) -> str:
 
 
 def summary(folder: Path, items: Sequence[Item], ledger: Ledger) -> str:
-    """How each item stands, and the published figures beside those measured."""
+    """The status of each item, and the published figures beside those measured."""
     lines = []
     for item in items:
         absent = missing(item)

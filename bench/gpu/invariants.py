@@ -1,9 +1,9 @@
-"""What DropBP promises of a step, checked on the device itself, on the models that are measured there.
+"""Checks DropBP's promises about a step on the device itself, with the models that are measured there.
 
-The forward is equal to the bit to plain training's. Gradients are those of a step whose dropped branches are detached;
-kernels that add in no fixed order differ from themselves as well, so the difference between two such steps stands
-beside it. A dropped branch's parameters have no gradient at all. Once the graphs are made nothing is compiled any more,
-whatever the mask. And a step does not make the host wait for the device where a plain one does not.
+The forward is bit-identical to plain training's. Gradients equal those of a step whose dropped branches are detached.
+Kernels that add in no fixed order differ between two runs as well, so the difference between two such steps is reported
+beside it. Parameters of a dropped branch have no gradient. After the first steps nothing is compiled any more, whatever
+the mask. And a step does not make the host wait for the device where a plain one does not.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def _check(name: str, preset: InvariantsPreset, training: Training, args: argpar
 
 
 def held(figures: dict[str, Any]) -> bool:
-    """Whether a variant's figures are as promised; gradients may differ by as much as the kernels do by themselves."""
+    """Whether a variant's figures are as promised; gradients may differ by as much as two runs of the same
+    kernels do.
+    """
     if "compiled_graphs_late" in figures:
         return bool(figures["compiled_graphs_late"] == 0)
     noise, waits, plain = figures["gradient_noise"], figures["waits"], figures["plain_waits"]
@@ -116,7 +118,9 @@ def held(figures: dict[str, Any]) -> bool:
 
 
 class _Eager:
-    """Forward, gradients and waits, all variants over one set of parameters. No optimizer: gradients need its place."""
+    """Forward, gradients and waits of all variants over one set of parameters. No optimizer: gradients need
+    its memory.
+    """
 
     def __init__(self, preset: InvariantsPreset, training: Training, device: Device) -> None:
         self.device = device
@@ -125,7 +129,7 @@ class _Eager:
         self.ids_BS = build_batch(preset.model, preset.batch_size, preset.sequence_length, device.name)
 
     def figures(self, variant: Variant) -> dict[str, Any]:
-        """All of one variant."""
+        """All figures of one variant."""
         plain_loss = self._seeded(lambda: loss_of(self.model, self.ids_BS).detach())
         lane = Lane(variant, self.model, self.device)
         with lane.masked(lane.peak_memory_masks(1)[-1]):  # of nested ones that which keeps the budget
@@ -160,7 +164,7 @@ class _Eager:
             return self._step(model)[1]
 
     def _seeded(self, work: Callable[[], Tensor]) -> Tensor:
-        """The same dropout each time."""
+        """Run with the same dropout each time."""
         torch.manual_seed(0)
         return work()
 
@@ -179,7 +183,7 @@ class _Eager:
         return all(parameter.grad is None for module in modules for parameter in module.parameters())
 
     def _resting(self, ours: Gradients, dropped: Sequence[bool]) -> list[str]:
-        """Parameters that are not in a dropped branch and have no gradient all the same."""
+        """Parameters outside the dropped branches that nevertheless have no gradient."""
         theirs = self._detached_step(dropped)
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         pairs = zip(names, ours, theirs, strict=True)
@@ -188,8 +192,8 @@ class _Eager:
     def _difference(self, ours: Gradients, dropped: Sequence[bool]) -> float:
         """The largest relative difference of a tensor's gradient to that with the dropped branches detached.
 
-        Infinite where a dropped one has a gradient. Compared tensor by tensor, so that two sets of gradients are the
-        most that is held.
+        Infinite if a dropped branch has a gradient. Compared tensor by tensor, so that at most two sets of gradients
+        are held.
         """
         theirs = self._detached_step(dropped)
         worst = 0.0
@@ -203,7 +207,7 @@ class _Eager:
         return worst
 
     def _waits(self, lane: Lane) -> int | None:
-        """How often a step makes the host wait for the device; None where PyTorch cannot say."""
+        """How often a step makes the host wait for the device; None if PyTorch cannot tell."""
         if self.device.name != "cuda":
             return None
         for _ in range(2):  # the first steps may set something up
@@ -221,7 +225,7 @@ class _Eager:
 
 
 class _Compiled:
-    """How many graphs are compiled in the first steps, and how many with further masks."""
+    """How many graphs the first steps compile, and how many further masks compile."""
 
     def __init__(self, preset: InvariantsPreset, training: Training, device: Device) -> None:
         self.preset, self.device = preset, device
@@ -229,7 +233,7 @@ class _Compiled:
         self.ids_BS = build_batch(preset.model, preset.batch_size, preset.sequence_length, device.name)
 
     def figures(self, variant: Variant) -> dict[str, Any]:
-        """All of one variant."""
+        """All figures of one variant."""
         with many_compilations():
             lane = Lane(variant, self.model, self.device, compiled=True, backend=compiler_of(self.preset.model))
             assert isinstance(lane.handle, dropbp.Handle)
@@ -247,7 +251,7 @@ class _Compiled:
 
 
 def _kinds(count: int) -> list[tuple[bool, ...]]:
-    """Masks in which every block has each combination of its two branches, above a stream with and without gradient."""
+    """Masks in which every block has each combination of its two branches, with and without a gradient from below."""
     pairs = [(False, False), (True, False), (False, True), (True, True)]
     blocks = count // 2
     same = [tuple(pair * blocks) for pair in pairs]

@@ -1,1 +1,1 @@
-"""Does it learn? Loss at equal time, FLOPs and memory, and accuracy with the paper's tasks."""
+"""Does training still learn? Loss at equal time, FLOPs and memory, and accuracy on the paper's tasks."""

@@ -1,7 +1,7 @@
-"""Fine-tune with the paper's settings and evaluate with its tasks, where models and data can be had.
+"""Fine-tunes with the paper's settings and evaluates on its tasks, if models and data are available.
 
-Evaluation is EleutherAI's harness (`pip install lm-eval`); fine-tuning is `dropbp finetune`. Here are only the paper's
-tasks, data sets and hyper-parameters, as data. Models, data sets and tasks may be local folders and files.
+Evaluation is EleutherAI's harness (`pip install lm-eval`); fine-tuning is `dropbp finetune`. This module only holds the
+paper's tasks, data sets and hyper-parameters, as data. Models, data sets and tasks may be local folders and files.
 Source: arXiv:2402.17812, tables 1, 2 and the table of hyper-parameters.
 """
 
@@ -31,7 +31,7 @@ KIND = "accuracy"
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the harness: how many examples stand before the question, and the metric that is reported."""
+    """A task of the harness: the number of examples before the question, and the reported metric."""
 
     name: str
     shots: int
@@ -54,7 +54,7 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What the paper trains with: AdamW, cosine schedule, bf16."""
+    """The paper's training settings: AdamW, cosine schedule, bf16."""
 
     learning_rate: float
     peft: str
@@ -71,14 +71,14 @@ TUNINGS: Mapping[str, Hyperparameters] = {
 
 
 def from_pairs(rows: Sequence[Row]) -> list[Row]:
-    """Alpaca and Dolly: `dropbp finetune` reads their columns as they are."""
+    """Alpaca and Dolly: `dropbp finetune` reads their columns unchanged."""
     return list(rows)
 
 
 def from_oasst(rows: Sequence[Row]) -> list[Row]:
-    """OASST1's trees of messages as conversations: from the root down, always the reply that was ranked best.
+    """OASST1's message trees as conversations: from the root down, always the best-ranked reply.
 
-    Only English is taken, and only conversations that end with the assistant.
+    Only English conversations that end with the assistant are taken.
     """
     replies: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -103,7 +103,7 @@ def _message(row: Row) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a data set is, and the columns by which it is known."""
+    """Where a data set is, and the columns that identify it."""
 
     hub: str
     columns: tuple[str, ...]
@@ -121,7 +121,7 @@ def load_data(name: str, source: str | None = None) -> list[Row]:
     """Rows that `dropbp finetune` reads, from the Hub or from a file in the data set's own format.
 
     Raises:
-        ConfigError: the data set is unknown, cannot be had, or a row lacks a column.
+        ConfigError: the data set is unknown or not available, or a row lacks a column.
     """
     data = chosen("data set", DATA, name)
     rows = read_rows(source or data.hub)
@@ -208,13 +208,13 @@ def finetune_arguments(args: argparse.Namespace, data: Path, output: Path) -> li
 def evaluate(
     model: str, tasks: Iterable[str], device: str, limit: int | None = None, base: str | None = None
 ) -> dict[str, float]:
-    """Score of each task by the harness. A task that is not the paper's is asked without examples.
+    """Score of each task by the harness. Tasks that are not the paper's are asked without examples.
 
     Args:
         model: a folder or Hub id; a folder with LoRA adapters alone needs `base`.
-        tasks: names of the harness, or files of local tasks.
+        tasks: names of harness tasks, or files of local tasks.
         device: where to evaluate.
-        limit: questions of each task.
+        limit: questions per task.
         base: the model that adapters belong to.
 
     Raises:

@@ -1,4 +1,4 @@
-"""FLOPs of what a method does with a model, so that methods can be compared at equal ones."""
+"""FLOPs of a method on a model, so that methods can be compared at equal FLOPs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import rivals
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of one micro-batch: what always runs, and what each pass over the blocks costs in full."""
+    """FLOPs of one micro-batch: the part that always runs, and the full cost of each pass over the blocks."""
 
     rest: float
     forward: float

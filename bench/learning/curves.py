@@ -1,4 +1,4 @@
-"""What the files of the learning bench say: step times over plain training's, and losses at equal time or FLOPs."""
+"""Reads the files of the learning bench: step times relative to plain training, and losses at equal time or FLOPs."""
 
 from __future__ import annotations
 
@@ -49,15 +49,16 @@ def row_and_plain(
 
 
 def memory_share(times: Iterable[Record], method: str, drop_rate: float) -> float:
-    """Most that a step keeps for its backward, over what a plain step keeps."""
+    """The most that a step keeps for its backward, relative to a plain step."""
     row, plain = row_and_plain(times, method, drop_rate)
     return float(max(row["saved_mib"]) / max(plain["saved_mib"]))
 
 
 def short_of_memory(method: str, drop_rate: float) -> Variant:
-    """How a method that keeps more than `MEMORY_BUDGET` is run where there is no more: checkpointed.
+    """How to run a method that keeps more than `MEMORY_BUDGET` if memory is limited: checkpointed.
 
-    Nested masks checkpoint the blocks that a deep step reaches beyond the budget, others every block in every step.
+    Nested masks checkpoint only the blocks of a deep step beyond the budget; other masks checkpoint every block in
+    every step.
     """
     nested = method.startswith(("nested", "default"))
     return (f"{method} capped" if nested else method, drop_rate, not nested)
@@ -96,12 +97,12 @@ def time_to(record: Record, loss: float) -> float | None:
 
 
 def timed_anew(record: Record, ratio: float) -> Record:
-    """The record with the times of its evaluations by another step ratio."""
+    """The record with the times of its evaluations recomputed by another step ratio."""
     return record | {"evaluations": [e | {"time": e["step"] * ratio} for e in record["evaluations"]]}
 
 
 def equal_time_loss(record: Record) -> float:
-    """Validation loss after as much time as plain training took; infinite for a run that failed."""
+    """Validation loss after as much time as plain training took; infinite for a failed run."""
     loss = loss_at(record, "time", record["config"]["plain_steps"])
     return math.inf if loss is None or math.isnan(loss) else loss
 

@@ -1,8 +1,8 @@
 """Every method of the learning bench in a few lines, written from its paper: what one training step leaves out.
 
-A `Method` is put on a fresh model, told of each step and each micro-batch, and says what share of the blocks' work
-its latest micro-batch did: `Work(forward, activations, weights)`, the passes that a block costs one unit each. So the
-FLOPs of unlike methods are counted in one way. The rivals that change blocks work on models that keep them in one
+A `Method` is put on a fresh model and informed of each step and each micro-batch. It reports the share of the blocks'
+work in its latest micro-batch: `Work(forward, activations, weights)`, in passes that cost a block one unit each. So the
+FLOPs of different methods are counted in one way. The rivals that change blocks work on models that keep them in one
 `ModuleList` whose members take and return the residual stream first, as the decoders of transformers do.
 """
 
@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
 
 class Method:
-    """Plain training, and what all methods share. Leaving the `with` takes the method off the model."""
+    """Plain training, and the base of all methods. Leaving the `with` block removes the method from the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -49,19 +49,19 @@ class Method:
         return contextlib.nullcontext()
 
     def deepest(self) -> contextlib.AbstractContextManager[object]:
-        """Surrounds a micro-batch that keeps as much as any can, if that is known; else an ordinary one."""
+        """Surrounds a micro-batch that keeps as much as any can, if that is known; otherwise an ordinary one."""
         return self.micro_batch()
 
     def work(self) -> Work:
-        """What the latest micro-batch did."""
+        """The work of the latest micro-batch."""
         return Work()
 
     def report(self) -> dict[str, Any]:
-        """What else a record of the run should hold, in JSON types."""
+        """Further entries for a run's record, in JSON types."""
         return {}
 
     def remove(self) -> None:
-        """Leave the model as it was found."""
+        """Restore the model."""
 
     def __enter__(self) -> Method:
         return self

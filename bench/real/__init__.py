@@ -1,1 +1,1 @@
-"""A real pretrained model, real questions, a learning rate that decays: what each way of training is worth."""
+"""Methods compared on a real pretrained model, with real questions and a decaying learning rate."""

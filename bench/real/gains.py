@@ -1,7 +1,7 @@
-"""In short, what the runs on a pretrained model say: the share of plain training's gain that a method reaches.
+"""Summary of the runs on a pretrained model: the share of plain training's gain that a method reaches.
 
-The gain is what the held-out loss falls by from the untrained model. Plain training and each method stand at the
-learning rates that are best for them over all seeds; shares are taken seed by seed, and have standard errors.
+The gain is the fall of the held-out loss from that of the untrained model. Plain training and each method are taken at
+their best learning rates over all seeds. Shares are computed seed by seed, with standard errors.
 """
 
 from __future__ import annotations

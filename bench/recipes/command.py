@@ -1,8 +1,8 @@
 """Compiled graphs and launches on the simulated HPU, for each way of training with random masks on a lazy device.
 
-A process for each trainer trains tiny models (`worker`); all counts go to `bench/results/recipes.json`, and
-`docs/recipes.md` is written from that file alone. GaudiTrainer needs an environment of its own, `.venv-gaudi`, which
-`make test-gaudi` builds; without it what is in the file for it stays, and that is said.
+One process per trainer trains tiny models (`worker`). All counts go to `bench/results/recipes.json`, and
+`docs/recipes.md` is generated from that file alone. GaudiTrainer needs an environment of its own, `.venv-gaudi`, which
+`make test-gaudi` builds. Without it, its existing results stay in the file, and a warning says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GAUDI_PYTHON = ROOT / ".venv-gaudi" / "bin" / "python"
 Case = dict[str, Any]
 
-# What `DropBPCallback` is given; None trains without it.
+# Arguments of `DropBPCallback`; None trains without it.
 BARE = {"masks": "exact", "boundary": "none", "fill": "none", "group_parameters": False, "rehearse": False}
 LAYER = BARE | {"boundary": "layer"}
 GROUPS = LAYER | {"group_parameters": True}
@@ -67,7 +67,7 @@ TRAINERS = ("gaudi", "transformers", "compiled")
 
 @dataclass(frozen=True)
 class Plan:
-    """Which cases there are."""
+    """The set of cases."""
 
     steps: int = 100
     depths: tuple[int, ...] = (6, 16, 32)
@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what is not measured yet, and write the tables."""
+    """Measure what is missing, and write the tables."""
     path = args.output / FILE
     record = read(path)
     if not args.tables_only:
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results so far; an empty record where there are none.
+    """The results so far; an empty record if there are none.
 
     Raises:
         ConfigError: the file is damaged.

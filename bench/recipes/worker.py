@@ -32,7 +32,7 @@ GRAPH_LIMIT = 1000  # of torch.compile, so that none is left uncompiled and so u
 
 
 class Tokens(torch.utils.data.Dataset[Any]):
-    """Counting upwards by three from somewhere."""
+    """Token sequences that count upwards by three from some start."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(trainer: str) -> Any:
-    """The simulator; before optimum-habana, its model classes too, as its own examples do."""
+    """Install the simulator before optimum-habana; import its model classes too, as its own examples do."""
     hpu_simulator = importlib.import_module("dropbp.backends.hpu_simulator")
     hpu_simulator.install(lazy=trainer != "compiled")
     if trainer == "gaudi":
@@ -187,7 +187,7 @@ def _compiled_dropping(model: nn.Module, case: Case) -> AbstractContextManager[A
 
 
 def _graphs_by_step(simulator: Any, model: nn.Module, case: Case) -> Iterator[int]:
-    """Train; after each step, the graphs handed over so far."""
+    """Train; yield after each step the number of graphs compiled so far."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     data = torch.utils.data.DataLoader(Tokens(case["sequence_length"]), case["batch_size"])
     for _, batch in zip(range(case["steps"]), data, strict=False):

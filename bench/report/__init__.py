@@ -1,1 +1,1 @@
-"""What the result files say: derived figures, tables, plots, and the published figures beside ours."""
+"""Evaluates the result files: derived figures, tables, plots, and the published figures beside ours."""

@@ -1,4 +1,4 @@
-"""Figures derived from a throughput record: nothing that is shown comes from anywhere else."""
+"""Figures derived from a throughput record; tables and plots use no other source."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Steps = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Figures:
-    """One variant of a run. A step is forward and backward; the optimizer is apart. Shares and ratios to plain.
+    """One variant of a run. A step is forward and backward, without the optimizer. Shares and ratios are to plain.
 
-    Medians over the rounds; under nested masks, whose steps differ in depth by design, the mean. Where plain training
-    had not memory enough there is nothing to relate to: None.
+    Medians over the rounds; under nested masks, whose steps differ in depth by design, the mean. None if plain training
+    had too little memory, so that there is nothing to compare with.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Figures:
 
 
 def clocks_of(record: Record) -> tuple[str, ...]:
-    """On CPU the process's own time stands beside the wall's: other users of the machine do not add to it."""
+    """On CPU, the process time is reported beside the wall clock: other users of the machine do not add to it."""
     return ("wall", "cpu") if record["device"]["name"] == "cpu" else ("wall",)
 
 
 def figures(record: Record, clock: str = "wall") -> list[Figures]:
-    """Every variant of a throughput run that had memory enough, in the order they were listed."""
+    """Every variant of a throughput run that had enough memory, in the order of the record."""
     parts, steps = parts_of(record, clock), record["steps"]
     return [
         _figures(record, name, variant, parts, clock) for name, variant in record["variants"].items() if steps.get(name)
@@ -61,9 +61,9 @@ def figures(record: Record, clock: str = "wall") -> list[Figures]:
 
 
 def parts_of(record: Record, clock: str = "wall") -> Parts | None:
-    """Parts of the plain step, None if it had not memory enough.
+    """Parts of the plain step; None if it had too little memory.
 
-    The split of the backward is timed on the wall, in the variant that has it.
+    The split of the backward is timed by the wall clock, in the variant that has it.
     """
     return _parts(record["steps"], clock)
 
@@ -110,7 +110,7 @@ def _figures(record: Record, name: str, variant: dict[str, Any], parts: Parts | 
 
 
 def share_error(record: Record, name: str, clock: str) -> float | None:
-    """Standard error of a variant's share of the possible saving; None of fewer than two rounds."""
+    """Standard error of a variant's share of the possible saving; None with fewer than two rounds."""
     how, shares = record["variants"][name]["how"], []
     for steps in _resampled(record):
         parts, step_s = _parts(steps, clock), _middle(_seconds(steps[name], clock), how)
@@ -151,7 +151,9 @@ def _backward_shares(steps: Mapping[str, Steps], names: Mapping[str, float], clo
 
 
 def _resampled(record: Record) -> Iterator[dict[str, Steps]]:
-    """Its rounds drawn with replacement, many times. Rounds and not single steps: all variants met the same machine."""
+    """The record's rounds, resampled with replacement many times. Rounds and not steps: all variants met the same
+    machine.
+    """
     by_round = {key: {step["round"]: step for step in steps} for key, steps in record["steps"].items() if steps}
     rounds = sorted(set.intersection(*(set(steps) for steps in by_round.values())))
     chance = random.Random(0)
@@ -187,7 +189,7 @@ def _activations_ratio(record: Record, name: str) -> float | None:
 def grown(record: Record, clock: str = "wall") -> list[dict[str, Any]]:
     """Each variant of a growth run: its micro-batch, tokens per second there, the ratio to plain's.
 
-    `at_least` says that the search for the micro-batch was cut short, so that a larger one may fit.
+    `at_least` means that the search for the micro-batch was cut short, so a larger one may fit.
     """
     length, timed_sizes = record["configuration"]["sequence_length"], record.get("timed_sizes", {})
     rows = []
@@ -207,7 +209,7 @@ def _middle(seconds: Sequence[float], how: str) -> float:
 class Length(NamedTuple):
     """A longest sequence, its ratio to plain's, and whether either search was cut short.
 
-    Then longer ones may fit, `at_least`; a ratio to a plain length that is no border would say too much, and is None.
+    `at_least` then means that a longer one may fit. The ratio is None if plain's length is only such a lower bound.
     """
 
     length: int
@@ -216,7 +218,9 @@ class Length(NamedTuple):
 
 
 def length_ratios(record: Record, how: str = "exact") -> dict[float, Length]:
-    """Drop rate -> longest sequence of a seqlen run, of one mask sampler; plain is rate 0. Not those that failed."""
+    """Longest sequences of a seqlen run under one mask sampler, by drop rate; plain is rate 0. Failed ones are left
+    out.
+    """
     entries = {0.0: record["lengths"].get("plain")}
     for name, entry in record["lengths"].items():
         if name.startswith(f"{how}-"):
@@ -240,7 +244,7 @@ def _median(steps: Steps, key: str) -> float:
 
 
 def title_of(run: Record) -> str:
-    """What a run trained, and how."""
+    """A title that says what a run trained, and how."""
     configuration = run["configuration"]
     words = [configuration["model"], configuration["tuning"], configuration["dtype"]]
     words += [word for word in ("checkpointing", "compiled") if configuration[word]]
