@@ -225,27 +225,27 @@ class _Builder:
         outputs: list[BranchOutput] = []
         unscalable: dict[str, str] = {}
         for i, branch in enumerate(branches):
-            glue, met, _ = self.cover.glue(i, [head for _, head in self.groups[i]])
-            reason = self._why_unscalable(i, glue, met)
+            glue, first_silent, _ = self.cover.glue(i, [head for _, head in self.groups[i]])
+            reason = self._why_unscalable(i, glue, first_silent)
             if reason:
                 unscalable[branch.name] = reason
-            outputs.extend(self._outputs_of(i, met))
+            outputs.extend(self._outputs_of(i, first_silent))
         return tuple(outputs), unscalable
 
-    def _output_calls(self, branch: int, met: Iterable[int]) -> set[Call]:
-        return {self._made_by(branch, number) for number in met}
+    def _output_calls(self, branch: int, first_silent: Iterable[int]) -> set[Call]:
+        return {self._made_by(branch, number) for number in first_silent}
 
     def _made_by(self, branch: int, number: int) -> Call:
         """The module call that created the node and belongs to this branch alone; an outer call may serve several."""
         own = 1 << branch
         return next(c for c in self.cover.top_of[number] if not self.cover.call_need[c.index] & ~own)
 
-    def _outputs_of(self, branch: int, met: Iterable[int]) -> list[BranchOutput]:
-        made = {self.graph.nodes[number].sequence for number in met}
-        users = max((self._users_outside(self._made_by(branch, number), number) for number in met), default=1)
+    def _outputs_of(self, branch: int, first_silent: Iterable[int]) -> list[BranchOutput]:
+        made = {self.graph.nodes[number].sequence for number in first_silent}
+        users = max((self._users_outside(self._made_by(branch, number), number) for number in first_silent), default=1)
         by_module: dict[str, list[int]] = {}
         places: dict[str, set[int]] = {}
-        for call in self._output_calls(branch, met):
+        for call in self._output_calls(branch, first_silent):
             same = [c.index for c in self.graph.calls if c.name == call.name]
             by_module.setdefault(call.name, []).append(same.index(call.index))
             places.setdefault(call.name, set()).update(i for i, number in enumerate(call.outputs) if number in made)
@@ -259,12 +259,12 @@ class _Builder:
         inside = set(self.graph.numbers_in_call[made_by.index])
         return sum(user not in inside for user in self.graph.consumers[number])
 
-    def _why_unscalable(self, branch: int, glue: set[int], met: set[int]) -> str:
+    def _why_unscalable(self, branch: int, glue: set[int], first_silent: set[int]) -> str:
         if any(self.graph.nodes[n].is_leaf for n in glue):
             return "a parameter is multiplied in outside any module"
-        calls = self._output_calls(branch, met)
+        calls = self._output_calls(branch, first_silent)
         inside = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
-        for number in met:
+        for number in first_silent:
             for user in self.graph.consumers[number]:
                 if user in inside and not self._same_output(calls, number, user):
                     return "one of its last modules feeds another"

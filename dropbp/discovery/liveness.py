@@ -97,29 +97,29 @@ class Cover:
         """Walk from the heads into the branch; return (recorded nodes, first silent nodes reached, leaking inputs)."""
         dropped = 1 << branch
         glue: set[int] = set()
-        met: set[int] = set()
+        first_silent: set[int] = set()
         leaks: set[int] = set()
         pending = list(heads)
         while pending:
             number = pending.pop()
-            if number in glue or number in met or number in leaks:
+            if number in glue or number in first_silent or number in leaks:
                 continue
             if self.silent(number, dropped):
-                met.add(number)
+                first_silent.add(number)
             elif self.need[number] & ~dropped:
                 leaks.add(number)
             else:
                 glue.add(number)
                 pending.extend(self.graph.nodes[number].inputs)
-        return glue, met, leaks
+        return glue, first_silent, leaks
 
     def is_exact(self, branch: int, edges: Group) -> bool:
         """Whether the cut makes dead only recorded glue without live inputs, and modules that run without recording."""
-        _, met, leaks = self.glue(branch, [head for _, head in edges])
-        return bool(met) and not leaks
+        _, first_silent, leaks = self.glue(branch, [head for _, head in edges])
+        return bool(first_silent) and not leaks
 
     def retreat(self, branch: int, edges: Group) -> Group | None:
         """The edges from the glue into the branch's modules; None if the branch has no modules of its own."""
-        glue, met, _ = self.glue(branch, [head for _, head in edges])
-        inward = [(user, n) for n in sorted(met) for user in self.graph.consumers[n] if user in glue]
+        glue, first_silent, _ = self.glue(branch, [head for _, head in edges])
+        inward = [(user, n) for n in sorted(first_silent) for user in self.graph.consumers[n] if user in glue]
         return inward or None

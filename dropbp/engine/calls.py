@@ -248,7 +248,7 @@ class Observation:
         """Follow the output of a branch up to its addition to the stream."""
         while node in users:
             if node in roots or len(users[node]) > expected:
-                names = {roots[node]} if node in roots else _led_to(users[node], users, roots)
+                names = {roots[node]} if node in roots else _outputs_reached_by(users[node], users, roots)
                 raise StateError(
                     f"The output {' or '.join(sorted(names))} depends on the output of {module} outside the residual "
                     "stream, so dropping its branch would lose that gradient. Do not ask for this output, or name the "
@@ -259,7 +259,7 @@ class Observation:
             node, expected = users[node][0], 1
 
 
-def _led_to(nodes: Iterable[Any], users: Mapping[Any, list[Any]], roots: Mapping[Any, str]) -> set[str]:
+def _outputs_reached_by(nodes: Iterable[Any], users: Mapping[Any, list[Any]], roots: Mapping[Any, str]) -> set[str]:
     """Names of the outputs that nodes reach. If some of the nodes are no additions to the stream, only these count."""
     pending = [node for node in nodes if "Add" not in node.name()] or list(nodes)
     seen = set(pending)

@@ -22,7 +22,7 @@ from dropbp.discovery.structure import Structure
 from dropbp.errors import StateError
 
 Step = tuple[nn.Module, str, nn.Module]  # parent, key, child
-Way = list[Step]
+ModulePath = list[Step]
 
 _ADVICE = (
     "Add adapters, quantise, patch and wrap first and enable last: handle.remove(), then dropbp.enable(model, ...)."
@@ -49,10 +49,10 @@ class PatchCheck:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.model = model
-        self._ways = [list(_way(model, name)) for name in names if name]
-        self._ours: dict[nn.Module, Any] = {way[-1][2]: way[-1][2].__dict__["forward"] for way in self._ways}
+        self._paths = [list(_steps_to(model, name)) for name in names if name]
+        self._ours: dict[nn.Module, Any] = {path[-1][2]: path[-1][2].__dict__["forward"] for path in self._paths}
         self._forwards = dict(self._ours)
-        self._note(self._ways)
+        self._note(self._paths)
 
     def check(self) -> None:
         """Compare the model with the last known state, and inspect what differs.
@@ -63,45 +63,45 @@ class PatchCheck:
         here = all(map(operator.is_, map(dict.get, self._tables, self._keys), self._children))
         if here and all(map(operator.is_, map(dict.get, self._owners, itertools.repeat("forward")), self._calls)):
             return
-        ways = [self._present(way) for way in self._ways]
-        for way in self._ways:
-            self._check_forward(way)
-        self._note(ways)
+        paths = [self._present(path) for path in self._paths]
+        for path in self._paths:
+            self._check_forward(path)
+        self._note(paths)
 
-    def _note(self, ways: list[Way]) -> None:
+    def _note(self, paths: list[ModulePath]) -> None:
         """Store the state in the form that compares fastest: every step of all paths once."""
-        steps = {(id(parent), key): (parent._modules, key, child) for way in ways for parent, key, child in way}
+        steps = {(id(parent), key): (parent._modules, key, child) for path in paths for parent, key, child in path}
         self._tables: list[dict[str, nn.Module | None]] = [table for table, _, _ in steps.values()]
         self._keys = [key for _, key, _ in steps.values()]
         self._children = [child for _, _, child in steps.values()]
         self._owners = [module.__dict__ for module in self._forwards]
         self._calls = list(self._forwards.values())
 
-    def _present(self, way: Way) -> Way:
+    def _present(self, path: ModulePath) -> ModulePath:
         """The current path to the same module, through wrappers that were inserted."""
         found = []
-        for place, (parent, key, child) in enumerate(way):
+        for place, (parent, key, child) in enumerate(path):
             new = parent._modules.get(key)
             if new is child:
                 found.append((parent, key, child))
             elif new is not None and _passes_on(new, child):
-                found += [(parent, key, new), *_to(new, child)]
+                found += [(parent, key, new), *_steps_between(new, child)]
             else:
-                raise StateError(_said(self.model, way, place, new))
+                raise StateError(_replacement_message(self.model, path, place, new))
         return found
 
-    def _check_forward(self, way: Way) -> None:
-        module = way[-1][2]
+    def _check_forward(self, path: ModulePath) -> None:
+        module = path[-1][2]
         forward = module.__dict__.get("forward")
-        if not _leads_to(forward, self._ours[module], module):
+        if not _contains_wrapper(forward, self._ours[module], module):
             raise StateError(
-                f"The forward of {_name(way)} in {type(self.model).__name__} was replaced after dropbp.enable by one "
+                f"The forward of {_name(path)} in {type(self.model).__name__} was replaced after dropbp.enable by one "
                 f"that does not call it ({_short(forward)}), so its backward would not be skipped. {_ADVICE}"
             )
         self._forwards[module] = forward
 
 
-def _way(root: nn.Module, name: str) -> Iterator[Step]:
+def _steps_to(root: nn.Module, name: str) -> Iterator[Step]:
     """Parent, key and child of every step from the root to a module."""
     parent = root
     for key in filter(None, name.split(".")):
@@ -111,26 +111,26 @@ def _way(root: nn.Module, name: str) -> Iterator[Step]:
         parent = child
 
 
-def _name(way: Way) -> str:
-    return ".".join(key for _, key, _ in way)
+def _name(path: ModulePath) -> str:
+    return ".".join(key for _, key, _ in path)
 
 
-def _to(outer: nn.Module, inner: nn.Module) -> Iterator[Step]:
-    return _way(outer, next(name for name, module in outer.named_modules() if module is inner))
+def _steps_between(outer: nn.Module, inner: nn.Module) -> Iterator[Step]:
+    return _steps_to(outer, next(name for name, module in outer.named_modules() if module is inner))
 
 
 def _passes_on(new: nn.Module, old: nn.Module) -> bool:
     """Whether the new module contains the old one and trains no parameters of its own."""
-    return any(module is old for module in new.modules()) and not _own(new, old)
+    return any(module is old for module in new.modules()) and not _trains_more(new, old)
 
 
-def _own(new: nn.Module, old: nn.Module) -> bool:
+def _trains_more(new: nn.Module, old: nn.Module) -> bool:
     known = set(old.parameters())
     return any(parameter.requires_grad and parameter not in known for parameter in new.parameters())
 
 
-def _said(model: nn.Module, way: Way, place: int, new: nn.Module | None) -> str:
-    name, old = _name(way[: place + 1]), way[place][2]
+def _replacement_message(model: nn.Module, path: ModulePath, place: int, new: nn.Module | None) -> str:
+    name, old = _name(path[: place + 1]), path[place][2]
     holds = new is not None and any(module is old for module in new.modules())
     if new is None:
         what = "was taken out after dropbp.enable"
@@ -138,10 +138,10 @@ def _said(model: nn.Module, way: Way, place: int, new: nn.Module | None) -> str:
         what = f"was wrapped after dropbp.enable by {type(new).__name__}, which trains parameters of its own"
     else:
         what = f"was replaced after dropbp.enable: {type(old).__name__} by {type(new).__name__}"
-    return f"{name} in {type(model).__name__} {what}, so the backward of {_name(way)} would not be skipped. {_ADVICE}"
+    return f"{name} in {type(model).__name__} {what}, so the backward of {_name(path)} would not be skipped. {_ADVICE}"
 
 
-def _leads_to(forward: Any, ours: types.MethodType, module: nn.Module) -> bool:
+def _contains_wrapper(forward: Any, ours: types.MethodType, module: nn.Module) -> bool:
     """Whether a forward is ours or refers to it: as a wrapped function, in a closure, or on the module (accelerate)."""
     unseen, seen = [forward, *(value for key, value in module.__dict__.items() if key != "forward")], set[int]()
     while unseen:

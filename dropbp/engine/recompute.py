@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import checkpoint as torchs
+from torch.utils import checkpoint as torch_checkpoint
 
 from dropbp.engine.purity import (
     Reach,
@@ -125,7 +125,7 @@ class RecomputedBlock:
         if reason is not None:
             return self._refuse(reason, forward, args, kwargs)
         run = _Run(self, forward, len(args), tuple(kwargs), before)
-        output = torchs.checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
+        output = torch_checkpoint.checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
         run.raise_error()
         return output
 
@@ -198,7 +198,7 @@ class _Run:
         # A lazy device would have to wait for the values, and compile extra graphs to compare them.
         copies = [] if self.block.tried or self.block.shared.lazy else copied_buffers(self.block.module)
         generators = other_generators()
-        with _keeping() as kept:
+        with _keeping_saved_tensors() as kept:
             output = forward()
         same = versions(values) == self.versions and generators == other_generators() and not any_differs(copies)
         self.block.tried = True
@@ -239,7 +239,7 @@ class _Saved:
 
 
 @contextlib.contextmanager
-def _keeping() -> Iterator[list[_Saved]]:
+def _keeping_saved_tensors() -> Iterator[list[_Saved]]:
     """Inside the context, saved tensors are kept, and passed to the existing hooks as well."""
     assert _top_hooks is not None
     hooks = _top_hooks(False)
@@ -262,7 +262,7 @@ def _keeping() -> Iterator[list[_Saved]]:
 def inside_checkpoint() -> bool:
     """Whether a checkpoint is recording or recomputing now: a nested one would recompute twice."""
     hooks = None if _top_hooks is None else _top_hooks(False)
-    return hooks is not None and getattr(hooks[0], "__module__", None) in (torchs.__name__, __name__)
+    return hooks is not None and getattr(hooks[0], "__module__", None) in (torch_checkpoint.__name__, __name__)
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ def rest_forward(original: Forward) -> Forward:
         if state is None or plan is None:
             return original(self, *args, **kwargs)
         output = map_tensors(_unrecorded(original, self, args, kwargs), _no_parameter)
-        if plan.truncated or not _asks(self, args, kwargs):
+        if plan.truncated or not _would_require_grad(self, args, kwargs):
             return output
         return map_tensors(output, functools.partial(state.runtime.connect, alone=True))
 
@@ -138,7 +138,7 @@ def rest_forward(original: Forward) -> Forward:
     return named_forward(forward)
 
 
-def _asks(module: nn.Module, args: Any, kwargs: Any) -> bool:
+def _would_require_grad(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether the output of the module would require a gradient if it were recorded."""
     return any(parameter.requires_grad for parameter in module.parameters()) or ask_for_gradients(args, kwargs)
 
