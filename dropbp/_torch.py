@@ -97,6 +97,34 @@ def attention_mask(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return args[3] if len(args) > 3 else kwargs.get("attn_mask")
 
 
+_PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__})
+
+
+def kernel_depends_on_weight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the kernel of this call depends on whether its weight asks for a gradient.
+
+    PyTorch multiplies rows that are not contiguous as one matrix if the weight asks for one, and in batches
+    otherwise (`should_fold` in ATen's LinearAlgebra.cpp); the two differ in the last bits.
+    """
+    if func is nn.functional.multi_head_attention_forward:
+        return True  # it multiplies inside
+    operands = [*args, *kwargs.values()][:2]
+    if func not in _PRODUCTS or not all(isinstance(operand, torch.Tensor) for operand in operands):
+        return False
+    smaller, larger = sorted(operands, key=torch.Tensor.dim)
+    return larger.dim() >= 3 and smaller.dim() <= 2 and not _is_packed(larger)
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Like `is_contiguous`, but the strides of dimensions of size 1 count: other batches have more rows."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True
+
+
 def uncompiled(function: Callable[[], T]) -> T:
     """Call a function of this library with the compiler off."""
     callback = pause()

@@ -399,6 +399,29 @@ def test_modules_keep_nothing_of_the_recorded_forward() -> None:
     assert set(vars(model)) == before | {"built_D"}  # by the evaluation
 
 
+class Grows(nn.Module):
+    """Makes its table of positions anew for longer rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.length = nn.Linear(8, 8), 0
+        self.register_buffer("table_SD", torch.zeros(0, 8))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        if x_BSD.shape[1] > self.length:
+            self.length, self.table_SD = x_BSD.shape[1], torch.ones(x_BSD.shape[1], 8)
+        return x_BSD + self.inner(x_BSD + self.table_SD[: x_BSD.shape[1]])
+
+
+def test_a_buffer_that_the_recorded_forward_replaced_is_put_back() -> None:
+    model = nn.Sequential(Grows(), nn.Linear(8, 8))
+    table = model[0].table_SD
+    with dropbp.enable(model, example_inputs=torch.randn(2, 4, 8)):
+        assert model[0].table_SD is table and model[0].length == 0
+        model(torch.randn(2, 4, 8))
+        assert model[0].length == 4
+
+
 class Short(nn.Module):
     """Reads short rows with another module, from the first one on, as BigBird does."""
 

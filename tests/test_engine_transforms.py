@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
 import logging
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -511,3 +514,46 @@ def test_looking_up_embeddings_outside_of_the_forward_is_no_cause_for_a_warning(
         model.get_input_embeddings()(tokens())
         llama_loss(model).backward()
     assert not caplog.records
+
+
+class Transposed(nn.Module):
+    """Multiplies rows that are not contiguous with a weight of its own, as WavLM does."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.norm = way, nn.LayerNorm(32)
+        self.weight_DD, self.bias_D = nn.Parameter(torch.randn(32, 32)), nn.Parameter(torch.randn(32))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD + self.mixed(self.norm(x_BSD).transpose(0, 1)).transpose(0, 1)
+
+    def mixed(self, x_SBD: Tensor) -> Tensor:
+        weight, bias = self.weight_DD, self.bias_D
+        if self.way == "matmul":
+            return torch.matmul(x_SBD, weight.t()) + bias
+        if self.way == "@":
+            return x_SBD @ weight.t() + bias
+        if self.way == "linear":
+            return F.linear(x_SBD, weight=weight, bias=bias)
+        return F.multi_head_attention_forward(
+            x_SBD, x_SBD, x_SBD, 32, 2, None, bias.repeat(3), None, None, False, 0.0, weight, bias,
+            use_separate_proj_weight=True, q_proj_weight=weight, k_proj_weight=weight, v_proj_weight=weight,
+        )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("masks", ["nested", "exact"])
+@pytest.mark.parametrize("way", ["matmul", "@", "linear", "attention"])
+def test_products_with_a_frozen_weight_keep_their_kernel(way: str, masks: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), *(Transposed(way) for _ in range(3)), nn.Linear(32, 8)).train()
+    plain, x_BSD = copy.deepcopy(model), torch.randn(2, 12, 32)
+    handle = dropbp.enable(model, 0.5, masks=masks, example_inputs=torch.randn(1, 12, 32))
+    fixed = ([True] * 3, [True, False, True], [False, True, False])
+    for dropped in (*fixed, *(None,) * 6):
+        with handle.fixed(dropped) if dropped else contextlib.nullcontext():
+            output, expected = model(x_BSD), plain(x_BSD)
+        assert torch.equal(output, expected)
+        model.zero_grad()
+        output.sum().backward()
+        lost = [i for i, drop in enumerate(handle.mask) if drop]
+        assert all(model[1 + i].weight_DD.grad is None for i in lost)

@@ -129,8 +129,13 @@ class _Builder:
         found = Structure(
             branches, sites, self._loose(), outputs, unscalable, blocks, self._parameter_needs(), coverage
         )
-        repeated, in_place = self._repeated(blocks, sites), self.graph.trace.adds_in_place
-        return dataclasses.replace(found, repeated=repeated, adds_in_place=in_place)
+        trace = self.graph.trace
+        return dataclasses.replace(
+            found,
+            repeated=self._repeated(blocks, sites),
+            adds_in_place=trace.adds_in_place,
+            kernel_by_weight=trace.kernel_by_weight,
+        )
 
     def _sites(self) -> tuple[Site, ...]:
         calls: dict[str, list[Call]] = {}

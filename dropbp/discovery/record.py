@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
-from dropbp._torch import attention_mask
+from dropbp._torch import attention_mask, kernel_depends_on_weight
 from dropbp.discovery.trace import Call, Trace, collect, innermost_call, sequence_of
 from dropbp.discovery.untouched import (
     every_parameter_recorded,
@@ -119,18 +119,20 @@ def _grouped_mm_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: An
     return int(2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1])
 
 
-class _MaskMode(TorchFunctionMode):
-    """Notes attention calls whose mask requires a gradient, since PyTorch then selects another kernel."""
+class _KernelMode(TorchFunctionMode):
+    """Notes calls whose kernel depends on what requires a gradient: an attention mask, or a weight."""
 
-    def __init__(self, note: Callable[[torch.Tensor], None]) -> None:
+    def __init__(self, note_mask: Callable[[torch.Tensor], None], note_product: Callable[[], None]) -> None:
         super().__init__()
-        self.note = note
+        self.note_mask, self.note_product = note_mask, note_product
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         mask = attention_mask(func, args, kwargs)
         if mask is not None and mask.requires_grad:
-            self.note(mask)
+            self.note_mask(mask)
+        if kernel_depends_on_weight(func, args, kwargs):
+            self.note_product()
         return func(*args, **kwargs)
 
 
@@ -180,8 +182,11 @@ class Recorder:
         self.anchors: dict[torch.device, torch.Tensor] = {}
         self.functions: tuple[Any, ...] = ()
         self.masked: dict[int, frozenset[int]] = {}
+        self.kernel_by_weight: set[str] = set()
         self.counts, self.additions = count_flops, _AdditionMode()
-        counting: tuple[Any, ...] = (_MaskMode(self._note_mask), self.flops) if count_flops else ()
+        counting: tuple[Any, ...] = (
+            (_KernelMode(self._note_mask, self._note_product), self.flops) if count_flops else ()
+        )
         self.modes = (*counting, self.additions) if adds_in_place else counting
         self.sharded = any(hasattr(module, "set_unshard_in_backward") for module in model.modules())
         self.stand_ins: dict[int, str] = {}
@@ -191,6 +196,10 @@ class Recorder:
         leaves = _leaf_ids(mask)
         for _, _, index, *_ in self.stack:
             self.masked[index] = self.masked.get(index, frozenset()) | leaves
+
+    def _note_product(self) -> None:
+        if self.stack:
+            self.kernel_by_weight.add(self.stack[-1][0])
 
     def __enter__(self) -> Recorder:
         for name, module in self.model.named_modules():
@@ -287,7 +296,8 @@ class Recorder:
         keys = {key: frozenset(made) for key, made in by_key.items()}
         first = min((call.start for call in self.calls), default=0)
         holds = any(t.grad_fn is not None and sequence_of(t.grad_fn) >= first for _, t in held_by_modules(self.model))
-        return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, self.stand_ins, keys, holds)
+        kernels = frozenset(self.kernel_by_weight)
+        return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, kernels, self.stand_ins, keys, holds)
 
 
 def _made_by(output: Any) -> tuple[int, ...]:

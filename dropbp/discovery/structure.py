@@ -122,6 +122,7 @@ class Structure:
         aside: whether outputs come out of branches in other ways than through the stream.
         repeated: blocks that run more than once in a forward, or share a module with others, each with the reason.
         adds_in_place: whether something is added in place to a view.
+        kernel_by_weight: the modules with a product whose kernel depends on whether its weight requires a gradient.
     """
 
     branches: tuple[Branch, ...]
@@ -140,3 +141,4 @@ class Structure:
     aside: bool = False
     repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adds_in_place: bool = False
+    kernel_by_weight: frozenset[str] = frozenset()

@@ -50,8 +50,9 @@ class Trace:
     """The record of one forward, with `nodes` in the order of creation, leaves first.
 
     `flops` are stored under the sequence number of the node being created. `learned_masks` holds, for calls that ran an
-    attention kernel with a mask made from parameters, the ids of these parameters. `stand_ins` names, by id, tensors
-    that were used instead of sharded parameters. `outputs` maps the keys of the model's outputs to their nodes. `holds`
+    attention kernel with a mask made from parameters, the ids of these parameters. `kernel_by_weight` names the
+    modules with a product whose kernel depends on whether its weight requires a gradient. `stand_ins` names, by id,
+    tensors that were used instead of sharded parameters. `outputs` maps the keys of the model's outputs to their nodes. `holds`
     tells whether modules hold differentiable tensors afterwards, such as router losses that the training loop collects.
     """
 
@@ -61,6 +62,7 @@ class Trace:
     flops: Mapping[int, int]
     call_of: Mapping[int, int]
     learned_masks: Mapping[int, frozenset[int]] = dataclasses.field(default_factory=dict)
+    kernel_by_weight: frozenset[str] = frozenset()
     stand_ins: Mapping[int, str] = dataclasses.field(default_factory=dict)
     outputs: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
     holds: bool = False

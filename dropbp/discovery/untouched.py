@@ -49,19 +49,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_held(model: nn.Module) -> Iterator[None]:
-    """Remove recorded tensors that modules keep, as LeViT keeps its attention biases in evaluation mode.
+    """Put back what the recorded forward left in modules.
 
-    The recorded graph can neither run backward nor be copied, and its weights will change. A module that kept a part of
-    it gets all its attributes back, since a flag may say that the part is there.
+    LeViT keeps its attention biases in evaluation mode: their graph can neither run backward nor be copied, and their
+    weights will change. Wav2Vec2-Conformer replaces its position table for longer rows. Such a module gets all its
+    attributes back, since a flag may say that the part is there.
     """
-    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    before = [(module, dict(vars(module)), dict(module._buffers), _contents(module)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, contents in before:
-            if any(map(_is_recorded, _own(module))):
+        for module, attributes, buffers, contents in before:
+            replaced = any(module._buffers.get(name) is not buffer for name, buffer in buffers.items())
+            if replaced or any(map(_is_recorded, _own(module))):
                 vars(module).clear()
                 vars(module).update(attributes)
+                module._buffers.update(buffers)
                 for container, items in contents:
                     container.clear()
                     (container.update if isinstance(container, dict) else container.extend)(items)

@@ -1,25 +1,26 @@
-"""Makes a dropped branch use the same attention kernel as a recorded run.
+"""Makes a dropped branch use the same kernels as a recorded run.
 
 PyTorch's attention selects another kernel if its mask requires a gradient (relative position biases, masks computed
 from the input), and kernels differ in the last bits. A branch that runs without recording must use the kernel of the
 recorded run, so its attention mask requires a gradient wherever the recorded one would. Some modules choose their
 kernel by the grad mode (`nn.MultiheadAttention` in evaluation mode, recurrent layers). They are recorded even if their
-branch is dropped, and their output is detached.
+branch is dropped, and their output is detached. Products with a weight that is frozen for this step use the kernel for
+a trained weight: see `dropbp._torch.kernel_depends_on_weight`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dropbp._torch import attention_mask
+from dropbp._torch import attention_mask, kernel_depends_on_weight
 from dropbp.engine.patch import Attachment, Forward
-from dropbp.tensors import map_tensors
+from dropbp.tensors import ask_for_gradients, map_tensors
 
 
 class MaskState(Attachment):
@@ -48,6 +49,28 @@ class SameKernel(TorchFunctionMode):
         if len(args) > 3:
             return func(*args[:3], marked, *args[4:], **kwargs)
         return func(*args, **{**kwargs, "attn_mask": marked})
+
+
+class SameProducts(TorchFunctionMode):
+    """Frozen weights require a gradient inside products whose kernel that decides. The gradient goes nowhere."""
+
+    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.frozen = set(map(id, weights))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or not kernel_depends_on_weight(func, args, kwargs):
+            return func(*args, **kwargs)
+        records = torch.is_grad_enabled() and ask_for_gradients(args, kwargs)
+        with torch.enable_grad():
+            outputs = func(*map(self._marked, args), **{name: self._marked(value) for name, value in kwargs.items()})
+        return outputs if records else map_tensors(outputs, torch.Tensor.detach)
+
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and (id(value) in self.frozen or id(value._base) in self.frozen):
+            return value.detach().requires_grad_(True)
+        return value
 
 
 KERNEL_BY_MODE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from dropbp._torch import detached, never_compile, transforming, uncompiled
+from dropbp.engine.attention import SameProducts
 from dropbp.engine.patch import Attachment
 from dropbp.tensors import map_tensors, tensors_in
 
@@ -26,8 +28,9 @@ class LooseState(Attachment):
         resting: Iterable[LooseParameter],
         model: nn.Module,
         runtime: Runtime,
+        kernel_by_weight: bool,
     ) -> None:
-        self.runtime = runtime
+        self.runtime, self.kernel_by_weight = runtime, kernel_by_weight
         self.entries = [(*owner_of(model, entry.name), entry.need) for entry in loose]
         self.resting = [(*owner_of(model, entry.name), entry.need) for entry in resting]
 
@@ -53,8 +56,10 @@ def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kw
             parameter.requires_grad_(False)
         else:
             table[name] = detached(parameter)
+    same = frozen and state.kernel_by_weight
     try:
-        outputs = function(*args, **kwargs)
+        with SameProducts(table[name] for table, name, _ in frozen) if same else contextlib.nullcontext():
+            outputs = function(*args, **kwargs)
     finally:
         for table, name, parameter in frozen:
             if _is_own(parameter):

@@ -329,7 +329,7 @@ def install(model: nn.Module, structure: Structure, runtime: Runtime, rests: Res
     return [
         *_install_sites(model, structure, runtime),
         *_install_rests(model, rests.modules, runtime),
-        *_install_loose(model, structure.loose, rests.parameters, runtime),
+        *_install_loose(model, structure, rests.parameters, runtime),
     ]
 
 
@@ -361,17 +361,18 @@ def _install_rests(model: nn.Module, modules: Mapping[str, int], runtime: Runtim
 
 
 def _install_loose(
-    model: nn.Module, loose: Iterable[LooseParameter], resting: Iterable[LooseParameter], runtime: Runtime
+    model: nn.Module, structure: Structure, resting: Iterable[LooseParameter], runtime: Runtime
 ) -> list[Interception]:
     by_scope: dict[str, tuple[list[LooseParameter], list[LooseParameter]]] = {}
-    for kind, entries in enumerate((loose, resting)):
+    for kind, entries in enumerate((structure.loose, resting)):
         for entry in entries:
             by_scope.setdefault(entry.scope, ([], []))[kind].append(entry)
-    states = {scope: LooseState(*entries, model, runtime) for scope, entries in by_scope.items()}
-    return [
-        Interception(model.get_submodule(scope), "_dropbp_loose", state, loose_forward)
-        for scope, state in states.items()
-    ]
+    made = []
+    for scope, (own, others) in by_scope.items():
+        by_weight = any(f"{name}.".startswith(f"{scope}.") for name in structure.kernel_by_weight)
+        state = LooseState(own, others, model, runtime, by_weight)
+        made.append(Interception(model.get_submodule(scope), "_dropbp_loose", state, loose_forward))
+    return made
 
 
 def install_outputs(model: nn.Module, structure: Structure, runtime: Runtime) -> list[Interception]:
