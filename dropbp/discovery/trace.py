@@ -52,8 +52,9 @@ class Trace:
     `flops` are stored under the sequence number of the node being created. `learned_masks` holds, for calls that ran an
     attention kernel with a mask made from parameters, the ids of these parameters. `kernel_by_weight` names the
     modules with a product whose kernel depends on whether its weight requires a gradient. `stand_ins` names, by id,
-    tensors that were used instead of sharded parameters. `outputs` maps the keys of the model's outputs to their nodes. `holds`
-    tells whether modules hold differentiable tensors afterwards, such as router losses that the training loop collects.
+    tensors that were used instead of sharded parameters. `outputs` maps the keys of the model's outputs to their nodes.
+    `holds` tells whether modules hold differentiable tensors afterwards, such as router losses that the training loop
+    collects.
     """
 
     nodes: tuple[Node, ...]

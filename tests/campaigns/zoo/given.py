@@ -207,11 +207,17 @@ def _text_with_end(model: Any) -> Tensors:
     return given
 
 
+def _text_with_kinds(model: Any) -> Tensors:
+    given = _text_alone(model)
+    return given | {"mm_token_type_ids": torch.zeros_like(given["input_ids"])}
+
+
 CLASSIFY_AT_THE_END = ("Bart", "BigBirdPegasus", "MBart", "MT5", "Mvp", "PLBart", "T5", "UMT5", "LED")
 
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{f"{name}ForSequenceClassification": _text_with_end for name in CLASSIFY_AT_THE_END},
     "VoxtralRealtimeForConditionalGeneration": _speech_and_text,
+    "Molmo2ForConditionalGeneration": _text_with_kinds,
     "ShieldGemma2ForImageClassification": _text_alone,
     "Siglip2ForImageClassification": _patches,
     "PerceiverForImageClassificationLearned": _image_as_inputs,
