@@ -29,7 +29,7 @@ from tqdm import tqdm
 import dropbp
 from tests.campaigns.zoo import report, training
 from tests.campaigns.zoo.check import Verdict, check_model
-from tests.campaigns.zoo.tiny import FAMILIES, WITHOUT_RESIDUAL, Case, cases
+from tests.campaigns.zoo.tiny import FAMILIES, WITHOUT_RESIDUAL, Case, Unbuildable, cases
 
 ROOT = Path(__file__).resolve().parents[3]
 TABLE, RESULTS = ROOT / "docs" / "models.md", ROOT / "bench" / "results" / "zoo.json"
@@ -129,7 +129,10 @@ def _built_and_checked(case: Case) -> Verdict:
     inputs = case.inputs(model)
     verdict = check_model(case.name, case.family, model, inputs)
     if verdict.verdict == "right":
-        found, verdict.warned = training.problems(case.build(), inputs)
+        try:
+            found, verdict.warned = training.problems(case.build(), inputs)
+        except Unbuildable as error:
+            return Verdict(case.name, case.family, "unbuilt", str(error))
         refused = all(training.REFUSED in problem for problem in found)
         verdict.verdict = "right" if not found else "refused" if refused else "wrong"
         verdict.detail = " | ".join(found)

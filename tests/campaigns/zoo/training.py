@@ -35,7 +35,7 @@ from dropbp.discovery.trace import sequence_of
 from dropbp.engine.strays import nodes_below
 from dropbp.tensors import tensors_in
 from tests.campaigns.zoo.check import leave_inputs_alone, seed, zeros
-from tests.campaigns.zoo.tiny import batches_to_train_on
+from tests.campaigns.zoo.tiny import Unbuildable, batches_to_train_on
 
 TOLERANCE = 1e-4
 BUDGET_TOLERANCE = 0.02
@@ -80,10 +80,13 @@ def _batches(model: nn.Module, inputs: example.Inputs | None) -> dict[str, dict[
     batch = {name: value for name, value in found.kwargs.items() if name != "use_cache"}
     taken = inspect.signature(model.forward).parameters
     extras = {name: True for name in EXTRA_OUTPUTS if name in taken or hasattr(model.config, name)}
-    batches = {"plain call": next(each for each in batches_to_train_on(model, batch) if _runs(model, each))}
+    plain = next((each for each in batches_to_train_on(model, batch) if _runs(model, each)), None)
+    if plain is None:
+        raise Unbuildable("the tiny model cannot take a plain training step")
+    batches = {"plain call": plain}
     for names in (tuple(extras), ("output_hidden_states",)):
-        asked = {**batches["plain call"], **{name: True for name in names if name in extras}}
-        if asked.keys() != batches["plain call"].keys() and _runs(model, asked):
+        asked = {**plain, **{name: True for name in names if name in extras}}
+        if asked.keys() != plain.keys() and _runs(model, asked):
             return {**batches, f"with {', '.join(names)}": asked}
     return batches
 
