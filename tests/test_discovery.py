@@ -20,6 +20,7 @@ from dropbp import inputs as example
 from dropbp.discovery.build import analyse
 from dropbp.discovery.discover import find
 from dropbp.discovery.record import record
+from dropbp.discovery.untouched import undisturbed
 from dropbp.errors import DiscoveryError
 from dropbp.flops import Shape, fitted
 from tests.campaigns.zoo.check import check_model
@@ -420,6 +421,29 @@ def test_a_buffer_that_the_recorded_forward_replaced_is_put_back() -> None:
         assert model[0].table_SD is table and model[0].length == 0
         model(torch.randn(2, 4, 8))
         assert model[0].length == 4
+
+
+class WritesData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.register_buffer("level", torch.zeros(()))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        self.level.data.add_(1)
+        return x_BD + self.inner(x_BD) * self.level
+
+
+def test_a_buffer_that_the_recorded_forward_wrote_by_its_data_is_put_back() -> None:
+    model = nn.Sequential(WritesData(), nn.Linear(8, 8))
+    version = model[0].level._version
+    with dropbp.enable(model, example_inputs=torch.randn(2, 8)):
+        assert model[0].level == 0 and model[0].level._version > version
+    plain = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8))
+    version = plain[0].running_mean._version
+    with undisturbed(plain):
+        plain(torch.randn(2, 8))
+    assert plain[0].running_mean._version == version
 
 
 class Short(nn.Module):

@@ -178,9 +178,14 @@ def forgotten(model: nn.Module) -> Iterator[None]:
 
 def _restore_buffers(buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
     for buffer, version, kept in buffers:
-        if buffer._version != version:
+        if buffer._version != version or _written_by_data(buffer, kept):
             with torch.no_grad():
                 buffer.copy_(kept)
+
+
+def _written_by_data(buffer: torch.Tensor, kept: torch.Tensor) -> bool:
+    """Whether `buffer.data` was written to, which leaves the version as it was."""
+    return type(buffer) is torch.Tensor and not buffer.is_meta and not torch.equal(buffer, kept)
 
 
 def _discard(tensor: torch.Tensor) -> None:
