@@ -36,10 +36,9 @@ maps. A plain copy of the model trains alongside, and the check compares the two
 - the gradient of a parameter is that of the plain backward, or `None`; every parameter of a kept branch has one;
 - `handle.report()` names the parameters that no step trains, and those that rest in some steps although they do not lie
   in a single branch: tied embeddings, position biases, norms of post-norm blocks;
-- over 64 steps, the share of the branches' backward FLOPs that PyTorch counts as skipped is 0.5 within 0.02, or
-  `dropbp` warned. It is enough if the share meets this with or without the parts that rest outside the branches: the
-  parts that turn words, pictures and sound into the stream may save more on top. For this count, a tied head gets its
-  own weight.
+- over 64 steps, the share of the branches' backward FLOPs that PyTorch counts as skipped is 0.5 within 0.02, and so is
+  the share that `dropbp` reports, or `dropbp` warned. What rests outside the branches saves more on top; it is not
+  counted.
 
 **Any mask**: each branch is dropped alone, and one mask drops two branches in three:
 
@@ -54,8 +53,8 @@ maps. A plain copy of the model trains alongside, and the check compares the two
 | `refused` | `dropbp.enable` raised an error that names what it did not understand; the model is unchanged, and \
 `branches=[...]` may still name what to drop; or a step that asked for more outputs raised one that names the output |
 | `none` | the architecture has no residual stream, and `dropbp.enable` said so |
-| `unbuilt` | no tiny configuration is known, or a package is missing |
-| `wrong`, `crashed` | something differed or failed; no class may have this verdict |
+| `unbuilt` | no tiny configuration is known, a package is missing, or plain training of the tiny model fails |
+| `wrong`, `crashed` | something differed or failed: a fault of `dropbp` |
 
 | column | meaning |
 |---|---|
