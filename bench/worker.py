@@ -1,7 +1,7 @@
-"""`python -m dropbp.bench.worker`: a process that runs parts of the bench as it is told to, one after another.
+"""`python -m dropbp.bench.worker`: a process that runs parts of the bench on request, one after another.
 
-A request is the arguments of `dropbp bench`; the answer is the exit status, the error in one sentence, and the bytes
-that are still held on the device, by which the parent sees whether the next part would start clean.
+A request is the arguments of `dropbp bench`. The answer is the exit status, the error in one sentence, and the bytes
+still allocated on the device, which tell the parent whether the next part would start clean.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .parts import main
 
 
 def serve() -> None:
-    """Serve until the parent is gone. Standard output is for answers: what parts print goes to standard error."""
+    """Serve until the parent is gone. Standard output is reserved for answers; parts print to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for request in requests():

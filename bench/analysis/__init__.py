@@ -1,1 +1,1 @@
-"""Where a model's gradient comes from, what each way to draw masks makes of it, and what sensitivities say."""
+"""Gradients by path length, bias and variance of each mask sampler, and sensitivities."""

@@ -1,7 +1,7 @@
 """`dropbp bench analysis`: gradients by path length, and bias and variance of each mask sampler, on a real model.
 
-A small Llama over bytes is trained for a short time on source code and looked at on one batch of English: the beginning
-of a fine-tuning. Beside it stands the linear residual net of the theory in `docs/theory.md`.
+The model is a small byte-level Llama, trained briefly on source code and analysed on one batch of English, as at the
+start of a fine-tuning. It is compared with the linear residual network of `docs/theory.md`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """The model, its training, and how much is sampled."""
+    """The model, its training, and the sample sizes."""
 
     layers: int = 6
     width: int = 64
@@ -63,10 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, analyse, print, write.
+    """Train, analyse, print and write.
 
     Raises:
-        DropBPError: bad input, in one line.
+        DropBPError: bad input; the message is one line.
     """
     setting = _setting(args)
     with quiet():
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def analyse(setting: Setting, note: Note | None = None) -> Found:
-    """Both models, as plain types."""
+    """Analyse both models; the result is in plain types."""
     import torch
 
     from .estimator import analyze
@@ -102,7 +102,7 @@ def analyse(setting: Setting, note: Note | None = None) -> Found:
 
 
 def tables(found: Found) -> str:
-    """Markdown: paths by length, and mask samplers, of both models."""
+    """Markdown tables of paths by length and of mask samplers, for both models."""
     parts = []
     for name, title in (("llama", "Llama trained on source code, batch of English"), ("linear", "Linear residual net")):
         parts += [
@@ -115,7 +115,7 @@ def tables(found: Found) -> str:
 
 
 def path_table(model: Found) -> str:
-    """Markdown: norms are relative to the gradient along all paths of no branch."""
+    """Markdown table; norms are relative to the gradient along all paths that pass no branch."""
     unit = model["paths"][0]["norm"] or 1.0
     rows = [
         (
@@ -131,11 +131,11 @@ def path_table(model: Found) -> str:
 
 
 def _summed(value: float) -> str:
-    return f"{value:.3g}" if value > 0 else "-"  # lost in the noise of sampling
+    return f"{value:.3g}" if value > 0 else "-"  # lost in the sampling noise
 
 
 def way_table(model: Found) -> str:
-    """Markdown: one line for each rate, mask sampler and scaling."""
+    """Markdown table with one row per rate, mask sampler and scaling."""
     rows = []
     for way in model["estimators"]:
         numbers = [way[key] for key in ("bias", "cosine", "tensor_cosine", "variance", "error")]
@@ -145,7 +145,7 @@ def way_table(model: Found) -> str:
 
 
 def plot(found: Found, path: Path) -> None:
-    """Gradients by path length, and bias against variance of each mask sampler, as a PNG file.
+    """Plot gradients by path length, and bias against variance of each mask sampler, as a PNG file.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -160,7 +160,7 @@ def plot(found: Found, path: Path) -> None:
 def _draw_lengths(axes: Axes, paths: list[Found]) -> None:
     lengths, unit = [path["length"] for path in paths], paths[0]["norm"]
     for key, label in (("norm", "one path"), ("total", "all, at most"), ("together", "all, summed")):
-        values = [path[key] / unit or float("nan") for path in paths]  # 0: lost in the noise of sampling
+        values = [path[key] / unit or float("nan") for path in paths]  # 0: lost in the sampling noise
         axes.plot(lengths, values, marker="o", markersize=3, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("branches passed")
@@ -204,7 +204,7 @@ def _trained_llama(setting: Setting, note: Note) -> tuple[nn.Module, Callable[[]
 
 
 def _toy() -> tuple[nn.Module, Callable[[], Tensor], Tensor]:
-    """Five times x <- x + W_l x, and a squared loss: branches are linear, so products of masks are all there is."""
+    """Five times x <- x + W_l x, and a squared loss. Branches are linear, so only products of masks matter."""
     import torch
     from torch import nn
 

@@ -1,8 +1,8 @@
-"""`analyze`: where a model's gradient comes from, and what each way of dropping branches does to it.
+"""`analyze`: the gradient of a model by path length, and the effect of each way of dropping branches on it.
 
-Two views of one batch. By path length (`paths`): how much of the gradient came through how many
-branches. By mask sampler: the gradient g' that a training step gets is a random one; beside the true gradient g it has
-a bias, E g' - g, and a variance. Masks are drawn as in training, and the model is enabled as in training.
+Two views of one batch. By path length (`paths`): how much of the gradient passed how many branches. By mask sampler: a
+training step gets a random gradient g'. Relative to the true gradient g it has a bias, E g' - g, and a variance. The
+model is enabled and masks are drawn as in training.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ Note = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-    """The gradient under random masks beside the true one; squares are relative to the true one's.
+    """The gradient under random masks, compared with the true one. Squares are relative to that of the true gradient.
 
     Attributes:
         masks: the mask sampler.
-        scaling: of kept branches' gradients.
+        scaling: scaling of the gradients of kept branches.
         drop_rate: share of the branches' FLOPs dropped.
-        bias: |E g' - g| / |g|, freed of the noise of the draws; 0 where that is larger.
-        cosine: of E g' and g.
-        tensor_cosine: the same for each parameter tensor by itself, averaged with weights |g|^2 of the tensors. It is
-            what an optimizer sees that gives each tensor a scale of its own, as Adam does: 1 where every tensor's
-            mean gradient points the right way.
+        bias: |E g' - g| / |g|, corrected for sampling noise; 0 where the noise is larger.
+        cosine: cosine of E g' and g.
+        tensor_cosine: the same per parameter tensor, averaged with the tensors' |g|^2 as weights. It matters for
+            optimizers that scale each tensor separately, such as Adam. It is 1 if the mean gradient of every tensor has
+            the right direction.
         variance: E |g' - E g'|^2 / |g|^2.
         error: E |g' - g|^2 / |g|^2.
-        draws: masks drawn; of `nested`, all that there are.
+        draws: number of masks drawn; for `nested`, all masks that exist.
     """
 
     masks: str
@@ -69,13 +69,13 @@ class Estimator:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What `analyze` returns: paths by length, and estimators by mask sampler, scaling and rate."""
+    """The result of `analyze`: paths by length, and estimators by mask sampler, scaling and rate."""
 
     paths: tuple[PathLength, ...]
     estimators: tuple[Estimator, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and strings, ready for JSON."""
+        """The result as plain numbers, lists and strings, ready for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -91,23 +91,23 @@ def analyze(
     example_inputs: Any = None,
     progress: Note | None = None,
 ) -> Analysis:
-    """Gradients by path length, and bias and variance of each mask sampler, on one batch. The model is as before after.
+    """Gradients by path length, and bias and variance of each mask sampler, on one batch. The model is left unchanged.
 
     Args:
-        model: not enabled; with dropout each forward is another function, so switch it off.
-        closure: runs one forward of the same batch and returns the loss.
-        drop_rates: for the estimators.
+        model: not enabled, and without active dropout, which would make each forward a different function.
+        closure: runs one forward on the same batch each time and returns the loss.
+        drop_rates: drop rates of the estimators.
         ways: pairs of mask sampler and scaling.
-        samples: paths of each length.
-        draws: masks of each mask sampler.
-        seed: of paths and masks.
+        samples: paths sampled per length.
+        draws: masks drawn per mask sampler.
+        seed: seed of paths and masks.
         example_inputs: as in `dropbp.enable`.
-        progress: called with a line before each part of the work.
+        progress: called with one line of text before each part of the work.
 
     Raises:
-        ConfigError: an argument is outside what is allowed.
+        ConfigError: an argument is not allowed.
         DiscoveryError: no residual branch was found.
-        StateError: the model is enabled already.
+        StateError: the model is already enabled.
     """
     if not is_whole(samples, 1) or not is_whole(draws, 2):
         given = f"samples is {short(samples)} and draws {short(draws)}"
@@ -118,7 +118,7 @@ def analyze(
     check_callables(progress=progress)
     note = progress or (lambda line: None)
     with enable(model, 0.0, seed=seed, example_inputs=example_inputs):
-        pass  # what `enable` refuses is refused here
+        pass  # refuse whatever `enable` refuses
     with in_training(model):
         note("paths by length")
         structure = find(model, example_inputs, None).structure
@@ -131,7 +131,7 @@ def analyze(
                 options = {"masks": masks, "scaling": scaling, "seed": seed, "example_inputs": example_inputs}
                 if sampler_kind(
                     masks
-                ).prefixes:  # its masks are given one by one here, and must freeze what they do when drawn
+                ).prefixes:  # masks are set one by one here, and must freeze the same parameters as drawn ones
                     options["stem"] = "rest"
                 with enable(model, rate, max_activations=None, **options) as handle:
                     drawn = handle.schedule.every if handle.engine.prefixes else None
@@ -151,7 +151,7 @@ def _pairs(ways: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _masked(model: nn.Module, closure: Closure, handle: Any, drawn: Any, draws: int) -> Iterator[dict[str, Tensor]]:
-    """Gradients under masks that are drawn, or under all there are."""
+    """Gradients under drawn masks, or under all masks that exist."""
     if drawn is None:
         for _ in range(draws):
             yield _gradients(model, closure)
@@ -162,7 +162,7 @@ def _masked(model: nn.Module, closure: Closure, handle: Any, drawn: Any, draws: 
 
 
 def _weights(rates: Sequence[float], masks: Sequence[Sequence[bool]]) -> list[float]:
-    """How often each nested mask comes: it drops every branch whose rate is above a number uniform in 0..1."""
+    """The probability of each nested mask: it drops every branch whose rate exceeds a uniform number in 0..1."""
     weights = []
     for mask in masks:
         above = max((rate for rate, drop in zip(rates, mask, strict=True) if not drop), default=0.0)
@@ -172,7 +172,7 @@ def _weights(rates: Sequence[float], masks: Sequence[Sequence[bool]]) -> list[fl
 
 
 def _gradients(model: nn.Module, closure: Closure) -> dict[str, Tensor]:
-    """By name; skipped parameters are left out."""
+    """Gradients by parameter name, without skipped parameters."""
     loss = closure()
     if loss.requires_grad:
         loss.backward()
@@ -198,7 +198,7 @@ def _estimator(
     whole, mean_square = _product(true, true), _product(mean, mean)
     variance = square - mean_square
     noise = 0.0
-    if not complete:  # the mean of n draws is off by a share 1/n of the variance, which is itself seen too small
+    if not complete:  # 1/n of the variance is noise of the mean, and the sample variance is itself too small
         variance *= len(weights) / (len(weights) - 1)
         noise = variance / len(weights)
     masks, scaling, rate = name

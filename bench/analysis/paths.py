@@ -1,9 +1,9 @@
-"""Gradients by path length: through how many branches a gradient came.
+"""Gradients by path length: the number of branches that a gradient passed.
 
-At every branch of a residual network the gradient takes the branch or the stream past it. So the gradient that arrives
-at the stream's beginning is a sum over 2^N paths, C(N, k) of which pass k branches. A path's own gradient is found by a
-backward in which its branches let the gradient through and their bypasses do not, and all other branches the reverse.
-Dropping branches at rate p weakens paths of length k to (1-p)^k: this says what that costs.
+At every branch of a residual network the gradient takes either the branch or the bypass. The gradient at the start of
+the residual stream is therefore a sum over 2^N paths, C(N, k) of which pass k branches. One backward gives the gradient
+of a single path: its branches pass the gradient on and their bypasses block it; all other branches do the reverse.
+Dropping branches at rate p weakens paths of length k to (1-p)^k, and path lengths show what that costs.
 
 Source: Veit et al., arXiv:1605.06431, section 4.3; DropBP, arXiv:2402.17812, appendix.
 """
@@ -36,12 +36,12 @@ class PathLength:
     """Paths that pass exactly `length` branches.
 
     Attributes:
-        length: branches passed.
+        length: number of branches passed.
         count: number of such paths.
-        norm: length of the gradient along one of them, the mean over those sampled.
-        spread: its standard deviation.
-        total: count * norm, the most that all of them could add up to.
-        together: length of the sum of all of them; NaN where only one was sampled of several.
+        norm: mean norm of the gradient along one sampled path.
+        spread: standard deviation of that norm.
+        total: count * norm, an upper bound for the norm of their sum.
+        together: norm of the sum over all of them; NaN if only one of several was sampled.
     """
 
     length: int
@@ -55,14 +55,14 @@ class PathLength:
 def path_lengths(
     model: nn.Module, structure: Structure, closure: Closure, samples: int, seed: int = 0
 ) -> tuple[PathLength, ...]:
-    """Gradients at the stream's beginning along random paths of every length, 0 to N.
+    """Gradients at the start of the residual stream along random paths of every length, 0 to N.
 
     Args:
         model: not enabled.
         structure: its branches.
         closure: runs one forward and returns the loss.
-        samples: paths of each length; all of them where there are no more.
-        seed: of the choice.
+        samples: paths sampled per length; all of them if there are no more.
+        seed: seed of the sampling.
     """
     paths = Paths(model, structure, closure)
     chosen, branches = random.Random(seed), range(len(structure.branches))
@@ -73,7 +73,7 @@ def path_lengths(
 
 
 class Paths:
-    """One forward, and as many backwards as are asked for, each along chosen paths."""
+    """One forward, and one backward along chosen paths per request."""
 
     def __init__(self, model: nn.Module, structure: Structure, closure: Closure) -> None:
         self.model, self.count = model, len(structure.branches)
@@ -88,7 +88,7 @@ class Paths:
         self.first = next(gate for gate in self.gates if 0 in gate.branches)
 
     def gradient(self, taken: Sequence[int] | None) -> Tensor:
-        """The gradient at the stream's beginning along the path that takes these branches; None: along all paths."""
+        """The gradient at the start of the stream along the path through these branches; None: along all paths."""
         for gate in self.gates:
             gate.set(None if taken is None else frozenset(taken))
         self.loss.backward(retain_graph=True)
@@ -98,13 +98,13 @@ class Paths:
         return self.first.passed
 
     def close(self) -> None:
-        """Let go of the graph: nodes hold their hooks, and these would hold the nodes."""
+        """Free the graph: its nodes hold their hooks, and the hooks hold the nodes."""
         for gate in self.gates:
             gate.remove()
 
 
 class _Gate:
-    """A place where branches leave the stream; it lets through what the paths that are followed bring."""
+    """A point where branches leave the stream. It passes on only the gradients of the followed paths."""
 
     def __init__(self, source: Source, entering: Sequence[BranchInput]) -> None:
         self.place = source[1]
@@ -144,7 +144,7 @@ class _Gate:
         if self.taken is None:
             return whole.clone()
         taken = self.branches & self.taken
-        if len(taken) > 1:  # of parallel branches a path takes one at most
+        if len(taken) > 1:  # a path takes at most one of several parallel branches
             return torch.zeros_like(whole)
         if taken:
             return self.brought.get(next(iter(taken)), torch.zeros_like(whole)).clone()
@@ -159,7 +159,7 @@ def _by_source(edges: Sequence[Sequence[BranchInput]]) -> dict[Source, list[Bran
 
 
 def _sampled(chosen: random.Random, branches: Sequence[int], length: int, samples: int) -> list[tuple[int, ...]]:
-    """Different paths, in order."""
+    """Distinct paths, sorted."""
     wanted = min(samples, math.comb(len(branches), length))
     found: set[tuple[int, ...]] = set()
     while len(found) < wanted:
@@ -176,9 +176,9 @@ def _of_length(paths: Paths, length: int, sample: Sequence[tuple[int, ...]]) -> 
 
 
 def _length_of_mean(gradients: Sequence[Tensor], count: int) -> float:
-    """Without the noise of sampling: the mean product of different ones of them is free of it, their squares are not.
+    """Norm of the mean without the sampling noise: products of different gradients are free of it, squares are not.
 
-    0 where the noise is larger than the mean itself.
+    0 if the noise exceeds the mean itself.
     """
     total, squares = sum(gradients), math.fsum(float(g @ g) for g in gradients)
     number, whole = len(gradients), float(total @ total)  # type: ignore[operator]
@@ -187,5 +187,5 @@ def _length_of_mean(gradients: Sequence[Tensor], count: int) -> float:
     if number == 1:
         return math.nan
     products = (whole - squares) / (number * (number - 1))
-    mixed = products + (squares / number - products) / count  # each path is once beside itself
+    mixed = products + (squares / number - products) / count  # each path is paired with itself once
     return math.sqrt(max(0.0, mixed))

@@ -1,9 +1,9 @@
-"""Sensitivities in one pass against the paper's N+1: agreement on trained models, cost, and the rates that follow.
+"""Sensitivities in one pass, compared with the paper's N+1 passes: agreement, cost, and the resulting rates.
 
-Small language models are trained for a short time on the standard library's sources: a Llama, a GPT-2 (tied weights,
-biases, learnt positions), and the Llama with LoRA adapters trained on English. On several batches both methods measure
-every branch. The file holds these raw sensitivities; all that is shown is derived from them. Overhead is measured on a
-deep model: seconds of a calibration over seconds of an ordinary training step, in turns.
+Small language models are trained briefly on the sources of the standard library: a Llama, a GPT-2 (tied weights,
+biases, learned positions), and the Llama with LoRA adapters trained on English. Both methods measure every branch on
+several batches. The file holds the raw sensitivities; everything shown is derived from them. Overhead is measured on a
+deep model: calibration time over the time of an ordinary training step, with both interleaved.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of the models, how long they are trained, and on how many batches they are measured."""
+    """Model sizes, length of training, and number of batches measured."""
 
     layers: int = 8
     width: int = 64
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the file, print the table."""
+    """Measure, write the file and print the table."""
     settle(args)
     setting = SMOKE if args.smoke else Setting()
     path = args.output / f"{FILE}{'-smoke' if args.smoke else ''}.json"
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(setting: Setting) -> records.Record:
-    """The whole record."""
+    """Measure everything; returns the complete record."""
     record = records.new_record(KIND, FILE, asdict(setting), get_device("cpu"))
     with progress(4, "sensitivities") as bar:
         llama = _trained(small_llama(setting.layers, setting.width), source_code, setting, setting.steps)
@@ -107,7 +107,9 @@ def measure(setting: Setting) -> records.Record:
 
 
 def measured(model: Any, text: Windows, setting: Setting) -> Found:
-    """Raw sensitivities of every branch on every batch by both methods, and forwards and backwards of each."""
+    """Raw sensitivities of every branch on every batch by both methods, and the number of forwards and backwards of
+    each.
+    """
     found: Found = {"one-pass": [], "exact": []}
     with dropbp.enable(model, masks="exact", example_inputs={"input_ids": text.batch()}) as handle:
         found["branches"] = [branch.name for branch in handle.branches]
@@ -122,7 +124,7 @@ def measured(model: Any, text: Windows, setting: Setting) -> Found:
 
 
 def overhead(setting: Setting) -> Found:
-    """Seconds of calibrations and of ordinary steps (forward, backward, AdamW) of a deep model, in turns."""
+    """Seconds of calibrations and of ordinary steps (forward, backward, AdamW) of a deep model, interleaved."""
     model = small_llama(setting.deep_layers, setting.deep_width)
     batch = _windows(source_code, setting).batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -151,12 +153,12 @@ def overhead(setting: Setting) -> Found:
 
 
 def objective(sensitivities: Sequence[float], rates: Sequence[float]) -> float:
-    """What an allocation minimises."""
+    """The objective that an allocation minimises."""
     return math.fsum(s * p * p for s, p in zip(sensitivities, rates, strict=True))
 
 
 def agreement(one_pass: Sequence[float], exact: Sequence[float], flops: Sequence[float], drop_rate: float) -> Found:
-    """Of one-pass with exact: rank correlation, and the exact objective of its allocation over the least there is."""
+    """One-pass compared with exact: rank correlation, and the exact objective of its allocation over the minimum."""
     from scipy.stats import spearmanr
 
     best = objective(exact, dropbp.allocate(exact, flops, drop_rate))
@@ -170,7 +172,7 @@ def agreement(one_pass: Sequence[float], exact: Sequence[float], flops: Sequence
 
 
 def derived(model: Found, drop_rate: float) -> Found:
-    """Agreement on every batch, and of the means over all batches; what exact of one batch does for another, too."""
+    """Agreement on every batch and of the means over batches, and how well exact values of one batch serve another."""
     flops, quick, exact = model["flops"], model["one-pass"], model["exact"]
     single = [agreement(a, b, flops, drop_rate) for a, b in zip(quick, exact, strict=True)]
     return {
@@ -181,12 +183,12 @@ def derived(model: Found, drop_rate: float) -> Found:
 
 
 def mean(rows: Rows) -> list[float]:
-    """Of the columns."""
+    """Mean of each column."""
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
 def table(record: records.Record) -> str:
-    """Markdown: agreement, rates and cost, from the record alone."""
+    """Markdown table of agreement, rates and cost, from the record alone."""
     return "\n\n".join([_agreement_table(record), _rates_table(record), _cost_lines(record)])
 
 
@@ -271,6 +273,6 @@ def _gpt2(setting: Setting) -> Any:
 
 
 def _lora(llama: Any, setting: Setting) -> Any:
-    """The trained Llama with adapters, themselves trained on another text."""
+    """The trained Llama with LoRA adapters, which are then trained on another text."""
     adapted = with_lora(llama, setting.seed, lora_dropout=0.0).train()
     return _trained(adapted, english_prose, setting, setting.adapter_steps)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TUNINGS = ("full", "lora", "qlora")
 LOSSES = ("plain", "chunked")
-KERNELS = {"liger": "liger_kernel", "flash": "flash_attn"}  # what a training may name in `kernels`, and its package
+KERNELS = {"liger": "liger_kernel", "flash": "flash_attn"}  # allowed values of `kernels`, and the package of each
 CHUNK_TOKENS = 1024
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, and scales of blocks of 64, themselves quantised
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, and the scale of each block of 64, itself quantised
 INIT_STD = 0.02
 
 
@@ -56,10 +56,10 @@ def check_packages(training: Training, device: str) -> None:
 
 
 def build_model(model: str, training: Training, device: str) -> nn.Module:
-    """A causal language model with random weights on a device, ready for training in the way asked for.
+    """A causal language model with random weights on a device, ready for the given training.
 
-    On the meta device, quantised weights are bytes of the same number (`PackedLinear`), and attention is the kernel of
-    the CPU, whose memory grows with the length and not with its square, as on all devices of today.
+    On the meta device, quantised weights are replaced by as many bytes (`PackedLinear`). Attention is the CPU kernel,
+    whose memory grows linearly with the length, as on all current devices.
 
     Raises:
         ConfigError: the model or a setting is not known.
@@ -71,7 +71,7 @@ def build_model(model: str, training: Training, device: str) -> nn.Module:
         torch.manual_seed(0)
         built = _quantised_model(shape, device) if training.tuning == "qlora" else _dense_model(shape, device)
         if training.tuning != "full":
-            # the model itself, its linear layers replaced
+            # the same model, with its linear layers replaced
             built = with_lora(built, 0, adapters_in_fp32=False).base_model.model
     if training.loss == "chunked":
         _use_chunked_loss(built)

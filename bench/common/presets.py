@@ -16,8 +16,8 @@ from dropbp.errors import ConfigError
 T = TypeVar("T")
 
 DROP_RATES = (0.5, 0.75, 0.875)  # the paper's
-TINY_MODEL = "llama-4x64"  # too small to be worth what a compiler takes: its graphs are captured and run as they are
-ENDLESS = 1 << 20  # a length that no machine of today reaches
+TINY_MODEL = "llama-4x64"  # too small to be worth compiling: its graphs are captured and run as they are
+ENDLESS = 1 << 20  # a length that no current machine reaches
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,12 @@ class Training:
 
 @dataclass(frozen=True)
 class ThroughputPreset:
-    """Runs of `throughput`: one for each model and training, all drop rates interleaved in it.
+    """Runs of `throughput`: one per model and training, with all drop rates interleaved in it.
 
     Attributes:
-        growth: for these trainings, also the largest micro-batch that fits at each rate, and the throughput there.
-        growth_budget_micro_batches: on CPU, memory is limited to what plain training needs for so many micro-batches
+        growth: trainings for which the largest micro-batch that fits at each rate is measured too, and the throughput
+            there.
+        growth_budget_micro_batches: on CPU, memory is limited to what plain training needs for this many micro-batches
             of `batch_size`; an accelerator has its own limit.
     """
 
@@ -94,13 +95,13 @@ class ThroughputPreset:
 
 @dataclass(frozen=True)
 class SeqlenPreset:
-    """Runs of `seqlen`: one for each training, all drop rates in it.
+    """Runs of `seqlen`: one per training, with all drop rates in it.
 
     Attributes:
-        budget_gib: memory there is, in GiB; None takes all that the device has.
-        step: lengths tried are multiples of this.
-        max_length: no longer sequence is tried.
-        counted: measure by counting tensor bytes on shapes, on the meta device, whatever the model's size.
+        budget_gib: available memory in GiB; None uses the whole device.
+        step: only multiples of this are tried as lengths.
+        max_length: the longest sequence to try.
+        counted: count tensor bytes on shapes, on the meta device, whatever the model's size.
     """
 
     model: str
@@ -130,8 +131,8 @@ def _with_compiled(trainings: tuple[Training, ...]) -> tuple[Training, ...]:
     return (*trainings, *(replace(training, compiled=True) for training in trainings))
 
 
-# In bf16 all of full, LoRA and QLoRA, with and without checkpointing, compiled and not: on CPU the most used of them at
-# the paper's sequence and micro-batch, the rest on shorter sequences.
+# bf16: all of full, LoRA and QLoRA, with and without checkpointing, compiled and not. On CPU, the most common of them
+# run at the paper's sequence and micro-batch, the others on shorter sequences.
 _CPU_TRAININGS = (*_trainings("full lora qlora"), Training("full", checkpointing=True))
 _CPU_GRID = tuple(
     training
@@ -145,7 +146,7 @@ THROUGHPUT: Mapping[str, ThroughputPreset] = {
     "smoke": ThroughputPreset(
         "llama-4x64", _trainings("full lora", "fp32"), (0.875,), 1, 32, 2, 1, _trainings("full", "fp32"), 2.0, 1
     ),
-    # Every run that the plan for a GPU has, with a tiny model.
+    # Every run of the GPU plan, with a tiny model.
     "rehearsal": ThroughputPreset(
         "llama-4x64",
         (
@@ -171,7 +172,7 @@ THROUGHPUT: Mapping[str, ThroughputPreset] = {
     ),
     "llama2-13b": ThroughputPreset("llama2-13b", _trainings("lora", "bf16", "no yes")),
     "llama2-70b-qlora": ThroughputPreset("llama2-70b", _with_compiled(_trainings("qlora", "bf16", "no yes")), rounds=8),
-    # At the paper's micro-batch of 2 the plain step needs 81.7 GiB; of 1, 58.3, and checkpointed 36.7.
+    # At the paper's micro-batch of 2 the plain step needs 81.7 GiB; at 1 it needs 58.3, and 36.7 with checkpointing.
     "llama2-70b-qlora-1x512": ThroughputPreset(
         "llama2-70b", _with_compiled(_trainings("qlora", "bf16", "no yes")), batch_size=1, rounds=8
     ),
@@ -197,7 +198,7 @@ SEQLEN: Mapping[str, SeqlenPreset] = {
     "llama2-70b-qlora-80gib": SeqlenPreset(
         "llama2-70b", _trainings("qlora", "bf16", "no", _BOTH_LOSSES), (0.875,), 79.0, 64, counted=True, masks=2
     ),
-    # Tried on the device until memory is out: each try of a long sequence takes seconds, so steps are larger.
+    # Tried on the device until memory runs out. A try of a long sequence takes seconds, so steps are larger.
     "llama2-7b": SeqlenPreset("llama2-7b", _trainings("full lora", "bf16", "no yes", _BOTH_LOSSES), (0.875,), step=256),
     "llama2-7b-rates": SeqlenPreset("llama2-7b", _trainings("full lora", "bf16", "no", _BOTH_LOSSES), step=256),
     "llama2-70b-qlora": SeqlenPreset("llama2-70b", _trainings("qlora", "bf16", "no", _BOTH_LOSSES), (0.875,)),
@@ -207,8 +208,8 @@ SEQLEN: Mapping[str, SeqlenPreset] = {
     ),
 }
 
-# What the whole bench runs when no preset is named, by kind of device. On CPU all of it, with the other parts of `all`,
-# is to take less than 40 minutes on two cores; `cpu-more` and `cpu-small` are for who has longer.
+# The presets of the whole bench when none is named, by kind of device. On CPU, all of it with the other parts of `all`
+# should take less than 40 minutes on two cores; `cpu-more` and `cpu-small` take longer.
 DEFAULT_THROUGHPUT: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "cpu-grid", "cpu-growth"),
     "cuda": ("llama2-7b", "llama2-13b", "llama3-8b", "llama2-70b-qlora-1x512"),

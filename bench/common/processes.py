@@ -162,6 +162,6 @@ def stoppable() -> Iterator[Stop]:
 
 
 def answer(values: Mapping[str, Any], stream: IO[str]) -> None:
-    """Say something to the parent."""
+    """Send an answer to the parent."""
     stream.write(json.dumps(values) + "\n")
     stream.flush()

@@ -1,8 +1,8 @@
 """One JSON file per run: configuration, versions, device, every raw step time, and how the run ended.
 
-A run is known by its kind and configuration. A finished one is a file of that name, written whole or not at all, and is
-not run again. Until then its file lies in the folder `unfinished`, and is written anew with each figure (`save`), so
-that a run that was stopped, in whatever way, goes on where it was. One that failed stays there, and is begun anew.
+A run is identified by its kind and configuration. A finished run is a file of that name, written atomically, and is not
+repeated. Until then its file is in the folder `unfinished` and is rewritten with each figure (`save`), so a run that
+was stopped in any way can be resumed. A failed run stays there, and is restarted from scratch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dropbp.files import write_text
 SCHEMA = 1
 RESULTS = Path(__file__).parents[1] / "results"
 UNFINISHED = "unfinished"
-FILES = "[!.]*.json"  # what is being written has a dot in front
+FILES = "[!.]*.json"  # files being written start with a dot
 ROUNDS = "rounds"
-STOPPED = ("running", "cancelled")  # "running" is what a killed process leaves behind
+STOPPED = ("running", "cancelled")  # a killed process leaves "running" behind
 _PACKAGES = ("dropbp", "torch", "transformers", "peft", "bitsandbytes")
 Record = dict[str, Any]
 
@@ -41,13 +41,13 @@ class Store:
         self.folder, self.kind = root / kind, kind
 
     def path(self, name: str) -> Path:
-        """Where the finished run of that name is."""
+        """Path of the finished run of that name."""
         return self.folder / f"{_file_name(name)}.json"
 
     def finished(self, name: str, configuration: Mapping[str, Any]) -> Record | None:
-        """The finished run of that name and configuration; None if there is none, or it was another one.
+        """The finished run of that name and configuration; None if there is none, or its configuration differs.
 
-        One of more rounds than the configuration asks for will do.
+        A run with more rounds than the configuration asks for is accepted.
         """
         path = self.path(name)
         record = read(path) if path.is_file() else None
@@ -62,16 +62,16 @@ class Store:
     def run(
         self, name: str, configuration: Mapping[str, Any], device: Device, *, goes_on: bool = False
     ) -> Iterator[Record]:
-        """A record to fill; it is written when the block ends, whatever its end, and errors go on.
+        """A record to fill in. It is written when the block ends, in whatever way; errors are re-raised.
 
         `failures`, a list in the record, is for parts that failed without ending the run.
 
         Args:
-            name: of the run.
-            configuration: what makes it what it is.
+            name: name of the run.
+            configuration: the settings that identify it.
             device: where it runs.
-            goes_on: take up the record of a run of the same name, configuration, device and versions that was stopped,
-                if there is one. What it holds is measured; `continued` lists when it was taken up.
+            goes_on: resume a stopped run with the same name, configuration, device and versions, if there is one. Its
+                measurements are kept, and `continued` lists the times at which it was resumed.
         """
         record = new_record(self.kind, name, configuration, device)
         stopped = self._stopped(record) if goes_on else None
@@ -103,7 +103,7 @@ class Store:
         *,
         again: bool = False,
     ) -> Record:
-        """The finished run of that name and configuration; else, or `again`, one that holds what `measure` returns."""
+        """The finished run of that name and configuration. If there is none, or with `again`, measure and record it."""
         found = None if again else self.finished(name, configuration)
         if found is None:
             with self.run(name, configuration, device) as found:
@@ -111,7 +111,7 @@ class Store:
         return found
 
     def save(self, record: Record) -> None:
-        """Write what a run that goes on has measured, so that it is not lost if the process is ended."""
+        """Write the measurements so far of a resumable run, so they survive if the process is ended."""
         write(record, self._unfinished_path(record))
 
     def _unfinished_path(self, record: Record) -> Path:
@@ -119,7 +119,7 @@ class Store:
         return self.folder / UNFINISHED / f"{_file_name(record['name'])}--{started}.json"
 
     def _stopped(self, new: Record) -> Record | None:
-        """The latest stopped run that is the same as a new one, unless one was finished after it."""
+        """The latest stopped run that matches a new one, unless a run was finished after it."""
         path = self.path(new["name"])
         finished = read(path) if path.is_file() else None
         for record in reversed(read_unfinished(self.folder.parent, self.kind)):
@@ -131,12 +131,12 @@ class Store:
 
 
 def _machine(record: Record) -> list[Any]:
-    """What a device is, without what a process decides about it."""
+    """The identity of a device, without settings of the process."""
     return [record["device"].get(key) for key in ("name", "generation", "memory_limit_bytes")]
 
 
 def new_record(kind: str, name: str, configuration: Mapping[str, Any], device: Device) -> Record:
-    """A record of a run that begins now."""
+    """A record of a run that starts now."""
     return {
         "schema": SCHEMA,
         "kind": kind,
@@ -151,10 +151,10 @@ def new_record(kind: str, name: str, configuration: Mapping[str, Any], device: D
 
 
 def read(path: Path) -> Record:
-    """One record.
+    """Read one record.
 
     Raises:
-        ConfigError: the file is damaged, or of another schema.
+        ConfigError: the file is damaged, or has another schema.
     """
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ def read(path: Path) -> Record:
 
 
 def read_all(root: Path, kind: str) -> list[Record]:
-    """All finished runs of a kind, in the order of their names."""
+    """All finished runs of a kind, sorted by name."""
     return read_folder(root / kind)
 
 
@@ -177,20 +177,20 @@ def read_unfinished(root: Path, kind: str) -> list[Record]:
 
 
 def read_folder(folder: Path) -> list[Record]:
-    """All records of a folder, in the order of their names."""
+    """All records of a folder, sorted by name."""
     return [read(path) for path in sorted(folder.glob(FILES))]
 
 
 def write(record: Record, path: Path, *, compact: bool = False) -> None:
-    """Write a record, whole or not at all; a compact one is a single line."""
+    """Write a record atomically; a compact one is a single line."""
     text = json.dumps(record, separators=(",", ":")) if compact else json.dumps(record, indent=1)
     write_text(path, f"{text}\n")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a figure depends on; None where it is not installed.
+    """Versions of the packages that affect a figure; None for those not installed.
 
-    That of torch is its own: a wheel's metadata need not say which build it is (2.13.0 for 2.13.0+cu130).
+    torch reports its own version, as a wheel's metadata may omit the build (2.13.0 for 2.13.0+cu130).
     """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -201,7 +201,7 @@ def versions() -> dict[str, str | None]:
 
 
 def describe_error(error: BaseException) -> dict[str, str]:
-    """An error as data; of the trace only the innermost function, so that no path of the machine is kept."""
+    """An error as data. Only the innermost function of the trace is kept, so no path of the machine is stored."""
     frames = traceback.extract_tb(error.__traceback__)
     return {
         "type": type(error).__name__,
@@ -216,7 +216,7 @@ def now() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON makes of it, so that a configuration can be compared with one read from a file."""
+    """The value after a round trip through JSON, so a configuration can be compared with one read from a file."""
     return json.loads(json.dumps(value))
 
 

@@ -53,7 +53,7 @@ def build_optimizer(model: nn.Module, tuning: str) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     kind = parameters[0].device.type
     options: dict[str, Any] = {"fused": True} if kind in ("cpu", "cuda") else {"foreach": False}
-    # A rate of 0 would do as much work; a small one keeps random weights finite however long a run is.
+    # A rate of 0 would do as much work; a small one keeps random weights finite in runs of any length.
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE[tuning] / 100, weight_decay=WEIGHT_DECAY[tuning], **options)
 
 

@@ -69,16 +69,16 @@ def train_briefly(
     betas: tuple[float, float] = (0.9, 0.999),
     warmup_share: float = 0.3,
 ) -> float:
-    """Train what is trainable by AdamW under one cycle of the learning rate; the loss of the last step.
+    """Train the trainable parameters with AdamW and one cycle of the learning rate; returns the loss of the last step.
 
     Args:
         model: a causal language model in training mode.
-        batch: gives token ids, shape (batch, sequence), a new batch at each call.
+        batch: returns token ids, shape (batch, sequence), a new batch per call.
         steps: optimizer steps.
-        learning_rate: the largest of the cycle.
-        progress: called with the number of each step, from 1, before it.
-        betas: of AdamW.
-        warmup_share: of the steps, in which the learning rate rises.
+        learning_rate: maximum of the cycle.
+        progress: called before each step with its number, from 1.
+        betas: betas of AdamW.
+        warmup_share: share of the steps in which the learning rate rises.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, betas=betas)
@@ -146,7 +146,7 @@ def _store(model: LlamaForCausalLM, folder: Path) -> None:
         model.save_pretrained(temporary)
         temporary.replace(folder)
     except OSError:
-        if not (folder / "config.json").is_file():  # else another process was quicker, with the same base
+        if not (folder / "config.json").is_file():  # another process stored the same base first
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -33,7 +33,7 @@ from .invariants import PRESETS as INVARIANTS
 
 LEDGER = "gpu.json"
 MINUTES = 10.0
-TRIES = 2  # of an item that fails
+TRIES = 2  # for a failing item
 HELD_BYTES = 1 << 26  # if an item leaves more behind, the next one starts in a new process
 ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 PARTS = {
@@ -67,7 +67,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """As it is listed."""
+        """The name in lists."""
         return " ".join(word for word in self.command if word not in ("--preset", "--only"))
 
 

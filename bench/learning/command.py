@@ -1,12 +1,13 @@
-"""Does it learn? Validation loss of every method at equal FLOPs, equal time and equal memory, each at its best rate.
+"""Does it learn? Validation loss of every method at equal FLOPs, time and memory, each at its best learning rate.
 
-`dropbp bench learning --preset full --resume` measures step times, trains, and writes one JSON file per run;
-`--tables` makes the tables and the plot from those files alone (`tables`).
+`dropbp bench learning --preset full --resume` measures step times, trains, and writes one JSON file per run. `--tables`
+makes the tables and the plot from those files alone (`tables`).
 
-All methods start from the same model and see the same batches in the same order. The learning rate is constant after
-a short warm-up, so that a run cut short is a shorter run, and one run serves every comparison: its validation curve is
-read where it has used as many FLOPs, or as much time, as plain training. Time is steps times the method's mean step
-time over plain training's, both measured in turns in one process, so that a busy machine slows them alike.
+All methods start from the same model and see the same batches in the same order. The learning rate is constant after a
+short warm-up, so a truncated run equals a shorter run, and one run serves every comparison: its validation curve is
+read where it has used as many FLOPs, or as much time, as plain training. Time is the number of steps times the ratio of
+the method's mean step time to that of plain training. Both are measured interleaved in one process, so a busy machine
+slows them alike.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ RIVAL_LORA_RANK = 8
 
 
 class Trainer:
-    """A task's model under a method with AdamW: one optimizer step at a time, on the batches it is given."""
+    """A task's model under a method, with AdamW; runs one optimizer step at a time on given batches."""
 
     def __init__(self, run: Run, steps: int | None = None, checkpointing: bool = False) -> None:
         task = tasks.task(run.task)
@@ -83,7 +84,7 @@ class Trainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         size = task.batch_size // task.micro_batches
         self.costs = plain = Costs.counted(self.model, _blank(size))
-        if run.method == "lora":  # what it stands beside is no LoRA
+        if run.method == "lora":  # compared with full fine-tuning
             plain = Costs.counted(tasks.model_for(task, run.seed), _blank(size))
         self.plain_step_flops = plain.of(rivals.Work()) * task.micro_batches
         self.method = rivals.method(run.method, self.model, run.drop_rate, run.seed, steps or run.plain_steps)
@@ -94,7 +95,7 @@ class Trainer:
         self.flops = 0.0
 
     def step(self, micro_batches: Sequence[Tensor]) -> float:
-        """One optimizer step; the mean loss of its micro-batches."""
+        """Run one optimizer step; returns the mean loss of its micro-batches."""
         self.method.begin_step(self.steps)
         loss = sum(self._micro_batch(window, len(micro_batches)) for window in micro_batches)
         torch.nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
@@ -107,19 +108,19 @@ class Trainer:
     def _micro_batch(self, window: Tensor, count: int) -> float:
         with self.method.micro_batch():
             loss = self.loss(window) / count
-            if loss.requires_grad:  # with adapters, leaving out all blocks leaves nothing to train
+            if loss.requires_grad:  # with adapters, nothing is left to train if all blocks are skipped
                 loss.backward()
         self.flops += self.costs.of(self.method.work())
         return float(loss.detach())
 
     def loss(self, windows: Tensor) -> Tensor:
-        """Of one forward, per byte."""
+        """Loss per byte of one forward."""
         found: Tensor = self.model(input_ids=windows, labels=windows).loss
         return found
 
     @torch.no_grad()
     def validate(self, windows: Tensor) -> float:
-        """Mean loss per byte of the validation windows."""
+        """Mean loss per byte on the validation windows."""
         self.model.eval()
         loss = float(self.loss(windows))
         self.model.train()
@@ -141,7 +142,7 @@ def _warmup(step: int) -> float:
 def train(run: Run, step_ratio: float, progress: Callable[[int], None] = lambda step: None) -> Record:
     """Train and return the record: losses, raw step times, validation curve by step, FLOPs and relative time.
 
-    The run lasts as long as plain training does, or until it has used as many FLOPs, whichever is later.
+    The run lasts as many steps as plain training, or until it has used as many FLOPs, whichever is later.
     """
     task = tasks.task(run.task)
     split = tasks.split(task)
@@ -199,16 +200,16 @@ def _evaluation(trainer: Trainer, windows: Tensor, step_ratio: float) -> Record:
 
 
 def step_times(task_name: str, variants: Sequence[Variant], rounds: int) -> Record:
-    """Step times of (method, drop rate, checkpointing), one step of each in turn, and the bytes that each one keeps.
+    """Interleaved step times of (method, drop rate, checkpointing), and the bytes that each variant keeps.
 
-    Ratios are means of processor time over that of plain training: on one thread it is what the step would take on an
-    idle core, and a busy neighbour does not change it. Wall-clock times are kept beside it.
+    Ratios are means of processor time relative to plain training. On one thread this is the time a step would take on
+    an idle core, unaffected by other processes. Wall times are kept as well.
     """
     task = tasks.task(task_name)
     stream = tasks.batches(tasks.split(task), task, 0)
     record = _header(MEMORY_TO_SPARE, Run(task_name, "all", 0.0, 1e-5, 0, rounds))
     trainers = [
-        Trainer(Run(task_name, name, rate, 1e-5, 0, rounds), rounds + 2 * WARMUP_ROUNDS, ckpt)  # its middle is timed
+        Trainer(Run(task_name, name, rate, 1e-5, 0, rounds), rounds + 2 * WARMUP_ROUNDS, ckpt)  # the middle is timed
         for name, rate, ckpt in variants
     ]
     rows: list[Record] = [
@@ -234,7 +235,7 @@ def _timed(trainer: Trainer, window: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def _saved_mib(trainer: Trainer, window: Sequence[Tensor]) -> float:
-    """MiB of the tensors that autograd keeps from forward to backward, parameters not counted, each storage once."""
+    """MiB of the tensors that autograd keeps from forward to backward, without parameters; each storage counts once."""
     with trainer.method.deepest():
         return saved_tensor_bytes(lambda: trainer.loss(window[0]), exclude=[trainer.model]) / 2**20
 
@@ -269,7 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a preset, and make tables from the files."""
+    """Run a preset, and make the tables from the files."""
     torch.set_num_threads(args.threads)
     if not args.tables:
         _quiet_libraries()
@@ -287,7 +288,7 @@ def _quiet_libraries() -> None:
 
 
 def run_preset(preset: Preset, folder: Path, resume: bool) -> None:
-    """Step times first, then all runs; each is on disk as soon as it ends, whatever its end."""
+    """Measure step times, then do all runs. Each run is written as soon as it ends, in whatever way."""
     ratios = {name: _measured_times(preset, name, folder, resume) for name in preset.tasks}
     own = folder / preset.folder
     _run_all(first_runs(preset), ratios, own, resume)
@@ -297,7 +298,7 @@ def run_preset(preset: Preset, folder: Path, resume: bool) -> None:
 
 
 def _measured_times(preset: Preset, task_name: str, folder: Path, resume: bool) -> list[Record]:
-    """Step times with memory to spare; those with little of it are measured too, for the tables."""
+    """Step times with memory to spare. Those short of memory are measured as well, for the tables."""
     known = [*variants(preset, tasks.task(task_name)), *preset.once]
     rounds = preset.timing_rounds
     spare: list[Variant] = [(*which, False) for which in known if which[0] != "plain"]
@@ -310,7 +311,7 @@ def _measured_times(preset: Preset, task_name: str, folder: Path, resume: bool) 
 def _measured(
     task_name: str, kind: str, wanted: Sequence[Variant], rounds: int, folder: Path, resume: bool
 ) -> list[Record]:
-    """All step times of a kind; what is missing is measured beside plain training and goes to a file of its own."""
+    """All step times of a kind. Missing ones are measured along with plain training and written to a new file."""
     known = of_kind(read_folder(folder), kind, task_name) if resume else []
     rows = {(row["method"], row["drop_rate"], row["checkpointing"]) for record in known for row in record["rows"]}
     missing = [variant for variant in wanted if variant not in rows]
@@ -339,6 +340,6 @@ def _run_all(runs: Sequence[Run], times: dict[str, list[Record]], folder: Path, 
 
 
 def _is_finished(path: Path, ratio: float) -> bool:
-    """Whether the run ended, and by the present step times not before plain training would have."""
+    """Whether the run finished and, by the current step times, lasted at least as long as plain training."""
     record = records.read(path) if path.is_file() else {"status": "missing"}
     return record["status"] == "finished" and math.isfinite(equal_time_loss(timed_anew(record, ratio)))

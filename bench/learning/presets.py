@@ -1,4 +1,4 @@
-"""Which runs the learning bench makes: the presets, and in what order learning rates and seeds are gone through."""
+"""The runs of the learning bench: the presets, and the order in which learning rates and seeds are tried."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .curves import best_rates, tried_rates
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what is trained, how, and for how long in terms of plain steps."""
+    """One training: what is trained, how, and for how many plain steps."""
 
     task: str
     method: str
@@ -26,7 +26,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its file, without the ending."""
+        """Name of its file, without the suffix."""
         method = self.method.replace(" ", "-").replace("+", "-and-").replace(":", "-")
         return f"{self.task}--{method}--p{self.drop_rate:g}--lr{self.learning_rate:g}--seed{self.seed}"
 
@@ -35,9 +35,9 @@ class Run:
 class Preset:
     """A set of runs: plain training, each method at each drop rate, and `others`, (method, drop rate).
 
-    Each is tried with one seed at the task's learning rates, and beyond them as long as the best is the lowest or the
-    highest tried, but at no more than `most_rates`; then with the other seeds at the best. Those of `once` have the
-    first seed only. Files lie in `folder` below that of all results.
+    Each is tried with one seed at the task's learning rates. If the best rate is the lowest or the highest tried, the
+    next one is tried too, up to `most_rates` in all. The other seeds are run at the best rate. Methods in `once` have
+    the first seed only. Files are in `folder`, inside the results folder.
     """
 
     tasks: tuple[str, ...]
@@ -85,7 +85,7 @@ PRESETS = {
             ("nested shelf slow-deep", 0.875),
         ),
     ),
-    # What the default was not chosen on: other seeds, and a text of which no run had been made.
+    # Runs that had no part in the choice of the default: other seeds, and a text never used before.
     FRESH: Preset(
         tasks=("python", "c-accumulated", "prose-lora", "prose"),
         methods=("freezing", "published", "default"),
@@ -99,7 +99,7 @@ PRESETS = {
 
 
 def variants(preset: Preset, task: tasks.Task) -> list[tuple[str, float]]:
-    """Methods with their drop rates, plain training first; LoRA is no rival where it is the setting."""
+    """Methods with their drop rates, plain training first. LoRA is not a rival in tasks that themselves use LoRA."""
     each = [("plain", 0.0), *((name, rate) for name in preset.methods for rate in preset.drop_rates), *preset.others]
     return [(name, rate) for name, rate in each if not (task.lora_rank and name == "lora")]
 
@@ -115,12 +115,12 @@ def first_runs(preset: Preset) -> list[Run]:
 
 
 def rates_for(task: tasks.Task, method: str) -> tuple[float, ...]:
-    """Learning rates to try; LoRA beside full fine-tuning takes those of the LoRA task."""
+    """Learning rates to try; LoRA as a rival of full fine-tuning uses those of the LoRA task."""
     return tasks.task("prose-lora").learning_rates if method == "lora" else task.learning_rates
 
 
 def wider_runs(preset: Preset, records: Sequence[Record]) -> list[Run]:
-    """The next learning rate for every variant that did best at the lowest or the highest it was tried at."""
+    """The next learning rate for every variant whose best rate was the lowest or the highest tried."""
     best, tried = best_rates(records), tried_rates(records, preset.seeds[0])
     runs = []
     for run in {(run.task, run.method, run.drop_rate): run for run in first_runs(preset)}.values():
@@ -146,7 +146,7 @@ def further_runs(preset: Preset, records: Iterable[Record]) -> list[Run]:
 
 
 def chosen_tasks(preset: Preset, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The preset's tasks, or those named. Raises ConfigError for one that it does not have."""
+    """The named tasks, or all tasks of the preset. Raises ConfigError for one that the preset does not have."""
     missing = [name for name in names or () if name not in preset.tasks]
     if missing:
         raise ConfigError(f"The preset has no task {missing[0]!r}; it has {', '.join(preset.tasks)}.")

@@ -1,9 +1,9 @@
-"""Every method of the learning bench in a few lines, written from its paper: what one training step leaves out.
+"""Every method of the learning bench in a few lines, written from its paper: what each training step leaves out.
 
-A `Method` is put on a fresh model and informed of each step and each micro-batch. It reports the share of the blocks'
-work in its latest micro-batch: `Work(forward, activations, weights)`, in passes that cost a block one unit each. So the
-FLOPs of different methods are counted in one way. The rivals that change blocks work on models that keep them in one
-`ModuleList` whose members take and return the residual stream first, as the decoders of transformers do.
+A `Method` is attached to a fresh model and told of each step and each micro-batch. It reports the share of the blocks'
+work in its latest micro-batch as `Work(forward, activations, weights)`, each a pass that costs a block one unit. So
+FLOPs of all methods are counted alike. Methods that change blocks work on models that keep them in one `ModuleList`
+whose members take and return the residual stream first, like the decoders in transformers.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Method:
         return [{"params": list(self.model.parameters()), "lr": learning_rate}]
 
     def micro_batch(self) -> contextlib.AbstractContextManager[object]:
-        """Surrounds the forward and backward of one micro-batch."""
+        """Context of the forward and backward of one micro-batch."""
         return contextlib.nullcontext()
 
     def deepest(self) -> contextlib.AbstractContextManager[object]:
-        """Surrounds a micro-batch that keeps as much as any can, if that is known; otherwise an ordinary one."""
+        """Context of the micro-batch that keeps the most activations, if known; otherwise of an ordinary one."""
         return self.micro_batch()
 
     def work(self) -> Work:
@@ -71,10 +71,11 @@ class Method:
 
 
 class DropBP(Method):
-    """This library: `dropbp.enable` with a mask sampler and rates, and without a limit to memory unless one is given.
+    """This library: `dropbp.enable` with a mask sampler and rates, and without a memory limit unless one is given.
 
-    With `slow_deep` each branch's learning rate is its share of steps, 1 - rate, of the given one, and that of what
-    feeds the first branch likewise: AdamW moves a parameter that is rarely trained as far each time as any other.
+    With `slow_deep` the learning rate of each branch is scaled by the share of steps that train it, 1 - rate, and that
+    of the modules before the first branch likewise. The reason: AdamW moves a rarely trained parameter as far per step
+    as any other.
     """
 
     def __init__(
@@ -116,10 +117,11 @@ class DropBP(Method):
 
 
 class PublishedDropBP(DropBP):
-    """DropBP as published, its uniform rates and way of masking: a coin per sublayer, then the target as a floor.
+    """DropBP as published, with its uniform rates and its masks: a coin per sublayer, then the target as a minimum.
 
-    Where fewer than `drop_rate` of the sublayers were dropped, more are, those of the highest rate first; with equal
-    rates that means from index 0. So the mean is above the target, and the lowest sublayers are dropped most often.
+    If fewer than `drop_rate` of the sublayers were dropped, more are, those with the highest rates first. With equal
+    rates these are the ones from index 0 on. So the mean is above the target, and the lowest sublayers are dropped most
+    often.
 
     Source: the code published with arXiv:2402.17812.
     """
@@ -133,7 +135,7 @@ class PublishedDropBP(DropBP):
 
 
 def floored_mask(rates: Sequence[float], drop_rate: float, coins: random.Random) -> list[bool]:
-    """A coin per sublayer; where these drop too few, the highest rates too, ties from index 0, up to the share."""
+    """A coin per sublayer; if these drop too few, also the highest rates, ties from index 0, up to the target."""
     mask = [coins.random() < rate for rate in rates]
     kept = sorted((i for i, dropped in enumerate(mask) if not dropped), key=lambda i: -rates[i])
     missing = math.ceil(drop_rate * len(rates) - 1e-9) - sum(mask)
@@ -143,9 +145,9 @@ def floored_mask(rates: Sequence[float], drop_rate: float, coins: random.Random)
 
 
 class Freezing(Method):
-    """The lowest `drop_rate` of the blocks' FLOPs is never trained, nor is what comes before the blocks.
+    """The lowest `drop_rate` of the blocks' FLOPs is never trained, nor is anything before the blocks.
 
-    So the backward ends at the border. Whole branches: the border one is trained if it does not fit.
+    The backward therefore ends at the border. Branches are whole: the one at the border is trained if it does not fit.
     """
 
     def __init__(self, model: nn.Module, drop_rate: float) -> None:
@@ -168,9 +170,9 @@ class Freezing(Method):
 
 
 class LISA(Method):
-    """Only some blocks, drawn anew every `period` steps, are trained, with everything outside of the blocks.
+    """Only some blocks, redrawn every `period` steps, are trained, along with everything outside the blocks.
 
-    The embedding is always trained, so the gradient goes down all the way: only weights' gradients are saved.
+    The embedding is always trained, so the gradient reaches the bottom: only gradients of weights are saved.
 
     Source: LISA, arXiv:2403.17919, algorithm 1, with uniform sampling.
     """
@@ -197,7 +199,7 @@ class LISA(Method):
 
 
 class LayerDrop(Method):
-    """Each block is left out of forward and backward with probability `drop_rate`; all of them run in evaluation.
+    """Each block is skipped in forward and backward with probability `drop_rate`; evaluation runs all of them.
 
     Source: LayerDrop, arXiv:1909.11556 ("every other" pruning is not needed here; no scaling, as there).
     """
@@ -213,11 +215,11 @@ class LayerDrop(Method):
         return contextlib.nullcontext()
 
     def keep_rates(self) -> list[float]:
-        """Probability of each block to run in the present step."""
+        """Probability that each block runs in the current step."""
         return [1 - self._drop_rate] * len(self.skips)
 
     def scale(self, keep: float) -> float:
-        """Factor of what a block that runs adds to the residual stream."""
+        """Factor of a running block's contribution to the residual stream."""
         return 1.0
 
     def work(self) -> Work:
@@ -230,10 +232,10 @@ class LayerDrop(Method):
 
 
 class ProgressiveLayerDrop(LayerDrop):
-    """Blocks are left out more and more often, the deeper ones first; what a kept block adds is scaled up.
+    """Blocks are skipped ever more often, the deeper ones first; the output of a kept block is scaled up.
 
     Keep rate of block i of L at step t: 1 - i/L (1 - theta(t)), theta(t) = (1 - floor) exp(-gamma t) + floor, with
-    gamma = 100 / steps. It has no drop rate of its own: with the paper's floor of 1/2 about a quarter is left out.
+    gamma = 100 / steps. It has no drop rate of its own: the paper's floor of 1/2 skips about a quarter.
 
     Source: Progressive Layer Dropping, arXiv:2010.13369, equations 5 and 6; whole blocks are gated here.
     """
@@ -254,7 +256,7 @@ class ProgressiveLayerDrop(LayerDrop):
 
 
 class _Skip:
-    """A block that can be left out: in training its forward returns the residual stream that came in."""
+    """A block that can be skipped: in training its forward then returns its input."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.inner = block, block.forward
@@ -327,7 +329,7 @@ def _uniform(masks: str) -> Callable[..., Method]:
 
 
 def _default(model: nn.Module, drop_rate: float, seed: int, steps: int, **options: Any) -> Method:
-    """What `dropbp.enable` does when it is told the length of the run, without a limit to memory unless told."""
+    """`dropbp.enable` as it behaves when given the length of the run, without a memory limit unless one is given."""
     return DropBP(model, drop_rate, seed=seed, steps=steps, resample="step", **options)
 
 
@@ -371,14 +373,14 @@ def method(name: str, model: nn.Module, drop_rate: float, seed: int, steps: int)
     """The method `name` on a model.
 
     Args:
-        name: one of `METHODS`; or "nested PROFILE", a profile of `dropbp.masks.rates.depth_rates` or "plateau:SHARE",
-            then, where wanted, "every K" (a mask is kept for K forwards; else for an optimizer step), "per-forward",
-            "capped" (no step keeps more than 1 - drop_rate of the activations: deeper blocks are checkpointed),
-            "slow-deep" (learning rates in proportion to 1 - rate, see `DropBP`) and
-            "biased-stem" (the embedding is trained in every step).
+        name: one of `METHODS`; or "nested PROFILE", with a profile of `dropbp.masks.rates.depth_rates` or
+            "plateau:SHARE". Options may follow: "every K" (keep a mask for K forwards instead of one optimizer step),
+            "per-forward", "capped" (no step keeps more than 1 - drop_rate of the activations; deeper blocks are
+            checkpointed), "slow-deep" (learning rates in proportion to 1 - rate, see `DropBP`) and "biased-stem" (the
+            embedding is trained in every step).
         model: a fresh model.
         drop_rate: share of the blocks' backward FLOPs to save.
-        seed: of the method's own random choices.
+        seed: seed of the method's own random choices.
         steps: length of the training, for methods with a schedule.
 
     Raises:

@@ -1,7 +1,7 @@
 """Tables and the plot of the learning bench, from its JSON files alone.
 
-Every figure is a validation loss (nats per byte) with the standard deviation over seeds, read from a run's curve at
-the same steps, FLOPs or time as plain training; each method stands at the learning rate that served it best.
+Every figure is a validation loss (nats per byte) with the standard deviation over seeds. It is read from a run's curve
+at the same steps, FLOPs or time as plain training. Each method is shown at its best learning rate.
 """
 
 from __future__ import annotations
@@ -78,48 +78,48 @@ class Entry:
 
     @property
     def learning_rate(self) -> float:
-        """The one its runs were trained at."""
+        """Learning rate of its runs."""
         return float(self.runs[0]["config"]["learning_rate"])
 
     @property
     def step_ratio(self) -> float:
-        """Step time over that of plain training."""
+        """Step time relative to plain training."""
         return curves.step_ratio(self.times, self.method, self.drop_rate)
 
     @property
     def memory_share(self) -> float:
-        """Most that a step keeps for its backward, over what a plain step keeps."""
+        """The most that a step keeps for its backward, relative to a plain step."""
         return curves.memory_share(self.times, self.method, self.drop_rate)
 
     def losses(self, axis: str, share: float = 1.0) -> dict[int, float]:
-        """Validation loss by seed, where the run had used `share` of plain training's time, FLOPs or steps."""
+        """Validation loss by seed once the run has used `share` of plain training's time, FLOPs or steps."""
         found = {seed: curves.loss_at(run, axis, share * budget(run, axis)) for seed, run in self._timed()}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
     def time_to(self, losses: dict[int, float]) -> dict[int, float | None]:
-        """Time, as a share of plain training's, until each seed's run was down to the loss given for that seed."""
+        """Time until each seed's run reaches the loss given for that seed, as a share of plain training's time."""
         found = {seed: curves.time_to(run, losses[seed]) for seed, run in self._timed() if seed in losses}
         whole = budget(self.runs[0], "time")
         return {seed: None if time is None else time / whole for seed, time in found.items()}
 
     def _timed(self) -> Iterator[tuple[int, Record]]:
-        """Runs by seed; the ratio measured last, beside all others, may not be the one a run was planned by."""
+        """Runs by seed, timed with the latest ratio, which may differ from the one that a run was planned with."""
         ratio = self.step_ratio
         for run in self.runs:
             yield run["config"]["seed"], curves.timed_anew(run, ratio)
 
     def losses_short_of_memory(self) -> dict[int, float]:
-        """The same at plain training's time, where a step may keep `MEMORY_BUDGET` of what a plain step keeps.
+        """Losses by seed at plain training's time if a step may keep only `MEMORY_BUDGET` of what a plain step keeps.
 
-        What keeps more is checkpointed then, so that fewer steps fit in the time; what does not goes on as before.
-        Empty where that was not measured.
+        A method that keeps more is checkpointed, so fewer steps fit in the time; one that keeps less is unchanged.
+        Empty if that was not measured.
         """
         steps = self.steps_short_of_memory
         return {} if steps is None else self.losses("time", steps)
 
     @property
     def steps_short_of_memory(self) -> float | None:
-        """Steps that fit in the same time then, as a share of those with memory to spare; None: not measured."""
+        """Steps that then fit in the same time, as a share of those with memory to spare; None if not measured."""
         if self.memory_share <= curves.MEMORY_BUDGET:
             return 1.0
         variant = curves.short_of_memory(self.method, self.drop_rate)
@@ -131,12 +131,12 @@ class Entry:
 
 
 def budget(run: Record, axis: str) -> float:
-    """What plain training uses: FLOPs, or its steps, which are the unit of time too."""
+    """The budget of plain training: FLOPs, or steps, which are also the unit of time."""
     return float(run["flops_budget"] if axis == "flops" else run["config"]["plain_steps"])
 
 
 def entries(records: Sequence[Record]) -> list[Entry]:
-    """One per (task, method, drop rate) with a finished run, in the order of the presets' lists."""
+    """One entry per (task, method, drop rate) with a finished run, in the order of the presets."""
     best = curves.best_rates(records)
     found: dict[tuple[str, str, float], list[Record]] = {}
     for record in (r for r in records if r["kind"] == "run" and r["status"] == "finished"):
@@ -157,12 +157,12 @@ def _place(name: str, order: Iterable[str]) -> int:
 
 
 def write(records: Sequence[Record], docs: Path, fresh: Sequence[Record] = ()) -> None:
-    """Put the tables between the markers of `docs/learning.md`, and the plot beside it.
+    """Write the tables between the markers of `docs/learning.md`, and the plot to the same folder.
 
     Args:
-        records: of the runs, and of all step times.
+        records: records of the runs and of all step times.
         docs: the folder of the page.
-        fresh: of the runs of the preset `fresh`, which get tables of their own.
+        fresh: records of the preset `fresh`, which get tables of their own.
     """
     made = entries(records)
     made_fresh = entries([*fresh, *(record for record in records if record["kind"] != "run")])
@@ -178,7 +178,7 @@ def write(records: Sequence[Record], docs: Path, fresh: Sequence[Record] = ()) -
 
 
 def tables(made: Sequence[Entry]) -> str:
-    """All tasks, one Markdown table each."""
+    """One Markdown table per task."""
     parts = []
     for task in dict.fromkeys(entry.task for entry in made):
         mine = [entry for entry in made if entry.task == task]
@@ -192,7 +192,7 @@ def tables(made: Sequence[Entry]) -> str:
 
 
 def table(made: Sequence[Entry]) -> str:
-    """One row per entry, as Markdown; losses as mean and standard deviation over seeds."""
+    """A Markdown table with one row per entry; losses are mean and standard deviation over seeds."""
     return markdown.table(COLUMNS, [_cells(entry, made) for entry in made])
 
 
@@ -219,7 +219,7 @@ def _against(entry: Entry, made: Sequence[Entry], method: str, drop_rate: float)
 
 
 def _time_to_plain(entry: Entry, made: Sequence[Entry]) -> str:
-    """Mean over the seeds; where some never got there, how many did."""
+    """Mean over the seeds; if not all seeds reached the loss, the number that did."""
     plain = next((other for other in made if other.method == "plain"), None)
     times = list(entry.time_to(plain.losses("time")).values()) if plain and plain is not entry else []
     reached = [time for time in times if time is not None]
@@ -239,7 +239,7 @@ def _figure(losses: dict[int, float]) -> str:
 
 
 def paired(losses: dict[int, float], others: dict[int, float]) -> str:
-    """Mean of the differences seed by seed, with its standard error: both saw the same batches."""
+    """Mean difference per seed, with its standard error; runs of one seed saw the same batches."""
     differences = [losses[seed] - others[seed] for seed in losses.keys() & others.keys()]
     if not differences:
         return "-"
@@ -251,9 +251,9 @@ def paired(losses: dict[int, float], others: dict[int, float]) -> str:
 
 
 def plot(made: Sequence[Entry], path: Path) -> None:
-    """Validation loss against time, a panel per task: plain training, freezing, the published masks, and ours.
+    """Plot validation loss against time, one panel per task: plain training, freezing, the published masks, and ours.
 
-    Plain training stands there twice: also with every block checkpointed, as it runs where memory is short.
+    Plain training appears twice: the second curve checkpoints every block, as is done where memory is short.
     """
     names = list(dict.fromkeys(entry.task for entry in made))
     rows = math.ceil(len(names) / 2)
@@ -284,7 +284,7 @@ def _drawn(axes: Axes, entry: Entry) -> dict[str, Line2D]:
 
 
 def curve(entry: Entry, steps: float = 1.0) -> tuple[list[float], list[float]]:
-    """Mean loss over seeds at equal parts of plain training's time, of which `steps` as many steps fit."""
+    """Mean loss over seeds at equal parts of plain training's time, in which `steps` times as many steps fit."""
     shares = [(i + 1) / curves.CURVE_POINTS for i in range(curves.CURVE_POINTS)]
     means = [entry.losses("time", steps * share) for share in shares]
     return shares, [statistics.fmean(found.values()) if found else math.nan for found in means]

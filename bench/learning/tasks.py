@@ -1,9 +1,9 @@
-"""Small fine-tuning tasks made from what ships with every CPython: a base that knows some Python, and other text.
+"""Small fine-tuning tasks from data in every CPython installation: a base that knows some Python, and other text.
 
 The base is a small byte-level Llama (`common.small`), trained briefly on a part of the standard library and kept in the
-user's cache. A task is a text of another kind, how far it is from the base's, and how it is
-fine-tuned: all parameters or LoRA, one batch a step or several micro-batches. Splits, batches and validation windows
-follow from the seed alone, so that all methods of a comparison see the same bytes in the same order.
+user's cache. A task defines a text of another kind, its distance from the base's text, and the fine-tuning: all
+parameters or LoRA, one batch per step or several micro-batches. Splits, batches and validation windows depend on the
+seed alone, so all methods of a comparison see the same bytes in the same order.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ BASE = Base(
 )
 VALIDATION_SHARE = 0.1
 VALIDATION_WINDOWS = 64
-# Packages of the standard library that the base never sees, and which the gentle shift is made of.
+# Packages of the standard library that the base never sees; they make up the gentle shift.
 HELD_OUT = ("asyncio", "email", "tkinter", "unittest", "urllib", "xml", "xmlrpc", "wsgiref", "zoneinfo")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A text to fine-tune on, and how.
+    """A text to fine-tune on, and the settings.
 
     Attributes:
-        name: as in tables.
+        name: name in tables.
         text: key of `TEXTS`.
-        shift: how far the text is from the base's, in words.
-        batch_size: windows per optimizer step, all micro-batches together.
-        micro_batches: forwards per optimizer step; masks are drawn for each.
+        shift: distance of the text from the base's, in words.
+        batch_size: windows per optimizer step, over all micro-batches.
+        micro_batches: forwards per optimizer step; each has masks of its own.
         lora_rank: rank of adapters on all linear layers of the blocks; 0 trains all parameters.
-        learning_rates: each method is tried at all of them and reported at its best.
+        learning_rates: all of them are tried for each method, and the best is reported.
     """
 
     name: str
@@ -93,12 +93,12 @@ class Split:
 
 
 def task(name: str) -> Task:
-    """The task of that name. Raises ConfigError that lists the known ones."""
+    """The task with that name. Raises ConfigError that lists the known ones."""
     return chosen("task", TASKS, name)
 
 
 def split(task: Task) -> Split:
-    """The task's text, its last tenth kept for validation: evenly spaced windows, the same for every run."""
+    """The task's text, with its last tenth held out for validation in evenly spaced windows, the same for every run."""
     length = BASE.sequence_length
     text = TEXTS[task.text]()
     data = as_bytes(text)
@@ -111,7 +111,7 @@ def split(task: Task) -> Split:
 
 
 def batches(split: Split, task: Task, seed: int, length: int | None = None) -> Iterator[list[Tensor]]:
-    """Endless optimizer steps, each a list of micro-batches of windows at random places."""
+    """Yield optimizer steps without end, each a list of micro-batches of windows at random positions."""
     length = length or BASE.sequence_length
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -120,7 +120,7 @@ def batches(split: Split, task: Task, seed: int, length: int | None = None) -> I
 
 
 def model_for(task: Task, seed: int, lora_rank: int | None = None) -> nn.Module:
-    """A fresh copy of the trained base, in training mode, with adapters where the task (or `lora_rank`) asks."""
+    """A fresh copy of the trained base, in training mode, with adapters if the task (or `lora_rank`) wants them."""
     model = base_model(BASE)
     rank = task.lora_rank if lora_rank is None else lora_rank
     if rank:
@@ -129,7 +129,7 @@ def model_for(task: Task, seed: int, lora_rank: int | None = None) -> nn.Module:
 
 
 def base_model(base: Base) -> Any:
-    """The trained base from the cache; the first call trains it, in a few minutes on one core."""
+    """The trained base from the cache. The first call trains it, which takes a few minutes on one core."""
     text = _joined(python_files(lambda top: top not in HELD_OUT), base.corpus_bytes)
     return cached_base(base_folder(base, f"bench-{digest(text)}"), lambda: _trained_base(base, text))
 
@@ -159,7 +159,7 @@ TEXTS: dict[str, Callable[[], str]] = {"held_out_python": _held_out_python, "pro
 
 
 def _joined(paths: list[Path], max_bytes: int) -> str:
-    """Files in an order that is shuffled and always the same, so that every part of the text is of all kinds."""
+    """Files in a fixed shuffled order, so every part of the text contains all kinds."""
     ordered = sorted(paths)
     random.Random(0).shuffle(ordered)
     return joined(map(read, ordered), max_bytes, "a text of the bench: the standard library or Python's C headers")

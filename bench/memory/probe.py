@@ -1,11 +1,11 @@
-"""How much memory a training step needs.
+"""The memory that a training step needs.
 
-Counted: the step runs on the meta device, where only shapes are worked out, and the bytes of its tensors are counted.
-That is exact and the same everywhere, and leaves out what an allocator adds. Tried: the step is run on an accelerator,
-and either fits or runs out of memory.
+There are two ways to measure it. Counted: the step runs on the meta device, which computes only shapes, and the bytes
+of its tensors are added up. This is exact and the same on every machine, but excludes allocator overhead. Tried: the
+step runs on an accelerator, and either fits or runs out of memory.
 
-Optimizer states are there from the start, and with `accumulated` the gradients of all parameters, as when those of
-several micro-batches are summed: what DropBP spares there is activations alone.
+Optimizer states exist from the start. With `accumulated`, so do the gradients of all parameters, as when several
+micro-batches are summed; DropBP then saves activations only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..common.presets import Training
 from ..common.setup import Lane, Variant, build_batch, build_optimizer, loss_of
 
 TRIED_STEPS = 3
-Mask = tuple[bool, ...] | None  # None: drawn by the model
+Mask = tuple[bool, ...] | None  # None: the model draws it
 
 
 class Workplace:
-    """A model and its optimizer, for one variant after another: weights, gradients and states are the same for all."""
+    """A model and its optimizer, shared by the variants: weights, gradients and states are the same for all."""
 
     def __init__(self, model: str, training: Training, device: str = "meta") -> None:
         self.model_name, self.device = model, get_device(device)
@@ -37,17 +37,19 @@ class Workplace:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._update_bytes: dict[tuple[bool, ...], int] = {}
         self.give_gradients(True)
-        self.optimizer.step()  # makes its states
+        self.optimizer.step()  # creates its states
 
     def give_gradients(self, given: bool) -> None:
-        """Gradients for all that is trained, or none. Of ones, as those of zeros count as none and are let go of."""
+        """Create gradients for all trainable parameters, or remove them. They are ones, as zero gradients count as
+        none.
+        """
         for parameter in self.trained:
             parameter.grad = torch.ones_like(parameter) if given else None
 
     def update_bytes(self) -> int:
-        """What a step of the optimizer needs for itself at its peak, with the gradients there are. On the meta device.
+        """Peak bytes of an optimizer step with the current gradients, on the meta device.
 
-        It depends on which parameters have one and on nothing else, so it is counted once for each such set.
+        The value depends only on which parameters have a gradient, so it is counted once per such set.
         """
         given = tuple(parameter.grad is not None for parameter in self.trained)
         if given not in self._update_bytes:
@@ -59,9 +61,9 @@ class Workplace:
 
 
 class Probe:
-    """One variant of a training; its memory can be asked for at any size of the input.
+    """One variant of a training, whose memory can be measured at any input size.
 
-    `peak_bytes` and `fits` change the gradients of the workplace: its probes take turns.
+    `peak_bytes` and `fits` change the gradients of the workplace, so its probes must take turns.
     """
 
     def __init__(
@@ -73,9 +75,10 @@ class Probe:
         self._ordered_masks: list[Mask] | None = None
 
     def peak_bytes(self, batch_size: int, sequence_length: int, enough_bytes: float = math.inf) -> int:
-        """The most tensor bytes of the steps with the masks that need most memory, counted. On the meta device.
+        """Peak tensor bytes over the steps with the most expensive masks, counted on the meta device.
 
-        Masks are left out once one needs more than `enough_bytes`; the answer is then above that, and may be too small.
+        Once a mask needs more than `enough_bytes`, the remaining masks are skipped. The result is then above
+        `enough_bytes`, and may be below the true peak.
         """
         peak = 0
         for mask in self._masks(batch_size, sequence_length):
@@ -85,11 +88,11 @@ class Probe:
         return peak
 
     def rough_peak_bytes(self, batch_size: int, sequence_length: int) -> int:
-        """The same with one mask, that which needs most memory at the first size that was asked about."""
+        """The same with one mask: the most expensive one at the first size asked for."""
         return self._peak_with(self._masks(batch_size, sequence_length)[0], batch_size, sequence_length)
 
     def _masks(self, batch_size: int, sequence_length: int) -> list[Mask]:
-        """Those of all sizes, in front the one that needs most at the first size."""
+        """The masks, the same for all sizes, starting with the most expensive one at the first size."""
         if self._ordered_masks is None:
             self._rewind()
             peaks = []
@@ -108,7 +111,7 @@ class Probe:
         return max(tracked.peak_bytes, tracked.live_bytes + place.update_bytes())
 
     def fits(self, batch_size: int, sequence_length: int) -> bool:
-        """Whether steps with the masks that need most memory run through. On an accelerator."""
+        """Whether steps with the most expensive masks run on the accelerator."""
         place, ids_BS = self.place, self._batch(batch_size, sequence_length)
         self._rewind()
         try:
@@ -131,19 +134,19 @@ class Probe:
         return build_batch(self.place.model_name, batch_size, sequence_length, self.place.device.name)
 
     def _rewind(self) -> None:
-        """The same masks for every size."""
+        """Restart the mask sampler, so every size gets the same masks."""
         if isinstance(self.lane.handle, dropbp.Handle) and self._start is not None:
             self.lane.handle.load_state_dict(self._start)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory is what was missing; some devices say so in the message alone."""
+    """Whether the error means out of memory; some devices say so only in the message."""
     words = ("out of memory", "allocation failed", "oom")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
 def release_memory() -> None:
-    """Give back what earlier runs of this process left in its allocator, so that the other process has all of it."""
+    """Free memory cached by this process's allocator, so the other process can use it."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

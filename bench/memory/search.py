@@ -1,7 +1,7 @@
-"""The largest batch or length that fits: counted on shapes, or tried on an accelerator until memory is out.
+"""The largest batch or length that fits: counted on shapes, or tried on an accelerator until memory runs out.
 
-It is tried in a process of its own (`python -m dropbp.bench.memory.search`), which starts with a clean allocator and
-whose death is a result and no accident.
+The trial runs in a process of its own (`python -m dropbp.bench.memory.search`). It starts with a clean allocator, and
+if it dies, that is a result.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .probe import TRIED_STEPS, Probe, Workplace, is_out_of_memory, release_memo
 
 MOST_BATCH = 4096
 GUESSES = 4
-FAR = 16  # times a size that was tried; a guess beyond that is none
-ALLOCATOR_SHARE = 0.96  # of a device's memory, before it is too fragmented to serve a step
+FAR = 16  # times a tried size; a guess beyond that is not trusted
+ALLOCATOR_SHARE = 0.96  # of the device's memory, before fragmentation prevents a step
 Found = dict[str, Any]
 
 
 def largest_counted(
     probe: Probe, sized: Callable[[int], tuple[int, int]], budget_bytes: int, step: int, most: int
 ) -> tuple[int, list[dict[str, int]]]:
-    """The largest size whose peak is within the budget, and what was counted around it: size and peak.
+    """The largest size whose peak is within the budget, and the (size, peak) pairs counted around it.
 
-    `sized` makes a micro-batch and a length of a size. Memory is nearly linear in it, so a few sizes with one mask tell
-    about where the border is; bisection with all masks finds it.
+    `sized` maps a size to a micro-batch and a length. Memory is nearly linear in the size, so a few sizes with one mask
+    locate the border roughly. Bisection with all masks then finds it exactly.
     """
     asked: dict[int, int] = {}
 
@@ -51,7 +51,7 @@ def largest_counted(
 
 
 def guess_border(peak: Callable[[int], int], budget_bytes: int, step: int, most: int) -> int:
-    """About the largest size whose peak is within the budget: by secants, until they move no more than a step."""
+    """Estimate the largest size whose peak is within the budget, by secants, until they move by at most one step."""
     small, large = step, min(4 * step, most)
     known = {size: peak(size) for size in (small, large)}
     for _ in range(GUESSES):
@@ -70,16 +70,16 @@ def guess_border(peak: Callable[[int], int], budget_bytes: int, step: int, most:
 
 @dataclass(frozen=True)
 class Search:
-    """What grows until memory is out: the micro-batch, or the length of its rows.
+    """The quantity that grows until memory runs out: the micro-batch, or the sequence length.
 
     Attributes:
         model: its name.
         grows: `batch_size` or `length`, as in records.
-        fixed: the other one.
-        step: sizes that are tried are multiples of this.
-        most: the largest size that is tried.
-        accumulated: whether the gradients of all parameters are there from the start.
-        masks: how many random masks are counted.
+        fixed: value of the other one.
+        step: only multiples of this are tried.
+        most: the largest size to try.
+        accumulated: whether the gradients of all parameters exist from the start.
+        masks: number of random masks counted.
     """
 
     model: str
@@ -100,16 +100,18 @@ class Search:
         save: Callable[[], None],
         counted: tuple[Workplace, int] | None = None,
     ) -> Iterator[str]:
-        """The largest size of each variant, into `found`; names what is done. What was measured before is taken up.
+        """Find the largest size of each variant. Earlier measurements are reused.
+
+        Yields a line of text for each variant done.
 
         Args:
-            found: size and tries, by the names of variants.
-            variants: they share the time that is left.
+            found: size and trials by name of the variant; filled in.
+            variants: they share the remaining time.
             training: how they are trained.
             device: the device's name.
-            limit: of time.
-            save: called when something was found.
-            counted: where to count, and the bytes there are; None tries it on the device.
+            limit: the time limit.
+            save: called after each new finding.
+            counted: where to count, and the bytes available; None tries it on the device.
         """
         for index, variant in enumerate(variants):
             known = found.get(variant.name, {}).get("asked", [])
@@ -153,10 +155,10 @@ def tried_in_a_process(
     known: Sequence[Found] = (),
     note: Callable[[int, list[Found]], None] | None = None,
 ) -> tuple[int, list[Found]]:
-    """The largest size that trains, tried in a process of its own, and all that were tried.
+    """The largest size that trains, tried in a process of its own, and all sizes tried.
 
-    If the process dies, or is ended when its seconds are over, the answer is the largest size of which it had said that
-    it fits, and the last entry says how it ended: that size is then no border (`is_border`).
+    If the process dies, or is ended at its time limit, the answer is the largest size it had reported to fit. The last
+    entry then says how it ended, and the size is not a border (`is_border`).
 
     Args:
         model: its name.
@@ -164,12 +166,12 @@ def tried_in_a_process(
         variant: plain, or with branches dropped.
         device: the device's name.
         task: what is varied, in which steps, up to which size.
-        seconds: how long may be tried.
-        known: what an earlier search found, which is not tried again.
-        note: called with the largest size so far and all entries, after each try.
+        seconds: time limit.
+        known: results of an earlier search, which are not tried again.
+        note: called after each try with the largest size so far and all entries.
 
     Raises:
-        DropBPError: nothing could be tried, for this reason.
+        DropBPError: no size could be tried; the message gives the reason.
     """
     release_memory()
     asked = [entry for entry in known if "fits" in entry]
@@ -202,12 +204,12 @@ def _fitting(asked: Sequence[Found]) -> int:
 
 
 def is_border(asked: Sequence[Found]) -> bool:
-    """Whether a search went on to its end: then no larger size fits. Else its time was over, or its process died."""
+    """Whether the search finished, so no larger size fits. Otherwise its time ran out, or its process died."""
     return not any("ended_after_s" in entry or "died" in entry for entry in asked)
 
 
 def main() -> None:
-    """The process: a request on standard input, one JSON line for each size that was tried, and one for the end."""
+    """The process: reads a request from standard input; writes one JSON line per size, and a last one at the end."""
     request = next(requests())
     try:
         _search(request)
@@ -226,7 +228,7 @@ def _search(request: dict[str, Any]) -> None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        answer({"size": 0, "fits": False}, sys.stdout)  # not even the model and its optimizer
+        answer({"size": 0, "fits": False}, sys.stdout)  # not even the model and its optimizer fit
         return
 
     def fits(size: int) -> bool:
@@ -244,18 +246,18 @@ def _search(request: dict[str, Any]) -> None:
 
 
 def _guess_from(known: Sequence[Found]) -> int | None:
-    """About the border, where an earlier search left off; None if it found nothing that fits."""
+    """An estimate of the border from an earlier search; None if that found no size that fits."""
     fitting = _fitting(known)
     beyond = min((entry["size"] for entry in known if not entry["fits"]), default=fitting)
     return (fitting + beyond) // 2 or None
 
 
 def guess_tried(device: Device, fits: Callable[[int], bool], step: int, most: int) -> int | None:
-    """About the largest size that trains, from what smaller ones take of the device; None if they tell nothing.
+    """Estimate the largest size that trains from the device memory that smaller sizes use; None if they do not show it.
 
-    Two small tries tell what a larger size takes; but where both take what the optimizer needs, they tell nothing of a
-    much larger one, and a larger one is tried. On CPU memory is what the whole process holds, which says little about
-    a step; other devices may not say anything.
+    Two small trials predict the memory of a larger size. If the optimizer step dominates both, they predict little
+    about a much larger size, so a larger one is tried. On CPU the measured memory is that of the whole process, which
+    says little about a step; other devices may report none.
     """
     if device.name == "cpu" or None in (device.max_memory_allocated_bytes(), device.memory_limit_bytes()):
         return None

@@ -1,7 +1,7 @@
 """The longest sequence that trains with a micro-batch of one, at each drop rate.
 
-With a budget of memory it is counted on shapes (`probe`), the same on every machine; on an accelerator it is tried,
-until memory is out.
+With a memory budget it is counted on shapes (`probe`), the same on every machine. On an accelerator it is tried until
+memory runs out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the presets; what is finished already is left as it is."""
+    """Run the presets; finished runs are skipped."""
     settle(args)
     kind = device_name(args)
     names = args.preset or (("smoke",) if args.smoke else DEFAULT_SEQLEN.get(kind, ("smoke",)))
@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_can_run(name: str, preset: SeqlenPreset, kind: str) -> None:
-    """On CPU memory does not run out in sensible time: only a search with an end of its own is tried there."""
+    """On CPU, memory does not run out in reasonable time, so only a search with an upper end is allowed there."""
     if kind == "cpu" and not preset.counted and preset.max_length == ENDLESS:
         counted = [known for known, other in SEQLEN.items() if other.counted]
         raise ConfigError(f"preset {name!r} needs an accelerator; counted on shapes are {', '.join(counted)}.")
 
 
 def _succeeds(name: str, preset: SeqlenPreset, training: Training, args: argparse.Namespace) -> bool:
-    """The other runs do not suffer from one that cannot be run."""
+    """Measure; a failure does not stop the other runs."""
     try:
         return _measure(name, preset, training, args)
     except MissingDependencyError as error:
@@ -71,7 +71,7 @@ def _succeeds(name: str, preset: SeqlenPreset, training: Training, args: argpars
 
 
 def _measure(name: str, preset: SeqlenPreset, training: Training, args: argparse.Namespace) -> bool:
-    """Whether every variant's border was found, or the time was over."""
+    """Search the border of every variant; returns whether no search died."""
     device = get_device("meta" if preset.counted else device_name(args))
     budget_bytes = _budget_bytes(preset, args)
     rates, samplers, narrowed = _narrowed(preset, args)
@@ -113,7 +113,7 @@ def _death(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def _narrowed(preset: SeqlenPreset, args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[str, ...], str]:
-    """Drop rates, masks, and how the run's name says that it is not the whole preset."""
+    """Drop rates, masks, and a suffix of the run's name if it is not the whole preset."""
     rates = preset.drop_rates if args.drop_rates is None else tuple(args.drop_rates)
     samplers = tuple(args.masks or SAMPLERS)
     for rate in rates:

@@ -1,1 +1,1 @@
-"""What the bookkeeping costs in each step, and the callback in each of its events."""
+"""Cost of the bookkeeping per step, and of the callback per event."""

@@ -1,8 +1,7 @@
-"""What `DropBPCallback` costs a trainer: the time inside its events, as a share of the optimizer step.
+"""The cost of `DropBPCallback` for a trainer: the time inside its events, as a share of the optimizer step.
 
-Every event of the callback is timed from outside, and so is the step, in the thread's own processor time, so that other
-processes on the machine weigh less. What the model's forward pays for masks and statistics is measured by `dropbp bench
-overhead`.
+Every event of the callback and the step itself are timed from outside, in the thread's processor time, so other
+processes on the machine matter less. `dropbp bench overhead` measures what masks and statistics cost in the forward.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the record, print what was found."""
+    """Measure, write the record and print the results."""
     settle(args)
     layers, width, steps = (2, 32, 6) if args.smoke else (args.layers, args.width, args.steps)
     configuration = {"layers": layers, "width": width, "steps": steps, "batch_size": 4, "sequence_length": 128}
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(layers: int, width: int, steps: int, batch_size: int = 4, sequence_length: int = 128) -> dict[str, Any]:
-    """Seconds of each step, and of the callback's events within it, and the median share."""
+    """Seconds of each step and of the callback's events within it, and the median share."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from dropbp.integrations.transformers import DropBPCallback
@@ -75,7 +74,7 @@ def measure(layers: int, width: int, steps: int, batch_size: int = 4, sequence_l
 
 
 class _Clock:
-    """Times the events of a callback, from the beginning of one step to the beginning of the next."""
+    """Times the events of a callback, from the start of one step to the start of the next."""
 
     def __init__(self, callback: Any) -> None:
         self.inside_s, self.marks = 0.0, [(0.0, 0.0)]

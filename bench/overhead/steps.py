@@ -1,11 +1,11 @@
-"""What the bookkeeping costs in each step: drawing a mask, counting, and a wrapper around every module of a branch.
+"""The cost of the bookkeeping in each step: drawing a mask, counting, and a wrapper around every module of a branch.
 
-The model's branches do almost nothing, so the step is mostly Python. Compared, interleaved in one run: the plain model;
-the model enabled with nothing dropped; the model enabled at a drop rate; and the same masks written by hand into the
-forward, `with torch.no_grad()` around dropped branches and nothing else, which is the least that any way to drop costs.
-Bookkeeping is enabled minus by hand, and enabled with nothing dropped minus plain. Blocks that nested masks would have
-recomputed in their deepest steps, to bound the activations, are kept instead: by hand nothing is recomputed either.
-Times are of the processor, not of the wall, so that other processes on the machine weigh less.
+The model's branches do almost nothing, so a step is mostly Python. Four variants are compared, interleaved in one run:
+the plain model; the model enabled with nothing dropped; the model enabled at a drop rate; and the same masks written by
+hand. By hand means `with torch.no_grad()` around dropped branches and nothing else, the cheapest possible way to drop.
+The bookkeeping is the difference of enabled and by hand, and of enabled with nothing dropped and plain. Nested masks
+would recompute blocks in their deepest steps to limit the activations; here these blocks are kept, since the variant by
+hand recomputes nothing either. Times are processor times, so other processes on the machine matter less.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Mask = tuple[bool, ...]
 
 
 class Scale(nn.Module):
-    """One multiplication: the least that a module with a parameter can do."""
+    """One multiplication: the cheapest module with a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """Two branches, a norm and a body each; `dropped` drops them by hand."""
+    """Two branches, each a norm and a body; `dropped` drops them by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """A stack of blocks behind a stem."""
+    """A stack of blocks after a stem."""
 
     def __init__(self, branches: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the record, print what was found."""
+    """Measure, write the record and print the results."""
     settle(args)
     branches, steps = (8, 5) if args.smoke else (args.branches, args.steps)
     configuration = {"branches": branches, "steps": steps, "drop_rate": args.drop_rate, "masks": args.masks}
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(branches: int, steps: int, drop_rate: float, masks: str) -> dict[str, Any]:
-    """Step times in seconds of each way, interleaved, and the medians of their differences in milliseconds."""
+    """Step times of each variant in seconds, interleaved, and the medians of their differences in milliseconds."""
     ways = _ways(branches, drop_rate, masks)
     step_s: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(steps + 3):
@@ -138,7 +138,7 @@ def _ways(branches: int, drop_rate: float, masks: str) -> dict[str, Iterator[flo
 
 
 def _steps(net: Net, x: torch.Tensor, prepare: Callable[[Net], None], handle: Any = None) -> Iterator[float]:
-    """Times of one training step after another; `handle` is kept alive."""
+    """Yield the times of successive training steps; `handle` is kept alive."""
     for _ in itertools.count():
         prepare(net)
         net.zero_grad(set_to_none=True)
@@ -148,7 +148,7 @@ def _steps(net: Net, x: torch.Tensor, prepare: Callable[[Net], None], handle: An
 
 
 def _draw_ms(branches: int, drop_rate: float, masks: str, steps: int) -> float:
-    """The mean: several masks are drawn at once."""
+    """The mean time per mask, as several masks are drawn at once."""
     from dropbp.masks.samplers import Sampler
 
     sampler, start = Sampler(masks, [drop_rate] * branches, [1.0] * branches), time.thread_time()
@@ -162,7 +162,7 @@ def _median_ms(times: Sequence[float]) -> float:
 
 
 def _fast_ms(times: Sequence[float]) -> float:
-    """The tenth percentile: steps that other processes on the machine disturbed least."""
+    """The tenth percentile, that is, steps that other processes on the machine disturbed least."""
     return statistics.quantiles(times, n=10)[0] * 1e3
 
 

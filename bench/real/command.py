@@ -1,8 +1,8 @@
-"""`dropbp bench real`: a real chat model, real questions, a decaying rate; loss and accuracy at equal FLOPs.
+"""`dropbp bench real`: a real chat model, real questions, a decaying learning rate; loss and accuracy at equal FLOPs.
 
-One JSON file per run, written when it ends; a run that is there already is not done again. Accuracies and losses are
-those of rows that no run trains on; they are parts of the original validation and test sets, so they must not stand
-beside published scores.
+Each run writes one JSON file when it ends; finished runs are skipped. Accuracies and losses are measured on rows that
+no run trains on. These rows are part of the original validation and test sets, so the figures must not be compared with
+published scores.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what is not done yet."""
+    """Do all unfinished runs."""
     settle(args)
     if args.tables:
         tables.write(records.read_all(args.output, KIND), args.docs)
         return 0
     store = records.Store(args.output, KIND)
     if device_name(args) != "cpu":
-        torch.set_float32_matmul_precision("high")  # as people train on accelerators; each record says so
+        torch.set_float32_matmul_precision("high")  # as is usual on accelerators; each record says so
     with quiet():
         first, every = args.shard
         wanted = PRESETS[args.preset][first::every]
@@ -73,7 +73,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def configuration(run: Run) -> dict[str, object]:
-    """What makes a run what it is."""
+    """The configuration that identifies a run."""
     settings = {name.lower(): getattr(training, name) for name in _SETTINGS}
     task = TASKS[run.task]
     rows = {"batch": task.batch_size, "longest": task.longest, "held_out": task.held_out}

@@ -1,7 +1,7 @@
 """Summary of the runs on a pretrained model: the share of plain training's gain that a method reaches.
 
-The gain is the fall of the held-out loss from that of the untrained model. Plain training and each method are taken at
-their best learning rates over all seeds. Shares are computed seed by seed, with standard errors.
+The gain is the drop of the held-out loss below that of the untrained model. Plain training and each method are taken at
+their best learning rates over all seeds. Shares are computed per seed, with standard errors.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Losses = Mapping[int, float]  # by seed
 
 @dataclass(frozen=True)
 class Gain:
-    """A share of plain training's gain, and what a step costs in FLOPs, relative to a plain one."""
+    """A share of plain training's gain, and the FLOPs of a step relative to a plain step."""
 
     shares: Sequence[float]
     flops: float
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(self.shares)
 
     @property
@@ -59,7 +59,7 @@ class Gain:
 
 
 def gains(runs: Iterable[Record], equal: str, suffix: str = " whole") -> dict[Line, dict[Setting, Gain]]:
-    """By method and setting, for tasks of that suffix whose untrained loss is known."""
+    """Gains by method and setting, for tasks with that suffix whose untrained loss is known."""
     found: dict[Setting, dict[Line, dict[float, dict[int, Record]]]] = defaultdict(lambda: defaultdict(dict))
     untrained: dict[str, float] = {}
     for run in runs:
@@ -86,7 +86,7 @@ def _best(rates: Mapping[float, Mapping[int, Record]]) -> Mapping[int, Record]:
 
 
 def section(runs: Sequence[Record]) -> str:
-    """A table for each way to compare."""
+    """One table per comparison."""
     parts = []
     for equal, title in TITLES.items():
         found = gains(runs, equal)
@@ -128,7 +128,7 @@ def _named(tuning: str) -> str:
 
 
 def figure(runs: Sequence[Record]) -> Any:
-    """A panel for each way to compare: a line for each method, a point for each setting."""
+    """One panel per comparison, one line per method, one point per setting."""
     drawn = new_figure(10.0, 3.6)
     panels = drawn.subplots(1, len(TITLES), sharey=True)
     lines = [line for line in LINES if line[1] != 0.75 and line[0] != "nested shelf"]

@@ -28,7 +28,7 @@ COARSE = (
     Run("freezing", 0.5, 1e-4, "choices"),
 )
 
-# As people do it: the same rows three times. Every method takes as many steps as plain training; what differs is time.
+# The usual practice: the same rows three times. Every method takes as many steps as plain training; only time differs.
 _EPOCHS = (
     ("full", "plain", 0.0, 1e-4),
     ("full", "default, cache", 0.5, 3e-4),
@@ -54,7 +54,7 @@ EPOCHS = tuple(
     for tuning, method, drop_rate, rate in _EPOCHS
 )
 
-# Nearly all rows of each task, in one epoch at equal FLOPs and in three with as many steps; for a GPU.
+# Nearly all rows of each task, in one epoch at equal FLOPs and in three with equal steps; for a GPU.
 _RATES: Mapping[str, Mapping[str, Sequence[float]]] = {
     "full": {
         "plain": (1e-5, 3e-5, 1e-4, 3e-4),
@@ -122,7 +122,7 @@ WHOLE = (
 
 ALL = ("default", "freezing", "default reversed", "default narrow", "nested shelf", "exact")
 TOY_RATES = {"toy python": (1e-4, 3e-4, 1e-3, 3e-3), "toy prose": (3e-4, 1e-3, 3e-3, 1e-2)}
-BEST = {"toy python": (3e-4, 1e-3), "toy prose": (1e-3, 3e-3)}  # of those, for further seeds
+BEST = {"toy python": (3e-4, 1e-3), "toy prose": (1e-3, 3e-3)}  # of these, for further seeds
 
 
 def _toys(methods: Sequence[str], rates: Mapping[str, Sequence[float]], seed: int) -> list[Run]:

@@ -1,4 +1,4 @@
-"""The tables of `docs/learning.md` on a real model, from the result files alone: a method a row, a rate a column."""
+"""The tables of `docs/learning.md` on a real model, from the result files alone: methods are rows, rates columns."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from . import gains
 BEGIN, END = "<!-- real: made by dropbp bench real --tables -->", "<!-- end of real -->"
 PAGE, PLOT = "learning.md", "real.png"
 ORDER = ("plain", "default", "freezing", "nested shelf", "exact")
-Group = tuple[str, str, int, int, str]  # task, tuning, plain steps, epochs, what is equal
+Group = tuple[str, str, int, int, str]  # task, tuning, plain steps, epochs, quantity held equal
 Line = tuple[str, str, float]  # tuning, method, drop rate
 PLAIN, LORA_PLAIN = ("full", "plain", 0.0), ("lora", "plain", 0.0)
 
 
 def write(runs: Sequence[Record], docs: Path) -> None:
-    """Put the tables between the markers of the page.
+    """Write the tables between the markers of the page.
 
     Raises:
-        ConfigError: there is no run, or the page has no place for them.
+        ConfigError: there is no run, or the page has no markers.
     """
     if not runs:
         raise ConfigError("There is no finished run to make tables of; run dropbp bench real first.")
@@ -43,7 +43,7 @@ def write(runs: Sequence[Record], docs: Path) -> None:
 
 
 def tables(runs: Sequence[Record]) -> str:
-    """One table for each task and way of tuning; where runs take equally many steps, both ways stand in one table."""
+    """One table per task and tuning; runs with equal numbers of steps share one table for both tunings."""
     groups: dict[Group, list[Record]] = defaultdict(list)
     for run in runs:
         c = run["configuration"]
@@ -67,9 +67,9 @@ def _title(group: Group, runs: Sequence[Record], before: dict[str, float]) -> st
 
 
 def table(runs: Sequence[Record]) -> str:
-    """Losses of each method at each learning rate, the best in bold; what a step costs relative to plain training.
+    """Losses of each method at each learning rate, the best in bold, and the cost of a step relative to plain training.
 
-    That is processor time, or FLOPs where the runs shared an accelerator.
+    The cost is processor time, or FLOPs where the runs shared an accelerator.
     """
     rates = sorted({run["configuration"]["learning_rate"] for run in runs})
     lines: dict[Line, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
@@ -112,7 +112,7 @@ def _row(
 
 
 def _step_s(runs: Sequence[Record]) -> float | None:
-    """Median processor time of a step: of whatever depth, so a mean over the depths is taken first."""
+    """Median over runs of their mean processor time per step; steps of one run differ in depth."""
     means = [statistics.fmean(run["cpu_s"]) for run in runs if run["cpu_s"]]
     return statistics.median(means) if means else None
 

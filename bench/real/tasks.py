@@ -25,8 +25,8 @@ from dropbp.cli.smollm import load_smollm
 from ..learning import tasks as toys
 
 HELD_OUT = 96
-WHOLE = 256  # held out where all rows of some length are trained on
-TOY_BATCHES = 512  # of windows: more than a run takes
+WHOLE = 256  # number held out if all rows of some length are used for training
+TOY_BATCHES = 512  # of windows, more than a run takes
 SEED = 0
 _ENOUGH = 512  # tokens, more than any row has
 
@@ -42,15 +42,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """Where rows come from, and how many tokens they have at most: short rows, so that a step takes seconds on a CPU.
+    """The source of rows, and their maximum length in tokens: rows are short, so a step takes seconds on a CPU.
 
     Attributes:
-        load: gives the rows, with the tokenizer and the most tokens.
-        longest: the most tokens.
-        model: gives model and tokenizer.
-        name: of the model.
-        held_out: rows to evaluate on.
-        batch_size: rows of a training step.
+        load: returns the rows, given the tokenizer and the maximum length.
+        longest: maximum length in tokens.
+        model: returns model and tokenizer.
+        name: name of the model.
+        held_out: number of rows to evaluate on.
+        batch_size: rows per training step.
     """
 
     load: Callable[..., Data]

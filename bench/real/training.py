@@ -32,7 +32,7 @@ from .tasks import TASKS, Data
 WARMUP_SHARE = 0.1
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
-SORTED_BATCHES = 8  # whose rows are sorted by length together
+SORTED_BATCHES = 8  # batches whose rows are sorted by length together
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 
 
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As in the name of its file."""
+        """Name of its file."""
         rate = f"p{self.drop_rate:g}" if self.drop_rate else "p0"
         length = f"{self.plain_steps}x{self.epochs}" + ("-steps" if self.equal == "steps" else "")
         return f"{self.task}--{self.tuning}--{length}--{self.method}--{rate}--lr{self.learning_rate:g}--seed{self.seed}"
@@ -80,7 +80,7 @@ class Source:
         return self._data[task]
 
     def batch(self, task: str, rows: Sequence[Example]) -> dict[str, Tensor]:
-        """Rows of a task, filled up on the left, on the device."""
+        """Rows of a task as a batch on the device, padded on the left."""
         batch = collate_left(rows, int(self._loaded(task)[1].pad_token_id))
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
@@ -94,7 +94,7 @@ class Source:
         return self._models[load]
 
     def fresh(self, run: Run) -> Any:
-        """The model as it was loaded, in training mode, with adapters where the run wants them."""
+        """A fresh copy of the loaded model, in training mode, with adapters if the run wants them."""
         model, _, weights = self._loaded(run.task)
         model.load_state_dict(weights)
         model.requires_grad_(True)
@@ -103,7 +103,7 @@ class Source:
 
 
 def batches(examples: Sequence[Example], seed: int, batch_size: int) -> Iterator[list[Example]]:
-    """Endless passes over the rows, each in an order of its own, rows of about one length together."""
+    """Endless passes over the rows, each in a new order, with rows of similar length in a batch."""
     order = random.Random(seed)
     while True:
         rows = order.sample(examples, len(examples))
@@ -117,7 +117,7 @@ def batches(examples: Sequence[Example], seed: int, batch_size: int) -> Iterator
 
 
 def train(run: Run, source: Source, progress: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
-    """Train and evaluate; what was found, in JSON types."""
+    """Train and evaluate; returns the results in JSON types."""
     model, data, size = source.fresh(run), source.data(run.task), TASKS[run.task].batch_size
     rows = data.train if run.epochs == 1 else data.train[: run.plain_steps * size // run.epochs]
     steps, ratio = equal_steps(run, model, source.batch(run.task, data.train[:size]))
@@ -157,7 +157,7 @@ def _step(model: nn.Module, method: rivals.Method, optimizer: torch.optim.Optimi
 
 
 def decayed(step: int, steps: int) -> float:
-    """The factor of the learning rate: up in the first tenth of the steps, then down to zero along a cosine."""
+    """The factor of the learning rate: it rises in the first tenth of the steps, then decays to zero along a cosine."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -275,7 +275,7 @@ def method_of(run: Run, model: nn.Module, steps: int) -> rivals.Method:
 
 
 def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
-    """The average work of a step; masks of this library keep their budget."""
+    """The average work of a step. Masks of this library meet their budget on average."""
     if isinstance(getattr(method, "inner", method), rivals.DropBP):
         return rivals.Work(1.0, 1 - drop_rate, 1 - drop_rate)
     method.begin_step(0)
@@ -283,7 +283,7 @@ def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
 
 
 def equal_steps(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, float]:
-    """How many steps the run takes, and what one of them costs on average without a cache, relative to a plain one."""
+    """The number of steps of the run, and the mean cost of a step without a cache, relative to a plain step."""
     with method_of(run, model, run.plain_steps) as method:
         work = expected_work(method, run.drop_rate)
     with dropbp.labelled_logits(model):
@@ -294,7 +294,9 @@ def equal_steps(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[i
 
 @torch.no_grad()
 def evaluate(model: nn.Module, source: Source, task: str) -> dict[str, float]:
-    """Loss per token of the held-out answers; where there are options, also of their letter, and the share right."""
+    """Loss per token of the held-out answers; for questions with options, also the loss of the letter and the share
+    right.
+    """
     model.eval()
     data, size = source.data(task), 2 * TASKS[task].batch_size
     total = tokens = letter_loss = right = 0.0

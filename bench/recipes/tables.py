@@ -71,7 +71,7 @@ the code around the blocks.
 
 
 def render(record: Result) -> str:
-    """The page."""
+    """Render the page."""
     cases = record["cases"]
     parts = [INTRODUCTION, *_designs(cases), *_depths(cases), *_compiled(cases), *_memory(cases), *_versions(record)]
     return "\n".join(part.rstrip() + "\n" for part in parts)
@@ -153,7 +153,7 @@ def _versions(record: Result) -> Iterable[str]:
 
 
 def last_compilation(counts: Sequence[int]) -> int:
-    """The number of the last step in which something was compiled, from 1; 0 if none."""
+    """The number of the last step that compiled something, counted from 1; 0 if none did."""
     return max((step for step, count in enumerate(counts, 1) if count), default=0)
 
 
@@ -175,7 +175,7 @@ def _order(result: Result) -> tuple[Any, ...]:
 
 
 def _grouped(cases: Iterable[Result], *, with_rate: bool = True) -> Iterable[tuple[tuple[str, ...], list[Result]]]:
-    """Cases by design, method and, unless they are told apart by it, drop rate."""
+    """Cases grouped by design, method and, if `with_rate`, drop rate."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in sorted(cases, key=_order):
         groups.setdefault(_labels(result["case"])[: 3 if with_rate else 2], []).append(result)

@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def section(root: Path) -> str:
-    """A table for each model; empty where no run is finished."""
+    """One table per model; empty if no run is finished."""
     groups: dict[str, list[records.Record]] = {}
     for run in records.read_all(root, KIND):
         groups.setdefault(_size(run), []).append(run)

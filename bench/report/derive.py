@@ -17,7 +17,7 @@ CLOCK_NAMES = {"wall": "wall clock", "cpu": "CPU time"}
 CLOCKS = {"wall": "_s", "cpu": "_cpu_s"}
 GIB = 1 << 30
 RESAMPLES = 100
-LEAST_STEP = 1e-3  # two steps that keep the same say nothing about a slope
+LEAST_STEP = 1e-3  # two steps that keep equal shares give no slope
 Steps = Sequence[dict[str, Any]]
 
 
@@ -48,7 +48,7 @@ class Figures:
 
 
 def clocks_of(record: Record) -> tuple[str, ...]:
-    """On CPU, the process time is reported beside the wall clock: other users of the machine do not add to it."""
+    """On CPU, process time is reported as well as wall time, since other processes on the machine do not add to it."""
     return ("wall", "cpu") if record["device"]["name"] == "cpu" else ("wall",)
 
 
@@ -122,10 +122,10 @@ def share_error(record: Record, name: str, clock: str) -> float | None:
 
 
 def backward_shares(record: Record, how: str, clock: str) -> dict[float, tuple[float, float | None]]:
-    """Drop rate -> the share of what could be saved of the backward and was, and its standard error.
+    """Drop rate -> the achieved share of the possible saving in the backward, and its standard error.
 
-    The forward, which no mask changes and which scatters as much as the rest, is left out, and the steps of all rates
-    are put together: seconds of the backward over the share of FLOPs kept, as a straight line (Theil and Sen's).
+    The forward is left out: no mask changes it, and it scatters as much as the rest. The steps of all rates are pooled.
+    A straight line (Theil-Sen) is fitted to the seconds of the backward over the share of FLOPs kept.
     """
     steps = record["steps"]
     variants = {name: variant for name, variant in record["variants"].items() if steps.get(name)}
@@ -140,7 +140,7 @@ def backward_shares(record: Record, how: str, clock: str) -> dict[float, tuple[f
 
 def _backward_shares(steps: Mapping[str, Steps], names: Mapping[str, float], clock: str) -> dict[float, float]:
     key, parts = f"backward{CLOCKS[clock]}", _parts(steps, clock)
-    assert parts is not None  # the caller has seen to it
+    assert parts is not None  # the caller has checked it
     points = [(1 - step["dropped_share"], step[key]) for name in names for step in steps[name]]
     slope = statistics.median(
         (y - b) / (x - a) for i, (a, b) in enumerate(points) for x, y in points[i + 1 :] if abs(x - a) > LEAST_STEP
@@ -176,7 +176,7 @@ def _peak_gib(record: Record, name: str) -> float | None:
 
 
 def _activations_ratio(record: Record, name: str) -> float | None:
-    """What a step needs beyond weights and optimizer states, relative to plain."""
+    """Memory of a step beyond weights and optimizer states, relative to plain."""
     memory = record.get("memory", {})
     if name not in memory or name == "plain":
         return None
@@ -187,7 +187,7 @@ def _activations_ratio(record: Record, name: str) -> float | None:
 
 
 def grown(record: Record, clock: str = "wall") -> list[dict[str, Any]]:
-    """Each variant of a growth run: its micro-batch, tokens per second there, the ratio to plain's.
+    """Each variant of a growth run: its micro-batch, its tokens per second, and their ratio to plain.
 
     `at_least` means that the search for the micro-batch was cut short, so a larger one may fit.
     """
@@ -235,7 +235,7 @@ def length_ratios(record: Record, how: str = "exact") -> dict[float, Length]:
 
 
 def _nothing_known(entry: dict[str, Any]) -> bool:
-    """Nothing was tried before the search was cut short or its process died: 0 is then no length."""
+    """Nothing was tried before the search was cut short or its process died; a length of 0 is then no result."""
     return not is_border(entry["asked"]) and not any("size" in asked for asked in entry["asked"])
 
 

@@ -1,7 +1,7 @@
-"""The published figures beside ours, row by row, with the device, and what could not be run.
+"""The published figures and ours, row by row, with the device and what could not be run.
 
-A figure of ours counts as the same measurement only on the published model. What a scaled model gave on CPU, and what
-was counted on shapes, stands in a column of its own.
+Our figure counts as the same measurement only on the published model. Figures of a scaled model on CPU, and those
+counted on shapes, have a column of their own.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..memory.search import is_border
 from .derive import figures, grown, length_ratios
 
 P = 0.875
-REHEARSALS = ("smoke", "rehearsal")  # with tiny models, to see that everything works
-OURS = "exact"  # random sets of branches, as the published figures have
+REHEARSALS = ("smoke", "rehearsal")  # tiny models, to test the pipeline
+OURS = "exact"  # random sets of branches, as in the paper
 NOT_RUN = "not run: needs {device}; `{command}`"
 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of the paper (arXiv:2402.17812): what was measured, on what, and how it is read from our records."""
+    """A figure of the paper (arXiv:2402.17812): what was measured, on what, and how to read it from our records."""
 
     what: str
     kind: str
@@ -55,7 +55,7 @@ ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published figure and ours: on the same model and kind of device, counted, or on a scaled model."""
+    """A published figure and ours: on the same model and kind of device, counted on shapes, or on a scaled model."""
 
     published: Published
     ours: float | None
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(root: Path) -> list[Comparison]:
-    """All published figures at p = .875, with what the result files hold."""
+    """All published figures at p = .875, with the values from the result files."""
     found = {kind: records.read_all(root, kind) for kind in ("throughput", "growth", "seqlen")}
     return [_compare(published, found[published.kind]) for published in PUBLISHED]
 
@@ -102,7 +102,7 @@ def _plainly_trained(run: records.Record) -> bool:
 
 
 def _best(published: Published, runs: Iterable[records.Record]) -> tuple[float | None, str]:
-    """The figure of the first run that has it, and what it was run on."""
+    """The figure of the first run that has it, and what it ran on."""
     for run in runs:
         value = _READERS[published.kind](run, published.unit)
         if value is not None:
@@ -111,7 +111,7 @@ def _best(published: Published, runs: Iterable[records.Record]) -> tuple[float |
 
 
 def _cut_short(run: records.Record) -> bool:
-    """Whether the length or micro-batch that the figure is made of is no border."""
+    """Whether the search for the length or micro-batch behind the figure was cut short."""
     sizes = run.get("lengths") or run.get("batch_sizes") or {}
     name = f"{OURS}-{P:g}"
     return name in sizes and not is_border(sizes[name]["asked"])
@@ -156,7 +156,7 @@ _READERS: dict[str, Callable[[records.Record, str], float | None]] = {
 
 
 def table(rows: Iterable[Comparison]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     head = ("what, p = .875", "published", "ours, same model", "on", "ours, beside", "on")
     return "\n".join([markdown.table(head, map(_cells, rows), "lrrlrl"), "", *(f"- {line}" for line in ELSEWHERE)])
 

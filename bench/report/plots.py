@@ -42,7 +42,7 @@ def _figure(columns: int, height: float) -> Any:
 
 
 def _plot_throughput(runs: Sequence[Record]) -> Any:
-    """Step time relative to plain, bars by rate, the limit as a line on each."""
+    """Step time relative to plain, as bars by rate, with the limit as a line on each bar."""
     columns = min(len(runs), PANELS_IN_A_ROW)
     rows = math.ceil(len(runs) / columns)
     figure = _figure(columns, 3.1 * rows + 0.3)

@@ -71,7 +71,7 @@ THROUGHPUT_COLUMNS = (
     "peak GiB",
     "activations",
 )
-AT_LEAST = "≥ "  # the search was cut short by time, so this is no border
+AT_LEAST = "≥ "  # the search was cut short by time, so the true border may be higher
 
 INTRO = """# Results
 
@@ -125,7 +125,7 @@ def _shown_runs(root: Path, kind: str) -> list[records.Record]:
 
 
 def _place(configuration: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Models apart, then all of full, LoRA and QLoRA side by side."""
+    """Sort key: by model, with full, LoRA and QLoRA of the same setting side by side."""
     c = configuration
     return c["model"], c["dtype"], c["compiled"], c["checkpointing"], TUNINGS.index(c["tuning"]), c["loss"]
 
@@ -166,7 +166,7 @@ def _if_any(title: str, runs: Sequence[records.Record], section: Any) -> str:
 
 
 def targets_table(runs: Iterable[records.Record]) -> str:
-    """Share of the possible saving by run and rate, and the ratio under checkpointing, each against its target."""
+    """Share of the possible saving by run and rate, and the ratio under checkpointing, each with its target."""
     known = list(runs)
     lines = [
         f"- In full fine-tuning and with LoRA, a step reaches {TARGET_SHARE:.0%} of the possible saving.",
@@ -181,7 +181,7 @@ def targets_table(runs: Iterable[records.Record]) -> str:
 
 
 def _mean_of_rows(runs: Sequence[records.Record], clock: str) -> str:
-    """What all rows that have a target say together; the scatter of single ones is that of the machine."""
+    """Mean over all rows that have a target; single rows scatter with the machine's noise."""
     found = [f for run in runs if clock in clocks_of(run) and _has_target(run) for f in figures(run, clock)]
     shares = [f.share for f in found if f.how == paper.OURS and f.share is not None]
     if len(shares) < 2:
@@ -203,7 +203,7 @@ def _has_target(run: records.Record) -> bool:
 
 
 def _target_rows(run: records.Record) -> list[tuple[str, ...]]:
-    """A row for each rate."""
+    """One row per rate."""
     by_clock = {clock: {f.name: f for f in figures(run, clock)} for clock in clocks_of(run)}
     backward = backward_shares(run, paper.OURS, "wall")
     rows = []
@@ -259,7 +259,7 @@ def _fixed(value: float | None) -> str:
 
 
 def throughput_section(run: records.Record) -> str:
-    """One run: every variant, on every clock."""
+    """One run: every variant, by every clock."""
     tables = [f"{CLOCK_NAMES[clock].capitalize()}:\n\n{_throughput_table(run, clock)}" for clock in clocks_of(run)]
     return f"### {title_of(run)}\n\n{_conditions(run)}\n\n" + "\n\n".join(tables)
 
@@ -301,7 +301,7 @@ def _conditions(run: records.Record) -> str:
 
 
 def _rounds_done(run: records.Record) -> int:
-    """Fewer than were asked for where the time was over."""
+    """Number of rounds done, fewer than requested if time ran out."""
     return max((len(steps) for steps in run["steps"].values()), default=0)
 
 
@@ -325,7 +325,7 @@ def growth_section(run: records.Record) -> str:
 
 
 def seqlen_tables(runs: Sequence[records.Record]) -> str:
-    """One table for each model and memory: trainings down, rates across."""
+    """One table per model and memory size: one row per training, one column per rate."""
     groups: dict[str, list[records.Record]] = {}
     for run in runs:
         groups.setdefault(memory_title(run), []).append(run)

@@ -1,8 +1,8 @@
-"""What the activation cache saves: whole runs of some epochs, plain, with DropBP, with the cache, and frozen.
+"""Savings of the activation cache over whole runs of several epochs: plain, DropBP, DropBP with the cache, and frozen.
 
-The four runs have weights and optimizers of their own, on the same shuffled rows. On a CPU they take turns step by
-step, and time is that of the process, on one thread of PyTorch, so that other processes on the machine weigh less. On
-an accelerator a model is large, so they come one after the other, and time is that of the clock.
+Each of the four runs has its own weights and optimizer, and all see the same shuffled rows. On CPU they take turns step
+by step, on one PyTorch thread, and process time is measured, so other processes on the machine matter less. On an
+accelerator, where models are large, they run one after the other, and wall time is measured.
 
 Shapes: B micro-batch, S sequence.
 """
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write a record for each run, print what was found."""
+    """Measure, write a record per run and print the results."""
     settle(args)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def measure(sizes: Sizes, tuning: str, drop_rate: float, steps: int, device: Device) -> dict[str, Any]:
-    """Seconds of each step of each variant, which steps were shortened, and the cache's own report."""
+    """Seconds of each step of each variant, the steps that were shortened, and the cache's report."""
     vocabulary = MODELS[sizes["model"]].vocabulary if "model" in sizes else sizes["vocabulary"]
     shape = steps * sizes["batch_size"], sizes["sequence_length"]
     rows_NS = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device.name)
@@ -103,7 +103,7 @@ def measure(sizes: Sizes, tuning: str, drop_rate: float, steps: int, device: Dev
 
 
 def figures(record: dict[str, Any]) -> dict[str, float]:
-    """Relative to plain: the steps that started at the border, and whole runs; and the largest difference of losses."""
+    """Figures relative to plain: steps that used the cache, and whole runs. Also the largest difference of losses."""
     step_s = record["step_s"]
     kept = [place for place, is_short in enumerate(record["shortened"]) if is_short]
     plain_s = statistics.median(step_s["plain"])
@@ -121,7 +121,7 @@ def figures(record: dict[str, Any]) -> dict[str, float]:
 
 
 class _Variant:
-    """One variant: a model, its optimizer, and the times of its steps."""
+    """One variant: its model, its optimizer and its step times."""
 
     def __init__(self, name: str, sizes: Sizes, tuning: str, drop_rate: float, steps: int, device: Device) -> None:
         self.device = device
@@ -165,7 +165,7 @@ def _model(sizes: Sizes, tuning: str, device: Device) -> Any:
         named = build_model(sizes["model"], Training(tuning), device.name)
         for module in named.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # a row's state must be the same each time
+                module.p = 0.0  # the state of a row must be the same each time
         return named
     width = sizes["width"]
     heads = max(2, width // 64)

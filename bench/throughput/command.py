@@ -1,10 +1,10 @@
-"""Speed and memory of a training step: plain, with DropBP, and in the reference's way, taking turns in one process.
+"""Speed and memory of a training step: plain, with DropBP, and like the reference implementation, interleaved.
 
-Every round gives each variant one step with a new mask, so that a busy machine slows all of them alike. A step is timed
-in parts, the optimizer apart: with accumulation it is rare. Beside them runs a forward without recording, and the plain
-backward is split where the gradient enters and leaves the blocks: what is needed for the limit (`limits`). Memory is
-taken from an untimed step of each variant, in tensor bytes on CPU and from the allocator elsewhere. A variant that runs
-out of memory is left out from then on, and the record says so.
+All variants run in one process. In each round every variant takes one step with a new mask, so a busy machine slows all
+of them alike. A step is timed in parts. The optimizer is one of them, as it runs rarely with accumulation. For the
+limit (`limits`), a forward without recording is timed as well, and the plain backward is split where the gradient
+enters and leaves the blocks. Memory is that of an untimed step of each variant: tensor bytes on CPU, allocator bytes
+elsewhere. A variant that runs out of memory is excluded from then on, and the record says so.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the presets; what is finished already is left as it is."""
+    """Run the presets; finished runs are skipped."""
     settle(args)
     if args.rounds is not None and args.rounds < 1:
         raise ConfigError(f"--rounds {args.rounds} must be at least 1.")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_preset(name: str, preset: ThroughputPreset, args: argparse.Namespace) -> int:
-    """All runs of a preset. One that fails is recorded, and the next is run; returns how many failed."""
+    """Do all runs of a preset and return how many failed. A failed run is recorded and does not stop the others."""
     device = get_device(device_name(args))
     measured = () if args.growth_only else preset.trainings
     grown = () if args.no_growth else preset.growth
@@ -89,10 +89,10 @@ def run_preset(name: str, preset: ThroughputPreset, args: argparse.Namespace) ->
 
 
 def _succeeds(measure: Callable[[], None]) -> bool:
-    """The other runs do not suffer from one that fails; its record says what happened."""
+    """Measure; an error is logged and does not stop the other runs. The record holds the details."""
     try:
         measure()
-    except (RuntimeError, MissingDependencyError) as error:  # the first is what PyTorch raises, out of memory included
+    except (RuntimeError, MissingDependencyError) as error:  # PyTorch raises RuntimeError, also when out of memory
         logger.warning("a run failed: %s", error)
         return False
     return True
@@ -126,7 +126,7 @@ def _measure(name: str, preset: ThroughputPreset, training: Training, device: De
 
 
 def variants_of(preset: ThroughputPreset, training: Training) -> list[Variant]:
-    """Plain and DropBP at each rate; the reference's way, too, where it can run (its masks cannot be compiled)."""
+    """Plain, DropBP at each rate, and the reference's way where it can run (its masks cannot be compiled)."""
     hows = SAMPLERS if training.compiled else (*SAMPLERS, "detach")
     return [PLAIN, *(Variant(how, rate) for how in hows for rate in preset.drop_rates)]
 

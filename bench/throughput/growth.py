@@ -1,6 +1,6 @@
 """The largest micro-batch that fits at each drop rate, then steps of that size.
 
-On a CPU variants take turns. On an accelerator each has the memory to itself, as it had when its size was searched for.
+On CPU the variants take turns. On an accelerator each variant has the memory to itself, as in the search for its size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SMALLER, TRIES_AT_BORDER = 15 / 16, 4
 
 
 def grow(name: str, preset: ThroughputPreset, training: Training, device: Device, args: argparse.Namespace) -> None:
-    """The largest micro-batch that fits at each rate, then steps of that size."""
+    """Find the largest micro-batch that fits at each rate, then time steps of that size."""
     variants = [PLAIN, *(Variant(how, rate) for how in SAMPLERS for rate in preset.drop_rates)]
     configuration = configuration_of(preset, training, device) | {
         "drop_rates": list(preset.drop_rates),
@@ -55,7 +55,7 @@ def grow(name: str, preset: ThroughputPreset, training: Training, device: Device
         record["variants"] = {variant.name: asdict(variant) for variant in variants}
         counted = None if place is None else (place, known_bytes(budget_bytes, device))
         sizes, limit, save = record.setdefault("batch_sizes", {}), limit_of(args), partial(store.save, record)
-        half = TimeLimit(limit.left_s() / 2)  # for sizes, the other one for steps
+        half = TimeLimit(limit.left_s() / 2)  # the other half is for the steps
         search = Search(preset.model, "batch_size", preset.sequence_length)
         with progress(len(variants), f"{preset.model} {training.name} largest micro-batch") as bar:
             for _ in search.every(sizes, variants, training, device.name, half, save, counted):
@@ -112,7 +112,7 @@ def _time_together(
 
 
 def _step_at_border(bench: Bench, lane: Lane, sizes: dict[str, int], preset: ThroughputPreset) -> Timing | None:
-    """A step of the size found; a little smaller where the allocator is in fragments."""
+    """Time a step of the size found, or of a slightly smaller one if the allocator is fragmented."""
     name = lane.variant.name
     for _ in range(TRIES_AT_BORDER):
         if name in bench.left_out:

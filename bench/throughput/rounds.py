@@ -1,4 +1,4 @@
-"""Rounds of steps: every variant takes its turn, and a step is timed in parts."""
+"""Rounds of steps: each variant takes one step per round, timed in parts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Timing = dict[str, Any]
 
 
 def configuration_of(preset: ThroughputPreset, training: Training, device: Device) -> dict[str, Any]:
-    """What makes a run what it is."""
+    """The configuration that identifies a run."""
     return {
         "model": preset.model,
         **training.configuration(),
@@ -52,9 +52,9 @@ def configuration_of(preset: ThroughputPreset, training: Training, device: Devic
 
 
 class Bench:
-    """All variants over one set of parameters, and one optimizer.
+    """All variants over one set of parameters, with one optimizer.
 
-    Given a record that holds rounds already, further ones go into it, with other masks.
+    A record that already holds rounds is extended, with other masks.
     """
 
     def __init__(
@@ -79,19 +79,19 @@ class Bench:
         self.lanes = [Lane(variant, self.model, device, training.compiled, seed, backend) for variant in variants]
         self.optimizer = build_optimizer(self.model, training.tuning)
         self.ids_BS = build_batch(preset.model, preset.batch_size, preset.sequence_length, device.name)
-        # Hooks that wait for the device would slow a plain step down; where waiting is free they cost nothing.
+        # Hooks that synchronize the device would slow a plain step down; on CPU they cost nothing.
         self.splits_plain = device.name == "cpu"
 
     def run_rounds(self, warmup_rounds: int, rounds: int, title: str, limit: TimeLimit) -> tuple[int, int]:
-        """Every round all variants, each time in another order, and what the limit of a step needs.
+        """Run all variants once per round, in rotating order, along with the parts that the limit of a step needs.
 
-        Rounds end early, after one that counts, where another one would pass the time limit.
+        Rounds stop early, after at least one that counts, if another one would exceed the time limit.
 
         Returns:
-            How many graphs the warm-up compiled, and how many the rounds after it.
+            Number of graphs compiled in the warm-up, and in the rounds after it.
 
         Raises:
-            torch.OutOfMemoryError: no variant has memory enough.
+            torch.OutOfMemoryError: no variant fits into memory.
         """
         turns, counts = self._turns(), [self.device.compile_count()]
         with progress((warmup_rounds + rounds) * len(turns), title) as bar:
@@ -131,7 +131,7 @@ class Bench:
 
     @contextmanager
     def or_left_out(self, name: str) -> Iterator[None]:
-        """If memory is out, note it, give back what the step held, and leave the variant out from now on."""
+        """If memory runs out, record it, free the memory of the step, and exclude the variant from now on."""
         try:
             yield
         except RuntimeError as error:
@@ -139,12 +139,12 @@ class Bench:
                 raise
             self.failures.append({"variant": name, **records.describe_error(error)})
             self.left_out.add(name)
-        if name in self.left_out:  # out of the `except`, whose error keeps the tensors of all its frames alive
+        if name in self.left_out:  # outside the `except`, whose error keeps the tensors of all its frames alive
             self.optimizer.zero_grad(set_to_none=True)
             release_memory()
 
     def measure_memory(self, memory: dict[str, Any]) -> None:
-        """Peak memory of each variant that was not measured yet."""
+        """Measure the peak memory of each variant that has none yet."""
         for lane in self.lanes:
             name = lane.variant.name
             if name not in memory and name not in self.left_out:
@@ -164,7 +164,7 @@ class Bench:
         return turns
 
     def step(self, lane: Lane, split: bool = False, ids_BS: Tensor | None = None) -> Timing:
-        """One training step, timed in parts."""
+        """Run one training step, timed in parts."""
         ids_BS = self.ids_BS if ids_BS is None else ids_BS
         watch = BackwardWatch(lane.model, self.device) if split else None
         with watch or nullcontext():
@@ -185,13 +185,13 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
 
     def unrecorded(self, lane: Lane) -> Timing:
-        """A forward that records nothing."""
+        """Time a forward without recording."""
         with torch.no_grad():
             _, forward = timed(self.device, lambda: loss_of(lane.model, self.ids_BS))
         return _named("forward", forward)
 
     def peak(self, lane: Lane) -> dict[str, Any]:
-        """Peak memory of a further step with a mask that needs most, and what weights and optimizer hold before it."""
+        """Peak memory of an extra step with the most expensive mask, and that of weights and optimizer before it."""
         measured = [self._peak_with(lane, mask) for mask in lane.peak_memory_masks(1)]
         return max(measured, key=lambda one: int(one["peak_bytes"]))
 
@@ -211,7 +211,7 @@ class Bench:
 
 
 def timed(device: Device, work: Callable[[], T]) -> tuple[T, tuple[float, float]]:
-    """What the work returns, and its seconds: on the wall, and of this process on all processors."""
+    """The result of the work, its wall time, and its processor time over all threads of this process, in seconds."""
     device.synchronize()
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     result = work()
@@ -224,7 +224,7 @@ def _named(part: str, seconds: tuple[float, float]) -> Timing:
 
 
 class BackwardWatch:
-    """Notes when the gradient enters the last block and when it leaves the first, in a plain step."""
+    """Records when the gradient enters the last block and when it leaves the first, in a plain step."""
 
     def __init__(self, model: nn.Module, device: Device) -> None:
         self.layers, self.device = decoder_layers(model), device
@@ -263,7 +263,7 @@ class BackwardWatch:
         return time.perf_counter()
 
     def blocks_backward_s(self, ended_s: float) -> float:
-        """Seconds between the two; until the end where nothing below the first block needs a gradient."""
+        """Seconds between the two; until the end of the backward if nothing below the first block needs a gradient."""
         if self.entered_s is None:
             return 0.0
         return (self.left_s or ended_s) - self.entered_s
