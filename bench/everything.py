@@ -171,7 +171,7 @@ def _succeeded(answer: Answer | None) -> bool:
     return answer is not None and answer["status"] == 0
 
 
-# -- what is said
+# -- messages
 
 
 def _report(outcomes: Sequence[Outcome]) -> None:

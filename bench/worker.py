@@ -34,7 +34,7 @@ def _run(arguments: Sequence[str]) -> dict[str, Any]:
         return {"status": main(arguments), "error": None}
     except DropBPError as error:
         return {"status": EXIT_BAD_INPUT, "error": str(error)}
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the parent says it, and goes on with the next part
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the parent reports it and starts the next part
         traceback.print_exc()
         return {"status": 1, "error": f"{type(error).__name__}: {error}"}
 

@@ -179,7 +179,7 @@ def missing(item: Item) -> str | None:
     return item.package if absent else None
 
 
-# -- what is done
+# -- progress
 
 
 class Ledger:
@@ -283,7 +283,7 @@ class Work:
             self.worker = None
 
 
-# -- what is said
+# -- messages
 
 
 def estimate(items: Sequence[Item], ledger: Ledger, kind: str) -> str:

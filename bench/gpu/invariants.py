@@ -29,7 +29,7 @@ from ..common.reference_detach import DetachedBranches
 from ..common.setup import PLAIN, SAMPLERS, Lane, Variant, build_batch, compiler_of, loss_of, many_compilations, twin
 
 KIND = "invariants"
-WAIT = "called a synchronizing CUDA operation"  # what PyTorch's warning says
+WAIT = "called a synchronizing CUDA operation"  # text of PyTorch's warning
 RESTS = {"model.embed_tokens.weight"}  # the input embedding, in steps whose backward ends above it
 Gradients = list[Tensor | None]
 
@@ -132,7 +132,7 @@ class _Eager:
         """All figures of one variant."""
         plain_loss = self._seeded(lambda: loss_of(self.model, self.ids_BS).detach())
         lane = Lane(variant, self.model, self.device)
-        with lane.masked(lane.peak_memory_masks(1)[-1]):  # of nested ones that which keeps the budget
+        with lane.masked(lane.peak_memory_masks(1)[-1]):  # for nested masks, the one that keeps the budget
             loss, gradients = self._step(lane.model)
         dropped = [digit == "1" for digit in lane.mask or ""]
         figures: dict[str, Any] = {
@@ -153,7 +153,7 @@ class _Eager:
     def _step(self, model: nn.Module) -> tuple[Tensor, Gradients]:
         self._clear()
         loss = self._seeded(lambda: loss_of(model, self.ids_BS))
-        if loss.requires_grad:  # the reference's does not, where all that trains is dropped
+        if loss.requires_grad:  # not in the reference, if everything trainable is dropped
             loss.backward()
         return loss.detach(), [parameter.grad for parameter in self.trained]
 

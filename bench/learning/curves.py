@@ -37,7 +37,7 @@ def step_ratio(times: Iterable[Record], method: str, drop_rate: float, checkpoin
 def row_and_plain(
     times: Iterable[Record], method: str, drop_rate: float, checkpointing: bool = False
 ) -> tuple[Record, Record]:
-    """The row of a variant and that of plain training measured beside it. Raises ConfigError if there is none."""
+    """The row of a variant and that of plain training measured along with it. Raises ConfigError if there is none."""
     for record in times:
         rows = {(row["method"], row["drop_rate"], row["checkpointing"]): row for row in record["rows"]}
         if (method, drop_rate, checkpointing) in rows:

@@ -204,7 +204,7 @@ def _fitting(asked: Sequence[Found]) -> int:
 
 
 def is_border(asked: Sequence[Found]) -> bool:
-    """Whether the search finished, so no larger size fits. Otherwise its time ran out, or its process died."""
+    """Whether the search finished, so that no larger size fits. Otherwise its time ran out, or its process died."""
     return not any("ended_after_s" in entry or "died" in entry for entry in asked)
 
 

@@ -62,7 +62,7 @@ def _check_can_run(name: str, preset: SeqlenPreset, kind: str) -> None:
 
 
 def _succeeds(name: str, preset: SeqlenPreset, training: Training, args: argparse.Namespace) -> bool:
-    """Measure; a failure does not stop the other runs."""
+    """Measure; a missing package does not stop the other runs."""
     try:
         return _measure(name, preset, training, args)
     except MissingDependencyError as error:

@@ -275,7 +275,7 @@ def method_of(run: Run, model: nn.Module, steps: int) -> rivals.Method:
 
 
 def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
-    """The average work of a step. Masks of this library meet their budget on average."""
+    """The average work of a step; masks of this library keep their budget."""
     if isinstance(getattr(method, "inner", method), rivals.DropBP):
         return rivals.Work(1.0, 1 - drop_rate, 1 - drop_rate)
     method.begin_step(0)

@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what is missing, and write the tables."""
+    """Measure the missing cases and write the tables."""
     path = args.output / FILE
     record = read(path)
     if not args.tables_only:
@@ -211,14 +211,14 @@ def _measure(record: dict[str, Any], path: Path, python: Path, cases: Sequence[C
 
 
 def to_text(record: Mapping[str, Any]) -> str:
-    """JSON with a line for each case, so that a change shows what changed."""
+    """JSON with one line per case, so that diffs show which cases changed."""
     head = {key: value for key, value in record.items() if key != "cases"}
     lines = ",\n".join(json.dumps(case) for case in record["cases"])
     return f'{json.dumps(head)[:-1]},\n"cases": [\n{lines}\n]}}\n'
 
 
 def versions_of(python: Path) -> dict[str, str | None]:
-    """Versions of what the counts depend on, in the environment of that Python."""
+    """Versions of the packages that the counts depend on, in the environment of that Python."""
     if python == Path(sys.executable):
         return versions()
     code = (

@@ -28,7 +28,7 @@ Case = Mapping[str, Any]
 MARK = "RESULT "
 VOCABULARY = 64
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GRAPH_LIMIT = 1000  # of torch.compile, so that none is left uncompiled and so uncounted
+GRAPH_LIMIT = 1000  # of torch.compile; a graph beyond it would run uncompiled and uncounted
 
 
 class Tokens(torch.utils.data.Dataset[Any]):
@@ -60,7 +60,7 @@ def start(trainer: str) -> Any:
     hpu_simulator = importlib.import_module("dropbp.backends.hpu_simulator")
     hpu_simulator.install(lazy=trainer != "compiled")
     if trainer == "gaudi":
-        # it calls `pip` by name to learn versions: that of this environment must come first
+        # it calls `pip` by name for versions; the one of this environment must come first
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
@@ -69,7 +69,7 @@ def start(trainer: str) -> Any:
 
 
 def run_case(simulator: Any, case: Case) -> dict[str, Any]:
-    """Train once; what each optimizer step compiled and launched, and the peak."""
+    """Train once; returns what each optimizer step compiled and launched, and the memory peak."""
     gc.collect()
     if case["trainer"] == "compiled":
         return _compiled(simulator, case)

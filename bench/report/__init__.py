@@ -1,1 +1,1 @@
-"""Evaluates the result files: derived figures, tables, plots, and the published figures beside ours."""
+"""Evaluates the result files: derived figures, tables, plots, and the published figures compared with ours."""

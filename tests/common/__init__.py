@@ -1,1 +1,1 @@
-"""Models, data and reference algorithms that tests share."""
+"""Models, data and reference algorithms shared by the tests."""

@@ -17,7 +17,7 @@ VOCABULARY = 32
 
 
 class Block(nn.Module):
-    """Pre-norm block of two branches."""
+    """Pre-norm block with two branches."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class PlainNet(nn.Module):
-    """A user's own model. `kind` is None, or which kind of gradient checkpointing its blocks run under."""
+    """A user's own model. `kind` is the kind of gradient checkpointing of its blocks, or None."""
 
     def __init__(self, blocks: int = 3, width: int = 8, kind: str | None = None) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def take_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
 
 @contextlib.contextmanager
 def detached(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """The paper's way: the outputs of the named modules are detached, `x + f(x).detach()`."""
+    """The paper's way: detach the outputs of the named modules, `x + f(x).detach()`."""
     handles = [model.get_submodule(name).register_forward_hook(_detach) for name in names]
     try:
         yield
@@ -115,7 +115,7 @@ def _detach(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def paper_gradients(model: nn.Module, names: Sequence[str], mask: Sequence[bool], loss: Any) -> dict[str, Any]:
-    """Gradients of a plain model when the masked ones of the named branches are detached."""
+    """Gradients of a plain model with the masked ones of the named branches detached."""
     with detached(model, [name for name, dropped in zip(names, mask, strict=True) if dropped]):
         return take_gradients(model, loss(model))
 

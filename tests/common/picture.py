@@ -1,7 +1,7 @@
-"""The picture of docs/architecture.md, drawn from the imports: `python -m tests.common.picture` writes it anew.
+"""The diagram of docs/architecture.md, drawn from the imports. `python -m tests.common.picture` regenerates it.
 
-A node is a folder of `dropbp/`, or all files beside the folders that one layer holds. An arrow says "imports"; one that
-follows from two others is left out.
+A node is a folder of `dropbp/`, or all files of one layer that are outside the folders. An arrow means "imports";
+arrows that follow from two others are omitted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- picture: python -m tests.common.picture -->\n", "<!-- end of picture -->"
 BASE = "base"
-OWN_NODE = {"session": "session", "handle": "session"}  # files that are parts by themselves, and their parts
+OWN_NODE = {"session": "session", "handle": "session"}  # files that are parts of their own, and those parts
 FACES = ("__init__", "__main__")
 Graph = Mapping[str, set[str]]
 
@@ -36,7 +36,7 @@ IDEAS = {
 
 
 def imports(package: Path = ROOT / "dropbp") -> dict[str, set[str]]:
-    """For each part the parts that it imports."""
+    """For each part, the parts it imports."""
     folders = {"bench": ROOT / "bench", "backends": ROOT / "backends"}
     found: dict[str, set[str]] = {}
     for path in sorted(package.rglob("*.py")):
@@ -54,7 +54,7 @@ def _note(found: dict[str, set[str]], part: str, path: Path) -> None:
 
 
 def imported(tree: ast.Module) -> Iterable[str]:
-    """Modules of `dropbp` that a file imports, those for type checkers left out."""
+    """Modules of `dropbp` that a file imports, except those for type checkers only."""
     hidden = {id(inner) for node in ast.walk(tree) if _is_for_types(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in hidden:
@@ -70,7 +70,7 @@ def _is_for_types(node: ast.AST) -> bool:
 
 
 def part_of(names: tuple[str, ...]) -> str:
-    """The part that a module below `dropbp` belongs to; nothing for the package's face."""
+    """The part that a module of `dropbp` belongs to; none for the package's `__init__`."""
     if not names or names[0] in FACES:
         return ""
     head = names[0]
@@ -80,7 +80,7 @@ def part_of(names: tuple[str, ...]) -> str:
 
 
 def reduced(graph: Graph) -> dict[str, set[str]]:
-    """Without the arrows that follow from others."""
+    """The graph without arrows that follow from others."""
     return {
         part: {target for target in targets if not any(target in _reach(graph, other) for other in targets - {target})}
         for part, targets in graph.items()
@@ -88,7 +88,7 @@ def reduced(graph: Graph) -> dict[str, set[str]]:
 
 
 def longest_chain(graph: Graph) -> int:
-    """Parts on the longest way down the arrows."""
+    """Number of parts on the longest path along the arrows."""
     return max(1 + max((_chain(graph, target) for target in targets), default=0) for targets in graph.values())
 
 
@@ -107,7 +107,7 @@ def _reach(graph: Graph, start: str) -> set[str]:
 
 
 def mermaid(graph: Graph) -> str:
-    """The picture as text."""
+    """The diagram as Mermaid text."""
     order = [part for part in IDEAS if part in graph]
     lines = ["```mermaid", "flowchart TD"]
     lines += [f'    {part}["<b>{part}</b><br>{IDEAS[part]}"]' for part in order]
@@ -117,7 +117,7 @@ def mermaid(graph: Graph) -> str:
 
 
 def page_with(picture: str) -> str:
-    """The page with this picture."""
+    """The page with this diagram."""
     text = PAGE.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{picture}\n{END}{rest.split(END)[1]}"

@@ -1,9 +1,9 @@
-"""The paper's algorithm, slow and literal: what the fast code is compared with.
+"""The paper's algorithm, slow and literal, as a reference for the fast code.
 
-DropBP (arXiv:2402.17812), sections 3.1 and 3.2, written from its text and the description of its code. A residual net
-x <- x + f_l(x); a dropped branch is x + f_l(x).detach(); independent Bernoulli masks; gradient-norm sensitivities
-from N+1 passes; rates by a greedy in steps of 0.1. Its faults are kept where they are the algorithm's (the budget is
-overshot by up to one step) and raise where they were accidents (an empty queue).
+DropBP (arXiv:2402.17812), sections 3.1 and 3.2, written from its text and the description of its code. It has a
+residual network x <- x + f_l(x), dropped branches x + f_l(x).detach(), independent Bernoulli masks, gradient-norm
+sensitivities from N+1 passes, and rates from a greedy algorithm in steps of 0.1. Faults of the algorithm are kept: the
+budget is overshot by up to one step. Accidents of the code raise instead: an empty queue.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ResidualNet(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * width**-0.5)
 
     def forward(self, x_BD: Tensor, mask: Sequence[bool] = ()) -> Tensor:
-        """The output, the same to the bit for every mask."""
+        """The output, bit-identical for every mask."""
         for place, branch in enumerate(self.branches):
             dropped = place < len(mask) and mask[place]
             x_BD = x_BD + (branch(x_BD).detach() if dropped else branch(x_BD))
@@ -39,12 +39,12 @@ class ResidualNet(nn.Module):
 
 
 def independent_mask(rates: Sequence[float], generator: random.Random) -> list[bool]:
-    """One coin per branch: dropped with probability p_l."""
+    """One coin per branch; branch l is dropped with probability p_l."""
     return [generator.random() < rate for rate in rates]
 
 
 def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    """The gradient of every parameter, zeros where there is none."""
+    """The gradient of every parameter, zeros if it has none."""
     parameters = list(model.parameters())
     return list(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
@@ -63,9 +63,11 @@ def gradient_norm_sensitivities(
 
 
 def greedy_rates(sensitivities: Sequence[float], flops: Sequence[float], drop_rate: float) -> list[float]:
-    """Raise by 0.1 the rate whose next value times its sensitivity is least, until the FLOPs left meet the target.
+    """Raise by 0.1 the rate whose next value times its sensitivity is smallest, until the remaining FLOPs meet the
+    target.
 
-    Rates are counted in tenths, so that 0.9 is 0.9. FLOPs saved count for the target, not for the choice.
+    Rates are counted in tenths, so that 0.9 is exactly 0.9. Saved FLOPs count towards the target but do not affect the
+    choice.
     """
     tenths = [0] * len(flops)
     left, target = sum(flops), (1 - drop_rate) * sum(flops)

@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer trained here, and small data sets: what the Hugging Face tests stand on."""
+"""A tiny Llama with a tokenizer trained here, and small data sets, for the Hugging Face tests."""
 
 from __future__ import annotations
 

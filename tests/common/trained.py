@@ -1,4 +1,4 @@
-"""Small models trained for some seconds on the standard library's sources: what sensitivities are measured on."""
+"""Small models for tests of sensitivities, trained for a few seconds on the sources of the standard library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def llama(layers: int = 6, width: int = 40, seed: int = 0) -> Any:
 
 
 def gpt2(layers: int = 6, width: int = 40, seed: int = 0, dropout: float = 0.0) -> Any:
-    """Tied embeddings, biases, learnt positions: what a Llama has not."""
+    """A GPT-2 with tied embeddings, biases and learned positions, which a Llama lacks."""
     return small_gpt2(layers, width, seed=seed, dropout=dropout)
 
 

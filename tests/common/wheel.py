@@ -1,4 +1,4 @@
-"""Builds the wheel from a copy of the sources, so that nothing is written into them, and installs it elsewhere."""
+"""Build the wheel from a copy of the sources, so nothing is written into them, and install it elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _run(*command: str | Path) -> None:
 
 
 def build_wheel(workdir: Path) -> Path:
-    """The wheel of the sources as they stand, under `workdir`."""
+    """Build the wheel of the current sources in `workdir`."""
     sources = workdir / "sources"
     sources.mkdir(parents=True)
     _copy_sources(sources)
@@ -35,6 +35,6 @@ def build_wheel(workdir: Path) -> Path:
 
 
 def install_wheel(wheel: Path, target: Path) -> Path:
-    """The wheel installed, without its dependencies, into the folder `target`."""
+    """Install the wheel without its dependencies into the folder `target`."""
     _run("pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)
     return target

@@ -24,7 +24,7 @@ LIMIT_S = 500
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the cells of the engines and stacks asked for, keep the others as they were recorded, and write the page."""
+    """Run the cells of the given engines and stacks, keep the other records, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.compatibility", description=__doc__)
     parser.add_argument("--engines", nargs="+", choices=page.ENGINES, default=list(page.ENGINES))
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))

@@ -1,4 +1,4 @@
-"""One cell of the matrix: a run, what must hold of it, and what to say where it cannot be."""
+"""One cell of the matrix: a run, the conditions it must meet, and the reason if it cannot run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.campaigns.compatibility.stacks import IN_ONE_PROCESS, STACKS, STEPS, 
 
 ALONE = ("one process", "checkpointing", "compile")
 SPREAD = ("DDP", "FSDP2", "ZeRO-3")
-PLAIN = ("one process", "checkpointing")  # what every stack is tried with
+PLAIN = ("one process", "checkpointing")  # tried for every stack
 WORKS, REFUSED, FAILS = "works", "refused", "fails"
 UNTESTED, BROKEN = "not testable here", "fails without DropBP too"
 DROP_RATE = 0.5
@@ -27,7 +27,7 @@ DROP_RATE = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Status of a cell, and the error that says why it does not work."""
+    """Status of a cell, and the error that explains a failure."""
 
     status: str
     error: str = ""
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def try_cell(stack: str, tuning: str, engine: str) -> dict[str, Any]:
-    """Run the cell; where that fails, run it without DropBP, to see whose limit it is."""
+    """Run the cell; if it fails, run it without DropBP to see whose limitation it is."""
     try:
         run = _run(stack, tuning, engine, DROP_RATE)
         if not in_effect(run, engine):
@@ -74,7 +74,7 @@ def _run(stack: str, tuning: str, engine: str, drop_rate: float | None) -> Run:
 
 
 def in_effect(run: Run, engine: str) -> bool:
-    """Whether all processes train together, and the engine holds the parameters, where it changes them."""
+    """Whether all processes train together, and the engine holds the parameters if it changes them."""
     if run.processes != world():
         return False
     mark = {"FSDP2": "device_mesh", "ZeRO-3": "ds_id"}.get(engine)
@@ -82,7 +82,7 @@ def in_effect(run: Run, engine: str) -> bool:
 
 
 def check(run: Run) -> None:
-    """Branches were dropped in training forwards, the same on all ranks; what trains has moved, to finite values."""
+    """Branches were dropped in training forwards, the same on all ranks; trained parameters moved and are finite."""
     assert len(run.losses) == STEPS, f"{len(run.losses)} losses in {STEPS} steps"
     assert all(math.isfinite(loss) for loss in run.losses), f"losses are {run.losses}"
     assert run.report["forwards"] >= STEPS, f"{run.report['forwards']} training forwards were seen in {STEPS} steps"

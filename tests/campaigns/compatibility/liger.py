@@ -2,7 +2,7 @@
 
 `python -m tests.campaigns.compatibility.liger` uses its kernels, in Triton's interpreter.
 
-Liger replaces the forward of single modules, and the model's by one that makes no logits. Its kernels need a GPU;
+Liger replaces the forward of single modules, and that of the model by one without logits. Its kernels need a GPU;
 `TRITON_INTERPRET=1` runs some of them on a CPU: rotary embedding and the fused linear cross-entropy.
 """
 
@@ -24,7 +24,9 @@ MASK = (True, False, False, True)
 
 
 def check(patch: Callable[[Any], Any]) -> None:
-    """The patched model's branches are found, its forward stays, and gradients are those of detached branches."""
+    """Branches of the patched model are found, its forward is unchanged, and gradients equal those of detached
+    branches.
+    """
     model, plain = tiny_llama(), tiny_llama()
     patch(model)
     patch(plain)
@@ -43,7 +45,7 @@ def check(patch: Callable[[Any], Any]) -> None:
 
 
 def stand_in(model: Any) -> None:
-    """What Liger does to a model, with functions of PyTorch for its kernels."""
+    """Patch a model like Liger, with PyTorch functions in place of its kernels."""
     for layer in model.model.layers:
         layer.mlp.forward = types.MethodType(_swiglu, layer.mlp)
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -56,7 +58,7 @@ def _rms_norm(self: Any, x_BSD: Tensor) -> Tensor:
 
 
 class _SiluTimes(torch.autograd.Function):
-    """`silu(a) * b` as one node that computes its gradient itself."""
+    """`silu(a) * b` as one node that computes its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def _swiglu(self: Any, x_BSD: Tensor) -> Tensor:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Linear layer and cross-entropy in one node, which has its gradients ready when the forward ends."""
+    """Linear layer and cross-entropy in one node, whose gradients are ready at the end of the forward."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ def _without_logits(self: Any, input_ids: Tensor, labels: Tensor | None = None, 
 
 
 def ligers_own(model: nn.Module) -> None:
-    """Those of its kernels that Triton's interpreter can run."""
+    """Liger's own kernels, as far as Triton's interpreter can run them."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(

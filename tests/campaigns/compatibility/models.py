@@ -1,4 +1,4 @@
-"""What the cells train: one small Llama, in full, with LoRA, or with LoRA over 4-bit weights."""
+"""The models that the cells train: one small Llama, in full, with LoRA, or with LoRA over 4-bit weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH, LAYERS = 64, 3
 
 
 def build(tuning: str, task: str = "CAUSAL_LM") -> Any:
-    """A model ready to train; for the task `SEQ_CLS` it gives a score, by a head that is trained in full."""
+    """A model ready to train. For the task `SEQ_CLS` it returns a score from a head that is fully trained."""
     base = _base(tuning == "QLoRA", task)
     if tuning == "full":
         return base.train()
@@ -37,7 +37,7 @@ def build(tuning: str, task: str = "CAUSAL_LM") -> Any:
 
 
 def _base(quantised: bool, task: str) -> Any:
-    """4-bit weights come from transformers' own loader, by bitsandbytes."""
+    """4-bit weights come from the loader in transformers, through bitsandbytes."""
     if task == "CAUSAL_LM" and not quantised:
         return make_model(LAYERS, WIDTH)
     options: dict[str, Any] = {"dtype": torch.float32}
@@ -51,7 +51,7 @@ def _base(quantised: bool, task: str) -> Any:
 
 @functools.cache
 def _saved() -> tempfile.TemporaryDirectory[str]:
-    """On every rank one of its own: `save_pretrained` would write on the first rank only."""
+    """One folder per rank: `save_pretrained` would write on the first rank only."""
     folder = tempfile.TemporaryDirectory()
     model = make_model(LAYERS, WIDTH)
     Path(folder.name, "config.json").write_text(model.config.to_json_string(), encoding="utf-8")
@@ -64,13 +64,13 @@ def _in_four_bits() -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,  # what FSDP shards must all be of one type
+        bnb_4bit_quant_storage=torch.float32,  # FSDP shards parameters of a single dtype only
         llm_int8_skip_modules=["lm_head", "score"],
     )
 
 
 def trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the parameters that train, whole, whichever engine holds them. A collective where they are sharded."""
+    """Complete copies of the trained parameters under any engine. A collective if they are sharded."""
     return {
         name.replace("module.", "").replace("_orig_mod.", ""): _whole(parameter)
         for name, parameter in model.named_parameters()

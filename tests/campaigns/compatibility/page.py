@@ -1,4 +1,4 @@
-"""docs/compatibility.md, written from bench/results/compatibility.json and nothing else."""
+"""docs/compatibility.md, from bench/results/compatibility.json alone."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _reason(cell: dict[str, Any]) -> str:
 
 
 def _reasons(cells: dict[str, Any]) -> dict[str, int]:
-    """Every reason once, in the order of the cells."""
+    """Each distinct reason, in the order of the cells."""
     said = [_reason(cells[name]) for name in CELLS if cells[name]["error"]]
     return {reason: number for number, reason in enumerate(dict.fromkeys(said), 1)}
 

@@ -1,4 +1,4 @@
-"""What each of two processes runs: the cells of DDP and FSDP2."""
+"""Run in each of two processes: the cells of DDP and FSDP2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each of two processes runs: the cells of ZeRO-3."""
+"""Run in each of two processes: the cells of ZeRO-3."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.distributed.zero import stop
 
 
 def start() -> int:
-    """On a CPU accelerate must be told which backend is used, or takes each process for the only one."""
+    """On CPU, accelerate must be told the backend, or each process takes itself for the only one."""
     rank = zero.start()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")

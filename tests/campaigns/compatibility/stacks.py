@@ -1,7 +1,8 @@
-"""The training stacks: each trains a model for a few steps under an engine, as its own documentation says to.
+"""The training stacks: each trains a model for a few steps under an engine, as its own documentation recommends.
 
-A stack is a function of (tuning, engine, folder) that returns the model, its values before, and DropBP's report and
-masks. With `drop_rate=None` it trains without DropBP: that tells a limit of the stack from one of this library.
+A stack is a function of (tuning, engine, folder) that returns the model, its initial values, and DropBP's report and
+masks. With `drop_rate=None` it trains without DropBP, which separates limitations of the stack from those of this
+library.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ COMPILER = "eager"
 
 @dataclasses.dataclass
 class Run:
-    """What a training left behind."""
+    """The results of a training."""
 
     model: nn.Module
     before: dict[str, torch.Tensor]
@@ -43,12 +44,12 @@ class Run:
 
 
 def world() -> int:
-    """Processes that were started."""
+    """Number of processes started."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def zero_config() -> dict[str, Any]:
-    """Parameters as small as these are shared out too, which ZeRO-3 would not do by default."""
+    """Shards even small parameters like these, which ZeRO-3 does not do by default."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     return {
         "train_micro_batch_size_per_gpu": BATCH,
@@ -60,7 +61,7 @@ def zero_config() -> dict[str, Any]:
 
 
 def batches(count: int = STEPS) -> Iterator[torch.Tensor]:
-    """A rank sees data of its own."""
+    """Each rank has its own data."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     rows = random_examples(count * BATCH, seed=rank)
     for step in range(count):
@@ -68,21 +69,21 @@ def batches(count: int = STEPS) -> Iterator[torch.Tensor]:
 
 
 def checkpoint_blocks(model: Any) -> None:
-    """Non-reentrant, every block."""
+    """Checkpoint every block, non-reentrant."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """What the optimizer gets."""
+    """The parameters for the optimizer."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-# -- a loop of one's own
+# -- a custom loop
 
 
 def _enabled(tuning: str, engine: str, drop_rate: float | None) -> tuple[Any, Any, dropbp.Handle | None]:
-    """The model, its values before training, and the handle, with what is set up on the model itself."""
+    """The model, its values before training, and the handle, after the set-up on the model itself."""
     model = build(tuning)
     before = trained_values(model)
     if engine == "checkpointing":
@@ -94,7 +95,7 @@ def _enabled(tuning: str, engine: str, drop_rate: float | None) -> tuple[Any, An
 
 
 def own_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) -> Run:
-    """Engines set up by hand, by their own functions."""
+    """Engines set up by hand, with their own functions."""
     model, before, handle = _enabled(tuning, engine, drop_rate)
     if engine == "compile" and handle is None:
         model = torch.compile(model, backend=COMPILER)
@@ -163,7 +164,7 @@ class Notes(TrainerCallback):
 
 
 def arguments(engine: str, folder: Path) -> dict[str, Any]:
-    """Training arguments that set the engine up."""
+    """Training arguments that set up the engine."""
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -237,7 +238,7 @@ def _sft(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
 
 
 def _reference(model: Any) -> Any:
-    """With adapters the model is its own reference, without them."""
+    """With adapters, the model without them is its own reference."""
     return None if hasattr(model, "peft_config") else build("full")
 
 
@@ -269,7 +270,7 @@ def _reward(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
 
 
 def _grpo(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
-    """Two completions for each prompt, each batch trained on twice."""
+    """Two completions per prompt; each batch is trained on twice."""
     from trl import GRPOConfig, GRPOTrainer
 
     own = {"num_generations": BATCH, "num_iterations": 2, "max_completion_length": 8, **options}
@@ -277,12 +278,12 @@ def _grpo(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
 
 
 def _mean_letter(completions: list[str], **_: Any) -> list[float]:
-    """Two completions hardly ever get the same: they would have no advantage over each other, and no gradient."""
+    """Rewards that hardly ever coincide: with equal rewards there is no advantage, and no gradient."""
     return [sum(map(ord, text)) / max(1, len(text)) for text in completions]
 
 
 def _distillation(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
-    """On what the student says itself; its backbone is called, and not the whole model."""
+    """Distillation on the student's own text; it calls the backbone, not the whole model."""
     from trl import DistillationConfig, DistillationTrainer
 
     own = {"max_completion_length": 8, **options}
@@ -291,7 +292,7 @@ def _distillation(model: Any, options: dict[str, Any], callbacks: list[Any]) -> 
 
 
 def _gkd(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
-    """Half of the batches are what the student says, half the answers of the data."""
+    """Half of the batches are the student's own text, half the answers of the data."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     tokenizer = make_tokenizer()
@@ -310,7 +311,7 @@ def _gkd(model: Any, options: dict[str, Any], callbacks: list[Any]) -> Any:
 
 
 def accelerate_loop(tuning: str, engine: str, folder: Path, drop_rate: float | None) -> Run:
-    """The loop of accelerate's documentation, with DropBP enabled before `prepare`."""
+    """The loop in accelerate's documentation, with DropBP enabled before `prepare`."""
     accelerator = _accelerator(engine)
     model, before, handle = _enabled(tuning, engine, drop_rate)
     prepared, optimizer = accelerator.prepare(model, _optimizer(model))
@@ -353,6 +354,6 @@ STACKS: dict[str, Callable[[str, str, Path, float | None], Run]] = {
     "TRL DistillationTrainer": partial(_trainer_run, _distillation),
     "TRL GKDTrainer": partial(_trainer_run, _gkd),
 }
-# Tried in one process, by itself and with checkpointing: in several, DropBP meets nothing in them that it does not
-# meet in SFT and DPO.
+# Tried in one process, alone and with checkpointing: in several processes DropBP meets nothing that SFT and DPO do
+# not cover.
 IN_ONE_PROCESS = tuple(STACKS)[5:]

@@ -1,4 +1,4 @@
-"""Models patched as Liger patches them: branches are found, forward and gradients are right."""
+"""Models patched as Liger does: branches are found, forward and gradients are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page is made from the recorded cells, none of them fails, and some of them are run again here."""
+"""The page is made from the recorded cells; none of them fails, and some are run again here."""
 
 from __future__ import annotations
 

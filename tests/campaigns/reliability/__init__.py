@@ -1,1 +1,3 @@
-"""Faults injected, inputs tried, long runs: a part in the tests, all by `python -m tests.campaigns.reliability`."""
+"""Fault injection, hostile inputs and long runs. The tests run a part; `python -m tests.campaigns.reliability` runs
+all.
+"""

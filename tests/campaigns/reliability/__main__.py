@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it only once
 
 import torch
 
@@ -48,7 +48,7 @@ def _run(name: str, times: int) -> dict[str, Any]:
 
 
 def _record(found: dict[str, Any]) -> None:
-    """After each check, so that a run that is broken off keeps what it has; other checks keep their figures."""
+    """Write after each check, so an aborted run keeps its results; figures of other checks are kept."""
     old = json.loads(RESULTS.read_text(encoding="utf-8"))["checks"] if RESULTS.is_file() else {}
     checks = {name: {**old, **found}[name] for name in CHECKS if name in {**old, **found}}
     record = {"schema": 1, "torch": str(torch.__version__), "checks": checks}

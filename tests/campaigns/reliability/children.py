@@ -1,4 +1,4 @@
-"""Commands as processes that can be killed, interrupted and limited; their imports are done once, before the fork."""
+"""Commands as processes that can be killed, interrupted and limited. Imports are done once, before the fork."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SERVER.set_forkserver_preload(PRELOADED)
 
 
 class Child:
-    """A function in a process and session of its own, its standard error in a file."""
+    """A function in a process and session of its own, with standard error in a file."""
 
     def __init__(self, target: Callable[..., int | None], arguments: tuple[Any, ...], log: Path) -> None:
         self.log = log
@@ -35,16 +35,16 @@ class Child:
 
     @property
     def said(self) -> str:
-        """What the process wrote to standard error so far."""
+        """The process's standard error so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the process alone."""
+        """Send a signal to the process only."""
         if self._process.pid is not None and not self.ended:
             os.kill(self._process.pid, number)
 
     def wait(self, limit_s: float = LIMIT_S) -> int:
-        """The status, negative for a signal. A process that does not end is an error."""
+        """Wait and return the exit status, negative for a signal. Raises if the process does not end in time."""
         self._process.join(limit_s)
         status = self._process.exitcode
         assert status is not None, f"still running after {limit_s:g} s\n{self.said[-3000:]}"
@@ -58,14 +58,14 @@ class Child:
             time.sleep(0.005)
 
     def close(self) -> None:
-        """End it, if it has not ended."""
+        """End the process if it still runs."""
         self._process.kill()
         self._process.join()
 
 
 @contextlib.contextmanager
 def command(arguments: list[str], folder: Path, file_limit: int | None = None) -> Iterator[Child]:
-    """A `dropbp` command in that folder; no file of it can outgrow the limit, in bytes, as on a full disk."""
+    """A `dropbp` command in that folder. No file can exceed the limit in bytes, as on a full disk."""
     child = Child(_command, (arguments, folder, file_limit), folder / "log")
     try:
         yield child

@@ -1,4 +1,4 @@
-"""Command lines, data sets, models and checkpoints that are wrong: one line and status 2 or 1, or success."""
+"""Invalid command lines, data sets, models and checkpoints: one line and status 2 or 1, or success."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet", ".bin", "")
 
 
 class Traceback(AssertionError):
-    """A command that ended with something else than its own line."""
+    """A command that ended with anything but its own one-line message."""
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
-    """Status and standard error of a command, in this process."""
+    """Run a command in this process; returns its status and standard error."""
     from dropbp.cli.main import main
 
     errors = io.StringIO()
@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
 
 
 def command_lines(count: int, folder: Path) -> dict[str, Any]:
-    """Options of `finetune` and `inspect` with other values; those that are accepted run for a step."""
+    """Options of `finetune` and `inspect` with changed values; accepted ones run for one step."""
     base = _short_inputs(folder)
     statuses = Counter[int]()
     for number in range(count):
@@ -87,7 +87,7 @@ def command_lines(count: int, folder: Path) -> dict[str, Any]:
 
 
 def files(count: int, folder: Path) -> dict[str, Any]:
-    """Data sets of garbage in every format, and models with a file that is missing, cut or garbage."""
+    """Garbage data sets in every format, and models with a missing, truncated or garbage file."""
     base, statuses = _short_inputs(folder), Counter[int]()
     for number in range(count):
         random = Random(f"file:{number}")
@@ -105,7 +105,7 @@ def files(count: int, folder: Path) -> dict[str, Any]:
 
 
 def checkpoints(count: int, folder: Path) -> dict[str, Any]:
-    """Checkpoints with a file that is missing or cut, or with another content in DropBP's part, gone on with."""
+    """Resume from checkpoints with a missing or truncated file, or with damaged DropBP state."""
     base, statuses = _short_inputs(folder), Counter[int]()
     options = ["--max-steps", "2", "--save-steps", "1"]
     assert _checked([*base, *options]) == 0
@@ -123,7 +123,7 @@ def checkpoints(count: int, folder: Path) -> dict[str, Any]:
 
 
 def _short_inputs(folder: Path) -> list[str]:
-    """A fine-tuning of one step."""
+    """Options of a fine-tuning of one step."""
     return [*inputs(folder), "--max-steps", "1", "--gradient-accumulation", "1", "--save-steps", "1"]
 
 
@@ -148,7 +148,7 @@ def _damage_file(path: Path, random: Random) -> None:
 
 
 def _cut_file(path: Path, random: Random) -> None:
-    """As a writing that was broken off leaves it."""
+    """Truncate a file, as an interrupted write does."""
     if random.random() < 0.3:
         path.unlink()
     else:

@@ -1,4 +1,4 @@
-"""Thousands of cycles of enable, train, remove, and thousands of steps: nothing is kept, nothing drifts."""
+"""Thousands of cycles of enable, train and remove, and thousands of steps: nothing leaks, nothing drifts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.common.engine_models import (
     tokens,
 )
 
-OBJECTS = 50  # what may differ: caches of the interpreter
+OBJECTS = 50  # tolerance for the interpreter's caches
 PARTS = 5
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -44,7 +44,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 @contextlib.contextmanager
 def young_heap() -> Iterator[None]:
-    """What was there before is left out of every collection, which makes one of them quick."""
+    """Exclude existing objects from garbage collection, which makes each collection fast."""
     gc.collect()
     gc.freeze()
     try:
@@ -55,9 +55,9 @@ def young_heap() -> Iterator[None]:
 
 @young_heap()
 def cycles(count: int) -> dict[str, Any]:
-    """Enable, train, calibrate now and then, remove: the model comes back as it was, and nothing holds the handle.
+    """Enable, train, sometimes calibrate, and remove: the model is restored, and nothing holds the handle.
 
-    Half of the cycles are of one model, half of a model each; other models and classes are compared at the end.
+    Half of the cycles share one model, the others have a model each; other models and classes are compared at the end.
     """
     kept, other = plain_net(blocks=1), plain_net(blocks=1)
     classes = {type(module): dict(vars(type(module))) for module in kept.modules()}
@@ -89,7 +89,7 @@ def _cycle(model: nn.Module, number: int) -> weakref.ref[dropbp.Handle]:
 
 @young_heap()
 def models_are_released(count: int) -> dict[str, Any]:
-    """A model that is dropped while it is enabled is let go, handle and all."""
+    """A model that is deleted while enabled is freed, along with its handle."""
     for number in range(count):
         model = plain_net(blocks=1)
         handle = dropbp.enable(model, example_inputs=plain_batch(), **OPTIONS[number % len(OPTIONS)])
@@ -102,9 +102,9 @@ def models_are_released(count: int) -> dict[str, Any]:
 
 
 def threads(count: int, workers: int = 4) -> dict[str, Any]:
-    """Several threads, each with cycles of its own model, at once: masks and gradients are those of one alone."""
+    """Several threads at once, each with cycles of its own model: masks and gradients are those of a single thread."""
 
-    nets = [(plain_net(), plain_net()) for _ in range(workers)]  # made here: their weights come from one generator
+    nets = [(plain_net(), plain_net()) for _ in range(workers)]  # here, as their weights come from one generator
 
     def train(seed: int) -> int:
         plain, model = nets[seed]
@@ -122,11 +122,11 @@ def threads(count: int, workers: int = 4) -> dict[str, Any]:
 
 @young_heap()
 def long_run(steps: int, masks: str = "nested") -> dict[str, Any]:
-    """One run of so many steps: realised drop rate, and CPU time of a step and memory at its end against its begin."""
+    """One long run: realised drop rate, and CPU time per step and memory at the end relative to the start."""
     model = tiny_llama(layers=4, hidden_size=32, intermediate_size=64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     step_s, figures, losses = [], [], []
-    inputs = {"input_ids": tokens(), "labels": tokens()}  # of the run's own shape, for which rates are then exact
+    inputs = {"input_ids": tokens(), "labels": tokens()}  # of the run's own shape, which makes rates exact
     with dropbp.enable(model, masks=masks, example_inputs=inputs) as handle:
         for step in range(steps):
             begin_s = time.process_time()
@@ -158,25 +158,25 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> floa
 
 
 def _drift(step_s: list[float]) -> dict[str, float]:
-    """Medians of CPU time in the second and in the last fifth; in the first one allocators settle."""
+    """Median CPU times in the second and in the last fifth; allocators settle in the first."""
     part = len(step_s) // PARTS
     early, late = statistics.median(step_s[part : 2 * part]), statistics.median(step_s[-part:])
     return {"early_step_cpu_ms": round(early * 1e3, 3), "late_step_cpu_ms": round(late * 1e3, 3)}
 
 
 def _memory() -> tuple[Counter[str], int]:
-    """Python objects by their types, and memory, without the records of the last forwards: a bounded number is kept.
+    """Python objects by type, and memory, without the records of the last forwards, of which a bounded number is kept.
 
-    Before Python 3.11 the attributes of each record are an object of their own, a dict.
+    Before Python 3.11 the attributes of each record are a separate object, a dict.
     """
-    MetadataPathFinder().invalidate_caches()  # Python's, which grows when a folder it searches changes
+    MetadataPathFinder().invalidate_caches()  # Python's cache, which grows when a folder it searches changes
     gc.collect()
     objects = gc.get_objects()
     records = [each for each in objects if type(each) in (ForwardRecord, ForwardPlan, CallPlan)]
     assert len(records) <= 2 * REMEMBERED_FORWARDS, f"{len(records)} records of forwards"
     left_out = {*map(id, records), *(id(vars(each)) for each in records if isinstance(each, ForwardRecord))}
     kinds = Counter(type(each).__qualname__ for each in objects if id(each) not in left_out)
-    del kinds["LogRecord"]  # whoever captures the log keeps them
+    del kinds["LogRecord"]  # kept by whatever captures the log
     return kinds, int(psutil.Process().memory_info().rss)
 
 

@@ -1,4 +1,4 @@
-"""Faults inside a training step and inside a calibration: afterwards the next step is right and nothing is left."""
+"""Faults inside a training step and inside a calibration: the next step is correct and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BRANCHES = 6
 
 
 class Fuse(nn.Module):
-    """Passes its input on; when armed, its forward or its backward raises."""
+    """An identity whose forward or backward raises when armed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Pass(torch.autograd.Function):
 
 
 def fused_net(kind: str | None = None) -> tuple[nn.Module, list[Fuse]]:
-    """Three blocks with a fuse in each branch and one before the head."""
+    """Three blocks with a fuse in each branch, and one before the head."""
     model = plain_net(kind=kind)
     for block in model.blocks:
         block.mix.append(Fuse())
@@ -67,7 +67,7 @@ def fused_net(kind: str | None = None) -> tuple[nn.Module, list[Fuse]]:
 
 
 def in_training(count: int, where: str) -> dict[str, Any]:
-    """Errors in the forward or backward of a random place of a random step; the next step equals the paper's."""
+    """Errors in the forward or backward at a random place of a random step; the next step equals the paper's."""
     for number in range(count):
         random = Random(f"{where}:{number}")
         model, fuses = fused_net(random.choice(KINDS))
@@ -86,11 +86,11 @@ def in_training(count: int, where: str) -> dict[str, Any]:
 
 
 def in_calibration(count: int) -> dict[str, Any]:
-    """Errors in forward and backward of both methods: gradients, parameters, rates and random state stay."""
+    """Errors in forward and backward of both methods; gradients, parameters, rates and random state are unchanged."""
     for number in range(count):
         random = Random(f"calibration:{number}")
         method = random.choice(("one-pass", "exact"))
-        # One pass refuses reentrant checkpoints that are none of transformers'.
+        # The one-pass method refuses reentrant checkpoints other than those of transformers.
         model, fuses = fused_net(random.choice(KINDS if method == "exact" else (None, "non-reentrant")))
         plain, _ = fused_net()
         with dropbp.enable(model, masks="exact", example_inputs=plain_batch()) as handle:
@@ -122,7 +122,7 @@ def in_the_loss(count: int) -> dict[str, Any]:
 
 
 def not_finite(count: int) -> dict[str, Any]:
-    """NaN and infinite losses, parameters and inputs: a calibration is refused and changes nothing; a step goes on."""
+    """NaN and infinite losses, parameters and inputs: calibration refuses and changes nothing; a step continues."""
     for number in range(count):
         random = Random(f"finite:{number}")
         model, plain = plain_net(), plain_net()
@@ -140,7 +140,7 @@ def not_finite(count: int) -> dict[str, Any]:
 
 
 def full_disk(count: int, folder: Path) -> dict[str, Any]:
-    """Writes that fail at a random byte: the file that was there stays, and nothing is left beside it."""
+    """Writes that fail at a random byte: the previous file stays, and no other file is left behind."""
     import errno
 
     from dropbp.files import new_file
@@ -174,7 +174,7 @@ def _mask(random: Random) -> tuple[bool, ...]:
 
 
 def _one_step(model: nn.Module, error: type[BaseException]) -> None:
-    """Ends in the error, or does not meet it: a dropped branch has no backward."""
+    """Raises the error, or misses it: a dropped branch has no backward."""
     with contextlib.suppress(error):
         plain_loss(model).backward()
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""Every public function with arguments nobody should pass: an error of ours, or success, and the model as it was."""
+"""Every public function with invalid arguments: a DropBPError or success, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ ENABLE = {
 
 
 class Escaped(AssertionError):
-    """A call that ended with neither success nor an error of ours; says how to do it again."""
+    """A call that neither succeeded nor raised an error of the library; the message says how to repeat it."""
 
 
 def fuzz(calls: int, seed: int = 0) -> dict[str, Any]:
-    """Try so many calls.
+    """Make `calls` random calls.
 
     Returns:
-        How many calls were made, and how many of them were refused, by target.
+        The number of calls, and of those refused, by target.
 
     Raises:
-        Escaped: a call ended with an error that is none of ours.
+        Escaped: a call raised an error that is not the library's.
     """
     tried, refused = Counter[str](), Counter[str]()
     names = sorted(TARGETS)
@@ -105,7 +105,7 @@ def _enable(random: Random) -> None:
 
 
 def _enable_other(random: Random) -> None:
-    """The model itself, the inputs and unknown options."""
+    """Change the model, the inputs or unknown options."""
     given = {"model": plain_net(blocks=1), "example_inputs": plain_batch()}
     given = {**given, "bogus": 1} if random.random() < 0.2 else _arguments(random, given, 1)
     dropbp.enable(**given).remove()
@@ -180,7 +180,7 @@ def _call_handle(handle: dropbp.Handle, model: nn.Module, random: Random) -> Non
 
 
 def _not_callable(random: Random) -> Any:
-    """An error inside a function of the user's is the user's own, and goes through."""
+    """An error inside a user's function is the user's own, and propagates."""
     value = hostile(random)
     return None if callable(value) else value
 

@@ -1,4 +1,4 @@
-"""docs/reliability.md from bench/results/reliability.json, and from nothing else."""
+"""docs/reliability.md, from bench/results/reliability.json alone."""
 
 from __future__ import annotations
 

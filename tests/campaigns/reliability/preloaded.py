@@ -1,4 +1,4 @@
-"""What commands import, imported once; nothing here may start a thread, or forks of it could hang."""
+"""The imports of the commands, done once. Nothing here may start a thread, or forked processes could hang."""
 
 from __future__ import annotations
 

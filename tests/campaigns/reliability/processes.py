@@ -1,4 +1,4 @@
-"""Faults that need a process of their own: kill -9, Ctrl-C, a disk that is full, a rank that dies."""
+"""Faults that need a process of their own: kill -9, Ctrl-C, a full disk, a rank that dies."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.common.tiny import save_model, sums, write_jsonl
 
 STEPS = 16
 KILLS_OF_A_RUN = 6
-MOST_S = {"inspect": 0.1, "plan": 0.5}  # commands that are done soon
+MOST_S = {"inspect": 0.1, "plan": 0.5}  # commands that end quickly
 
 
 def inputs(folder: Path) -> list[str]:
-    """Options of a fine-tuning of some seconds, with a checkpoint at every second step."""
+    """Options of a fine-tuning of a few seconds, with a checkpoint at every second step."""
     given = {
         "model": save_model(folder / "model"),
         "dataset": write_jsonl(folder / "data.jsonl", sums(24)),
@@ -39,10 +39,9 @@ def inputs(folder: Path) -> list[str]:
 
 
 def killed(count: int, folder: Path) -> dict[str, Any]:
-    """Kill -9 at random moments, most of them while a checkpoint is written; in the end the run equals a whole one.
+    """Kill -9 at random moments, mostly while a checkpoint is written; in the end the run equals an uninterrupted one.
 
-    A run is killed again and again and gone on with; what it has learned, lost and drawn must be as if it had never
-    been killed.
+    A run is killed and resumed again and again. Its weights, losses and masks must be as if it had never been killed.
     """
     options = inputs(folder)
     whole = _finish(options, folder).rename(folder / "whole")
@@ -60,7 +59,7 @@ def killed(count: int, folder: Path) -> dict[str, Any]:
 
 
 def _kill_once(options: list[str], folder: Path, random: Random) -> bool | None:
-    """Whether a checkpoint was being written; None if the run had ended before."""
+    """Whether a checkpoint was being written; None if the run had already ended."""
     output = folder / "run"
     before = _newest(output)
     with command(_going_on(options, output), folder) as child:
@@ -85,7 +84,7 @@ def _finish(options: list[str], folder: Path) -> Path:
 
 
 def _assert_no_step_too_many(whole: Path, options: list[str], folder: Path) -> None:
-    """Killed after the last step and before its result was written."""
+    """Killed after the last step but before its result was written."""
     cut = Path(shutil.copytree(whole, folder / "run"))
     for path in cut.iterdir():
         if path.is_file():
@@ -95,7 +94,7 @@ def _assert_no_step_too_many(whole: Path, options: list[str], folder: Path) -> N
 
 
 def _going_on(options: list[str], output: Path) -> list[str]:
-    """With --resume, if there is a whole checkpoint; without one the half of one is put away, as the message says."""
+    """With --resume if there is a complete checkpoint; otherwise the partial one is removed, as the message advises."""
     from dropbp.files import last_whole_checkpoint
 
     if last_whole_checkpoint(output)[0] is None:
@@ -118,7 +117,9 @@ def _assert_equal(whole: Path, cut: Path) -> None:
 
 
 def interrupted(count: int, folder: Path) -> dict[str, Any]:
-    """Ctrl-C at random moments of every command: status 130, one line, no trace, and a whole checkpoint is named."""
+    """Ctrl-C at random moments of every command: status 130, one line, no traceback, and a complete checkpoint is
+    named.
+    """
     commands = commands_of_all_kinds(folder)
     sent = dict.fromkeys(commands, 0)
     for number in range(count):
@@ -128,7 +129,7 @@ def interrupted(count: int, folder: Path) -> dict[str, Any]:
 
 
 def commands_of_all_kinds(folder: Path) -> dict[str, list[str]]:
-    """Every command of `dropbp`, in a form that runs for some seconds."""
+    """Every command of `dropbp`, in a form that runs for a few seconds."""
     from dropbp.cli.main import COMMANDS
 
     model = str(folder / "model")
@@ -162,13 +163,13 @@ def _interrupt(name: str, arguments: list[str], folder: Path, random: Random) ->
 
 def _assert_interrupted(name: str, status: int, text: str) -> None:
     last = (text.strip().splitlines() or [""])[-1]
-    assert status in (0, 130), f"{name}: status {status}\n{text[-3000:]}"  # 0: it was done when the signal came
+    assert status in (0, 130), f"{name}: status {status}\n{text[-3000:]}"  # 0: it had finished when the signal came
     assert "Traceback" not in text, f"{name}\n{text[-3000:]}"
     assert status == 0 or ("dropbp" in last and "interrupted" in last), f"{name}\n{text[-3000:]}"
 
 
 def file_limit(count: int, folder: Path) -> dict[str, Any]:
-    """A disk that is full at some moment of the run: status 1, one line, and the checkpoint before it is whole."""
+    """A disk that fills up during the run: status 1, one line, and the previous checkpoint is complete."""
     from dropbp.files import last_whole_checkpoint
 
     options = inputs(folder)
@@ -187,7 +188,7 @@ def file_limit(count: int, folder: Path) -> dict[str, Any]:
 
 
 def rank_dies(count: int, folder: Path) -> dict[str, Any]:
-    """One of two ranks is killed in a step of DDP: the other ends with an error, within the group's time."""
+    """One of two ranks is killed in a DDP step: the other ends with an error, within the group's timeout."""
     waits_s = []
     for number in range(count):
         where, port = rank.PLACES[number % len(rank.PLACES)], _free_port()

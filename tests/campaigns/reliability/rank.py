@@ -19,7 +19,7 @@ ENDED_WITH_AN_ERROR = 3
 
 
 def main(rank: int, port: int, where: str) -> None:
-    """Train until the other rank is gone; never returns, because threads of the group would wait for that rank."""
+    """Train until the other rank is gone. It never returns, as threads of the group would wait for that rank."""
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"})
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     model = plain_net()
@@ -27,7 +27,7 @@ def main(rank: int, port: int, where: str) -> None:
     status = 0
     try:
         _train(model, rank, where)
-    except RuntimeError as error:  # torch has no other type for a peer that is gone
+    except RuntimeError as error:  # torch has no other type for a lost peer
         print(f"rank {rank}: {error}", file=sys.stderr)
         _assert_consistent(model, handle)
         status = ENDED_WITH_AN_ERROR
@@ -54,7 +54,7 @@ def _die_if(now: bool) -> None:
 
 
 def _assert_consistent(model: torch.nn.Module, handle: dropbp.Handle) -> None:
-    """The model of the rank that is left can be taken back, and trained on alone."""
+    """The model of the surviving rank can be restored, and trained on alone."""
     handle.remove()
     plain = plain_net()
     plain.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""What is injected and tried: one entry for each line of docs/reliability.md."""
+"""The faults and inputs: one entry per line of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.campaigns.reliability import commands, endurance, engine, fuzz, proce
 
 @dataclass(frozen=True)
 class Check:
-    """A check that fails by an AssertionError, and otherwise returns figures.
+    """A check that raises AssertionError if it fails, and otherwise returns figures.
 
     Attributes:
         part: heading in the page.
         does: what is injected or tried.
-        holds: what is the case afterwards, or the check fails.
-        run: takes how many and an empty folder.
-        few, many: how many in the tests, and in the full run.
+        holds: what must hold afterwards.
+        run: called with a count and an empty folder.
+        few, many: the count in the tests, and in the full run.
     """
 
     part: str

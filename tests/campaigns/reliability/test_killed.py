@@ -1,4 +1,4 @@
-"""Kill -9 while training and while a checkpoint is written: nothing that was saved is lost."""
+"""Kill -9 while training and while a checkpoint is written: nothing already saved is lost."""
 
 from __future__ import annotations
 

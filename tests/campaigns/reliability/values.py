@@ -1,4 +1,4 @@
-"""Values that nobody should pass, and ways to damage good ones."""
+"""Invalid values, and ways to damage valid ones."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def hostile(random: Random) -> Any:
-    """One of them, or a list, tuple or dict of some."""
+    """One invalid value, or a list, tuple or dict of some."""
     kind = random.randrange(8)
     if kind == 0:
         return [random.choice(HOSTILE) for _ in range(random.randrange(6))]
@@ -72,7 +72,7 @@ def hostile(random: Random) -> Any:
 
 
 def damaged(value: Any, random: Random) -> Any:
-    """A copy of plain data with one thing in it replaced, removed, or repeated."""
+    """A copy of plain data with one item replaced, removed or repeated."""
     if isinstance(value, dict) and value:
         key = random.choice(list(value))
         rest = {name: entry for name, entry in value.items() if name != key}

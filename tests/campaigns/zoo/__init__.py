@@ -1,1 +1,1 @@
-"""Every architecture of the installed transformers that a tiny configuration can build, checked branch by branch."""
+"""Every architecture in the installed transformers that a tiny configuration can build, checked branch by branch."""

@@ -38,11 +38,11 @@ ENOUGH_RIGHT = 0.98
 
 
 class TooSlow(BaseException):
-    """One architecture took more processor time than the limit."""
+    """One architecture exceeded the limit of processor time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, write; the exit status."""
+    """Run, print and write; returns the exit status."""
     options = _options(arguments)
     _quiet()
     chosen = [case for family in options.family or FAMILIES for case in cases(family)]
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def is_good(verdicts: Sequence[Verdict]) -> bool:
-    """Nothing wrong, nothing crashed, and enough of what was built, and has a residual stream, is right."""
+    """No architecture is wrong or crashed, and enough of those built that have a residual stream are right."""
     counts = collections.Counter(v.verdict for v in verdicts)
     built = len(verdicts) - counts["unbuilt"] - counts["none"]
     return not counts["wrong"] and not counts["crashed"] and counts["right"] >= ENOUGH_RIGHT * built
@@ -79,7 +79,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _read(path: Path | None) -> dict[str, Verdict]:
-    """The verdicts of a run that was broken off."""
+    """The verdicts of an aborted run."""
     if path is None or not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -100,7 +100,7 @@ def _quiet() -> None:
 
 
 def run(chosen: Iterable[Case]) -> Iterator[Verdict]:
-    """The verdict on each case."""
+    """Yield the verdict on each case."""
     for case in chosen:
         if isinstance(chosen, tqdm):
             chosen.set_postfix_str(case.name)
@@ -108,7 +108,7 @@ def run(chosen: Iterable[Case]) -> Iterator[Verdict]:
 
 
 def examine(case: Case) -> Verdict:
-    """Build and check one architecture; whatever happens becomes a verdict."""
+    """Build and check one architecture; every outcome becomes a verdict."""
     start = time.process_time()
     try:
         with _time_limit(LIMIT_S):

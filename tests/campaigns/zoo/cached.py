@@ -25,16 +25,16 @@ from dropbp import inputs as example
 from dropbp.tensors import tensors_in
 from tests.campaigns.zoo.tiny import case, cases
 
-TOLERANCE = 1e-3  # of gradients and outputs: some layers amplify rounding
+TOLERANCE = 1e-3  # for gradients and outputs: some layers amplify rounding
 ORDERS = ((0, 1), (2, 3), (0, 2), (1, 3), (3, 0), (2, 1), (1, 0))
-FIRST_THAT_COUNTS = 2  # the batches before meet no known row
+FIRST_THAT_COUNTS = 2  # earlier batches contain no known row
 
 
 def check(model: nn.Module, plain: nn.Module) -> tuple[str, str]:
-    """The verdict: `right`, `refused`, `unused` or `wrong`, and why.
+    """The verdict (`right`, `refused`, `unused` or `wrong`) and the reason.
 
     Args:
-        model: it gets the cache.
+        model: gets the cache.
         plain: a copy of it.
     """
     rows = example.build(model, len(ORDERS[0]) * 2, 12).kwargs
@@ -103,7 +103,7 @@ def _differ(got: Any, expected: Any) -> str:
 
 
 def verdict_of(name: str) -> tuple[str, str]:
-    """The verdict on one class; `unbuilt` and `not enabled` are not the cache's."""
+    """The verdict on one class; `unbuilt` and `not enabled` do not concern the cache."""
     chosen = case(name, "decoder")
     try:
         models = chosen.build(), chosen.build()
@@ -118,7 +118,7 @@ def verdict_of(name: str) -> tuple[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the classes that are named, or all decoders; one line of JSON for each. 1 if one is wrong or crashed."""
+    """Check the named classes, or all decoders; print a line of JSON per class. 1 if one is wrong or crashed."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.zoo.cached", description=__doc__)
     parser.add_argument("name", nargs="*")
     names = parser.parse_args(arguments).name or [each.name for each in cases("causal-lm")]

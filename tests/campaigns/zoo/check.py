@@ -1,7 +1,7 @@
-"""Is a branch dropped exactly? Compared with a plain backward whose gradient into the branch is set to zero.
+"""Is a branch dropped exactly? The reference is a plain backward whose gradient into the branch is set to zero.
 
-The plain model runs with autograd on; a hook on the node whose output is the branch sets the gradient that enters it to
-zero. Dropping that branch must give the same loss to the bit, no gradient for the branch's own parameters, and the same
+The plain model runs with autograd on; a hook on the output node of the branch zeroes the gradient that enters it.
+Dropping that branch must give a bit-identical loss, no gradients for the branch's own parameters, and the same
 gradients everywhere else.
 """
 
@@ -28,11 +28,11 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass
 class Verdict:
-    """What became of one architecture.
+    """The outcome of one architecture.
 
-    `verdict` is `right`, `refused` (`detail` is the error), `wrong` (what differed), `crashed` or `unbuilt`. Shares are
-    of the weights (two dimensions or more) that got a gradient in a plain backward, and of the FLOPs. `given` names the
-    arguments that it was called with; `warned`: the library said that it does not meet its budget.
+    `verdict` is `right`, `refused` (`detail` is the error), `wrong` (`detail` is the difference), `crashed` or
+    `unbuilt`. Shares are of the weights (two or more dimensions) that got a gradient in a plain backward, and of the
+    FLOPs. `given` names the arguments of the call. `warned` means that the library warned of missing its budget.
     """
 
     name: str
@@ -73,7 +73,7 @@ def check_model(name: str, family: str, model: nn.Module, inputs: example.Inputs
 
 
 def _used_weights(handle: Any, model: nn.Module, inputs: example.Inputs) -> dict[str, int]:
-    """Elements of each weight that a plain backward gives a gradient; of stacked experts, only those that were hit."""
+    """Number of elements per weight that get a gradient in a plain backward; of stacked experts, only those used."""
     model.zero_grad()
     with handle.fixed([False] * len(handle.branches)):
         _loss(model(*inputs.args, **inputs.kwargs)).backward()
@@ -93,7 +93,7 @@ def _share(handle: Any, weights: Mapping[str, int]) -> float:
 
 
 def _least_covered(handle: Any, weights: Mapping[str, int]) -> dict[str, Any] | None:
-    """The numbered block with the smallest share of its weights in branches, and what is left out."""
+    """The numbered block with the smallest share of its weights in branches, and the weights outside."""
     shares = []
     lists = {block.rpartition(".")[0] for block in handle.engine.structure.blocks}
     blocks = {n for n, _ in handle.model.named_modules() if n.rpartition(".")[0] in lists and n[-1:].isdigit()}
@@ -134,7 +134,7 @@ def _compare(handle: Any, model: nn.Module, inputs: example.Inputs, mask: list[b
 
 
 class _Plain:
-    """A forward that drops nothing, whose graph is run backward as often as masks are tried."""
+    """A forward that drops nothing; its graph is run backward once per mask."""
 
     def __init__(self, handle: Any, model: nn.Module, inputs: example.Inputs) -> None:
         self.model, self.recorder = model, Recorder(model, count_flops=False)
@@ -148,7 +148,7 @@ class _Plain:
         assert len(self.groups) == count, f"{len(self.groups)} branches in the training forward, {count} when enabled"
 
     def gradients(self, mask: list[bool]) -> dict[str, torch.Tensor | None]:
-        """With zero for the gradient that enters the dropped branches."""
+        """The gradients with zero in place of the gradient that enters each dropped branch."""
         heads = [head for group, drop in zip(self.groups, mask, strict=True) if drop for _, head in group]
         hooks = [self.recorder.functions[head].register_prehook(zeros) for head in dict.fromkeys(heads)]
         self.model.zero_grad()
@@ -159,14 +159,16 @@ class _Plain:
 
 
 def leave_inputs_alone(model: nn.Module) -> None:
-    """Speech models' convolutions ask their input for a gradient; where it has one, that is an error."""
+    """Do not ask inputs for gradients: convolutions of speech models do, which is an error if the input has one
+    already.
+    """
     for module in model.modules():
         if hasattr(module, "_requires_grad"):
             module._requires_grad = False
 
 
 def seed() -> None:
-    """Speech models mask frames by numbers of NumPy's."""
+    """Seed NumPy too, whose random numbers speech models use to mask frames."""
     torch.manual_seed(1)
     numpy.random.seed(1)  # noqa: NPY002
     random.seed(1)
@@ -177,7 +179,7 @@ def zeros(gradients: Any) -> Any:
 
 
 def _loss(outputs: Any) -> torch.Tensor:
-    """A loss in which every element of every output matters, reproducibly."""
+    """A reproducible loss that depends on every element of every output."""
     total = torch.zeros((), dtype=torch.float64)
     for tensor in tensors_in(outputs):
         if tensor.requires_grad:

@@ -1,4 +1,4 @@
-"""What a user passes to models that take more than text: pictures and sound beside words."""
+"""Inputs for models that take more than text: images and audio along with tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def inputs_for(model: Any, name: str) -> Inputs | None:
-    """Where the library cannot make inputs for the model by itself: what a user would pass.
+    """The inputs that a user would pass, for models whose inputs the library cannot make itself.
 
     Args:
-        model: it is not changed.
+        model: left unchanged.
         name: its class.
     """
     if name in INPUTS:
@@ -39,7 +39,7 @@ def _taken(model: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _beside_words(model: Any) -> Iterator[tuple[str, Tensors]]:
-    """What may stand beside the words, the most usual form first."""
+    """Inputs that may accompany the text, the most common form first."""
     taken = _taken(model)
     if "pixel_values" in taken:
         for given in _pictures(model, taken):
@@ -61,7 +61,7 @@ def _pictures(model: Any, taken: Iterable[str]) -> Iterator[Tensors]:
 
 
 def _patches_of_a_grid(vision: Any) -> Tensors:
-    """One image a row, cut into patches, as the processors of Qwen's kind do it."""
+    """One image per row, cut into patches, as the processors of Qwen models do."""
     merge, patch = _number(vision, ("spatial_merge_size",), 2), _number(vision, ("patch_size",), 8)
     frames = _number(vision, ("temporal_patch_size",), 1)
     channels = next(
@@ -111,7 +111,10 @@ def _number(config: Any, names: Iterable[str], otherwise: int) -> int:
 
 
 def _with_words(model: Any, kind: str, given: Tensors) -> Inputs | None:
-    """With as many tokens as the model makes of it, and words; None where it wants it otherwise, or leaves it out."""
+    """The input with text and as many placeholder tokens as the model needs.
+
+    None if the model wants another form, or ignores the input.
+    """
     errors: list[str] = []
     for count in dict.fromkeys((*LIKELY, *range(2, MOST_TOKENS))):
         inputs = _words(model, kind, count) | given
@@ -120,7 +123,7 @@ def _with_words(model: Any, kind: str, given: Tensors) -> Inputs | None:
         except Exception as error:
             errors.append(str(error))
             if len(errors) == DIFFERENT and len(set(errors)) == 1:
-                return None  # it is not the number
+                return None  # the number of tokens is not the problem
             continue
         return Inputs(kwargs=inputs) if _matters(model, inputs, next(iter(given))) else None
     return None

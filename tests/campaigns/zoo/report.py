@@ -1,4 +1,4 @@
-"""What the zoo found, as JSON, as text and as the table in docs/models.md."""
+"""The results of the zoo as JSON, as text and as the table in docs/models.md."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ embeddings, heads, stems and norms, which weigh much in small models |
 
 
 def results(verdicts: Sequence[Verdict], versions: Mapping[str, str]) -> dict[str, Any]:
-    """Everything in one dict; nothing in it depends on the machine."""
+    """All results in one dict, which does not depend on the machine."""
     return {
         "versions": dict(versions),
         "counts": {family: _counts(verdicts, family) for family in dict.fromkeys(v.family for v in verdicts)},
@@ -88,14 +88,14 @@ def _without_time(verdict: Verdict) -> dict[str, Any]:
 
 
 def write(found: Mapping[str, Any], table: Path, data: Path) -> None:
-    """The two files."""
+    """Write the two files."""
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     table.write_text(markdown(found), encoding="utf-8")
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """Counts, and a line for everything that is not right."""
+    """Counts, and one line per verdict other than `right`."""
     lines = [f"{m['verdict']:8} {m['family']:16} {m['name']}: {m['detail']}" for m in _not_right(found)]
     lines += [""] if lines else []
     for family, counts in found["counts"].items():
@@ -148,7 +148,7 @@ def _good_row(model: Mapping[str, Any]) -> list[str]:
 
 
 def _given(model: Mapping[str, Any]) -> str:
-    """Without what every call of its kind has."""
+    """The given arguments, without those that every call of its kind has."""
     names = [name for name in model["given"].split(", ") if name not in ("use_cache", "attention_mask")]
     return ", ".join(f"`{name}`" for name in names)
 

@@ -1,4 +1,4 @@
-"""Tiny models of every architecture: default configurations with their sizes shrunk, weights made up."""
+"""Tiny models of every architecture: default configurations with reduced sizes and random weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ NESTED = ("text_config", "vision_config", "decoder", "encoder", "audio_config", 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One architecture: how to build it. `build()` gives a model, or raises what the library raises."""
+    """One architecture and how to build it. `build()` returns a model, or raises what the library raises."""
 
     family: str
     config_class: type
@@ -86,10 +86,10 @@ class Case:
         return self.model_class.__name__
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The model on CPU in float32.
+        """Build the model on CPU in float32.
 
         Raises:
-            Unbuildable: no way of shrinking the configuration gave a model; the message says what the first one met.
+            Unbuildable: no way of shrinking the configuration gave a model; the message is the first error.
         """
         if self.name in UNAVAILABLE:
             raise Unbuildable(UNAVAILABLE[self.name])
@@ -110,7 +110,7 @@ class Case:
         return SPECIAL.get(self.name) or SPECIAL.get(self.config_class.__name__, {})
 
     def inputs(self, model: Any) -> Inputs | None:
-        """Where the library cannot make inputs for the model by itself: what a user would pass."""
+        """The inputs that a user would pass, for models whose inputs the library cannot make itself."""
         return inputs_for(model, self.name)
 
     def _check_size(self, config: Any) -> None:
@@ -121,7 +121,7 @@ class Case:
 
 
 class Unbuildable(Exception):
-    """No tiny model of this class: not the library's fault, and not the model's."""
+    """No tiny model of this class could be built; neither the library nor the model is at fault."""
 
 
 def _first_line(error: Exception) -> str:
@@ -130,31 +130,31 @@ def _first_line(error: Exception) -> str:
 
 
 def by_arguments(config_class: Any, special: Mapping[str, Any]) -> Any:
-    """Sizes as arguments, so that the configuration derives what it derives."""
+    """Pass sizes as arguments, so the configuration computes its derived values."""
     defaults = config_class()
     return config_class(**_merged(_sizes_for(defaults), special))
 
 
 def by_attributes(config_class: Any, special: Mapping[str, Any]) -> Any:
-    """Sizes set on a default configuration, sub-configurations included."""
+    """Set sizes on a default configuration, including sub-configurations."""
     return shrink(config_class(**special))
 
 
 def by_special(config_class: Any, special: Mapping[str, Any]) -> Any:
-    """Only what is written below for this configuration."""
+    """Use only the special values below for this configuration."""
     if not special:
         raise Unbuildable("nothing special is known")
     return config_class(**special)
 
 
 def every_part_by_arguments(config_class: Any, special: Mapping[str, Any]) -> Any:
-    """Like `by_arguments`, whatever the sub-configurations are called."""
+    """Like `by_arguments`, for sub-configurations of any name."""
     defaults = config_class()
     return config_class(**_merged(_sizes_for(defaults, _parts), special))
 
 
 def every_part_by_attributes(config_class: Any, special: Mapping[str, Any]) -> Any:
-    """Like `by_attributes`, whatever the sub-configurations are called."""
+    """Like `by_attributes`, for sub-configurations of any name."""
     return shrink(config_class(**special), _parts)
 
 
@@ -180,7 +180,7 @@ def _sizes_for(defaults: Any, parts: Callable[[Any], Iterable[str]] = _usual_par
 
 
 def _merged(sizes: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
-    """`special` on top of `sizes`; DROP takes an entry away."""
+    """`special` merged into `sizes`; DROP removes an entry."""
     merged = dict(sizes)
     for name, value in special.items():
         inner = merged.get(name)
@@ -195,7 +195,7 @@ def _takes(config: Any, name: str) -> bool:
 
 
 def shrink(config: Any, parts: Callable[[Any], Iterable[str]] = _usual_parts) -> Any:
-    """The configuration with sizes set on the object itself, sub-configurations included."""
+    """The configuration with sizes set on the object itself, including sub-configurations."""
     for name, value in SIZES.items():
         current = getattr(config, name, None)
         if isinstance(current, (int, float)) and not isinstance(current, bool):
@@ -211,20 +211,20 @@ def shrink(config: Any, parts: Callable[[Any], Iterable[str]] = _usual_parts) ->
 
 
 def _name_the_padding(config: Any) -> None:
-    """Decoders that classify a batch of rows look for the last token of each, and ask what padding is."""
+    """Set the padding token, which classifying decoders need to find the last token of each row."""
     for part in (config, config.get_text_config()):
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = 0
 
 
 def _mixed(items: list[Any], count: int) -> list[Any]:
-    """`count` entries in which each kind occurs, where there is room."""
+    """`count` entries that include each kind if there is room."""
     kinds = list(dict.fromkeys(items))
     return (kinds + items)[:count] if items else items
 
 
 def _with_live_weights(model: nn.Module) -> nn.Module:
-    """Parameters that start at zero would hide gradients; small random numbers do not."""
+    """Replace parameters that start at zero, which would hide gradients, by small random numbers."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and (parameter == 0).all():
@@ -232,7 +232,7 @@ def _with_live_weights(model: nn.Module) -> nn.Module:
     return model.float()
 
 
-# What some architectures ask for beyond the common sizes: heads that agree, layer kinds of which each occurs.
+# Special needs of some architectures beyond the common sizes: matching heads, layer kinds that must all occur.
 LATENT = {"num_key_value_heads": HEADS, "head_dim": 8, "qk_rope_head_dim": 8}
 SEAMLESS = {
     "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "speech_encoder_layerdrop": 0.0, "speech_encoder_layers": 2,
@@ -258,13 +258,13 @@ RECURRENT = {"num_hidden_layers": LAYERS, "layer_types": HYBRID_LAYERS}
 
 
 def _rope_of_pictures(*sections: int) -> dict[str, Any]:
-    """How the frequencies of one head are shared out to time, height and width."""
+    """How the frequencies of a head are divided among time, height and width."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
     return {"text_config": {"rope_parameters": rope}}
 
 
 UNAVAILABLE = {"MraForMaskedLM": "its attention is a CUDA kernel; without it the attention returns zeros"}
-# Chains of convolutions: to say that there is no residual branch is right.
+# Plain chains of convolutions: the right answer is that there is no residual branch.
 WITHOUT_RESIDUAL = (
     "MobileNetV1ForImageClassification",
     "PPLCNetForImageClassification",
@@ -359,7 +359,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "FunnelConfig": {
         "block_sizes": [2, 2], "block_repeats": [1, 1], "d_head": 8, "num_hidden_layers": DROP, "num_blocks": DROP,
     },
-    "BigBirdConfig": {"block_size": 2, "num_random_blocks": 1},  # rows of 16 are read in blocks, as long ones are
+    "BigBirdConfig": {"block_size": 2, "num_random_blocks": 1},  # rows of 16 are processed in blocks, like long ones
     "BigBirdPegasusConfig": {"block_size": 2, "num_random_blocks": 1},
     "LEDConfig": {"attention_window": [8, 8, 8]},
     "LongformerConfig": {"attention_window": [8, 8, 8]},
@@ -451,7 +451,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def batches_to_train_on(model: Any, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What a training loop might pass, the most realistic first: with labels, and decoders at another length."""
+    """Batches as in a training loop, the most realistic first: with labels, and for decoders with another length."""
     rows = next(iter(batch.values())).shape[0]
     classes = torch.arange(rows) % max(1, int(getattr(model.config, "num_labels", 2) or 2))
     if "labels" in inspect.signature(model.forward).parameters:
@@ -467,7 +467,7 @@ def batches_to_train_on(model: Any, batch: Mapping[str, Any]) -> Iterator[dict[s
 
 
 def case(name: str, family: str) -> Case:
-    """One architecture by name, without importing all the others."""
+    """One architecture by name, without importing all others."""
     model_class = getattr(transformers, name)
     return Case(family, model_class.config_class, model_class)
 

@@ -1,10 +1,9 @@
-"""Is a model trained under the default of `dropbp.enable` as it was promised? Compared with a plain copy, step by step.
+"""Does training under the default of `dropbp.enable` keep its promises? Compared with a plain copy, step by step.
 
-The copy is made before `enable` and runs the same batches from the same random state. Under the default each step
-trains the top of the model down to some depth with exact gradients, so a parameter either has the gradient of the plain
-backward or none at all. What lies in no branch alone (a tied embedding, a position bias, the norms of post-norm blocks)
-and therefore rests in some steps is named in the report. The FLOPs of a step's backward are counted with PyTorch's own
-counter.
+The copy is made before `enable` and runs the same batches from the same random state. By default each step trains the
+top of the model down to some depth with exact gradients, so a parameter has either the gradient of the plain backward
+or none. Parameters in no single branch (a tied embedding, a position bias, the norms of post-norm blocks) are frozen in
+some steps; the report must name them. PyTorch's own counter counts the FLOPs of a step's backward.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ REFUSED, REMEDY = "refused in the call:", "Do not ask for this output"
 
 @dataclasses.dataclass
 class Step:
-    """What one forward and backward left behind."""
+    """The results of one forward and backward."""
 
     outputs: list[torch.Tensor]
     gradients: dict[str, torch.Tensor | None]
@@ -55,14 +54,14 @@ class Step:
 
 
 def problems(model: nn.Module, inputs: example.Inputs | None) -> tuple[list[str], bool]:
-    """What differs from plain training, first under each way to call and to enable; empty where nothing does. And
-    whether the library warned that it does not meet its budget.
+    """The first difference from plain training per way to call and to enable, empty if there is none; and whether the
+    library warned of missing its budget.
     """
     model.train()
     given = None if inputs is None else (dict(inputs.kwargs) or inputs.args)
     batches = _batches(model, inputs)
     found = []
-    masks, fresh = 0, copy.deepcopy(model)  # some models hold a state that cannot be copied once they have run
+    masks, fresh = 0, copy.deepcopy(model)  # some models hold state that cannot be copied after a run
     for title, batch in batches.items():
         for steps in (False, True):
             with _enabled(copy.deepcopy(fresh), given, masks if steps else None) as (handle, plain):
@@ -75,7 +74,9 @@ def problems(model: nn.Module, inputs: example.Inputs | None) -> tuple[list[str]
 
 
 def _batches(model: nn.Module, inputs: example.Inputs | None) -> dict[str, dict[str, Any]]:
-    """What a training loop would pass: labels where the model takes them, the cache as the model has it; then more."""
+    """Batches as in a training loop: labels if the model takes them, the model's default for the cache; then
+    variations.
+    """
     found = inputs or example.build(model, 2, 16)
     batch = {name: value for name, value in found.kwargs.items() if name != "use_cache"}
     taken = inspect.signature(model.forward).parameters
@@ -122,7 +123,9 @@ def _step(model: nn.Module, batch: Mapping[str, Any]) -> Step:
 
 
 def _loss(outputs: Any, labelled: bool) -> torch.Tensor:
-    """The model's own loss; where it has none, or more was asked for, one in which every element of outputs matters."""
+    """The model's own loss. If it has none, or more outputs were requested, a loss that depends on every output
+    element.
+    """
     own = getattr(outputs, "loss", None)
     if labelled and isinstance(own, torch.Tensor):
         return own
@@ -135,7 +138,7 @@ def _loss(outputs: Any, labelled: bool) -> torch.Tensor:
 
 
 class _Plain:
-    """The plain copy's steps; where they leave no trace in buffers, one is like the other."""
+    """The steps of the plain copy. If they leave buffers unchanged, all are equal and one is enough."""
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self.model, self.batch = model, batch
@@ -157,7 +160,7 @@ def _trained(handle: Any, plain_model: nn.Module, batch: Mapping[str, Any]) -> s
     for number in range(len(handle.branches) + 1):
         try:
             got = _step(handle.model, batch)
-        except Exception as error:  # TooSlow passes: it is no Exception of the model's
+        except Exception as error:  # TooSlow passes, as it is not an Exception
             message = " ".join(str(error).split())
             refused = isinstance(error, dropbp.StateError) and _asks_for_more(batch) and REMEDY in message
             return f"{REFUSED} {message}" if refused else f"step {number + 1}: {type(error).__name__}: {message[:300]}"
@@ -207,9 +210,10 @@ def _gradient_problem(
 def _besides_the_stream(
     handle: Any, got: Step, dropped: int, batch: Mapping[str, Any]
 ) -> dict[str, torch.Tensor | None]:
-    """What the parameters of dropped branches get from outputs that come out of these branches, and were asked for.
+    """Gradients of dropped branches' parameters from requested outputs that come out of these branches.
 
-    Such a branch is `x + f(x).detach()`: found by a backward of the whole model that is cut where branches are added.
+    Such a branch is `x + f(x).detach()`. The gradients come from a backward of the whole model, cut where branches are
+    added.
     """
     needs = handle.engine.structure.parameters
     fallen = {name for name, need in needs.items() if need & ~dropped == 0}
@@ -232,10 +236,10 @@ def _besides_the_stream(
 
 
 def _ends(handle: Any, recorder: Recorder, outputs: Any, dropped: int) -> set[Any]:
-    """The autograd nodes of what the dropped branches add to the stream.
+    """The autograd nodes whose outputs the dropped branches add to the stream.
 
-    Where the call lets more be seen than `enable` saw (PegasusX adds to its global tokens in the last layer as well,
-    for nobody), branches are not the same by number; then the outputs of their last modules are taken.
+    If the call exposes more than `enable` saw, branch numbers do not match (PegasusX adds unused values to its global
+    tokens in the last layer). Then the outputs of the branches' last modules are used.
     """
     whole = recorder.trace(outputs)
     trace, _ = by_the_stream(whole, handle.model)
@@ -253,7 +257,9 @@ def _ends(handle: Any, recorder: Recorder, outputs: Any, dropped: int) -> set[An
 
 
 def _unnamed(handle: Any, ever: set[str], plain: Step) -> str:
-    """What plain training moves, and no step will, must be named in the report; a rate below 1 says that one will."""
+    """Parameters that plain training moves but no step will must be named in the report; a rate below 1 promises a
+    step.
+    """
     if all(branch.rate < 1 for branch in handle.branches):
         return ""
     moved = {name for name, gradient in plain.gradients.items() if gradient is not None and gradient.any()}
@@ -274,8 +280,8 @@ def _named_as_resting(handle: Any) -> set[str]:
 
 
 def _budget_problem(model: nn.Module, given: Any, batch: Mapping[str, Any]) -> tuple[str, bool]:
-    """Share of the branches' backward that a run skipped, by counted FLOPs, against drop rate and report; or a warning
-    that says so.
+    """The share of the branches' backward that a run skipped, by counted FLOPs, compared with drop rate and report; and
+    whether the library warned of missing its budget.
     """
     owners, inside = _Owners(model), _products_of_branches(copy.deepcopy(model), batch)
     masks: list[tuple[bool, ...]] = []
@@ -288,7 +294,7 @@ def _budget_problem(model: nn.Module, given: Any, batch: Mapping[str, Any]) -> t
         for step in range(BUDGET_STEPS):
             loss = _forward(model, batch)
             masks.append(handle.mask)
-            if step and handle.mask not in spent:  # the first forward tells the library what kind of graph this is
+            if step and handle.mask not in spent:  # the first forward shows the library the kind of graph
                 spent[handle.mask] = _spent(loss, owners, inside)
         reported = handle.report()["realised_drop_rate"]
         with handle.fixed([False] * len(handle.branches)):
@@ -303,10 +309,10 @@ def _budget_problem(model: nn.Module, given: Any, batch: Mapping[str, Any]) -> t
 
 
 class _Owners(dict[int, str]):
-    """By the number of an autograd node the innermost module that made it.
+    """Maps the number of an autograd node to the innermost module that created it.
 
     Args:
-        model: its modules note it from now on.
+        model: its modules record it from now on.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -329,11 +335,11 @@ def _next_number() -> int:
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
-Product = tuple[str, str]  # a module, and the kind of an autograd node that it makes
+Product = tuple[str, str]  # a module, and the kind of an autograd node that it creates
 
 
 def _products_of_branches(model: nn.Module, batch: Mapping[str, Any]) -> set[Product]:
-    """What gets no gradient where every branch is cut off where it is added to the stream."""
+    """Nodes that get no gradient if every branch is cut where it is added to the stream."""
     leave_inputs_alone(model)
     recorder = Recorder(model, count_flops=False)
     seed()
@@ -347,7 +353,7 @@ def _products_of_branches(model: nn.Module, batch: Mapping[str, Any]) -> set[Pro
 
 
 def _spent(loss: torch.Tensor, owners: Mapping[int, str], inside: set[Product]) -> int:
-    """FLOPs of a backward in branches: what rests beside them is saved on top, and is not what was promised."""
+    """FLOPs of a backward within branches. Savings outside them are extra and not part of the promise."""
     spent, starts = 0, []
 
     def before(_: Any) -> None:
@@ -367,7 +373,7 @@ def _spent(loss: torch.Tensor, owners: Mapping[int, str], inside: set[Product]) 
 
 
 def untie(model: Any) -> None:
-    """Give the head a weight of its own: what it saves while a tied embedding rests is saved besides the branches."""
+    """Give the head its own weight: savings of a frozen tied embedding are outside the branches."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
         return
@@ -377,16 +383,16 @@ def untie(model: Any) -> None:
 
 
 def flops_of_backward(loss: torch.Tensor) -> int:
-    """By PyTorch's counter, and what it has no formula for."""
+    """FLOPs by PyTorch's counter, with formulas for the operations it lacks."""
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         loss.backward()
     return int(counter.get_total_flops())
 
 
 def backward_flops(handle: Any, batch: Mapping[str, Any], dropped: Sequence[bool]) -> tuple[int, list[int]]:
-    """FLOPs of the backward that stay when all of these branches are dropped, and how many less each further one makes.
+    """FLOPs of the backward that remain with all these branches dropped, and the reduction by each further one.
 
-    They are dropped as masks from the top down drop them: the lowest first.
+    Branches are dropped from the lowest up, as the masks do.
     """
     count = len(handle.branches)
     masks = [[i < border and dropped[i] for i in range(count)] for border in range(count + 1)]
@@ -395,7 +401,7 @@ def backward_flops(handle: Any, batch: Mapping[str, Any], dropped: Sequence[bool
 
 
 def counted_backward(handle: Any, batch: Mapping[str, Any], mask: list[bool]) -> int:
-    """FLOPs of the backward of a step under a mask, by PyTorch's counter."""
+    """FLOPs of a step's backward under a mask, by PyTorch's counter."""
     with handle.fixed(mask):
         return flops_of_backward(_forward(handle.model, batch))
 
@@ -415,13 +421,13 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
 
 
 def _grouped(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    """Each row of `a` meets one of the matrices in `b`; where both are flat the rows are what is summed over."""
+    """Each row of `a` is multiplied by one matrix of `b`; if both are two-dimensional, the rows are summed over."""
     batch = a[0] if len(a) == len(b) == 3 else 1
     return int(2 * batch * a[-2] * a[-1] * b[-1])
 
 
 def _convolution_backward(grad: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    """PyTorch's formula takes the weight of a grouped convolution for that of a full one."""
+    """PyTorch's formula treats the weight of a grouped convolution as that of a full one."""
     transposed, asked = args[4], args[7]
     places = x if transposed else grad
     return int(2 * x[0] * math.prod(weight) * math.prod(places[2:]) * sum(asked[:2]))
@@ -436,7 +442,7 @@ UNCOUNTED = {
 
 
 class _Warnings(logging.Handler):
-    """Whether the library warned meanwhile."""
+    """Records whether the library warned in the meantime."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
