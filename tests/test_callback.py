@@ -386,14 +386,12 @@ def test_a_replay_lets_evaluation_pass_and_says_when_there_is_nothing() -> None:
 
 
 def test_sft_trainer_takes_the_callback(tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     callback = DropBPCallback(calibrate_at=2)
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=make_model(),
-        args=SFTConfig(str(tmp_path), max_steps=4, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True),
-        train_dataset=Dataset.from_list([{"text": f"Add {n} and 1 and say the sum."} for n in range(16)]),
+        args=trl.SFTConfig(str(tmp_path), max_steps=4, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True),
+        train_dataset=datasets.Dataset.from_list([{"text": f"Add {n} and 1 and say the sum."} for n in range(16)]),
         processing_class=make_tokenizer(),
         callbacks=[callback],
     )
@@ -403,15 +401,13 @@ def test_sft_trainer_takes_the_callback(tmp_path: Path) -> None:
 
 
 def test_dpo_trainer_takes_the_callback(tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     callback = DropBPCallback(calibrate_at=2)
     rows = [{"prompt": f"Add {n} and 1.", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(16)]
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         model=str(save_model(tmp_path / "model")),
-        args=DPOConfig(str(tmp_path), max_steps=4, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True),
-        train_dataset=Dataset.from_list(rows),
+        args=trl.DPOConfig(str(tmp_path), max_steps=4, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True),
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=make_tokenizer(),
         callbacks=[callback],
     )

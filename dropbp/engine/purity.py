@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
@@ -290,6 +291,8 @@ def passing_circumstance(modes_at_first: int) -> str | None:
         return "parametrizations are cached"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it runs under a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "it runs with forward-mode derivatives"
     if torch._C._len_torch_function_stack() > modes_at_first:
         return "a torch function mode is on"
     return None
