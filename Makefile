@@ -18,6 +18,7 @@ GAUDI_VENV := .venv-gaudi
 GAUDI_INSTALLED := $(GAUDI_VENV)/.installed
 OLDEST_VENV := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
+OLDEST_PACKAGES := -e '.[hf,bench]' hypothesis pytest pytest-timeout pytest-xdist
 OLDEST_TESTS ?= $(wildcard tests/test_engine_*.py) tests/test_memory.py tests/test_masks.py tests/test_allocation.py \
 	tests/test_discovery.py tests/test_compile_blocks.py tests/test_peft.py tests/test_callback.py
 PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest
@@ -75,7 +76,7 @@ test-gaudi: $(GAUDI_INSTALLED)  ## test the unmodified GaudiTrainer on the simul
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(GAUDI_VENV)/bin/python -m pytest -n $(WORKERS) -m gaudi $(ARGS) tests/gaudi
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
-	$(call install,$(OLDEST_VENV),constraints-oldest.txt,-e '.[hf,bench]' hypothesis pytest pytest-timeout pytest-xdist)
+	$(call install,$(OLDEST_VENV),constraints-oldest.txt,$(OLDEST_PACKAGES))
 	@touch $@
 
 test-oldest: $(OLDEST_INSTALLED)  ## test the core with the oldest supported versions (in .venv-oldest)

@@ -120,3 +120,13 @@ def test_socket_opened_by_import_is_caught(tmp_path: Path) -> None:
     (tmp_path / "dropbp").mkdir()
     (tmp_path / "dropbp" / "__init__.py").write_text("import socket; socket.socket().close()")
     assert probe_import(tmp_path)["events"] == ["socket.__new__"]
+
+
+@pytest.mark.parametrize(("target", "extras"), [("setup", "dev"), ("test-gaudi", "gaudi"), ("test-oldest", "hf,bench")])
+def test_the_makefile_sets_up_each_environment_with_whole_commands(target: str, extras: str, tmp_path: Path) -> None:
+    environments = [f"{name}={tmp_path / name}" for name in ("VENV", "GAUDI_VENV", "OLDEST_VENV")]
+    command = ["make", "--no-print-directory", "-n", target, *environments]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    script = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    subprocess.run(["sh", "-n"], input=script, check=True, text=True)
+    assert f"-e '.[{extras}]'" in script
