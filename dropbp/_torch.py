@@ -112,7 +112,12 @@ def kernel_depends_on_weight(func: Any, args: Sequence[Any], kwargs: Mapping[str
     if func not in _PRODUCTS or not all(isinstance(operand, torch.Tensor) for operand in operands):
         return False
     smaller, larger = sorted(operands, key=torch.Tensor.dim)
-    return larger.dim() >= 3 and smaller.dim() <= 2 and not _is_packed(larger)
+    return larger.dim() >= 3 and smaller.dim() <= 2 and _is_dense(larger) and not _is_packed(larger)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has strides: sparse and nested ones have none."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:

@@ -93,16 +93,20 @@ def fitted(counts: Mapping[Shape, Sequence[int]]) -> FlopsModel:
 
 
 def _coefficients(counts: Mapping[Shape, int]) -> dict[str, float]:
-    last = list(counts)[-1]
-    first = next(iter(counts))
-    step, same_rows = 0.0, dict(counts)
-    if first.batch_size != last.batch_size:
-        count = same_rows.pop(first)
-        more_rows = last.batch_size - first.batch_size
-        row = (counts[dataclasses.replace(first, batch_size=last.batch_size)] - count) / more_rows
-        step = max(0.0, count - row * first.batch_size)
+    step, same_rows = _of_a_step(counts)
     found = _of_a_row({shape: (count - step) / shape.batch_size for shape, count in same_rows.items()})
     return {**found, STEP: step} if step else found
+
+
+def _of_a_step(counts: Mapping[Shape, int]) -> tuple[float, Mapping[Shape, int]]:
+    """FLOPs that do not depend on the number of rows, and the counts without the shape with another number of rows."""
+    (first, count), *others = counts.items()
+    rows = others[-1][0].batch_size if others else first.batch_size
+    if first.batch_size == rows:
+        return 0.0, counts
+    more = counts[dataclasses.replace(first, batch_size=rows)] - count
+    per_row = more / (rows - first.batch_size)
+    return max(0.0, count - per_row * first.batch_size), dict(others)
 
 
 def _of_a_row(per_row: Mapping[Shape, float]) -> dict[str, float]:

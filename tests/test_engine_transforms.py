@@ -20,6 +20,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dropbp
+from dropbp._torch import kernel_depends_on_weight
 from dropbp.errors import ConfigError
 from tests.common.engine_models import (
     assert_same_gradients,
@@ -557,3 +558,14 @@ def test_products_with_a_frozen_weight_keep_their_kernel(way: str, masks: str) -
         output.sum().backward()
         lost = [i for i, drop in enumerate(handle.mask) if drop]
         assert all(model[1 + i].weight_DD.grad is None for i in lost)
+
+
+def test_products_of_tensors_without_strides_are_left_alone() -> None:
+    weight_DD = torch.randn(4, 4)
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])
+    assert not any(
+        kernel_depends_on_weight(torch.matmul, (x, weight_DD), {}) for x in (torch.eye(4).to_sparse(), nested)
+    )
+    assert not kernel_depends_on_weight(torch.matmul, (torch.randn(2, 3, 4).to_sparse(), weight_DD), {})
+    assert kernel_depends_on_weight(torch.matmul, (torch.randn(3, 2, 4).transpose(0, 1), weight_DD), {})
+    assert not kernel_depends_on_weight(torch.add, (torch.randn(3, 2, 4).transpose(0, 1), weight_DD), {})

@@ -541,20 +541,29 @@ class Scaled(nn.Module):
         return x + self.mlp(self.norm(x)) * self.scale[0]
 
 
-@pytest.mark.parametrize("new", [[3.0], (0.5, 1), torch.tensor([4.0])], ids=["list", "tuple", "tensor"])
-def test_an_attribute_bound_anew_between_forward_and_backward_is_as_it_was_in_the_recomputation(new):
-    plain = Net(Scaled).train()
+def gradients_if_changed_before_the_backward(block, change):
+    """Of the plain net and of the enabled one; `change` is applied to their second block between the two passes."""
+    plain = Net(block).train()
     model = copy.deepcopy(plain)
     handle, found = enabled(model), []
     for net in (plain, model):
         with handle.fixed((False,) * DEPTH):
             loss = net(batch()).square().mean()
-        net.blocks[1].scale = new
+        change(net.blocks[1])
         loss.backward()
-        assert net.blocks[1].scale is new
         found.append(gradients(net))
     assert handle.engine.recomputed(0) and not handle.report()["not_recomputed"]
-    assert_same_gradients(found[1], found[0])
+    return plain, model, found
+
+
+@pytest.mark.parametrize("new", [[3.0], (0.5, 1), torch.tensor([4.0])], ids=["list", "tuple", "tensor"])
+def test_an_attribute_bound_anew_between_forward_and_backward_is_as_it_was_in_the_recomputation(new):
+    def change(block):
+        block.scale = new
+
+    *nets, (expected, got) = gradients_if_changed_before_the_backward(Scaled, change)
+    assert all(net.blocks[1].scale is new for net in nets)
+    assert_same_gradients(got, expected)
 
 
 class Settings:
@@ -574,19 +583,12 @@ class Configured(nn.Module):
 
 
 def test_a_setting_changed_between_forward_and_backward_is_as_it_was_in_the_recomputation():
-    plain = Net(Configured).train()
-    model = copy.deepcopy(plain)
-    handle, found = enabled(model), []
-    for net in (plain, model):
-        with handle.fixed((False,) * DEPTH):
-            loss = net(batch()).square().mean()
-        settings = net.blocks[1].config
-        settings.scale, settings.problem_type = 3.0, "single_label_classification"
-        loss.backward()
-        assert settings.scale == 3.0 and settings.problem_type
-        found.append(gradients(net))
-    assert handle.engine.recomputed(0) and not handle.report()["not_recomputed"]
-    assert_same_gradients(found[1], found[0])
+    def change(block):
+        block.config.scale, block.config.problem_type = 3.0, "single_label_classification"
+
+    *nets, (expected, got) = gradients_if_changed_before_the_backward(Configured, change)
+    assert all(net.blocks[1].config.scale == 3.0 and net.blocks[1].config.problem_type for net in nets)
+    assert_same_gradients(got, expected)
 
 
 def off(model):

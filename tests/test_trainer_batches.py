@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
+    BigBirdConfig,
+    BigBirdForSequenceClassification,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -235,3 +237,17 @@ def test_data_that_gives_no_batch_is_said_beside_what_failed_first(tmp_path: Pat
 
     with pytest.raises(DiscoveryError, match=r"example_inputs=.* own data gave no batch to try either \(TypeError"):
         make_trainer("own", tmp_path, DropBPCallback(0.5), OneShot()).train()
+
+
+def test_a_model_that_reads_short_rows_otherwise_is_enabled_with_rows_of_the_run(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BigBirdConfig(vocab_size=64, max_position_embeddings=128, block_size=4, num_random_blocks=2, **sizes)
+    model, length = BigBirdForSequenceClassification(config), 40  # up to 36 tokens BigBird changes to full attention
+    rows = [{"input_ids": torch.randint(5, 64, (length,)), "labels": i % LABELS} for i in range(8)]
+    callback = DropBPCallback(0.5)
+    options = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True, report_to="none"
+    )
+    Trainer(model, options, train_dataset=rows, callbacks=[callback]).train()
+    assert model.bert.attention_type == "block_sparse"
+    assert callback.report()["forwards"] == 4 and callback.report()["realised_drop_rate"] > 0

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -62,8 +62,7 @@ def nothing_held(model: nn.Module) -> Iterator[None]:
         for module, attributes, buffers, contents in before:
             replaced = any(module._buffers.get(name) is not buffer for name, buffer in buffers.items())
             if replaced or any(map(_is_recorded, _own(module))):
-                vars(module).clear()
-                vars(module).update(attributes)
+                _set_attributes(module, attributes)
                 module._buffers.update(buffers)
                 for container, items in contents:
                     container.clear()
@@ -77,28 +76,34 @@ def none_replaced(model: nn.Module) -> Iterator[None]:
     BigBird switches to full attention at the first short row, and does not switch back.
     """
     before = [(name, module, dict(vars(module)), dict(module._modules)) for name, module in model.named_modules()]
-    replaced, failure = "", None
+    replaced: list[str] = []
+    failure = None
     try:
         yield
     except DiscoveryError as error:
         failure = error
     finally:
         for name, module, _, children in before:
-            gone = [child for child, inner in children.items() if module._modules.get(child) is not inner]
-            replaced = replaced or ".".join(filter(None, (name, *gone[:1]))) * bool(gone)
-        for _, module, attributes, children in before if replaced else ():
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
+            gone = (child for child, inner in children.items() if module._modules.get(child) is not inner)
+            replaced += [f"{name}.{child}" if name else child for child in gone]
+        if replaced:
+            for _, module, attributes, children in before:
+                _set_attributes(module, attributes)
+                module._modules.clear()
+                module._modules.update(children)
     if replaced:
         raise DiscoveryError(
             f"In the small forward that finds the residual branches, {type(model).__name__} replaced the module "
-            f"{replaced}; this was undone. Rows as long as yours may need the original one: pass example_inputs=... "
+            f"{replaced[0]}; this was undone. Rows as long as yours may need the original one: pass example_inputs=... "
             "with rows of the length that you train on."
         ) from failure
     if failure is not None:
         raise failure
+
+
+def _set_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    vars(module).clear()
+    vars(module).update(attributes)
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

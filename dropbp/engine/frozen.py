@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dropbp._torch import detached, never_compile, transforming, uncompiled
-from dropbp.engine.attention import SameProducts
+from dropbp.engine.kernels import SameProducts
 from dropbp.engine.patch import Attachment
 from dropbp.tensors import map_tensors, tensors_in
 

@@ -17,9 +17,9 @@ from torch.nn.utils import parametrize
 from dropbp._torch import detached, never_compile, uncompiled
 from dropbp.discovery.liveness import ALIVE
 from dropbp.discovery.structure import BranchOutput, LooseParameter, Rests, Site, Structure
-from dropbp.engine.attention import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.frozen import LooseState, owner_of, run_frozen
+from dropbp.engine.kernels import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.patch import Attachment, Forward, Interception, named_forward
 from dropbp.engine.runtime import Runtime, is_compiling, next_sequence
 from dropbp.engine.skip import ScaleGradient, StepBoundary
