@@ -33,19 +33,19 @@ def never_compile(function: Callable[..., Any]) -> None:
     _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, default))
 
 
-def pause() -> Callback:
-    """Stop compiling in this thread. Returns the value for `resume`; None if nothing would have compiled."""
+def pause_compiler() -> Callback:
+    """Stop compiling in this thread. Returns the value for `resume_compiler`; None if nothing would have compiled."""
     return _frames.set_eval_frame(None)
 
 
-def resume(callback: Callback) -> None:
-    """Undo the `pause` that returned `callback`."""
+def resume_compiler(callback: Callback) -> None:
+    """Undo the `pause_compiler` that returned `callback`."""
     if callback is not None:
         _frames.set_eval_frame(callback)
 
 
-def resumed(callback: Callback, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a function inside a pause as if there were no pause."""
+def call_compiled(callback: Callback, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function, inside a `pause_compiler`, as if the compiler were not paused."""
     if callback is None:
         return function(*args, **kwargs)
     _frames.set_eval_frame(callback)
@@ -132,11 +132,11 @@ def _is_packed(tensor: torch.Tensor) -> bool:
 
 def uncompiled(function: Callable[[], T]) -> T:
     """Call a function of this library with the compiler off."""
-    callback = pause()
+    callback = pause_compiler()
     try:
         return function()
     finally:
-        resume(callback)
+        resume_compiler(callback)
 
 
 def transforming() -> bool:
@@ -150,5 +150,5 @@ def detached(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if tangent is None else forward_ad.make_dual(tensor.detach(), tangent).clone()
 
 
-for _own in (pause, resume, resumed, uncompiled):
+for _own in (pause_compiler, resume_compiler, call_compiled, uncompiled):
     never_compile(_own)

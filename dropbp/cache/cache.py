@@ -25,7 +25,7 @@ from dropbp.cache.rows import MASK, Keys, Row
 from dropbp.cache.store import MemoryStore, State, Store
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.engine import Engine
-from dropbp.engine.patch import Forward, Interception
+from dropbp.engine.patch import Forward, ForwardPatch
 from dropbp.inputs import argument_names
 from dropbp.masks.budget import to_come
 from dropbp.masks.plan import ForwardPlan
@@ -75,14 +75,14 @@ class ActivationCache:
         self.freed_bytes = 0
         self._measured: list[float] = []
         self._untried = True  # whether it is still unknown if the padding to the left of a row matters
-        self._patches: list[Interception] = []
+        self._patches: list[ForwardPatch] = []
 
     def start(self) -> None:
         """Wrap the forwards of the blocks."""
         if not self.prefix.count:
             self.refuse(f"{type(self.model).__name__} has no blocks that could be skipped")
         for place, block in enumerate(self.prefix.blocks):
-            self._patches.append(Interception(block, "_dropbp_cache", BlockState(place, self._running), block_forward))
+            self._patches.append(ForwardPatch(block, "_dropbp_cache", BlockState(place, self._running), block_forward))
         self.engine.recomputation.look()  # so that these wrappers do not count as changes of the blocks
         self.runtime.shortened = self.shortened
 

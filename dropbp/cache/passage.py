@@ -18,7 +18,7 @@ from torch import nn
 
 from dropbp.cache.rows import Row
 from dropbp.cache.store import State
-from dropbp.engine.patch import Attachment, Forward, named_forward
+from dropbp.engine.patch import Forward, WrapperState, named_forward
 from dropbp.engine.runtime import is_compiling
 from dropbp.tensors import tensors_in
 
@@ -231,7 +231,7 @@ def has_nan(value: Any) -> bool:
     return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_in(value))
 
 
-class BlockState(Attachment):
+class BlockState(WrapperState):
     """A block's index, and access to the passage of the running forward."""
 
     def __init__(self, place: int, running: ContextVar[Passage | None]) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from dropbp.discovery.structure import Structure
 from dropbp.engine.frozen import run_frozen
-from dropbp.engine.patch import Attachment, Forward, Interception, named_forward
+from dropbp.engine.patch import Forward, ForwardPatch, WrapperState, named_forward
 from dropbp.engine.recompute import Recomputation, RecomputedBlock, inside_checkpoint
 from dropbp.engine.runtime import Runtime, current_node, is_compiling
 
@@ -32,7 +32,7 @@ _FUNCTION = "_gradient_checkpointing_func"
 is_grad_enabled = torch.is_grad_enabled  # bound once, since every block calls it
 
 
-class BlockState(Attachment):
+class BlockState(WrapperState):
     """A block, its branches, and whether it only adds them to its input (None until this was checked)."""
 
     def __init__(self, module: nn.Module, need: int, runtime: Runtime, recomputed: RecomputedBlock) -> None:
@@ -76,7 +76,7 @@ def _only_added_to(stream: Any, output: Any) -> bool:
 
 
 def _leads_nowhere(node: Any) -> bool:
-    return bool(node.name() == "ConnectBackward")
+    return bool(node.name() == "ConnectToAnchorBackward")
 
 
 def checkpointed_module(function: Any) -> Any:
@@ -117,12 +117,12 @@ def block_forward(original: Forward) -> Forward:
 
 def install_blocks(
     model: nn.Module, blocks: Mapping[str, int], runtime: Runtime, recomputation: Recomputation
-) -> list[Interception]:
+) -> list[ForwardPatch]:
     """Put `block_forward` around every block."""
     made = []
     for module, (name, need) in _modules(model, blocks).items():
         state = BlockState(module, need, runtime, RecomputedBlock(name, module, recomputation))
-        made.append(Interception(module, "_dropbp_block", state, block_forward))
+        made.append(ForwardPatch(module, "_dropbp_block", state, block_forward))
     return made
 
 

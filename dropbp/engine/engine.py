@@ -25,7 +25,7 @@ from dropbp.engine.checkpointing import CheckpointBypass, install_blocks
 from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks, of_rank_0
 from dropbp.engine.integrity import PatchCheck, last_modules
 from dropbp.engine.parameters import Parameters
-from dropbp.engine.patch import Interception
+from dropbp.engine.patch import ForwardPatch
 from dropbp.engine.recompute import Recomputation
 from dropbp.engine.root import RootState, root_forward
 from dropbp.engine.runtime import Runtime
@@ -33,7 +33,7 @@ from dropbp.engine.strays import Strays
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Truncation
 from dropbp.engine.wrappers import install, install_boundaries, install_outputs
-from dropbp.engine.zeros import ZeroGradients
+from dropbp.engine.zero_gradients import ZeroGradients
 from dropbp.errors import ConfigError
 from dropbp.flops import shape_of
 from dropbp.inputs import Asked
@@ -86,7 +86,7 @@ class Engine:
         self.runtime.watchers += [self._gathering.watch, self._replicas.watch]
         if not self.fills_gradients:
             self.runtime.watch_backward = self._zeros.watch
-        self._patches: list[Interception] = []
+        self._patches: list[ForwardPatch] = []
         self._lock = threading.Lock()
         self._measuring: Mask | None = None
         self._looked_for_graphs = self._inputs_told = self._recomputes_all = False
@@ -277,7 +277,7 @@ def _put_in_place(
     rests: Rests,
     boundary: str,
     step_boundary: Callable[[], None],
-) -> list[Interception]:
+) -> list[ForwardPatch]:
     """Install all forward wrappers, innermost first, so that removal in reverse order is exact.
 
     Args:
@@ -292,7 +292,7 @@ def _put_in_place(
         step_boundary: tells it.
     """
     made = install(model, structure, runtime, rests)
-    made += [Interception(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]
+    made += [ForwardPatch(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]
     made += install_blocks(model, structure.blocks, runtime, recomputation)
     if scales:
         made += install_outputs(model, structure, runtime)

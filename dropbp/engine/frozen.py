@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dropbp._torch import detached, never_compile, transforming, uncompiled
-from dropbp.engine.kernels import SameProducts
-from dropbp.engine.patch import Attachment
+from dropbp.engine.kernels import SameMatmulKernel
+from dropbp.engine.patch import WrapperState
 from dropbp.tensors import map_tensors, tensors_in
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dropbp.engine.runtime import Runtime
 
 
-class LooseState(Attachment):
+class LooseState(WrapperState):
     """Parameters that are frozen while their scope runs: those of dropped branches, and those that rest beside them."""
 
     def __init__(
@@ -58,7 +58,7 @@ def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kw
             table[name] = detached(parameter)
     same = frozen and state.kernel_by_weight
     try:
-        with SameProducts(table[name] for table, name, _ in frozen) if same else contextlib.nullcontext():
+        with SameMatmulKernel(table[name] for table, name, _ in frozen) if same else contextlib.nullcontext():
             outputs = function(*args, **kwargs)
     finally:
         for table, name, parameter in frozen:

@@ -19,11 +19,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dropbp._torch import attention_mask, kernel_depends_on_weight
-from dropbp.engine.patch import Attachment, Forward
+from dropbp.engine.patch import Forward, WrapperState
 from dropbp.tensors import ask_for_gradients, map_tensors
 
 
-class MaskState(Attachment):
+class MaskState(WrapperState):
     """A module whose attention mask is made from `parameters`; `dropping()` tells whether its branch is dropped now."""
 
     def __init__(self, parameters: Sequence[tuple[nn.Module, str]], dropping: Callable[[], bool]) -> None:
@@ -37,7 +37,7 @@ class MaskState(Attachment):
         return any(p is not None and p.requires_grad for p in held)
 
 
-class SameKernel(TorchFunctionMode):
+class SameAttentionKernel(TorchFunctionMode):
     """Makes attention masks require a gradient, so that PyTorch selects the kernel of a recorded run."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +51,7 @@ class SameKernel(TorchFunctionMode):
         return func(*args, **{**kwargs, "attn_mask": marked})
 
 
-class SameProducts(TorchFunctionMode):
+class SameMatmulKernel(TorchFunctionMode):
     """Frozen weights require a gradient inside products whose kernel that decides. The gradient goes nowhere."""
 
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
@@ -76,7 +76,7 @@ class SameProducts(TorchFunctionMode):
 KERNEL_BY_MODE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
 
 
-class KernelState(Attachment):
+class KernelState(WrapperState):
     """A module whose kernel depends on the grad mode; `dropping()` tells whether its branch is dropped now."""
 
     def __init__(self, dropping: Callable[[], bool]) -> None:
@@ -108,7 +108,7 @@ def mask_forward(original: Forward) -> Forward:
         state: MaskState | None = self._dropbp_mask
         if state is None or torch.compiler.is_compiling() or not state.differs():
             return original(self, *args, **kwargs)
-        with SameKernel():
+        with SameAttentionKernel():
             return original(self, *args, **kwargs)
 
     forward.__name__ = "forward"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbp.discovery.discover import checked_module, unwrapped
-from dropbp.engine.patch import Attachment, Forward, Interception
+from dropbp.engine.patch import Forward, ForwardPatch, WrapperState
 from dropbp.errors import ConfigError, StateError
 
 _ATTRIBUTE = "_dropbp_labelled"
@@ -56,7 +56,7 @@ class LabelledLogits:
         if module.__dict__.get(_ATTRIBUTE) is not None:
             raise StateError(f"{type(module).__name__} already computes logits only at labelled positions.")
         settings = _Settings(evaluation, inspect.signature(module.forward))
-        self._patch: Interception | None = Interception(module, _ATTRIBUTE, settings, _wrap)
+        self._patch: ForwardPatch | None = ForwardPatch(module, _ATTRIBUTE, settings, _wrap)
 
     def remove(self) -> None:
         """Make the model compute all logits again. A second call does nothing."""
@@ -73,7 +73,7 @@ class LabelledLogits:
         self.remove()
 
 
-class _Settings(Attachment):
+class _Settings(WrapperState):
     __slots__ = ("evaluation", "signature")
 
     def __init__(self, evaluation: bool, signature: inspect.Signature) -> None:

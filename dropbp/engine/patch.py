@@ -21,10 +21,10 @@ _MISSING = object()
 _functions: weakref.WeakValueDictionary[tuple[Any, int], Forward] = weakref.WeakValueDictionary()
 
 
-class Attachment:
+class WrapperState:
     """The data that a wrapper reads. It belongs to one model: in copies and pickles it becomes None.
 
-    `original` is the wrapped forward. A wrapper that finds an attachment with another `original` is a leftover, inside
+    `original` is the wrapped forward. A wrapper that finds a state with another `original` is a leftover, inside
     a foreign wrapper or in a copy, and only forwards calls.
     """
 
@@ -39,24 +39,24 @@ class Attachment:
         return type(None), ()
 
 
-class Interception:
+class ForwardPatch:
     """One wrapper around one module's forward.
 
     Args:
         module: the instance.
-        attribute: name of the instance attribute that holds `attachment`.
-        attachment: the data that the wrapper reads.
+        attribute: name of the instance attribute that holds `state`.
+        state: the data that the wrapper reads.
         wrap: makes the wrapper from the original forward, a function of `(module, *args, **kwargs)`.
     """
 
     def __init__(
-        self, module: nn.Module, attribute: str, attachment: Attachment, wrap: Callable[[Forward], Forward]
+        self, module: nn.Module, attribute: str, state: WrapperState, wrap: Callable[[Forward], Forward]
     ) -> None:
         self.module, self.attribute = module, attribute
         self.before = {key: module.__dict__.get(key, _MISSING) for key in ("forward", attribute)}
-        attachment.original = _unbound_forward(module)
-        self.method = types.MethodType(_wrapped(attachment.original, wrap), module)
-        module.__dict__[attribute] = attachment
+        state.original = _unbound_forward(module)
+        self.method = types.MethodType(_wrapped(state.original, wrap), module)
+        module.__dict__[attribute] = state
         module.__dict__["forward"] = self.method
 
     def remove(self) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropbp._torch import never_compile, pause, resume, resumed
-from dropbp.engine.patch import Attachment, Forward, named_forward
+from dropbp._torch import call_compiled, never_compile, pause_compiler, resume_compiler
+from dropbp.engine.patch import Forward, WrapperState, named_forward
 from dropbp.engine.runtime import Runtime, current_node
 from dropbp.masks.plan import WHOLE, ForwardPlan
 
 
-class RootState(Attachment):
+class RootState(WrapperState):
     """Asks the engine for a plan and runs the root's forward under it; `owner` is the handle of the enabled model.
 
     Every module from the root down to the one that contains all blocks has one. If a backbone is called instead of the
@@ -29,12 +29,12 @@ class RootState(Attachment):
 
     def run(self, original: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decide what to drop while compilation is off, then run the forward compiled or not, as it would have run."""
-        callback = pause()
+        callback = pause_compiler()
         try:
-            forward = functools.partial(resumed, callback, original, (module, *args), kwargs)
+            forward = functools.partial(call_compiled, callback, original, (module, *args), kwargs)
             return self._run(forward, module, args, kwargs, compiled=callback is not None)
         finally:
-            resume(callback)
+            resume_compiler(callback)
 
     def _run(
         self, forward: Callable[[], Any], module: nn.Module, args: Any, kwargs: dict[str, Any], compiled: bool

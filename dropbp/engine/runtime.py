@@ -26,9 +26,9 @@ from torch import nn
 
 from dropbp._torch import detached, transforming
 from dropbp.device import dynamo_graph_count, random_state
+from dropbp.engine.autograd_functions import ConnectToAnchor
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.patch import Forward
-from dropbp.engine.skip import Connect
 from dropbp.errors import StateError
 from dropbp.masks.plan import WHOLE, ForwardPlan
 from dropbp.tensors import map_tensors, outputs_by_key, tensors_in
@@ -342,7 +342,7 @@ class Runtime:
             return tensor
         if self._anchor is None:
             self._anchor = torch.zeros((), requires_grad=True)
-        connected: torch.Tensor = Connect.apply(tensor, self._anchor)
+        connected: torch.Tensor = ConnectToAnchor.apply(tensor, self._anchor)
         return connected
 
 

@@ -17,12 +17,12 @@ from torch.nn.utils import parametrize
 from dropbp._torch import detached, never_compile, uncompiled
 from dropbp.discovery.liveness import ALIVE
 from dropbp.discovery.structure import BranchOutput, LooseParameter, Rests, Site, Structure
+from dropbp.engine.autograd_functions import ScaleGradient, StepBoundary
 from dropbp.engine.calls import CallPlan
 from dropbp.engine.frozen import LooseState, owner_of, run_frozen
 from dropbp.engine.kernels import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
-from dropbp.engine.patch import Attachment, Forward, Interception, named_forward
+from dropbp.engine.patch import Forward, ForwardPatch, WrapperState, named_forward
 from dropbp.engine.runtime import Runtime, is_compiling, next_sequence
-from dropbp.engine.skip import ScaleGradient, StepBoundary
 from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import TensorMap, ask_for_gradients, is_differentiable, map_tensors
 
@@ -33,7 +33,7 @@ is_grad_enabled, set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_en
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
-class SiteState(Attachment):
+class SiteState(WrapperState):
     """A module that runs without recording if all branches in its need are dropped."""
 
     __slots__ = ("ends", "flag", "module", "need", "needs", "per_call", "running", "runtime", "site", "users")
@@ -102,7 +102,7 @@ def site_forward(original: Forward) -> Forward:
     return named_forward(forward)
 
 
-class RestState(Attachment):
+class RestState(WrapperState):
     """A module outside the branches that is frozen (at rest) if branch `border` (a bit) is dropped."""
 
     __slots__ = ("border", "runtime")
@@ -227,7 +227,7 @@ def loose_forward(original: Forward) -> Forward:
     return named_forward(forward)
 
 
-class OutputState(Attachment):
+class OutputState(WrapperState):
     """The last module of one or more branches, where the gradient of a kept branch is scaled."""
 
     def __init__(self, exits: Sequence[BranchOutput], runtime: Runtime) -> None:
@@ -271,7 +271,7 @@ def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     return scaled
 
 
-class BoundaryState(Attachment):
+class BoundaryState(WrapperState):
     """A module before which a lazy device is told that a step ends, in forward and backward."""
 
     def __init__(self, boundary: Callable[[], None]) -> None:
@@ -324,7 +324,7 @@ def _with_boundary(
     return args, kwargs
 
 
-def install(model: nn.Module, structure: Structure, runtime: Runtime, rests: Rests) -> list[Interception]:
+def install(model: nn.Module, structure: Structure, runtime: Runtime, rests: Rests) -> list[ForwardPatch]:
     """Wrap the modules of branches and those that rest in some steps; innermost first, so that removal is exact."""
     return [
         *_install_sites(model, structure, runtime),
@@ -333,7 +333,7 @@ def install(model: nn.Module, structure: Structure, runtime: Runtime, rests: Res
     ]
 
 
-def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> list[Interception]:
+def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> list[ForwardPatch]:
     made = []
     for site in structure.sites:
         module = model.get_submodule(site.module)
@@ -342,27 +342,27 @@ def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> 
             mask = MaskState(
                 [owner_of(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)
             )
-            made.append(Interception(module, "_dropbp_mask", mask, mask_forward))
+            made.append(ForwardPatch(module, "_dropbp_mask", mask, mask_forward))
         made += [
-            Interception(inner, "_dropbp_kernel", KernelState(state.is_dropped), kernel_forward)
+            ForwardPatch(inner, "_dropbp_kernel", KernelState(state.is_dropped), kernel_forward)
             for inner in module.modules()
             if isinstance(inner, KERNEL_BY_MODE) and not site.per_call and "_dropbp_kernel" not in inner.__dict__
         ]
         wrap = shared_site_forward if site.per_call else site_forward
-        made.append(Interception(module, "_dropbp_site", state, wrap))
+        made.append(ForwardPatch(module, "_dropbp_site", state, wrap))
     return made
 
 
-def _install_rests(model: nn.Module, modules: Mapping[str, int], runtime: Runtime) -> list[Interception]:
+def _install_rests(model: nn.Module, modules: Mapping[str, int], runtime: Runtime) -> list[ForwardPatch]:
     return [
-        Interception(model.get_submodule(name), "_dropbp_rest", RestState(border, runtime), rest_forward)
+        ForwardPatch(model.get_submodule(name), "_dropbp_rest", RestState(border, runtime), rest_forward)
         for name, border in modules.items()
     ]
 
 
 def _install_loose(
     model: nn.Module, structure: Structure, resting: Iterable[LooseParameter], runtime: Runtime
-) -> list[Interception]:
+) -> list[ForwardPatch]:
     by_scope: dict[str, tuple[list[LooseParameter], list[LooseParameter]]] = {}
     for kind, entries in enumerate((structure.loose, resting)):
         for entry in entries:
@@ -371,29 +371,29 @@ def _install_loose(
     for scope, (own, others) in by_scope.items():
         by_weight = any(f"{name}.".startswith(f"{scope}.") for name in structure.kernel_by_weight)
         state = LooseState(own, others, model, runtime, by_weight)
-        made.append(Interception(model.get_submodule(scope), "_dropbp_loose", state, loose_forward))
+        made.append(ForwardPatch(model.get_submodule(scope), "_dropbp_loose", state, loose_forward))
     return made
 
 
-def install_outputs(model: nn.Module, structure: Structure, runtime: Runtime) -> list[Interception]:
+def install_outputs(model: nn.Module, structure: Structure, runtime: Runtime) -> list[ForwardPatch]:
     """Install the wrappers that scale gradients of kept branches."""
     by_module: dict[str, list[BranchOutput]] = {}
     for entry in structure.branch_outputs:
         by_module.setdefault(entry.module, []).append(entry)
     return [
-        Interception(model.get_submodule(name), "_dropbp_output", OutputState(exits, runtime), output_forward)
+        ForwardPatch(model.get_submodule(name), "_dropbp_output", OutputState(exits, runtime), output_forward)
         for name, exits in by_module.items()
     ]
 
 
 def install_boundaries(
     model: nn.Module, names: Iterable[str], boundary: Callable[[], None], *, after: bool = False
-) -> list[Interception]:
+) -> list[ForwardPatch]:
     """Install the wrappers that tell a lazy device where steps end: before these modules, or after them."""
     if after:
         ends = ((model.get_submodule(name), EndState(boundary)) for name in names)
-        return [Interception(module, "_dropbp_end", state, end_forward) for module, state in ends]
+        return [ForwardPatch(module, "_dropbp_end", state, end_forward) for module, state in ends]
     return [
-        Interception(model.get_submodule(name), "_dropbp_boundary", BoundaryState(boundary), boundary_forward)
+        ForwardPatch(model.get_submodule(name), "_dropbp_boundary", BoundaryState(boundary), boundary_forward)
         for name in names
     ]

@@ -29,7 +29,9 @@ from dropbp.tensors import tensors_in
 
 _NONE, _get = itertools.repeat(None), cast(Any, dict.get)
 _grad_of, _version_of = operator.attrgetter("grad"), operator.attrgetter("_version")
-Place = tuple[Mapping[str, nn.Parameter | None], str]  # of a parameter: its module's dictionary, and its key there
+ParameterSlot = tuple[
+    Mapping[str, nn.Parameter | None], str
+]  # of a parameter: its module's dictionary, and its key there
 
 
 class ZeroGradients:
@@ -151,8 +153,8 @@ def _present(gradients: Sequence[Tensor | None]) -> list[Tensor]:
     return list(itertools.compress(cast(Sequence[Tensor], gradients), map(operator.is_not, gradients, _NONE)))
 
 
-def _smallest(parameters: Parameters) -> dict[int, Place]:
-    found: dict[int, tuple[int, Place]] = {}
+def _smallest(parameters: Parameters) -> dict[int, ParameterSlot]:
+    found: dict[int, tuple[int, ParameterSlot]] = {}
     for name, need in parameters.structure.parameters.items():
         path, _, attribute = name.rpartition(".")
         table = parameters.model.get_submodule(path)._parameters

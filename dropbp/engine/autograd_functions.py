@@ -59,7 +59,7 @@ class StepBoundary(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
-class Connect(torch.autograd.Function):
+class ConnectToAnchor(torch.autograd.Function):
     """Identity on `x`, connected to `anchor`, so that `backward()` works although nothing below was recorded.
 
     The result shares memory with `x` but is not a view of it: trainers scale losses in place (`loss *= n`), which
