@@ -55,7 +55,7 @@ class Handle:
 
     def __init__(self, model: nn.Module, config: Config, device: Device, findings: Findings) -> None:
         self.model, self.device, self._findings = model, device, findings
-        self.engine = engine = Engine(model, findings.structure, findings.asked, config, device)
+        self.engine = engine = Engine(model, findings.structure, findings.call_signature, config, device)
         weights = findings.weights
         self._weights = weights.counted_from_the_top() if engine.prefixes and engine.may_truncate else weights
         self.config = settled(config, engine.trained, lambda config: self._scheduled(config).rates)

@@ -92,15 +92,15 @@ def argument_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, parameter in _parameters(model).items() if parameter.kind in places)
 
 
-Asked = frozenset[tuple[str, Any]]
+CallSignature = frozenset[tuple[str, Any]]
 
 
-def placed(names: Sequence[str], args: Sequence[Any]) -> list[tuple[str, Any]]:
+def named_arguments(names: Sequence[str], args: Sequence[Any]) -> list[tuple[str, Any]]:
     """Positional arguments with their names; an argument beyond the names gets its index."""
     return list(zip((*names, *map(str, range(len(names), len(args)))), args, strict=False))
 
 
-def asked(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:
+def call_signature(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallSignature:
     """A key for a call of a model: the names of the arguments given, and the values of its flags.
 
     Args:
@@ -108,7 +108,7 @@ def asked(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) 
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
     """
-    given = (*placed(names, args), *kwargs.items())
+    given = (*named_arguments(names, args), *kwargs.items())
     return frozenset((name, _flag(value)) for name, value in given if value is not None)
 
 

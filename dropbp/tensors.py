@@ -118,15 +118,15 @@ def _map_dataclass(value: Any, function: TensorMap) -> Any:
     return changed
 
 
-def ask_for_gradients(args: Any, kwargs: Mapping[str, Any]) -> bool:
+def any_requires_grad(args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether the arguments of a forward, key-value caches included, hold a tensor that requires a gradient."""
     values = [*args, *kwargs.values()]
     if any(tensor.requires_grad for tensor in tensors_in(values)):
         return True
-    return any(_cache_asks(value) for value in values if hasattr(value, "get_seq_length"))
+    return any(_cache_requires_grad(value) for value in values if hasattr(value, "get_seq_length"))
 
 
-def _cache_asks(cache: Any) -> bool:
+def _cache_requires_grad(cache: Any) -> bool:
     """Handles the caches of transformers: objects that hold tensors, or lists of objects that do."""
     inside = list(vars(cache).values())
     inside += [

@@ -23,13 +23,13 @@ from dropbp.cache.passage import BlockState, Forms, Passage, block_forward, pass
 from dropbp.cache.prefix import Prefix
 from dropbp.cache.rows import MASK, Keys, Row
 from dropbp.cache.store import MemoryStore, State, Store
-from dropbp.engine.calls import CallPlan
 from dropbp.engine.engine import Engine
 from dropbp.engine.patch import Forward, ForwardPatch
+from dropbp.engine.side_outputs import CallPlan
 from dropbp.inputs import argument_names
 from dropbp.masks.budget import to_come
 from dropbp.masks.plan import ForwardPlan
-from dropbp.tensors import ask_for_gradients, tensors_in
+from dropbp.tensors import any_requires_grad, tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class ActivationCache:
         return passing(self._running, passage, self.prefix.blocks, forward)
 
     def _may_look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        if transforming() or ask_for_gradients(args, kwargs):
+        if transforming() or any_requires_grad(args, kwargs):
             return False
         return not self._wants_caches(kwargs)
 

@@ -108,7 +108,7 @@ class CachedForward:
             for kwargs in (plain, other):
                 passage = Passage(cache.forms, self.rows, store=lambda _, x: seen.append(x), store_at=self.border)
                 with contextlib.suppress(Exception):  # for example more positions than the model has
-                    cache.runtime.run_aside(
+                    cache.runtime.run_no_grad(
                         functools.partial(cache.passing, passage, functools.partial(call, **kwargs))
                     )
         if len(seen) != 2 or seen[1].shape[1] != seen[0].shape[1] + 1:
@@ -155,7 +155,7 @@ class CachedForward:
         self._worst = max(self._worst, alone._worst)
 
     def _run_aside(self, passage: Passage, call: Callable[[], Any]) -> Any:
-        return self.cache.runtime.run_aside(functools.partial(self.cache.passing, passage, call))
+        return self.cache.runtime.run_no_grad(functools.partial(self.cache.passing, passage, call))
 
     def _run_both_ways(self, states: Mapping[int, State]) -> Any:
         """Run shortened, with NaN from the blocks below, then in full with the same random state; compare."""

@@ -18,7 +18,7 @@ import torch
 
 from dropbp.engine.purity import CONSTANTS
 from dropbp.flops import shape_of
-from dropbp.inputs import IGNORED, placed
+from dropbp.inputs import IGNORED, named_arguments
 
 MASK = "attention_mask"
 LABELS = frozenset({
@@ -66,7 +66,7 @@ class Keys:
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], salt: str) -> list[Row] | None:
         """The rows of a batch; None if an input cannot be hashed or requires a gradient."""
-        given = dict(_flat([*placed(self._names, args), *kwargs.items()]))
+        given = dict(_flat([*named_arguments(self._names, args), *kwargs.items()]))
         if not self._labels_count:
             given = {name: value for name, value in given.items() if name.partition("/")[0] not in LABELS}
         tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}

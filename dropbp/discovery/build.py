@@ -35,7 +35,7 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
     Raises:
         DiscoveryError: no branch was found, or a block was not understood; the message names it.
     """
-    trace, aside = by_the_stream(trace, model)
+    trace, side_outputs = restricted_to_main_output(trace, model)
     graph = Graph(trace, model)
     found = [branch for branch in found_in(graph) if branch.group is not None]
     if not found:
@@ -45,14 +45,14 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
         )
     unexplained = other_sums(graph, {branch.edge for branch in found})
     structure = structure_of(graph, model, [branch.group or () for branch in found], unexplained, together(found))
-    return dataclasses.replace(structure, outputs=trained_outputs(trace), aside=aside)
+    return dataclasses.replace(structure, outputs=trained_outputs(trace), side_outputs=side_outputs)
 
 
-def by_the_stream(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
+def restricted_to_main_output(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
     """The trace restricted to the output at the end of the stream, and whether other outputs come out of branches.
 
     An output from inside a branch (router scores, attention maps) would keep the branch from being dropped. The nodes
-    that lead to it are still recorded if a call asks for it: see `dropbp.engine.calls`.
+    that lead to it are still recorded if a call asks for it: see `dropbp.engine.side_outputs`.
     """
     keys = trace.outputs if len(trace.outputs) > 1 else {}
     best, most = trace, _whole_branches(trace, model) if keys else 0

@@ -38,14 +38,14 @@ class Findings:
         flops: forward FLOPs of each branch at any shape.
         weights: weight of each branch in the budget at any shape: the FLOPs of its actual backward.
         shape: the shape of the first recorded forward.
-        asked: what the recorded call asked for; see `dropbp.inputs.asked`.
+        call_signature: what the recorded call asked for; see `dropbp.inputs.call_signature`.
     """
 
     structure: Structure
     flops: FlopsModel
     weights: Weights
     shape: Shape
-    asked: example.Asked = frozenset()
+    call_signature: example.CallSignature = frozenset()
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -79,8 +79,8 @@ def _find(model: nn.Module, given: example.Inputs, named: Names | None) -> Findi
         found |= _at_chunks(model, given, structure, named)
     flops = fitted(_counts(found))
     works = {shape: each.work for shape, each in found.items()}
-    asked = example.asked(example.argument_names(model), given.args, given.kwargs)
-    return Findings(structure, flops, Weights(works, dict(model.named_parameters())), shape, asked)
+    call_signature = example.call_signature(example.argument_names(model), given.args, given.kwargs)
+    return Findings(structure, flops, Weights(works, dict(model.named_parameters())), shape, call_signature)
 
 
 def checked_module(model: Any) -> nn.Module:

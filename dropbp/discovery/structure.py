@@ -119,7 +119,7 @@ class Structure:
         named: the modules of branches that the user named.
         work: the cost of the branches' backward.
         outputs: keys of the model's outputs, each with whether it depends on something that trains.
-        aside: whether outputs come out of branches in other ways than through the stream.
+        side_outputs: whether outputs come out of branches in other ways than through the stream.
         repeated: blocks that run more than once in a forward, or share a module with others, each with the reason.
         adds_in_place: whether something is added in place to a view.
         kernel_by_weight: the modules with a product whose kernel depends on whether its weight requires a gradient.
@@ -138,7 +138,7 @@ class Structure:
     named: tuple[tuple[str, ...], ...] = ()
     work: Work = NO_WORK
     outputs: Mapping[str, bool] = dataclasses.field(default_factory=dict)
-    aside: bool = False
+    side_outputs: bool = False
     repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adds_in_place: bool = False
     kernel_by_weight: frozenset[str] = frozenset()

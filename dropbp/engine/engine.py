@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from dropbp.config import Config
 from dropbp.device import Device, refuse_capture
 from dropbp.discovery.structure import Rests, Structure
-from dropbp.engine.calls import Calls
 from dropbp.engine.checkpointing import CheckpointBypass, install_blocks
 from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks, of_rank_0
 from dropbp.engine.integrity import PatchCheck, last_modules
@@ -29,6 +28,7 @@ from dropbp.engine.patch import ForwardPatch
 from dropbp.engine.recompute import Recomputation
 from dropbp.engine.root import RootState, root_forward
 from dropbp.engine.runtime import Runtime
+from dropbp.engine.side_outputs import CallKinds
 from dropbp.engine.strays import Strays
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Truncation
@@ -36,13 +36,13 @@ from dropbp.engine.wrappers import install, install_boundaries, install_outputs
 from dropbp.engine.zero_gradients import ZeroGradients
 from dropbp.errors import ConfigError
 from dropbp.flops import shape_of
-from dropbp.inputs import Asked
+from dropbp.inputs import CallSignature
 from dropbp.lazy.warmup import GraphWarmup, Layer
 from dropbp.masks.plan import Conditions, ForwardPlan
 from dropbp.masks.registry import Mask, sampler_kind
 from dropbp.masks.samplers import bits
 from dropbp.masks.schedule import Schedule
-from dropbp.tensors import ask_for_gradients
+from dropbp.tensors import any_requires_grad
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Engine:
     Args:
         model: the root module.
         structure: its branches.
-        asked: the outputs that the forward recorded for discovery was asked for.
+        call_signature: the outputs that the forward recorded for discovery was asked for.
         config: the options of `enable`.
         device: the adapter of the model's device.
 
@@ -61,7 +61,9 @@ class Engine:
         ConfigError: `scaling` is set, but the gradient of a branch cannot be scaled exactly.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, asked: Asked, config: Config, device: Device) -> None:
+    def __init__(
+        self, model: nn.Module, structure: Structure, call_signature: CallSignature, config: Config, device: Device
+    ) -> None:
         self.model, self.structure, self.config, self.device = model, structure, config, device
         _check_scaling(structure, config)
         defaults = device.defaults()
@@ -75,7 +77,7 @@ class Engine:
         self.trained = Trained(model, structure, self.freezes)
         self.recomputation = Recomputation(model, structure.blocks, structure.repeated, device.is_lazy())
         self.runtime = Runtime(model)
-        self.calls = Calls(model, structure, asked)
+        self.calls = CallKinds(model, structure, call_signature)
         self.bypass = CheckpointBypass(model, structure, self.runtime)
         self.truncation = Truncation(model, self.runtime, self.bypass, self.may_truncate)
         self.abandoned: Callable[[], bool] = bool
@@ -247,7 +249,7 @@ class Engine:
 
     def _needs_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an input requires a gradient, which comes through the whole stream and would be biased."""
-        if not self.freezes or self.schedule.fixed or not ask_for_gradients(args, kwargs):
+        if not self.freezes or self.schedule.fixed or not any_requires_grad(args, kwargs):
             return False
         if not self._inputs_told:
             self._inputs_told = True

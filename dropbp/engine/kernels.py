@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from dropbp._torch import attention_mask, kernel_depends_on_weight
 from dropbp.engine.patch import Forward, WrapperState
-from dropbp.tensors import ask_for_gradients, map_tensors
+from dropbp.tensors import any_requires_grad, map_tensors
 
 
 class MaskState(WrapperState):
@@ -62,7 +62,7 @@ class SameMatmulKernel(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or not kernel_depends_on_weight(func, args, kwargs):
             return func(*args, **kwargs)
-        records = torch.is_grad_enabled() and ask_for_gradients(args, kwargs)
+        records = torch.is_grad_enabled() and any_requires_grad(args, kwargs)
         with torch.enable_grad():
             outputs = func(*map(self._marked, args), **{name: self._marked(value) for name, value in kwargs.items()})
         return outputs if records else map_tensors(outputs, torch.Tensor.detach)

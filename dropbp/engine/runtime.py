@@ -27,8 +27,8 @@ from torch import nn
 from dropbp._torch import detached, transforming
 from dropbp.device import dynamo_graph_count, random_state
 from dropbp.engine.autograd_functions import ConnectToAnchor
-from dropbp.engine.calls import CallPlan
 from dropbp.engine.patch import Forward
+from dropbp.engine.side_outputs import CallPlan
 from dropbp.errors import StateError
 from dropbp.masks.plan import WHOLE, ForwardPlan
 from dropbp.tensors import map_tensors, outputs_by_key, tensors_in
@@ -215,13 +215,13 @@ class Runtime:
     def _observed(self, forward: Callable[[], Any], plan: CallPlan) -> Any:
         """Run the forward and inspect its outputs; if one is new, run it again with dropped branches recorded."""
         kind = plan.kind
-        fresh = kind.fresh and plan.dropped != 0
-        kind.fresh = kind.fresh and not fresh
-        restore = random_state(self.model) if fresh else None
+        untried = kind.untried and plan.dropped != 0
+        kind.untried = kind.untried and not untried
+        restore = random_state(self.model) if untried else None
         outputs = self._recorded_and_learned(forward, plan)
-        if plan.observation is None and plan.dropped and kind.has_new(outputs, self.model if fresh else None):
+        if plan.observation is None and plan.dropped and kind.has_new(outputs, self.model if untried else None):
             logger.info("%s returned new kinds of outputs, so this forward runs again", type(self.model).__name__)
-            plan = kind.reopened(plan)
+            plan = kind.observed_again(plan)
             if restore is not None:
                 restore()
             outputs = self._recorded_and_learned(forward, plan)
@@ -233,12 +233,12 @@ class Runtime:
         try:
             outputs = self._recorded(forward, plan)
             if not transforming():
-                plan.kind.learn(plan, plan.observation, outputs, self.model)
+                plan.kind.update(plan, plan.observation, outputs, self.model)
             return outputs
         finally:
             plan.observation.forget()
 
-    def run_aside(self, forward: Callable[[], Any]) -> Any:
+    def run_no_grad(self, forward: Callable[[], Any]) -> Any:
         """Run a forward inside another one without recording. It drops nothing, and call counts do not advance."""
         with torch.no_grad():
             return self._run_with(forward, WHOLE)
@@ -327,7 +327,7 @@ class Runtime:
         end = detached(tensor)
         if isinstance(plan, CallPlan) and plan.observation is not None and not transforming():
             end = self.connect(end, alone=True)
-            plan.observation.note_end(end, module, users)
+            plan.observation.note_output(end, module, users)
         return end
 
     def reconnected(self, output: Any) -> Any:

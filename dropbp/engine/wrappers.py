@@ -18,13 +18,13 @@ from dropbp._torch import detached, never_compile, uncompiled
 from dropbp.discovery.liveness import ALIVE
 from dropbp.discovery.structure import BranchOutput, LooseParameter, Rests, Site, Structure
 from dropbp.engine.autograd_functions import ScaleGradient, StepBoundary
-from dropbp.engine.calls import CallPlan
 from dropbp.engine.frozen import LooseState, owner_of, run_frozen
 from dropbp.engine.kernels import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.patch import Forward, ForwardPatch, WrapperState, named_forward
 from dropbp.engine.runtime import Runtime, is_compiling, next_sequence
+from dropbp.engine.side_outputs import CallPlan
 from dropbp.masks.plan import ForwardPlan
-from dropbp.tensors import TensorMap, ask_for_gradients, is_differentiable, map_tensors
+from dropbp.tensors import TensorMap, any_requires_grad, is_differentiable, map_tensors
 
 T = TypeVar("T")
 
@@ -140,7 +140,7 @@ def rest_forward(original: Forward) -> Forward:
 
 def _would_require_grad(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether the output of the module would require a gradient if it were recorded."""
-    return any(parameter.requires_grad for parameter in module.parameters()) or ask_for_gradients(args, kwargs)
+    return any(parameter.requires_grad for parameter in module.parameters()) or any_requires_grad(args, kwargs)
 
 
 def shared_site_forward(original: Forward) -> Forward:

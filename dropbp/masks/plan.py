@@ -16,7 +16,7 @@ class ForwardPlan:
         checkpointed: branches whose blocks are recomputed in the backward.
         stem_rests: whether modules that feed a stream rest (are frozen) if the stream's first branch is dropped.
         truncated: whether the stream then requires no gradient below the lowest kept branch.
-        detached: branches whose backward is dropped although they are recorded; see `dropbp.engine.calls`.
+        detached: branches whose backward is dropped although they are recorded; see `dropbp.engine.side_outputs`.
         kept: branches that run with recording.
         trained: branches whose backward is not dropped.
     """

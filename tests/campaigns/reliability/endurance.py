@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import dropbp
-from dropbp.engine.calls import CallPlan
 from dropbp.engine.runtime import REMEMBERED_FORWARDS, ForwardRecord
+from dropbp.engine.side_outputs import CallPlan
 from dropbp.masks.plan import ForwardPlan
 from tests.common.engine_models import (
     assert_same_gradients,

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dropbp
 from dropbp import inputs as example
 from dropbp.discovery.branches import branch_groups
-from dropbp.discovery.build import by_the_stream
+from dropbp.discovery.build import restricted_to_main_output
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.liveness import needs
 from dropbp.discovery.record import Recorder, differentiable
@@ -242,7 +242,7 @@ def _ends(handle: Any, recorder: Recorder, outputs: Any, dropped: int) -> set[An
     tokens in the last layer). Then the outputs of the branches' last modules are used.
     """
     whole = recorder.trace(outputs)
-    trace, _ = by_the_stream(whole, handle.model)
+    trace, _ = restricted_to_main_output(whole, handle.model)
     graph = Graph(trace, handle.model)
     groups = branch_groups(graph)
     if len(groups) == len(handle.branches):
@@ -346,7 +346,7 @@ def _products_of_branches(model: nn.Module, batch: Mapping[str, Any]) -> set[Pro
     with recorder:
         args, kwargs = differentiable((), batch)
         outputs = model(*args, **kwargs)
-    graph = Graph(by_the_stream(recorder.trace(outputs), model)[0], model)
+    graph = Graph(restricted_to_main_output(recorder.trace(outputs), model)[0], model)
     need = needs(graph, branch_groups(graph))
     inside = (node for node in graph.nodes if need[node.index] > 0 and graph.trace.call_of[node.index] >= 0)
     return {(graph.calls[graph.trace.call_of[node.index]].name, node.name) for node in inside}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dropbp.errors import StateError
-from dropbp.inputs import Asked, argument_names, asked
+from dropbp.inputs import CallSignature, argument_names, call_signature
 from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import held_by_modules, outputs_by_key
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from dropbp.discovery.structure import BranchOutput, Structure
 
 # Arguments of transformers that change no output, except that `labels` adds the loss of the logits.
-_ORDINARY = frozenset({
+_WITHOUT_SIDE_OUTPUTS = frozenset({
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "cache_position", "labels",
     "shift_labels", "num_items_in_batch", "logits_to_keep", "use_cache", "past_key_values", "decoder_input_ids",
     "decoder_attention_mask",
 })  # fmt: skip
 _CACHES = frozenset({"past_key_values", "cache_params", "mems", "past_buckets_states", "rnn_state", "state"})
-_REMEMBERED = 512
+_MAX_PLANS = 512
 _EVERY = -1
 
 
@@ -40,36 +40,36 @@ _EVERY = -1
 class CallPlan(ForwardPlan):
     """The plan of a forward of one kind of call; `observation` collects what it shows of its detached branches."""
 
-    kind: Kind
+    kind: CallKind
     observation: Observation | None = None
 
 
-class Kind:
+class CallKind:
     """Calls that ask for the same outputs.
 
     Attributes:
-        uncuttable: branches, as bits, that can only be dropped by not recording them.
-        closed: branches whose inside reaches an output only through the residual stream.
-        opened: branches whose inside reaches an output in another way.
+        undetachable: branches, as bits, that can only be dropped by not recording them.
+        isolated: branches whose inside reaches an output only through the residual stream.
+        leaking: branches whose inside reaches an output in another way.
         outputs: keys of the outputs seen, each with whether it requires a gradient.
         held: names of the tensors that modules hold as attributes.
-        fresh: no forward of this kind has run an unrecorded branch yet.
+        untried: no forward of this kind has run an unrecorded branch yet.
     """
 
-    def __init__(self, uncuttable: int, outputs: Mapping[str, bool] | None = None, held: Iterable[str] = ()) -> None:
-        self.uncuttable, self.closed, self.opened = uncuttable, uncuttable, 0
+    def __init__(self, undetachable: int, outputs: Mapping[str, bool] | None = None, held: Iterable[str] = ()) -> None:
+        self.undetachable, self.isolated, self.leaking = undetachable, undetachable, 0
         self.outputs, self.held = dict(outputs or {}), frozenset(held)
-        self.fresh = True
+        self.untried = True
         self._plans: dict[int, tuple[ForwardPlan, CallPlan]] = {}
 
     def plan(self, plan: ForwardPlan) -> CallPlan:
         """Adapt a plan to this kind of call."""
-        detached = plan.dropped & ~self.closed
-        if detached & ~self.opened:
+        detached = plan.dropped & ~self.isolated
+        if detached & ~self.leaking:
             return self._observing(plan, detached)
         known = self._plans.get(id(plan))
         if known is None:
-            if len(self._plans) >= _REMEMBERED:
+            if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             known = self._plans[id(plan)] = plan, self._of(plan, detached, plan.truncated, None)
         return known[1]
@@ -78,15 +78,15 @@ class Kind:
         """Keep the full backward: below a truncation, outputs would look as if they never required a gradient."""
         return self._of(plan, detached, False, Observation())
 
-    def _of(self, plan: ForwardPlan, detached: int, ends: bool, observation: Observation | None) -> CallPlan:
-        rest = plan.factors, plan.checkpointed, plan.stem_rests, ends
+    def _of(self, plan: ForwardPlan, detached: int, truncated: bool, observation: Observation | None) -> CallPlan:
+        rest = plan.factors, plan.checkpointed, plan.stem_rests, truncated
         return CallPlan(plan.dropped & ~detached, *rest, detached, kind=self, observation=observation)
 
-    def reopened(self, plan: ForwardPlan) -> CallPlan:
+    def observed_again(self, plan: ForwardPlan) -> CallPlan:
         """The same plan without relying on earlier observations."""
-        self.closed, self.opened = self.uncuttable, 0
+        self.isolated, self.leaking = self.undetachable, 0
         self._plans.clear()
-        return self._observing(plan, (plan.dropped | plan.detached) & ~self.uncuttable)
+        return self._observing(plan, (plan.dropped | plan.detached) & ~self.undetachable)
 
     def has_new(self, outputs: Any, model: nn.Module | None) -> bool:
         """Whether there is an output, or a tensor held by a module of `model`, that was not there before."""
@@ -94,21 +94,21 @@ class Kind:
             return True
         return model is not None and not self.held.issuperset(name for name, _ in held_by_modules(model))
 
-    def learn(self, plan: ForwardPlan, observation: Observation, outputs: Any, model: nn.Module) -> None:
+    def update(self, plan: ForwardPlan, observation: Observation, outputs: Any, model: nn.Module) -> None:
         """Learn from an observed forward.
 
         Raises:
             StateError: what a dropped branch adds to the stream is an output itself, or reaches one in another way.
         """
-        live = observation.live(outputs, model)
-        self.opened |= live & plan.detached
-        self.closed = (self.closed | observation.noted & plan.detached) & ~self.opened
+        leaking = observation.leaking(outputs, model)
+        self.leaking |= leaking & plan.detached
+        self.isolated = (self.isolated | observation.observed & plan.detached) & ~self.leaking
         self._plans.clear()
         for key, tensor in outputs_by_key(outputs):
             self.outputs[key] = self.outputs.get(key, False) or tensor.requires_grad
 
 
-class Calls:
+class CallKinds:
     """The kinds of calls of one model.
 
     Args:
@@ -117,14 +117,14 @@ class Calls:
         recorded: what the call recorded for discovery asked for.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, recorded: Asked) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, recorded: CallSignature) -> None:
         self._names = argument_names(model)
-        self._ordinary = _ORDINARY if _is_of_transformers(model) else frozenset[str]()
+        self._without_side_outputs = _WITHOUT_SIDE_OUTPUTS if _is_transformers_model(model) else frozenset[str]()
         self._settings = _Settings(model)
-        self._uncuttable = ~_cuttable(structure.branch_outputs)
-        outputs = {**structure.outputs, **({"loss": True} if self._ordinary else {})}
-        base = Kind(self._uncuttable, outputs, [name for name, _ in held_by_modules(model)])
-        base.closed = self._uncuttable if structure.aside else _EVERY
+        self._undetachable = ~_detachable(structure.branch_outputs)
+        outputs = {**structure.outputs, **({"loss": True} if self._without_side_outputs else {})}
+        base = CallKind(self._undetachable, outputs, [name for name, _ in held_by_modules(model)])
+        base.isolated = self._undetachable if structure.side_outputs else _EVERY
         self._kinds = {(self._key(recorded), self._settings.changed()): base}
 
     def plan(self, plan: ForwardPlan, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallPlan:
@@ -132,19 +132,19 @@ class Calls:
         key = self.key(args, kwargs)
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = Kind(self._uncuttable)
+            kind = self._kinds[key] = CallKind(self._undetachable)
         return kind.plan(plan)
 
-    def key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Asked, Asked]:
+    def key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[CallSignature, CallSignature]:
         """The key of a call's kind: what it asks for, and the settings that were changed."""
-        return self._key(asked(self._names, args, kwargs)), self._settings.changed()
+        return self._key(call_signature(self._names, args, kwargs)), self._settings.changed()
 
-    def _key(self, asked_for: Asked) -> Asked:
+    def _key(self, signature: CallSignature) -> CallSignature:
         return frozenset(
-            entry for entry in asked_for if entry[0] not in self._ordinary and not self._says_nothing(*entry)
+            entry for entry in signature if entry[0] not in self._without_side_outputs and not self._is_default(*entry)
         )
 
-    def _says_nothing(self, name: str, value: Any) -> bool:
+    def _is_default(self, name: str, value: Any) -> bool:
         """Whether the argument has the value that the model uses by default."""
         return (name == "return_dict" and value is True) or (value is False and not self._settings.has_on(name))
 
@@ -157,7 +157,7 @@ class _Settings:
         self._now = list(found.values())
         self._before = [dict(_flags(values)) for values in self._now]
 
-    def changed(self) -> Asked:
+    def changed(self) -> CallSignature:
         """The flags that were changed since `enable`, with their values."""
         pairs = zip(self._before, self._now, strict=True)
         if all(before.items() <= now.items() for before, now in pairs):
@@ -185,12 +185,12 @@ def _flags(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((n, v) for n, v in values.items() if n != "use_cache" and (v is None or isinstance(v, bool)))
 
 
-def _is_of_transformers(model: Any) -> bool:
+def _is_transformers_model(model: Any) -> bool:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__module__.startswith("transformers.")
 
 
-def _cuttable(exits: Sequence[BranchOutput]) -> int:
+def _detachable(exits: Sequence[BranchOutput]) -> int:
     """The branches, as bits, whose last outputs are all known."""
     every, missing = 0, 0
     for entry in exits:
@@ -205,44 +205,44 @@ class Observation:
     """
 
     def __init__(self) -> None:
-        self.noted = 0
-        self._made: list[tuple[int, int, int]] = []
-        self._ends: dict[Any, tuple[str, int]] = {}
+        self.observed = 0
+        self._intervals: list[tuple[int, int, int]] = []
+        self._branch_outputs: dict[Any, tuple[str, int]] = {}
 
     def note(self, need: int, start: int, end: int) -> None:
         """Note that a module of these branches created the nodes from number `start` to before `end`."""
-        self.noted |= need
-        self._made.append((need, start, end))
+        self.observed |= need
+        self._intervals.append((need, start, end))
 
-    def note_end(self, tensor: torch.Tensor, module: str, users: int) -> None:
+    def note_output(self, tensor: torch.Tensor, module: str, users: int) -> None:
         """Note a tensor that a branch adds to the stream, and how many operations use it."""
-        self._ends[tensor.grad_fn] = module, users
+        self._branch_outputs[tensor.grad_fn] = module, users
 
-    def live(self, outputs: Any, model: nn.Module) -> int:
+    def leaking(self, outputs: Any, model: nn.Module) -> int:
         """The branches, as bits, whose inside reaches an output or a tensor that a module holds.
 
         Raises:
             StateError: the output of a branch reaches an output of the model in another way than through the stream.
         """
-        asked_for = ((key, tensor) for key, tensor in outputs_by_key(outputs) if key not in _CACHES)
-        ends = ((tensor.grad_fn, name) for name, tensor in (*held_by_modules(model), *asked_for))
-        roots = {node: name for node, name in ends if node is not None}
+        requested = ((key, tensor) for key, tensor in outputs_by_key(outputs) if key not in _CACHES)
+        named = (*held_by_modules(model), *requested)
+        roots = {tensor.grad_fn: name for name, tensor in named if tensor.grad_fn is not None}
         users = _users(roots)
-        for end, (module, expected) in self._ends.items():
-            self._check_end(end, module, expected, users, roots)
+        for node, (module, expected) in self._branch_outputs.items():
+            self._check_output(node, module, expected, users, roots)
         numbers = sorted(node._sequence_nr() for node in users)
         found = 0
-        for need, start, end_number in self._made:
+        for need, start, end in self._intervals:
             place = bisect.bisect_left(numbers, start)
-            if place < len(numbers) and numbers[place] < end_number:
+            if place < len(numbers) and numbers[place] < end:
                 found |= need
         return found
 
     def forget(self) -> None:
         """Release the graph. The plan that holds this observation stays remembered until its backward."""
-        self._made, self._ends = [], {}
+        self._intervals, self._branch_outputs = [], {}
 
-    def _check_end(
+    def _check_output(
         self, node: Any, module: str, expected: int, users: Mapping[Any, list[Any]], roots: Mapping[Any, str]
     ) -> None:
         """Follow the output of a branch up to its addition to the stream."""
@@ -264,9 +264,9 @@ def _outputs_reached_by(nodes: Iterable[Any], users: Mapping[Any, list[Any]], ro
     pending = [node for node in nodes if "Add" not in node.name()] or list(nodes)
     seen = set(pending)
     while pending:
-        fresh = set(users[pending.pop()]) - seen
-        seen |= fresh
-        pending.extend(fresh)
+        untried = set(users[pending.pop()]) - seen
+        seen |= untried
+        pending.extend(untried)
     return {roots[node] for node in seen if node in roots}
 
 
