@@ -141,7 +141,7 @@ def test_representative_architectures(name: str) -> None:
 
     counts = assert_exact_or_none(handle, model, step)
     assert all(
-        counts[name] for name in handle.engine.structure.parameters if name not in handle.engine.structure.rests.unseen
+        counts[name] for name in handle.engine.structure.parameters if name not in handle.engine.structure.stem.unused
     )
 
 

@@ -142,7 +142,7 @@ def learned_masks() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def speech() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     model = untied("WhisperForConditionalGeneration", "speech")
-    for convolution in (model.model.encoder.conv1, model.model.encoder.conv2):  # what feeds the stream rests with it
+    for convolution in (model.model.encoder.conv1, model.model.encoder.conv2):  # the stem is frozen with it
         convolution.requires_grad_(False)
     frames = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
     return model, {"input_features": frames, "labels": ids(7)}
@@ -162,7 +162,7 @@ def ids(length: int) -> torch.Tensor:
     return torch.arange(2 * length).reshape(2, length) % 20 + 5
 
 
-# Tied heads are given weights of their own: what they save while the embedding rests is saved besides the branches.
+# Tied heads are given weights of their own: what they save while the embedding is frozen does not count.
 MADE = (
     frozen_encoder, frozen_lower_half, lora_on_some_layers, long_source, long_target, post_norms,
     post_norms_long_source, learned_masks, speech, parallel_branches,

@@ -47,7 +47,7 @@ def test_what_is_kept_has_the_gradient_of_a_plain_step(name, count):
     expected = take_gradients(plain, loss(plain))
     handle = looked_at(model, loss)
     frozen = {n for b in handle.branches[:count] for m in b.modules for n in names_under(model, m)}
-    frozen |= {n for stem in handle.engine.structure.rests.modules for n in names_under(model, stem)}
+    frozen |= {n for stem in handle.engine.structure.stem.modules for n in names_under(model, stem)}
     with handle.fixed(bottom_dropped(count)):
         found = take_gradients(model, loss(model))
     assert_same_gradients(found, {n: None if n in frozen else gradient for n, gradient in expected.items()})

@@ -145,7 +145,7 @@ def test_a_loss_may_be_scaled_in_place_though_everything_is_dropped():
 
 
 def test_zeros_are_filled_in_for_all_that_a_step_skips():
-    """What feeds the stream as well, where it rests."""
+    """The stem as well, in steps that freeze it."""
     model = tiny_llama()
     with dropbp.enable(model, rates=[1.0, 1.0, 0.0, 0.0], fill="zero"):
         llama_loss(model).backward()

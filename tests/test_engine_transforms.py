@@ -54,7 +54,7 @@ class LayerScaled(nn.Module):
 
 def enabled(kind: str) -> tuple[nn.Module, dropbp.Handle]:
     torch.manual_seed(1)
-    model: nn.Module = LayerScaled().train() if kind == "loose" else plain_net()
+    model: nn.Module = LayerScaled().train() if kind == "scoped" else plain_net()
     scaling = "unbiased" if kind == "scaled" else "none"
     masks = "independent" if kind == "scaled" else "exact"
     return model, dropbp.enable(model, 0.5, masks=masks, scaling=scaling, example_inputs=plain_batch())
@@ -80,7 +80,7 @@ def transformed(way: str, model: nn.Module, own: dict[str, Tensor]) -> dict[str,
 
 
 @pytest.mark.parametrize("way", ["grad", "vmap of grad", "jacrev", "other parameters"])
-@pytest.mark.parametrize("kind", ["plain", "scaled", "loose"])
+@pytest.mark.parametrize("kind", ["plain", "scaled", "scoped"])
 @pytest.mark.parametrize("mask", [MASK, (True,) * 6])
 def test_a_transform_gives_the_gradient_of_a_backward(way: str, kind: str, mask: tuple[bool, ...]) -> None:
     model, handle = enabled(kind)

@@ -197,7 +197,7 @@ def test_weights_are_the_flops_of_the_backward_that_each_branch_really_has(way: 
 
 
 def patches(model: Any) -> int:
-    """FLOPs of the gradient of a projection of patches, which rests with the first branch."""
+    """FLOPs of the gradient of a projection of patches, which is frozen with the first branch."""
     config = model.config
     return 2 * 2 * 16 * 3 * config.patch_size**2 * config.hidden_size if hasattr(config, "patch_size") else 0
 

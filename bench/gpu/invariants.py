@@ -30,7 +30,7 @@ from ..common.setup import PLAIN, SAMPLERS, Lane, Variant, build_batch, compiler
 
 KIND = "invariants"
 WAIT = "called a synchronizing CUDA operation"  # text of PyTorch's warning
-RESTS = {"model.embed_tokens.weight"}  # the input embedding, in steps whose backward ends above it
+FROZEN_STEM = {"model.embed_tokens.weight"}  # the input embedding, in steps whose backward ends above it
 Gradients = list[Tensor | None]
 
 
@@ -111,7 +111,7 @@ def held(figures: dict[str, Any]) -> bool:
     return (
         figures["forward_equal"]
         and figures["dropped_without_gradient"]
-        and set(figures["resting"]) <= RESTS
+        and set(figures["resting"]) <= FROZEN_STEM
         and figures["gradient_difference"] <= max(2 * noise, torch.finfo(torch.float32).eps)
         and (waits is None or waits <= plain)
     )

@@ -53,7 +53,7 @@ class ActivationCache:
 
     def __init__(self, engine: Engine, where: bool | str | os.PathLike[str], limit: int | None = None) -> None:
         self.engine, self.runtime, self.model = engine, engine.runtime, engine.model
-        self.prefix = Prefix(self.model, engine.structure, engine.freezes)
+        self.prefix = Prefix(self.model, engine.structure, engine.freezes_stem)
         self.forms = Forms(self.prefix.names)
         self.store: Store = MemoryStore(limit)
         if not isinstance(where, bool):
@@ -194,7 +194,7 @@ class ActivationCache:
         if not torch.is_grad_enabled():
             return self.prefix.count
         every = (1 << len(self.engine.structure.branches)) - 1
-        return self.prefix.floor(plan.trained & every, plan.stem_rests)
+        return self.prefix.floor(plan.trained & every, plan.stem_frozen)
 
     def _below(self, branches: int) -> int:
         """The highest border below which none of these branches lies, because an output depends on their inside."""
@@ -203,8 +203,8 @@ class ActivationCache:
 
     def _border(self, floor: int, detached: int) -> int:
         """The border at which states are stored now: nothing below it trains in this forward or later; else 0."""
-        resting = self.prefix.floor(to_come(self.engine.schedule), self.engine.freezes)
-        border = min(resting, self.forms.limit, self.prefix.count)
+        frozen = self.prefix.floor(to_come(self.engine.schedule), self.engine.freezes_stem)
+        border = min(frozen, self.forms.limit, self.prefix.count)
         below = self._below(detached)
         if below < border <= floor:
             self._object(f"an output was asked for, such as hidden_states, that {self.prefix.names[below]} produces")

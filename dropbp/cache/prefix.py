@@ -17,7 +17,7 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from dropbp.discovery.structure import EXACT, Structure
+from dropbp.discovery.structure import NO_BRANCH_ABOVE, Structure
 from dropbp.engine.purity import is_foreign_hook
 
 _OF_ADAPTERS = ("_disable_adapters", "active_adapters", "scaling")  # layers of peft
@@ -31,11 +31,11 @@ class Prefix:
     Args:
         model: the root module.
         structure: its branches and blocks.
-        rests: whether modules that feed the stream rest (are frozen) while a branch above them is dropped.
+        freezes_stem: whether the stem is frozen in steps that drop a branch above it.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, rests: bool) -> None:
-        self.model, self._structure, self._rests = model, structure, rests
+    def __init__(self, model: nn.Module, structure: Structure, freezes_stem: bool) -> None:
+        self.model, self._structure, self._freezes_stem = model, structure, freezes_stem
         modules = {model.get_submodule(name): name for name in structure.blocks}
         self.names, self.blocks = list(modules.values()), list(modules)
         self._inside = [list(_called(block)) for block in self.blocks]
@@ -60,13 +60,13 @@ class Prefix:
 
         Outside the blocks, everything that comes before some branch counts as below the first block.
         """
-        borders = self._structure.rests.borders
+        lowest_above = self._structure.stem.lowest_above
         places = {id(module): place for place, block in enumerate(self.blocks) for module in block.modules()}
         for path, module in self.model.named_modules():
             place = places.get(id(module))
             for key in module._parameters:
                 name = f"{path}.{key}".lstrip(".")
-                if place is not None or borders.get(name, 0) != EXACT:
+                if place is not None or lowest_above.get(name, 0) != NO_BRANCH_ABOVE:
                     yield place or 0, module._parameters, key, name
             for key in module._buffers if place is not None else ():
                 yield place or 0, module._buffers, key, ""
@@ -89,11 +89,11 @@ class Prefix:
         return tensors
 
     def _training(self) -> Iterator[tuple[int, int, bool]]:
-        """For each parameter that requires a gradient: its block, the lowest branch above it, whether it may rest."""
-        known = self._structure.rests
+        """For each trained parameter: its block, the lowest branch above it, whether it is in the stem."""
+        stem = self._structure.stem
         for (place, _, _, name), asks in zip(self._tensors, self._asking, strict=True):
             if name and asks:
-                yield place, known.borders.get(name, 0), name in known.resting
+                yield place, stem.lowest_above.get(name, 0), name in stem.names
 
     def changed(self, tensors: Sequence[Any], border: int) -> int | None:
         """The block of the lowest tensor below a border that changed since the last call; None if none did.
@@ -112,15 +112,15 @@ class Prefix:
             return None
         return next((place for place, new, old in zip(self._places, now, before, strict=False) if new != old), None)
 
-    def floor(self, kept: int, rests: bool) -> int:
+    def floor(self, kept: int, freezes_stem: bool) -> int:
         """The highest border below which nothing trains in steps that keep these branches.
 
         Args:
             kept: branches as bits.
-            rests: whether modules that feed the stream rest below the lowest of them.
+            freezes_stem: whether the stem below the lowest of them is frozen.
         """
-        for place, border, resting in self._trained:
-            if border == EXACT or (resting and not rests) or kept >> border & 1:
+        for place, branch, in_stem in self._trained:
+            if branch == NO_BRANCH_ABOVE or (in_stem and not freezes_stem) or kept >> branch & 1:
                 return place
         return self.count
 

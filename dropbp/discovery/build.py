@@ -18,8 +18,8 @@ from torch import nn
 from dropbp.discovery.branches import found_in, together
 from dropbp.discovery.graph import Graph, other_sums
 from dropbp.discovery.liveness import ALIVE, Cover, Group, needs
-from dropbp.discovery.stem import rests, with_unseen
-from dropbp.discovery.structure import EXACT, Branch, BranchOutput, LooseParameter, Site, Structure
+from dropbp.discovery.stem import find_stem, with_unused
+from dropbp.discovery.structure import NO_BRANCH_ABOVE, Branch, BranchOutput, ScopedParameter, Site, Structure
 from dropbp.discovery.trace import Call, Trace
 from dropbp.discovery.weights import work_of
 from dropbp.errors import DiscoveryError
@@ -89,10 +89,12 @@ def structure_of(
     """The structure of branches that are dropped by cutting these groups of edges."""
     need = needs(graph, groups)
     structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
-    found = with_unseen(rests(graph, groups, together), model, structure.sites)
-    borders = {name: _last(border, together) for name, border in found.borders.items() if border != EXACT}
-    work = work_of(graph, need, len(groups), borders)
-    return dataclasses.replace(structure, rests=found, together=together, work=work)
+    stem = with_unused(find_stem(graph, groups, together), model, structure.sites)
+    lowest_above = {
+        name: _last(branch, together) for name, branch in stem.lowest_above.items() if branch != NO_BRANCH_ABOVE
+    }
+    work = work_of(graph, need, len(groups), lowest_above)
+    return dataclasses.replace(structure, stem=stem, together=together, work=work)
 
 
 def _last(branch: int, together: Iterable[int]) -> int:
@@ -101,7 +103,7 @@ def _last(branch: int, together: Iterable[int]) -> int:
 
 
 class _Builder:
-    """Derives names, sites, loose parameters and outputs of branches from a graph with its cut edges."""
+    """Derives names, sites, scoped parameters and outputs of branches from a graph with its cut edges."""
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class _Builder:
         coverage = self._coverage()
         self._check_blocks(branches)
         found = Structure(
-            branches, sites, self._loose(), outputs, unscalable, blocks, self._parameter_needs(), coverage
+            branches, sites, self._scoped_parameters(), outputs, unscalable, blocks, self._parameter_needs(), coverage
         )
         trace = self.graph.trace
         return dataclasses.replace(
@@ -212,7 +214,7 @@ class _Builder:
         needs = {names.get(id(n.leaf)): self.need[n.index] for n in self.graph.nodes if n.is_leaf}
         return {name: need for name, need in needs.items() if name is not None and need not in (0, ALIVE)}
 
-    def _loose(self) -> tuple[LooseParameter, ...]:
+    def _scoped_parameters(self) -> tuple[ScopedParameter, ...]:
         """Parameters that a branch uses directly, outside its skipped modules (layer scales, gates)."""
         found = {}
         for node in self.graph.nodes:
@@ -223,7 +225,7 @@ class _Builder:
             for user in self.graph.consumers[node.index]:
                 if not self.cover.silent(user, need):
                     scope = self.graph.calls[self.graph.trace.call_of[user]].name
-                    found[name, scope] = LooseParameter(name, scope, need)
+                    found[name, scope] = ScopedParameter(name, scope, need)
         return tuple(found.values())
 
     def _outputs(self, branches: Sequence[Branch]) -> tuple[tuple[BranchOutput, ...], dict[str, str]]:

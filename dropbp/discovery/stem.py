@@ -5,11 +5,13 @@ a branch lie in the lowest of these. Others do not: embeddings, projectors, clas
 the norm of a post-norm block stands in it, one position bias serves all layers, an encoder's last norm feeds every
 cross-attention. If a branch above such a parameter is dropped, the gradient that still reaches it along the residual
 stream alone would move it in the wrong direction. Under masks that drop the bottom of a model, the parameter has its
-exact gradient if the lowest branch above it is kept, and rests (is frozen) if that branch is dropped.
+exact gradient if the lowest branch above it is kept, and is frozen if that branch is dropped. These parameters are
+called the stem of the model.
 
-If all outputs of a module rest together, the module runs without recording. Otherwise the parameter is frozen while the
-module that uses it runs. A parameter with several uses (tied embeddings, a block applied repeatedly) needs the exact
-gradient of every use, so all its uses rest if the lowest branch above any of them is dropped.
+If all outputs of a module are frozen with the same branch, the module runs without recording. Otherwise the parameter
+is frozen while the module that uses it runs. A parameter with several uses (tied embeddings, a block applied
+repeatedly) needs the exact gradient of every use, so all its uses are frozen if the lowest branch above any of them is
+dropped.
 """
 
 from __future__ import annotations
@@ -21,22 +23,22 @@ from torch import nn
 
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.liveness import ALIVE, Group, flows, needs
-from dropbp.discovery.structure import LooseParameter, Rests, Site
+from dropbp.discovery.structure import ScopedParameter, Site, Stem
 from dropbp.discovery.trace import Call
 
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """A call that uses a parameter in its own forward; `border` is the lowest branch above it (a bit, 0: none)."""
+    """A call that uses a parameter in its own forward; `lowest_above`: the lowest branch above it (a bit, 0: none)."""
 
     name: str
     call: int
-    border: int
+    lowest_above: int
     in_branch: bool
 
 
-def rests(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Rests:
-    """The modules and parameters that must rest.
+def find_stem(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Stem:
+    """The modules and parameters that must be frozen in some steps.
 
     Args:
         graph: graph of the recorded forward.
@@ -46,56 +48,56 @@ def rests(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Res
     by_name: dict[str, list[_Use]] = {}
     for use in _uses(graph, groups, together):
         by_name.setdefault(use.name, []).append(use)
-    places = _Places(graph, groups)
+    freezable = _FreezableModules(graph, groups)
     modules: dict[str, int] = {}
-    loose: dict[LooseParameter, None] = {}
+    parameters: dict[ScopedParameter, None] = {}
     for name, uses in by_name.items():
-        border = _border(uses)
-        for use in uses if _rests(uses) else ():
-            module = places.resting(use) if use.border else None
+        lowest_above = _lowest_above(uses)
+        for use in uses if _is_outside_branches(uses) else ():
+            module = freezable.outermost(use) if use.lowest_above else None
             if module is not None:
-                modules[module.name] = use.border
-            if use.border != border or not (module or use.in_branch):
-                loose[LooseParameter(name, graph.calls[use.call].name, border)] = None
-        if any(not use.border for use in uses) and border:  # a fused loss uses the weight without the head
-            loose[LooseParameter(name, "", border)] = None
-    return Rests(
+                modules[module.name] = use.lowest_above
+            if use.lowest_above != lowest_above or not (module or use.in_branch):
+                parameters[ScopedParameter(name, graph.calls[use.call].name, lowest_above)] = None
+        if any(not use.lowest_above for use in uses) and lowest_above:  # a fused loss uses the weight without the head
+            parameters[ScopedParameter(name, "", lowest_above)] = None
+    return Stem(
         modules,
-        tuple(loose),
-        {name: _border(uses).bit_length() - 1 for name, uses in by_name.items()},
-        frozenset(name for name, uses in by_name.items() if _rests(uses)),
-        frozenset(name for name, uses in by_name.items() if len({u.border for u in uses if u.in_branch}) > 1),
+        tuple(parameters),
+        {name: _lowest_above(uses).bit_length() - 1 for name, uses in by_name.items()},
+        frozenset(name for name, uses in by_name.items() if _is_outside_branches(uses)),
+        frozenset(name for name, uses in by_name.items() if len({u.lowest_above for u in uses if u.in_branch}) > 1),
     )
 
 
-def _border(uses: Iterable[_Use]) -> int:
+def _lowest_above(uses: Iterable[_Use]) -> int:
     """The lowest branch above any of the uses, as a bit; 0 if there is none."""
-    return min((use.border for use in uses if use.border), default=0)
+    return min((use.lowest_above for use in uses if use.lowest_above), default=0)
 
 
-def _rests(uses: Sequence[_Use]) -> bool:
+def _is_outside_branches(uses: Sequence[_Use]) -> bool:
     """Whether the parameter lies neither in a single branch nor above all branches."""
-    return len({use.border for use in uses}) > 1 or any(use.border and not use.in_branch for use in uses)
+    return len({use.lowest_above for use in uses}) > 1 or any(use.lowest_above and not use.in_branch for use in uses)
 
 
-def with_unseen(found: Rests, model: nn.Module, sites: Iterable[Site]) -> Rests:
+def with_unused(found: Stem, model: nn.Module, sites: Iterable[Site]) -> Stem:
     """Add the parameters that the recorded forward did not use; those inside a site follow the site."""
-    borders, unseen = dict(found.borders), []
+    lowest_above, unused = dict(found.lowest_above), []
     by_module = {site.module: site.needs for site in sites}
     for name, parameter in model.named_parameters():
-        if name in borders or not parameter.is_floating_point():
+        if name in lowest_above or not parameter.is_floating_point():
             continue
         site = next((by_module[path] for path in _upwards(name) if path in by_module), None)
         if site is None:
-            unseen.append(LooseParameter(name, name.rpartition(".")[0], 1))
-        borders[name] = min(lowest(need).bit_length() - 1 for need in site or (1,))
-    names = tuple(entry.name for entry in unseen)
+            unused.append(ScopedParameter(name, name.rpartition(".")[0], 1))
+        lowest_above[name] = min(lowest(need).bit_length() - 1 for need in site or (1,))
+    names = tuple(entry.name for entry in unused)
     return dataclasses.replace(
         found,
-        parameters=(*found.parameters, *unseen),
-        borders=borders,
-        resting=found.resting.union(names),
-        unseen=names,
+        parameters=(*found.parameters, *unused),
+        lowest_above=lowest_above,
+        names=found.names.union(names),
+        unused=names,
     )
 
 
@@ -113,10 +115,10 @@ def _uses(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> lis
         name = graph.parameter_names.get(id(leaf.leaf)) if leaf.is_leaf else None
         for user in graph.consumers[leaf.index] if name is not None else ():
             own = cut.get((user, leaf.index), 0)
-            border = lowest(flow[user] | own)
-            covered = next((bits for bits in together if bits & border), border)
+            lowest_above = lowest(flow[user] | own)
+            covered = next((bits for bits in together if bits & lowest_above), lowest_above)
             in_branch = not (own or need[user]) & ~covered
-            found[_Use(name or "", graph.trace.call_of[user], border, in_branch)] = None
+            found[_Use(name or "", graph.trace.call_of[user], lowest_above, in_branch)] = None
     return list(found)
 
 
@@ -125,34 +127,34 @@ def lowest(bits: int) -> int:
     return bits & -bits
 
 
-class _Places:
-    """Decides for each use whether a whole module rests or the parameter is frozen."""
+class _FreezableModules:
+    """Decides for each use whether a whole module or only the parameter is frozen."""
 
     def __init__(self, graph: Graph, groups: Sequence[Group]) -> None:
         self.graph = graph
         self.need, self.flow = needs(graph, groups), flows(graph, groups)
-        self._last_borders: dict[int, int] = {}
-        self._runs: dict[str, int] = {}
+        self._frozen_with_by_call: dict[int, int] = {}
+        self._call_counts: dict[str, int] = {}
         for call in graph.calls:
-            self._runs[call.name] = self._runs.get(call.name, 0) + 1
+            self._call_counts[call.name] = self._call_counts.get(call.name, 0) + 1
 
-    def resting(self, use: _Use) -> Call | None:
-        """The outermost module around the use whose outputs all rest with it; None if there is none."""
+    def outermost(self, use: _Use) -> Call | None:
+        """The outermost module around the use whose outputs are all frozen with it; None if there is none."""
         found, index = None, use.call
-        while index >= 0 and self._rests_at(index) == use.border:
+        while index >= 0 and self._frozen_with(index) == use.lowest_above:
             found, index = self.graph.calls[index], self.graph.calls[index].parent
         return found
 
-    def _rests_at(self, index: int) -> int:
+    def _frozen_with(self, index: int) -> int:
         """The branch, as a bit, that must be dropped for the call to run without recording; 0 if there is none."""
-        if index not in self._last_borders:
-            self._last_borders[index] = self._last_border(index)
-        return self._last_borders[index]
+        if index not in self._frozen_with_by_call:
+            self._frozen_with_by_call[index] = self._branch_that_freezes(index)
+        return self._frozen_with_by_call[index]
 
-    def _last_border(self, index: int) -> int:
+    def _branch_that_freezes(self, index: int) -> int:
         made = set(self.graph.numbers_in_call[index])
-        if self._runs[self.graph.calls[index].name] > 1 or any(self.need[n] not in (0, ALIVE) for n in made):
+        if self._call_counts[self.graph.calls[index].name] > 1 or any(self.need[n] not in (0, ALIVE) for n in made):
             return 0
         outputs = [n for n in made if n in self.graph.trace.roots or not made.issuperset(self.graph.consumers[n])]
-        borders = [lowest(self.flow[n]) for n in outputs]
-        return max(borders) if borders and all(borders) else 0
+        branches = [lowest(self.flow[n]) for n in outputs]
+        return max(branches) if branches and all(branches) else 0

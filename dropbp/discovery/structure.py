@@ -1,4 +1,4 @@
-"""The results of discovery as data: branches, the modules they run in, and what rests (is frozen) beside them.
+"""The results of discovery as data: branches, the modules they run in, and the stem that is frozen with them.
 
 Sets of branches are bit masks held in Python integers: bit `i` is branch `i`; -1 means that no set is enough.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from dropbp.discovery.weights import NO_WORK, Work
 
-EXACT = -1  # border of a use whose gradient passes through no branch: norms and heads after the last branch
+NO_BRANCH_ABOVE = -1  # the gradient passes through no branch: norms and heads after the last branch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class LooseParameter:
+class ScopedParameter:
     """A parameter used outside every skipped module: frozen while `scope` runs with all branches in `need` dropped."""
 
     name: str
@@ -75,29 +75,29 @@ class BranchOutput:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rests:
-    """What rests (is frozen) when which branch is dropped.
+class Stem:
+    """The parameters outside single branches, which are frozen if the lowest branch above them is dropped.
 
     Attributes:
         modules: modules that run without recording, each with the branch as a bit.
         parameters: parameters that are frozen while the module in `scope` runs, with the branch as a bit.
-        borders: for every parameter, the index of the lowest branch above it; `EXACT` if there is none.
-        resting: parameters handled here because they do not lie in a single branch.
+        lowest_above: for every parameter, the index of the lowest branch above it; `NO_BRANCH_ABOVE` if there is none.
+        names: parameters handled here because they do not lie in a single branch.
         shared: those of them that several branches use.
-        unseen: those of them that the recorded forward did not use. Their position is unknown, so they count as below
+        unused: those of them that the recorded forward did not use. Their position is unknown, so they count as below
             all branches.
     """
 
     modules: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    parameters: tuple[LooseParameter, ...] = ()
-    borders: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    resting: frozenset[str] = frozenset()
+    parameters: tuple[ScopedParameter, ...] = ()
+    lowest_above: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    names: frozenset[str] = frozenset()
     shared: frozenset[str] = frozenset()
-    unseen: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def bits(self) -> dict[str, int]:
-        """The resting parameters, each with its border as a bit."""
-        return {name: 1 << self.borders[name] for name in self.borders if name in self.resting}
+        """The parameters of the stem, each with the lowest branch above it, as a bit."""
+        return {name: 1 << self.lowest_above[name] for name in self.lowest_above if name in self.names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Structure:
     Attributes:
         branches: the branches, from the input upwards.
         sites: the modules that run without recording.
-        loose: parameters of branches that lie in no skipped module.
+        scoped_parameters: parameters of branches that lie in no skipped module.
         branch_outputs: the modules that produce the branches' outputs.
         unscalable: branches whose gradient cannot be scaled exactly at module outputs, each with the reason.
         blocks: for each block, the branches that lie in it.
         parameters: for each parameter, the branches that must all be dropped for it to get no gradient.
         coverage: share of the model's FLOPs that lies in branches.
-        rests: what rests beside the branches, under masks that drop the bottom of the model.
+        stem: what is frozen outside the branches, under masks that drop the bottom of the model.
         together: sets of branches, as bits, that leave and join the stream at the same points. Masks that drop the
             bottom of the model drop all of them or none.
         named: the modules of branches that the user named.
@@ -127,13 +127,13 @@ class Structure:
 
     branches: tuple[Branch, ...]
     sites: tuple[Site, ...]
-    loose: tuple[LooseParameter, ...]
+    scoped_parameters: tuple[ScopedParameter, ...]
     branch_outputs: tuple[BranchOutput, ...]
     unscalable: Mapping[str, str]
     blocks: Mapping[str, int]
     parameters: Mapping[str, int]
     coverage: float
-    rests: Rests = dataclasses.field(default_factory=Rests)
+    stem: Stem = dataclasses.field(default_factory=Stem)
     together: tuple[int, ...] = ()
     named: tuple[tuple[str, ...], ...] = ()
     work: Work = NO_WORK

@@ -6,9 +6,9 @@ flows (neither it nor anything below it has a trained parameter) counts nothing.
 graph and the parameters that are trained now.
 
 Masks that train the top of the model down to a border save more than the branches below it. A parameter outside the
-branches rests with the lowest branch above it, and if everything that feeds an operand is dropped or at rest, the
+branches is frozen with the lowest branch above it, and if everything that feeds an operand is dropped or frozen, the
 operand receives no gradient. So a kept branch computes no gradient for its input if nothing below it trains, and a
-cross-attention none for the encoder's output once the encoder rests. Such work counts for the branch whose dropping
+cross-attention none for the encoder's output once the encoder is frozen. Such work counts for the branch whose dropping
 ends it. Work outside the branches, such as the head's share in a tied embedding, is saved in addition and counts
 nothing.
 """
@@ -49,7 +49,7 @@ class Work:
         parameters: names of the parameters among the nodes.
         products: for products inside branches, the FLOPs and the nodes of the operands.
         branches: number of branches.
-        borders: for parameters below a branch, the lowest branch above; see `stem`.
+        lowest_above: for parameters below a branch, the lowest branch above; see `stem`.
     """
 
     inputs: tuple[tuple[int, ...], ...]
@@ -57,7 +57,7 @@ class Work:
     parameters: Mapping[int, str]
     products: Mapping[int, tuple[int, tuple[int, ...]]]
     branches: int
-    borders: Mapping[str, int]
+    lowest_above: Mapping[str, int]
 
     def backward(self, trained: Collection[str]) -> Costs:
         """FLOPs of each branch's backward if these parameters are trained.
@@ -74,7 +74,7 @@ class Work:
 
     def from_the_top(self, trained: Collection[str]) -> Costs:
         """The same under masks that train the top of the model: each branch with the work that ends with it."""
-        ends = self._ends(lambda name: self.borders.get(name, self.branches) if name in trained else NEVER)
+        ends = self._ends(lambda name: self.lowest_above.get(name, self.branches) if name in trained else NEVER)
         costs = Costs()
         for node, (flops, operands) in self.products.items():
             own = self.need[node].bit_length() - 1
@@ -99,13 +99,13 @@ class Work:
 NO_WORK = Work((), (), {}, {}, 0, {})
 
 
-def work_of(graph: Graph, need: Sequence[int], branches: int, borders: Mapping[str, int]) -> Work:
+def work_of(graph: Graph, need: Sequence[int], branches: int, lowest_above: Mapping[str, int]) -> Work:
     """The backward work in branches; the arguments are as in `Work`."""
     names = graph.parameter_names
     parameters = {n.index: names[id(n.leaf)] for n in graph.nodes if n.is_leaf and id(n.leaf) in names}
     counted = {n.index: graph.trace.flops.get(n.sequence, 0) for n in graph.nodes if need[n.index] > 0}
     products = {i: (flops, _operands(graph.nodes[i])) for i, flops in counted.items() if flops}
-    return Work(tuple(node.inputs for node in graph.nodes), tuple(need), parameters, products, branches, borders)
+    return Work(tuple(node.inputs for node in graph.nodes), tuple(need), parameters, products, branches, lowest_above)
 
 
 def _operands(node: Node) -> tuple[int, ...]:

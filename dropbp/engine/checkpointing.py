@@ -200,9 +200,9 @@ class _Bypassing:
         module = checkpointed_module(function)
         if self.owner.drops_all_of(module):
             return function(*args, **kwargs)
-        loose = getattr(module, "_dropbp_loose", None)
-        if loose is not None:  # recomputation may call the class's forward and so skip the wrapper on the instance
-            function = functools.partial(run_frozen, loose, function)
+        scope = getattr(module, "_dropbp_scope", None)
+        if scope is not None:  # recomputation may call the class's forward and so skip the wrapper on the instance
+            function = functools.partial(run_frozen, scope, function)
         return self.inner(function, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Function:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dropbp.config import Config
 from dropbp.device import Device, refuse_capture
-from dropbp.discovery.structure import Rests, Structure
+from dropbp.discovery.structure import Stem, Structure
 from dropbp.engine.checkpointing import CheckpointBypass, install_blocks
 from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks, of_rank_0
 from dropbp.engine.integrity import PatchCheck, last_modules
@@ -70,11 +70,11 @@ class Engine:
         self.fills_gradients = (defaults.fill if config.fill == "auto" else config.fill) == "zero"
         self.boundary = defaults.boundary if config.boundary == "auto" else config.boundary
         self.prefixes = sampler_kind(config.masks).prefixes
-        self.freezes = config.stem == "rest" or (config.stem == "auto" and self.prefixes)
-        self.rests = structure.rests if self.freezes else Rests()
-        self.parameters = Parameters(model, structure, self.rests)
+        self.freezes_stem = config.stem == "rest" or (config.stem == "auto" and self.prefixes)
+        self.stem = structure.stem if self.freezes_stem else Stem()
+        self.parameters = Parameters(model, structure, self.stem)
         self._zeros = ZeroGradients(self.parameters)
-        self.trained = Trained(model, structure, self.freezes)
+        self.trained = Trained(model, structure, self.freezes_stem)
         self.recomputation = Recomputation(model, structure.blocks, structure.repeated, device.is_lazy())
         self.runtime = Runtime(model)
         self.calls = CallKinds(model, structure, call_signature)
@@ -100,7 +100,7 @@ class Engine:
         Not allowed if an attention mask is made from the stream: without a gradient it would select another kernel.
         """
         learned_masks = any(site.learned_mask for site in self.structure.sites)
-        return self.freezes and not self.device.is_lazy() and not learned_masks
+        return self.freezes_stem and not self.device.is_lazy() and not learned_masks
 
     @property
     def checkpoints(self) -> bool:
@@ -122,7 +122,7 @@ class Engine:
             lambda: RootState(self.begin, self.runtime, owner),
             self.recomputation,
             scales=self.config.scaling != "none",
-            rests=self.rests,
+            stem=self.stem,
             boundary=self.boundary,
             step_boundary=self.device.step_boundary,
         )
@@ -130,7 +130,7 @@ class Engine:
         if self.recomputes:
             self.recomputation.tell()
         if self.config.rehearse:
-            schedule.graph_warmup = _graph_warmup(self.model, self.structure, self.rests, self.recomputed)
+            schedule.graph_warmup = _graph_warmup(self.model, self.structure, self.stem, self.recomputed)
 
     def stop(self) -> None:
         """Remove the forward wrappers and restore the model exactly. A second call does nothing."""
@@ -160,7 +160,7 @@ class Engine:
             self._refresh_sharding(self.schedule.mask or ())
         if self.fills_gradients and plan.dropped:
             boundary = self.device.step_boundary if self.boundary != "none" else None
-            self.parameters.fill(plan.dropped, conditions.stem_rests, boundary)
+            self.parameters.fill(plan.dropped, conditions.stem_frozen, boundary)
         if self.device.is_lazy():  # recording dropped branches first would compile a graph that is used only once
             return plan
         return self.calls.plan(plan, args, kwargs)
@@ -223,11 +223,11 @@ class Engine:
     # -- a forward
 
     def _conditions(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Conditions:
-        freezes = self._freezes_now()
+        freezes_stem = self._freezes_stem_now()
         return Conditions(
             self._activations_limit(),
-            freezes,
-            freezes and self.truncation.ends(),
+            freezes_stem,
+            freezes_stem and self.truncation.ends(),
             self._needs_all(args, kwargs),
             many_ranks(),
             self.parameters.with_gradient,
@@ -235,7 +235,7 @@ class Engine:
             self._replicas.waits,
         )
 
-    def _freezes_now(self) -> bool:
+    def _freezes_stem_now(self) -> bool:
         """A mask given by the user names only branches; everything else trains, unless `stem="rest"` was chosen."""
         return self.config.stem == "rest" or not self.schedule.fixed
 
@@ -249,7 +249,7 @@ class Engine:
 
     def _needs_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an input requires a gradient, which comes through the whole stream and would be biased."""
-        if not self.freezes or self.schedule.fixed or not any_requires_grad(args, kwargs):
+        if not self.freezes_stem or self.schedule.fixed or not any_requires_grad(args, kwargs):
             return False
         if not self._inputs_told:
             self._inputs_told = True
@@ -276,7 +276,7 @@ def _put_in_place(
     recomputation: Recomputation,
     *,
     scales: bool,
-    rests: Rests,
+    stem: Stem,
     boundary: str,
     step_boundary: Callable[[], None],
 ) -> list[ForwardPatch]:
@@ -289,11 +289,11 @@ def _put_in_place(
         root: makes the state of the wrapper of the root or of a backbone.
         recomputation: recomputes blocks in the backward.
         scales: whether gradients of kept branches are scaled.
-        rests: modules and parameters outside the branches that are frozen in some steps.
+        stem: modules and parameters outside the branches that are frozen in some steps.
         boundary: where a lazy device is told that a step ends: `none`, `layer` or `sublayer`.
         step_boundary: tells it.
     """
-    made = install(model, structure, runtime, rests)
+    made = install(model, structure, runtime, stem)
     made += [ForwardPatch(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]
     made += install_blocks(model, structure.blocks, runtime, recomputation)
     if scales:
@@ -330,11 +330,9 @@ def _last_blocks(structure: Structure) -> list[str]:
     return list({name.rpartition(".")[0]: name for name in structure.blocks}.values())
 
 
-def _graph_warmup(
-    model: nn.Module, structure: Structure, rests: Rests, recomputed: Callable[[int], int]
-) -> GraphWarmup:
+def _graph_warmup(model: nn.Module, structure: Structure, stem: Stem, recomputed: Callable[[int], int]) -> GraphWarmup:
     """The graph warm-up for a model's blocks, and for modules beside their branches that are frozen at times."""
-    parts = [*rests.modules.items(), *structure.blocks.items()]
+    parts = [*stem.modules.items(), *structure.blocks.items()]
     layers = [Layer(_kind(model.get_submodule(name)), need) for name, need in parts]
     return GraphWarmup(layers, (1 << len(structure.branches)) - 1, recomputed)
 

@@ -15,29 +15,29 @@ from dropbp.engine.patch import WrapperState
 from dropbp.tensors import map_tensors, tensors_in
 
 if TYPE_CHECKING:
-    from dropbp.discovery.structure import LooseParameter
+    from dropbp.discovery.structure import ScopedParameter
     from dropbp.engine.runtime import Runtime
 
 
-class LooseState(WrapperState):
-    """Parameters that are frozen while their scope runs: those of dropped branches, and those that rest beside them."""
+class FrozenScopeState(WrapperState):
+    """Parameters that are frozen while their scope runs: those of dropped branches, and of the stem."""
 
     def __init__(
         self,
-        loose: Iterable[LooseParameter],
-        resting: Iterable[LooseParameter],
+        scoped: Iterable[ScopedParameter],
+        stem: Iterable[ScopedParameter],
         model: nn.Module,
         runtime: Runtime,
         kernel_by_weight: bool,
     ) -> None:
         self.runtime, self.kernel_by_weight = runtime, kernel_by_weight
-        self.entries = [(*owner_of(model, entry.name), entry.need) for entry in loose]
-        self.resting = [(*owner_of(model, entry.name), entry.need) for entry in resting]
+        self.entries = [(*owner_of(model, entry.name), entry.need) for entry in scoped]
+        self.stem = [(*owner_of(model, entry.name), entry.need) for entry in stem]
 
     def frozen(self) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
         """The parameters to freeze now, each with the dictionary and the key that hold it."""
         plan = self.runtime.plan_here()
-        entries = [*self.entries, *self.resting] if plan.stem_rests else self.entries
+        entries = [*self.entries, *self.stem] if plan.stem_frozen else self.entries
         held = [(m._parameters, a, m._parameters[a]) for m, a, need in entries if not need & plan.trained]
         return [(table, a, p) for table, a, p in held if p is not None and p.requires_grad]
 
@@ -48,7 +48,7 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
-def run_frozen(state: LooseState, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_frozen(state: FrozenScopeState, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function while the parameters of dropped branches are frozen."""
     frozen = uncompiled(state.frozen)
     for table, name, parameter in frozen:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from dropbp.discovery.structure import Rests, Structure
+from dropbp.discovery.structure import Stem, Structure
 from dropbp.engine.distributed import NEEDED
 from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
 from dropbp.masks.plan import ForwardPlan
@@ -20,11 +20,11 @@ class Parameters:
     Args:
         model: the root module.
         structure: its branches.
-        rests: modules and parameters outside the branches that are frozen in some steps.
+        stem: modules and parameters outside the branches that are frozen in some steps.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, rests: Rests) -> None:
-        self.model, self.structure, self.rests = model, structure, rests
+    def __init__(self, model: nn.Module, structure: Structure, stem: Stem) -> None:
+        self.model, self.structure, self.stem = model, structure, stem
         self.held: frozenset[str] | None = None
 
     def need_of(self, name: str) -> int:
@@ -43,11 +43,11 @@ class Parameters:
     def skipped(self, plan: ForwardPlan) -> tuple[set[int], set[int]]:
         """Ids of the parameters that get no gradient under this plan: all, and those in no dropped branch."""
         present = self._present()
-        at_rest = self.resting().items() if plan.stem_rests else ()
-        resting = {id(present[name]) for name, border in at_rest if not border & plan.trained and name in present}
+        stem = self.stem_parameters().items() if plan.stem_frozen else ()
+        frozen = {id(present[name]) for name, branch in stem if not branch & plan.trained and name in present}
         dropped = self.structure.parameters.items()
         inside = {id(present[name]) for name, need in dropped if not need & ~plan.dropped and name in present}
-        return inside | resting, resting
+        return inside | frozen, frozen
 
     def _present(self) -> dict[str, nn.Parameter]:
         """Every parameter by each of its names: inside a wrapper it has a different one."""
@@ -67,24 +67,24 @@ class Parameters:
 
     def train(self, dropped: int) -> bool:
         """Whether a step that drops these branches still trains a parameter."""
-        resting = self.resting()
+        stem = self.stem_parameters()
         return any(
             parameter.requires_grad
             and self.need_of(name) & ~dropped
             and (self.held is None or name in self.held)
-            and resting.get(name, NEEDED) & ~dropped
+            and stem.get(name, NEEDED) & ~dropped
             for name, parameter in self.model.named_parameters()
         )
 
-    def resting(self) -> dict[str, int]:
+    def stem_parameters(self) -> dict[str, int]:
         """Parameters outside the branches that are frozen whenever a branch is dropped, with that branch as a bit.
 
         Adapters that were added to such a module after `enable` are frozen with it.
         """
-        found = self.rests.bits()
-        for path, border in self.rests.modules.items():
+        found = self.stem.bits()
+        for path, branch in self.stem.modules.items():
             inside = (f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_parameters())
-            found |= {name: border for name in inside if name not in self.rests.borders}
+            found |= {name: branch for name in inside if name not in self.stem.lowest_above}
         return found
 
     def grouped(self, groups: Iterable[ParameterGroup] | None) -> list[ParameterGroup]:
@@ -92,21 +92,22 @@ class Parameters:
         if groups is None:
             groups = [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}]
         keys: dict[int, tuple[int, int]] = {id(parameter): (0, need) for parameter, need in self.needs().items()}
-        for name, border in self.resting().items():
-            keys.setdefault(id(self.model.get_parameter(name)), (1, border))
+        for name, branch in self.stem_parameters().items():
+            keys.setdefault(id(self.model.get_parameter(name)), (1, branch))
         return split_groups(groups, lambda parameter: keys.get(id(parameter), (-1, 0)))
 
-    def fill(self, dropped: int, with_rests: bool, boundary: Callable[[], None] | None) -> None:
+    def fill(self, dropped: int, with_stem: bool, boundary: Callable[[], None] | None) -> None:
         """Give zero gradients to parameters that this step skips, so that optimizers see the same set in every step.
 
         Args:
             dropped: the branches that the step drops, as bits.
-            with_rests: whether the parameters outside the branches are frozen in this step.
+            with_stem: whether the parameters outside the branches are frozen in this step.
             boundary: called after each branch, because a lazy device would otherwise record another graph for each
                 mask.
         """
         by_need: dict[int, list[nn.Parameter]] = {}
-        for parameter, need in self._named(self.structure.parameters, self.resting() if with_rests else {}).items():
+        stem = self.stem_parameters() if with_stem else {}
+        for parameter, need in self._named(self.structure.parameters, stem).items():
             if not need & ~dropped and not hasattr(parameter, "ds_id"):
                 by_need.setdefault(need, []).append(parameter)
         for parameters in by_need.values():

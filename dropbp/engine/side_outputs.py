@@ -79,7 +79,7 @@ class CallKind:
         return self._of(plan, detached, False, Observation())
 
     def _of(self, plan: ForwardPlan, detached: int, truncated: bool, observation: Observation | None) -> CallPlan:
-        rest = plan.factors, plan.checkpointed, plan.stem_rests, truncated
+        rest = plan.factors, plan.checkpointed, plan.stem_frozen, truncated
         return CallPlan(plan.dropped & ~detached, *rest, detached, kind=self, observation=observation)
 
     def observed_again(self, plan: ForwardPlan) -> CallPlan:

@@ -35,9 +35,9 @@ class Strays:
         if not untrained or not (self._found or untrained & ~self._looked) or transforming():
             return
         self._looked |= untrained
-        skipped, resting = self._parameters.skipped(plan)
+        skipped, frozen_stem = self._parameters.skipped(plan)
         for node in nodes_below(tensor.grad_fn for tensor in tensors_in(outputs)):
-            among = skipped if sequence_of(node) < record.blocks_end else resting
+            among = skipped if sequence_of(node) < record.blocks_end else frozen_stem
             sources = enumerate(node.next_functions)
             places = [place for place, (leaf, _) in sources if id(getattr(leaf, "variable", None)) in among]
             if places:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from dropbp.config import Config
-from dropbp.discovery.structure import EXACT, Structure
+from dropbp.discovery.structure import NO_BRANCH_ABOVE, Structure
 from dropbp.masks.registry import sampler_kind
 
 logger = logging.getLogger(__name__)
@@ -37,43 +37,42 @@ class Trained:
     Args:
         model: the root module.
         structure: its branches.
-        rests: whether the parameters in `structure.rests` are frozen in some steps; otherwise they train in every step.
+        freezes_stem: whether the parameters in `structure.stem` are frozen in some steps; otherwise they train in all.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, rests: bool) -> None:
-        self.model, self.structure, self.rests = model, structure, rests
+    def __init__(self, model: nn.Module, structure: Structure, freezes_stem: bool) -> None:
+        self.model, self.structure, self.freezes_stem = model, structure, freezes_stem
 
     def shares(self, rates: Sequence[float]) -> dict[str, float]:
         """The share of steps in which each trained parameter has a gradient, at these drop rates."""
-        borders = {name: self._border(name) for name in self.names()}
-        return {name: 1.0 if border == EXACT else 1 - rates[border] for name, border in borders.items()}
+        lowest_above = {name: self._lowest_above(name) for name in self.names()}
+        return {name: 1.0 if branch == NO_BRANCH_ABOVE else 1 - rates[branch] for name, branch in lowest_above.items()}
 
     def names(self) -> list[str]:
         """Names of the parameters that currently require a gradient."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
-    def _border(self, name: str) -> int:
-        rests = self.structure.rests
-        awake = name in rests.resting and not self.rests
-        return EXACT if awake else rests.borders.get(name, EXACT)
+    def _lowest_above(self, name: str) -> int:
+        stem = self.structure.stem
+        always_trained = name in stem.names and not self.freezes_stem
+        return NO_BRANCH_ABOVE if always_trained else stem.lowest_above.get(name, NO_BRANCH_ABOVE)
 
-    def below(self) -> list[str]:
+    def in_stem(self) -> list[str]:
         """Trained parameters outside any single branch that are frozen in some steps."""
-        resting = self.structure.rests.resting if self.rests else ()
-        return [name for name in self.names() if name in resting]
+        stem = self.structure.stem.names if self.freezes_stem else ()
+        return [name for name in self.names() if name in stem]
 
-    def low(self) -> list[str]:
+    def only_in_lower_half(self) -> list[str]:
         """All trained parameters, if none lies in the upper half of the model: shallow steps would train nothing."""
-        borders = [self._border(name) for name in self.names()]
-        return self.names() if EXACT not in borders and max(borders) < len(self.structure.branches) // 2 else []
+        lowest_above = [self._lowest_above(name) for name in self.names()]
+        lower_half = len(self.structure.branches) // 2
+        return self.names() if NO_BRANCH_ABOVE not in lowest_above and max(lowest_above) < lower_half else []
 
     def some_branches_are_frozen(self) -> bool:
         """Whether a branch has a frozen parameter, so that the user has chosen what to train."""
-        rests = self.structure.rests
-        others = [
-            name for name, p in self.model.named_parameters() if not p.requires_grad and name not in rests.resting
-        ]
-        return any(rests.borders.get(name, 0) != EXACT for name in others)
+        stem = self.structure.stem
+        frozen = [n for n, p in self.model.named_parameters() if not p.requires_grad and n not in stem.names]
+        return any(stem.lowest_above.get(name, 0) != NO_BRANCH_ABOVE for name in frozen)
 
     def nothing_to_save(self) -> bool:
         """Whether a step that drops anything would train nothing, or nothing in the branches.
@@ -81,27 +80,27 @@ class Trained:
         This is so if all gradients pass through the lowest branch that has a backward, or if the branches share their
         parameters from the bottom up.
         """
-        borders = {name: self._first(self._border(name)) for name in self.names()}
-        lowest = min((border for border in borders.values() if border != EXACT), default=EXACT)
-        shared = self.structure.rests.shared
-        inside = [name for name in borders if name in shared or name not in self.structure.rests.resting]
-        inside = [name for name in inside if borders[name] != EXACT]
+        lowest_above = {name: self._first(self._lowest_above(name)) for name in self.names()}
+        lowest = min((branch for branch in lowest_above.values() if branch != NO_BRANCH_ABOVE), default=NO_BRANCH_ABOVE)
+        stem, shared = self.structure.stem.names, self.structure.stem.shared
+        inside = [name for name in lowest_above if name in shared or name not in stem]
+        inside = [name for name in inside if lowest_above[name] != NO_BRANCH_ABOVE]
         lower_half = len(self.structure.branches) // 2
-        all_shared = bool(inside) and all(name in shared and borders[name] < lower_half for name in inside)
-        return lowest != EXACT and (all_shared or all(border == lowest for border in borders.values()))
+        all_shared = bool(inside) and all(name in shared and lowest_above[name] < lower_half for name in inside)
+        return lowest != NO_BRANCH_ABOVE and (all_shared or all(branch == lowest for branch in lowest_above.values()))
 
     def not_recorded(self) -> list[str]:
         """The parts of the model, trained or not, that the forward used for discovery did not run."""
-        return _labels(self.structure.rests.unseen, [name for name, _ in self.model.named_parameters()])
+        return _labels(self.structure.stem.unused, [name for name, _ in self.model.named_parameters()])
 
     def compact(self, names: Iterable[str]) -> str:
         """Names of trained parameters, abbreviated."""
         return compact(names, self.names())
 
-    def _first(self, border: int) -> int:
+    def _first(self, branch: int) -> int:
         """The first of the branches that are dropped together with this one."""
-        bits = next((bits for bits in self.structure.together if border >= 0 and bits >> border & 1), 0)
-        return (bits & -bits).bit_length() - 1 if bits else border
+        bits = next((bits for bits in self.structure.together if branch >= 0 and bits >> branch & 1), 0)
+        return (bits & -bits).bit_length() - 1 if bits else branch
 
 
 def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence[float]]) -> Config:
@@ -111,8 +110,8 @@ def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence
         return config
     if trained.nothing_to_save():
         return dataclasses.replace(config, rates=(0.0,) * len(trained.structure.branches))
-    chosen = trained.below() if trained.some_branches_are_frozen() else []
-    chosen += trained.low()
+    chosen = trained.in_stem() if trained.some_branches_are_frozen() else []
+    chosen += trained.only_in_lower_half()
     if not chosen or config.mask_options:
         return config
     found = trained.shares(rates(config))
@@ -144,7 +143,7 @@ def _tell_once(line: str) -> None:
 
 def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[str]:
     """One line for each kind of parameter that trains seldom, never, or only in steps that drop nothing."""
-    if config.drop_rate and not any(rates) and trained.rests:
+    if config.drop_rate and not any(rates) and trained.freezes_stem:
         return [_nothing_saved(trained)]
     found = trained.shares(rates)
     never, seldom, few = *_rare(config, found), _few(config)
@@ -153,16 +152,16 @@ def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[st
         lines.append(f"no step of this run trains {trained.compact(never)}. {_REMEDY}")
     if seldom:
         lines.append(f"fewer than one step in {1 / few:.0f} trains {trained.compact(seldom)}. {_REMEDY}")
-    below = [name for name in trained.below() if found[name] >= few]
+    below = [name for name in trained.in_stem() if found[name] >= few]
     if below and trained.some_branches_are_frozen():
         lines.append(
             f"{min(found[name] for name in below):.0%} of the steps train {trained.compact(below)}: those that keep "
             "all branches above, so that the gradient is exact."
         )
-    unseen = [name for name in trained.structure.rests.unseen if name in found]
-    if unseen and trained.rests:
+    unused = [name for name in trained.structure.stem.unused if name in found]
+    if unused and trained.freezes_stem:
         lines.append(
-            f"the small forward that finds the branches did not use {trained.compact(unseen)}, which therefore counts "
+            f"the small forward that finds the branches did not use {trained.compact(unused)}, which therefore counts "
             "as lying below all branches. Pass example_inputs=... that use it."
         )
     if config.drop_rate and any(rates):
@@ -191,10 +190,11 @@ def _learning_rate(config: Config) -> str:
 
 
 def _nothing_saved(trained: Trained) -> str:
+    named = trained.compact(trained.in_stem() or trained.names())
     return (
-        f"the gradient of {trained.compact(trained.below() or trained.names())} flows through every branch that has a "
-        "backward, so dropping any of them would change it. Nothing is dropped or saved. Train parameters of other "
-        "branches too, for instance with adapters, or accept the paper's biased gradient with masks='exact'."
+        f"the gradient of {named} flows through every branch that has a backward, so dropping any of them would change "
+        "it. Nothing is dropped or saved. Train parameters of other branches too, for instance with adapters, or "
+        "accept the paper's biased gradient with masks='exact'."
     )
 
 
@@ -218,8 +218,8 @@ def figures(trained: Trained, config: Config, rates: Sequence[float]) -> dict[st
     return {
         "never_trained": never,
         "seldom_trained": seldom,
-        "at_rest": {name: found[name] for name in trained.below()},
-        "not_seen": [name for name in trained.structure.rests.unseen if name in found],
+        "at_rest": {name: found[name] for name in trained.in_stem()},
+        "not_seen": [name for name in trained.structure.stem.unused if name in found],
         "not_recorded": trained.not_recorded(),
     }
 

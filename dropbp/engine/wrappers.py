@@ -16,9 +16,9 @@ from torch.nn.utils import parametrize
 
 from dropbp._torch import detached, never_compile, uncompiled
 from dropbp.discovery.liveness import ALIVE
-from dropbp.discovery.structure import BranchOutput, LooseParameter, Rests, Site, Structure
+from dropbp.discovery.structure import BranchOutput, ScopedParameter, Site, Stem, Structure
 from dropbp.engine.autograd_functions import ScaleGradient, StepBoundary
-from dropbp.engine.frozen import LooseState, owner_of, run_frozen
+from dropbp.engine.frozen import FrozenScopeState, owner_of, run_frozen
 from dropbp.engine.kernels import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
 from dropbp.engine.patch import Forward, ForwardPatch, WrapperState, named_forward
 from dropbp.engine.runtime import Runtime, is_compiling, next_sequence
@@ -102,21 +102,21 @@ def site_forward(original: Forward) -> Forward:
     return named_forward(forward)
 
 
-class RestState(WrapperState):
-    """A module outside the branches that is frozen (at rest) if branch `border` (a bit) is dropped."""
+class StemState(WrapperState):
+    """A module of the stem, which is frozen if `branch` (a bit) is dropped."""
 
-    __slots__ = ("border", "runtime")
+    __slots__ = ("branch", "runtime")
 
-    def __init__(self, border: int, runtime: Runtime) -> None:
-        self.border, self.runtime = border, runtime
+    def __init__(self, branch: int, runtime: Runtime) -> None:
+        self.branch, self.runtime = branch, runtime
 
     def plan(self) -> ForwardPlan | None:
-        """The plan, if the module is at rest under it; None otherwise, as under masks that name branches only."""
+        """The plan, if the module is frozen under it; None otherwise, as under masks that name branches only."""
         plan = self.runtime.plan_here()
-        return plan if plan.stem_rests and not self.border & plan.trained else None
+        return plan if plan.stem_frozen and not self.branch & plan.trained else None
 
 
-def rest_forward(original: Forward) -> Forward:
+def stem_forward(original: Forward) -> Forward:
     """Wrap a module that feeds the stream or stands in it: it runs without recording if a branch above it is dropped.
 
     Unless the backward is truncated, its output still requires a gradient if it does so in plain training: see
@@ -125,7 +125,7 @@ def rest_forward(original: Forward) -> Forward:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state: RestState | None = self._dropbp_rest
+        state: StemState | None = self._dropbp_stem
         plan = None if state is None or state.original is not original else uncompiled(state.plan)
         if state is None or plan is None:
             return original(self, *args, **kwargs)
@@ -195,7 +195,7 @@ def _made_without_recording(tensor: Tensor) -> Tensor:
 
 
 def _no_parameter(tensor: Tensor) -> Tensor:
-    """Detach a parameter, or a view of one: returned by a resting module, it would make later operations recorded."""
+    """Detach a parameter, or a view of one: returned by a frozen module, it would make later operations recorded."""
     return detached(tensor) if tensor.requires_grad and tensor.grad_fn is None else tensor
 
 
@@ -213,12 +213,12 @@ def _uncached(original: Forward, module: nn.Module, *args: Any, **kwargs: Any) -
 never_compile(_unrecorded)
 
 
-def loose_forward(original: Forward) -> Forward:
+def frozen_scope_forward(original: Forward) -> Forward:
     """Wrap a module whose own forward uses parameters of a branch outside the branch's modules."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state: LooseState | None = self._dropbp_loose
+        state: FrozenScopeState | None = self._dropbp_scope
         if state is None or state.original is not original:
             return original(self, *args, **kwargs)
         return run_frozen(state, original, self, *args, **kwargs)
@@ -324,12 +324,12 @@ def _with_boundary(
     return args, kwargs
 
 
-def install(model: nn.Module, structure: Structure, runtime: Runtime, rests: Rests) -> list[ForwardPatch]:
-    """Wrap the modules of branches and those that rest in some steps; innermost first, so that removal is exact."""
+def install(model: nn.Module, structure: Structure, runtime: Runtime, stem: Stem) -> list[ForwardPatch]:
+    """Wrap the modules of branches and of the stem; innermost first, so that removal is exact."""
     return [
         *_install_sites(model, structure, runtime),
-        *_install_rests(model, rests.modules, runtime),
-        *_install_loose(model, structure, rests.parameters, runtime),
+        *_install_stem(model, stem.modules, runtime),
+        *_install_scopes(model, structure, stem.parameters, runtime),
     ]
 
 
@@ -353,25 +353,25 @@ def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> 
     return made
 
 
-def _install_rests(model: nn.Module, modules: Mapping[str, int], runtime: Runtime) -> list[ForwardPatch]:
+def _install_stem(model: nn.Module, modules: Mapping[str, int], runtime: Runtime) -> list[ForwardPatch]:
     return [
-        ForwardPatch(model.get_submodule(name), "_dropbp_rest", RestState(border, runtime), rest_forward)
-        for name, border in modules.items()
+        ForwardPatch(model.get_submodule(name), "_dropbp_stem", StemState(branch, runtime), stem_forward)
+        for name, branch in modules.items()
     ]
 
 
-def _install_loose(
-    model: nn.Module, structure: Structure, resting: Iterable[LooseParameter], runtime: Runtime
+def _install_scopes(
+    model: nn.Module, structure: Structure, stem: Iterable[ScopedParameter], runtime: Runtime
 ) -> list[ForwardPatch]:
-    by_scope: dict[str, tuple[list[LooseParameter], list[LooseParameter]]] = {}
-    for kind, entries in enumerate((structure.loose, resting)):
+    by_scope: dict[str, tuple[list[ScopedParameter], list[ScopedParameter]]] = {}
+    for kind, entries in enumerate((structure.scoped_parameters, stem)):
         for entry in entries:
             by_scope.setdefault(entry.scope, ([], []))[kind].append(entry)
     made = []
     for scope, (own, others) in by_scope.items():
         by_weight = any(f"{name}.".startswith(f"{scope}.") for name in structure.kernel_by_weight)
-        state = LooseState(own, others, model, runtime, by_weight)
-        made.append(ForwardPatch(model.get_submodule(scope), "_dropbp_loose", state, loose_forward))
+        state = FrozenScopeState(own, others, model, runtime, by_weight)
+        made.append(ForwardPatch(model.get_submodule(scope), "_dropbp_scope", state, frozen_scope_forward))
     return made
 
 

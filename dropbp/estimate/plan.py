@@ -103,7 +103,7 @@ def plan(
         raise ConfigError(f"Device {adapter.name!r} does not report its memory; pass memory_limit, in bytes.")
     planner = _Planner(
         Workload(model, given, loss, precision_of(precision)), shape, adapter, optimizer, limit, accumulation,
-        {"masks": masks, "device": adapter, "example_inputs": example_inputs, **_stem_at_rest(masks, options)},
+        {"masks": masks, "device": adapter, "example_inputs": example_inputs, **_freezing_stem(masks, options)},
         progress or (lambda line: None),
     )  # fmt: skip
     with in_training(model):
@@ -181,7 +181,7 @@ class _Planner:
                 self.accumulation * mix.mean(flops.of),
                 self._largest_batch(memories),
                 self._largest_sequence(memories) if self.workload.has_lengths else None,
-                None if seconds is None else self._forward_s(flops, seconds) * mix.resting_share(),
+                None if seconds is None else self._forward_s(flops, seconds) * mix.cacheable_share(),
             )
 
     def _forward_s(self, flops: Costs, seconds: Costs) -> float:
@@ -315,7 +315,7 @@ def _branch_flops(handle: Handle, shape: Shape) -> int:
     return sum(handle.schedule.at(shape).flops)
 
 
-def _stem_at_rest(masks: str, options: dict[str, Any]) -> dict[str, Any]:
+def _freezing_stem(masks: str, options: dict[str, Any]) -> dict[str, Any]:
     """Freeze the input embedding as drawn masks do: a plan gives its masks by hand, which would leave it trained."""
     if sampler_kind(masks).prefixes and options.get("stem", "auto") == "auto":
         return {**options, "stem": "rest"}

@@ -85,7 +85,7 @@ class MaskMix:
         self.weights = {mask: count / len(self.draws) for mask, count in Counter(self.draws).items()}
         self.every = schedule.every or tuple(self.weights)
         self.checkpoints = handle.engine.checkpoints
-        self._needs = {**handle.engine.structure.parameters, **handle.engine.parameters.resting()}
+        self._needs = {**handle.engine.structure.parameters, **handle.engine.parameters.stem_parameters()}
 
     def share(self, mask: Mask) -> Share:
         """The shares that the mask keeps and recomputes."""
@@ -101,7 +101,7 @@ class MaskMix:
         """Share of the branches' FLOPs that the steps drop on average."""
         return self.mean(lambda share: 1 - share.kept)
 
-    def resting_share(self) -> float:
+    def cacheable_share(self) -> float:
         """Share of the branches' FLOPs in the lowest blocks that never train again, on average over the steps."""
         always = functools.reduce(operator.and_, map(bits, self.every))
         anneals = self.handle.schedule.anneals

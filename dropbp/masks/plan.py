@@ -14,7 +14,7 @@ class ForwardPlan:
         dropped: branches whose backward is dropped, which run without recording.
         factors: factors on the kept branches' gradients; empty if they are not scaled.
         checkpointed: branches whose blocks are recomputed in the backward.
-        stem_rests: whether modules that feed a stream rest (are frozen) if the stream's first branch is dropped.
+        stem_frozen: whether the stem (what feeds the stream, or lies in it) is frozen if a branch above it is dropped.
         truncated: whether the stream then requires no gradient below the lowest kept branch.
         detached: branches whose backward is dropped although they are recorded; see `dropbp.engine.side_outputs`.
         kept: branches that run with recording.
@@ -24,7 +24,7 @@ class ForwardPlan:
     dropped: int = 0
     factors: Sequence[float] = ()
     checkpointed: int = 0
-    stem_rests: bool = False
+    stem_frozen: bool = False
     truncated: bool = False
     detached: int = 0
     kept: int = dataclasses.field(init=False)
@@ -44,7 +44,7 @@ class Conditions:
 
     Attributes:
         limit: share of all activations that may be kept; None: no limit.
-        stem_rests: whether modules that feed a stream rest (are frozen) if the stream's first branch is dropped.
+        stem_frozen: whether the stem (what feeds the stream, or lies in it) is frozen if a branch above it is dropped.
         truncated: whether the stream then requires no gradient below the lowest kept branch.
         whole: whether nothing may be dropped, because an input requires a gradient.
         ranks: whether other ranks run the same forward on batches of their own.
@@ -54,7 +54,7 @@ class Conditions:
     """
 
     limit: float | None = None
-    stem_rests: bool = False
+    stem_frozen: bool = False
     truncated: bool = False
     whole: bool = False
     ranks: bool = False

@@ -272,14 +272,14 @@ class Schedule:
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
         """Computed once for each mask, because a few masks occur again and again."""
         asked, plans = conditions, self.here.plans
-        key = mask, scaled, asked.limit, asked.stem_rests, asked.truncated, asked.left_alone
+        key = mask, scaled, asked.limit, asked.stem_frozen, asked.truncated, asked.left_alone
         plan = plans.get(key)
         if plan is None:
             if len(plans) >= MAX_PLANS:
                 plans.clear()
             dropped, factors = bits(mask), self.here.factors if scaled else ()
             recomputed = self.checkpointed(dropped, asked.limit, asked.left_alone)
-            plan = plans[key] = ForwardPlan(dropped, factors, recomputed, asked.stem_rests, asked.truncated)
+            plan = plans[key] = ForwardPlan(dropped, factors, recomputed, asked.stem_frozen, asked.truncated)
         return plan
 
     # -- the mask

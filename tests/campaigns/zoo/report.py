@@ -34,10 +34,10 @@ maps. A plain copy of the model trains alongside, and the check compares the two
 
 - every output and every buffer is bit-identical;
 - the gradient of a parameter is that of the plain backward, or `None`; every parameter of a kept branch has one;
-- `handle.report()` names the parameters that no step trains, and those that rest in some steps although they do not lie
-  in a single branch: tied embeddings, position biases, norms of post-norm blocks;
+- `handle.report()` names the parameters that no step trains, and those outside single branches that are frozen in some
+  steps: tied embeddings, position biases, norms of post-norm blocks;
 - over 64 steps, the share of the branches' backward FLOPs that PyTorch counts as skipped is 0.5 within 0.02, and so is
-  the share that `dropbp` reports, or `dropbp` warned. What rests outside the branches saves more on top; it is not
+  the share that `dropbp` reports, or `dropbp` warned. What is frozen outside the branches saves more; it is not
   counted.
 
 **Any mask**: each branch is dropped alone, and one mask drops two branches in three:

@@ -263,12 +263,12 @@ def _unnamed(handle: Any, ever: set[str], plain: Step) -> str:
     if all(branch.rate < 1 for branch in handle.branches):
         return ""
     moved = {name for name, gradient in plain.gradients.items() if gradient is not None and gradient.any()}
-    named = _named_as_resting(handle)
+    named = _named_as_frozen_at_times(handle)
     silent = sorted(name for name in moved - ever if name not in named)
     return f"never trained and not named in report(): {len(silent)} parameters, first {silent[0]}" if silent else ""
 
 
-def _named_as_resting(handle: Any) -> set[str]:
+def _named_as_frozen_at_times(handle: Any) -> set[str]:
     """Parameters that the report names, and those of branches that it counts as dropped in every step."""
     report = handle.report()
     named = {name for key in ("never_trained", "seldom_trained", "at_rest") for name in report.get(key, ())}
