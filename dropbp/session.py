@@ -122,7 +122,7 @@ def _checked_model(model: Any) -> nn.Module:
     model = unwrapped(model)
     earlier = handle_of(model)
     enabled = earlier is not None and not earlier.abandoned()
-    if enabled or any(m.__dict__.get("_dropbp_site") is not None for m in model.modules()):
+    if enabled or any(m.__dict__.get("_dropbp_branch") is not None for m in model.modules()):
         raise StateError(
             f"{type(model).__name__} is already enabled. Change it through its handle (set_rates, fixed), or call "
             "handle.remove() or dropbp.disable(model) first."

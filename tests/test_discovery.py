@@ -90,7 +90,7 @@ def test_attention_and_mlp_of_every_layer_are_named() -> None:
 
 def test_branches_of_parallel_sublayers_share_a_norm_that_drops_with_both() -> None:
     structure = _structure(tiny("GPTJForCausalLM"))
-    needs = {site.module: site.needs for site in structure.sites}
+    needs = {module.name: module.needs for module in structure.branch_modules}
     assert needs["transformer.h.0.ln_1"] == (0b11,)
 
 

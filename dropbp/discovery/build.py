@@ -19,7 +19,7 @@ from dropbp.discovery.branches import found_in, together
 from dropbp.discovery.graph import Graph, other_sums
 from dropbp.discovery.liveness import ALIVE, Cover, Group, needs
 from dropbp.discovery.stem import find_stem, with_unused
-from dropbp.discovery.structure import NO_BRANCH_ABOVE, Branch, BranchOutput, ScopedParameter, Site, Structure
+from dropbp.discovery.structure import NO_BRANCH_ABOVE, Branch, BranchModule, BranchOutput, ScopedParameter, Structure
 from dropbp.discovery.trace import Call, Trace
 from dropbp.discovery.weights import work_of
 from dropbp.errors import DiscoveryError
@@ -89,7 +89,7 @@ def structure_of(
     """The structure of branches that are dropped by cutting these groups of edges."""
     need = needs(graph, groups)
     structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
-    stem = with_unused(find_stem(graph, groups, together), model, structure.sites)
+    stem = with_unused(find_stem(graph, groups, together), model, structure.branch_modules)
     lowest_above = {
         name: _last(branch, together) for name, branch in stem.lowest_above.items() if branch != NO_BRANCH_ABOVE
     }
@@ -103,7 +103,7 @@ def _last(branch: int, together: Iterable[int]) -> int:
 
 
 class _Builder:
-    """Derives names, sites, scoped parameters and outputs of branches from a graph with its cut edges."""
+    """Derives names, modules, scoped parameters and outputs of branches from a graph with its cut edges."""
 
     def __init__(
         self,
@@ -122,51 +122,60 @@ class _Builder:
         self.flops_by_need, self.elements_by_need = _totals(graph, need)
 
     def build(self) -> Structure:
-        sites = self._sites()
+        branch_modules = self._branch_modules()
         branches = self._branches()
         outputs, unscalable = self._outputs(branches)
         blocks = self._block_masks(branches)
         coverage = self._coverage()
         self._check_blocks(branches)
         found = Structure(
-            branches, sites, self._scoped_parameters(), outputs, unscalable, blocks, self._parameter_needs(), coverage
+            branches,
+            branch_modules,
+            self._scoped_parameters(),
+            outputs,
+            unscalable,
+            blocks,
+            self._parameter_needs(),
+            coverage,
         )
         trace = self.graph.trace
         return dataclasses.replace(
             found,
-            repeated=self._repeated(blocks, sites),
+            repeated=self._repeated(blocks, branch_modules),
             adds_in_place=trace.adds_in_place,
             kernel_by_weight=trace.kernel_by_weight,
         )
 
-    def _sites(self) -> tuple[Site, ...]:
+    def _branch_modules(self) -> tuple[BranchModule, ...]:
         calls: dict[str, list[Call]] = {}
         for call in self.graph.calls:
             calls.setdefault(call.name, []).append(call)
         tops = {call.index for call in self.cover.tops}
-        sites = []
+        branch_modules = []
         for name, made in calls.items():
             if any(call.index in tops for call in made):
                 needs = tuple(self.cover.call_need[c.index] if c.index in tops else ALIVE for c in made)
-                sites.append(Site(name, needs, self._learned_mask(made)))
-        return tuple(sites) + self._idle_siblings(calls, sites)
+                branch_modules.append(BranchModule(name, needs, self._learned_mask(made)))
+        return tuple(branch_modules) + self._uncalled_siblings(calls, branch_modules)
 
     def _learned_mask(self, calls: Sequence[Call]) -> tuple[str, ...]:
         masks = self.graph.trace.learned_masks
         leaves = {leaf for call in calls for leaf in masks.get(call.index, ())}
         return tuple(name for leaf, name in self.graph.parameter_names.items() if leaf in leaves)
 
-    def _idle_siblings(self, calls: Mapping[str, object], sites: Sequence[Site]) -> tuple[Site, ...]:
+    def _uncalled_siblings(
+        self, calls: Mapping[str, object], branch_modules: Sequence[BranchModule]
+    ) -> tuple[BranchModule, ...]:
         """Modules that this forward did not call (experts without tokens), treated like their siblings."""
         by_parent: dict[str, set[tuple[int, ...]]] = {}
-        for site in sites:
-            by_parent.setdefault(_container(site.module), set()).add(site.needs)
-        idle = []
+        for module in branch_modules:
+            by_parent.setdefault(_container(module.name), set()).add(module.needs)
+        uncalled = []
         for name, module in self.modules.items():
             needs = by_parent.get(_container(name), set())
             if name not in calls and needs and _container(name) and _has_weights(module):
-                idle.append(Site(name, self._common(name, needs)))
-        return tuple(idle)
+                uncalled.append(BranchModule(name, self._common(name, needs)))
+        return tuple(uncalled)
 
     def _common(self, name: str, needs: set[tuple[int, ...]]) -> tuple[int, ...]:
         if len(needs) > 1:
@@ -288,9 +297,9 @@ class _Builder:
                 masks[branch.block] = masks.get(branch.block, 0) | 1 << i
         return masks
 
-    def _repeated(self, blocks: Iterable[str], sites: Iterable[Site]) -> dict[str, str]:
+    def _repeated(self, blocks: Iterable[str], branch_modules: Iterable[BranchModule]) -> dict[str, str]:
         """Blocks that ran more than once in the forward, or that contain a module shared by several branches."""
-        shared = {self.modules[site.module] for site in sites if site.per_call}
+        shared = {self.modules[module.name] for module in branch_modules if module.per_call}
         calls = Counter(call.name for call in self.graph.calls)
         reasons = {}
         for name in blocks:

@@ -23,7 +23,7 @@ from torch import nn
 
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.liveness import ALIVE, Group, flows, needs
-from dropbp.discovery.structure import ScopedParameter, Site, Stem
+from dropbp.discovery.structure import BranchModule, ScopedParameter, Stem
 from dropbp.discovery.trace import Call
 
 
@@ -80,17 +80,17 @@ def _is_outside_branches(uses: Sequence[_Use]) -> bool:
     return len({use.lowest_above for use in uses}) > 1 or any(use.lowest_above and not use.in_branch for use in uses)
 
 
-def with_unused(found: Stem, model: nn.Module, sites: Iterable[Site]) -> Stem:
-    """Add the parameters that the recorded forward did not use; those inside a site follow the site."""
+def with_unused(found: Stem, model: nn.Module, branch_modules: Iterable[BranchModule]) -> Stem:
+    """Add the parameters that the recorded forward did not use; those inside a branch's module follow it."""
     lowest_above, unused = dict(found.lowest_above), []
-    by_module = {site.module: site.needs for site in sites}
+    by_module = {module.name: module.needs for module in branch_modules}
     for name, parameter in model.named_parameters():
         if name in lowest_above or not parameter.is_floating_point():
             continue
-        site = next((by_module[path] for path in _upwards(name) if path in by_module), None)
-        if site is None:
+        needs_of_module = next((by_module[path] for path in _upwards(name) if path in by_module), None)
+        if needs_of_module is None:
             unused.append(ScopedParameter(name, name.rpartition(".")[0], 1))
-        lowest_above[name] = min(lowest(need).bit_length() - 1 for need in site or (1,))
+        lowest_above[name] = min(lowest(need).bit_length() - 1 for need in needs_of_module or (1,))
     names = tuple(entry.name for entry in unused)
     return dataclasses.replace(
         found,

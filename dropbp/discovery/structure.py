@@ -35,14 +35,14 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class BranchModule:
     """A module whose i-th call runs without recording if every branch in `needs[i]` is dropped.
 
     `learned_mask` names the parameters from which it makes an attention mask. PyTorch selects another kernel if such a
     mask requires a gradient. Without recording, the choice must be the same, or the last bits would differ.
     """
 
-    module: str
+    name: str
     needs: tuple[int, ...]
     learned_mask: tuple[str, ...] = ()
 
@@ -106,7 +106,7 @@ class Structure:
 
     Attributes:
         branches: the branches, from the input upwards.
-        sites: the modules that run without recording.
+        branch_modules: the modules of the branches, which run without recording.
         scoped_parameters: parameters of branches that lie in no skipped module.
         branch_outputs: the modules that produce the branches' outputs.
         unscalable: branches whose gradient cannot be scaled exactly at module outputs, each with the reason.
@@ -126,7 +126,7 @@ class Structure:
     """
 
     branches: tuple[Branch, ...]
-    sites: tuple[Site, ...]
+    branch_modules: tuple[BranchModule, ...]
     scoped_parameters: tuple[ScopedParameter, ...]
     branch_outputs: tuple[BranchOutput, ...]
     unscalable: Mapping[str, str]

@@ -97,7 +97,7 @@ def block_forward(original: Forward) -> Forward:
         if block is None or block.original is not original:
             return original(self, *args, **kwargs)
         if is_compiling():
-            if block.runtime.split:
+            if block.runtime.break_at_blocks:
                 torch._dynamo.graph_break()
             return original(self, *args, **kwargs)
         plan = block.running()

@@ -29,7 +29,7 @@ from dropbp.engine.recompute import Recomputation
 from dropbp.engine.root import RootState, root_forward
 from dropbp.engine.runtime import Runtime
 from dropbp.engine.side_outputs import CallKinds
-from dropbp.engine.strays import Strays
+from dropbp.engine.stray_gradients import StrayGradients
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Truncation
 from dropbp.engine.wrappers import install, install_boundaries, install_outputs
@@ -84,8 +84,8 @@ class Engine:
         self.others_train: Callable[[], bool] = bool  # whether the set of trained parameters changed
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
-        self.runtime.cut_strays = Strays(self.parameters).cut
-        self.runtime.watchers += [self._gathering.watch, self._replicas.watch]
+        self.runtime.cut_stray_gradients = StrayGradients(self.parameters).cut
+        self.runtime.after_forward += [self._gathering.watch, self._replicas.watch]
         if not self.fills_gradients:
             self.runtime.watch_backward = self._zeros.watch
         self._patches: list[ForwardPatch] = []
@@ -99,7 +99,7 @@ class Engine:
 
         Not allowed if an attention mask is made from the stream: without a gradient it would select another kernel.
         """
-        learned_masks = any(site.learned_mask for site in self.structure.sites)
+        learned_masks = any(module.learned_mask for module in self.structure.branch_modules)
         return self.freezes_stem and not self.device.is_lazy() and not learned_masks
 
     @property
@@ -211,7 +211,7 @@ class Engine:
     def reduce_kept(self, replica: DistributedDataParallel) -> None:
         """See `Handle.reduce_kept`."""
         reduction = KeptReduction(self.parameters.needs(), replica.process_group)
-        self.runtime.watchers.append(reduction.watch)
+        self.runtime.after_forward.append(reduction.watch)
         replica.register_comm_hook(None, lambda _, bucket: reduction(bucket))
 
     def _refresh_sharding(self, mask: Mask) -> None:
@@ -227,7 +227,7 @@ class Engine:
         return Conditions(
             self._activations_limit(),
             freezes_stem,
-            freezes_stem and self.truncation.ends(),
+            freezes_stem and self.truncation.is_allowed(),
             self._needs_all(args, kwargs),
             many_ranks(),
             self.parameters.with_gradient,

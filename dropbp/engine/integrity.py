@@ -33,8 +33,8 @@ def last_modules(structure: Structure) -> list[str]:
     """The modules whose forwards drop the branches; for a branch whose last module is unknown, all its modules."""
     found: dict[str, None] = {}
     for number, branch in enumerate(structure.branches):
-        exits = [entry.module for entry in structure.branch_outputs if entry.branch == number]
-        ends = [name for name in branch.modules if any(f"{end}.".startswith(f"{name}.") for end in exits)]
+        outputs = [entry.module for entry in structure.branch_outputs if entry.branch == number]
+        ends = [name for name in branch.modules if any(f"{end}.".startswith(f"{name}.") for end in outputs)]
         found |= dict.fromkeys(ends or branch.modules)
     return list(found)
 

@@ -12,7 +12,7 @@ from torch import nn
 from dropbp._torch import call_compiled, never_compile, pause_compiler, resume_compiler
 from dropbp.engine.patch import Forward, WrapperState, named_forward
 from dropbp.engine.runtime import Runtime, current_node
-from dropbp.masks.plan import WHOLE, ForwardPlan
+from dropbp.masks.plan import KEEP_ALL, ForwardPlan
 
 
 class RootState(WrapperState):
@@ -45,8 +45,8 @@ class RootState(WrapperState):
             outputs = forward()
             self.runtime.note_end_of_blocks()
             return outputs
-        self.runtime.split = compiled and training
-        plan = self._plan(args, kwargs) if training else WHOLE
+        self.runtime.break_at_blocks = compiled and training
+        plan = self._plan(args, kwargs) if training else KEEP_ALL
         if self.runtime.shortened is not None and not inside and current_node() is None:
             call = None if compiled else functools.partial(self.original, module)
             forward = self.runtime.shortened(call, args, kwargs, plan) or forward

@@ -30,7 +30,7 @@ from dropbp.engine.autograd_functions import ConnectToAnchor
 from dropbp.engine.patch import Forward
 from dropbp.engine.side_outputs import CallPlan
 from dropbp.errors import StateError
-from dropbp.masks.plan import WHOLE, ForwardPlan
+from dropbp.masks.plan import KEEP_ALL, ForwardPlan
 from dropbp.tensors import map_tensors, outputs_by_key, tensors_in
 
 logger = logging.getLogger(__name__)
@@ -92,11 +92,11 @@ class Runtime:
         self.tasks: weakref.WeakValueDictionary[int, _Task] = weakref.WeakValueDictionary()
         self._flags: dict[int, Flag] = {}
         self._flags_by_branch: collections.defaultdict[int, list[Flag]] = collections.defaultdict(list)
-        self.split = False
-        self.watchers: list[Callable[[Any, int], None]] = []
-        self.cut_strays: Callable[[Any, ForwardRecord], None] = lambda outputs, record: None
+        self.break_at_blocks = False
+        self.after_forward: list[Callable[[Any, int], None]] = []
+        self.cut_stray_gradients: Callable[[Any, ForwardRecord], None] = lambda outputs, record: None
         self.watch_backward: Callable[[Any, int], None] = lambda outputs, dropped: None
-        self._shown = (0, 0)
+        self._flags_set = (0, 0)
         self._anchor: torch.Tensor | None = None
         self._warned = self._evaluated = False
         self.unrecorded_block = False
@@ -106,7 +106,7 @@ class Runtime:
         """The flag for modules that are skipped if all these branches are dropped; it is kept up to date."""
         if need not in self._flags:
             self._flags[need] = Flag(need)
-            for branch in ones(max(need, 0)):  # a negative `need` is never dropped, so its flag never changes
+            for branch in set_bits(max(need, 0)):  # a negative `need` is never dropped, so its flag never changes
                 self._flags_by_branch[branch].append(self._flags[need])
         return self._flags[need]
 
@@ -120,14 +120,14 @@ class Runtime:
         plan = self.running.get()
         if plan is not None:
             return plan
-        return WHOLE if current_node() is None else self.plan_recomputed()
+        return KEEP_ALL if current_node() is None else self.plan_recomputed()
 
     def plan_recomputed(self) -> ForwardPlan:
         """The plan of the forward that created the autograd node that this thread is executing."""
         node = current_node()
         if node is None:
             self._warn_outside()
-            return WHOLE
+            return KEEP_ALL
         record = self.find(node._sequence_nr())
         if record is None:
             return self._plan_of_outer_backward()
@@ -159,7 +159,7 @@ class Runtime:
 
     def _plan_of_outer_backward(self) -> ForwardPlan:
         here = threading.get_ident()
-        return next((task.plan for task in reversed(list(self.tasks.values())) if task.thread == here), WHOLE)
+        return next((task.plan for task in reversed(list(self.tasks.values())) if task.thread == here), KEEP_ALL)
 
     def _warn_outside(self) -> None:
         if not self._warned and self.model.training and torch.is_grad_enabled():
@@ -241,11 +241,11 @@ class Runtime:
     def run_no_grad(self, forward: Callable[[], Any]) -> Any:
         """Run a forward inside another one without recording. It drops nothing, and call counts do not advance."""
         with torch.no_grad():
-            return self._run_with(forward, WHOLE)
+            return self._run_with(forward, KEEP_ALL)
 
     def run_whole(self, forward: Callable[[], Any]) -> Any:
         """Run a forward that drops nothing and draws no mask: evaluation, `no_grad`."""
-        return self.run(forward, WHOLE) if torch.is_grad_enabled() else self._run_with(forward, WHOLE)
+        return self.run(forward, KEEP_ALL) if torch.is_grad_enabled() else self._run_with(forward, KEEP_ALL)
 
     def _recorded(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         record = ForwardRecord(next_sequence(), plan)
@@ -255,9 +255,9 @@ class Runtime:
         finally:
             record.end = next_sequence()
         if dynamo_graph_count():
-            self._show_flags_in_backward(outputs, plan)
-        self.cut_strays(outputs, record)
-        for watch in self.watchers:
+            self._set_flags_in_backward(outputs, plan)
+        self.cut_stray_gradients(outputs, record)
+        for watch in self.after_forward:
             watch(outputs, plan.dropped)
         return outputs
 
@@ -283,31 +283,31 @@ class Runtime:
     def _run_with(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         before = self.running.get()
         running, calls = self.running.set(plan), self.calls.set({})
-        self.show_flags(plan)
+        self.set_flags(plan)
         try:
             return forward()
         finally:
             self.running.reset(running)
             self.calls.reset(calls)
             if before is not None:
-                self.show_flags(before)
+                self.set_flags(before)
 
-    def show_flags(self, plan: ForwardPlan) -> None:
+    def set_flags(self, plan: ForwardPlan) -> None:
         """Set the flags that compiled code reads."""
-        show = plan.dropped, plan.detached
-        if show == self._shown or "torch._dynamo" not in sys.modules:
+        flags = plan.dropped, plan.detached
+        if flags == self._flags_set or "torch._dynamo" not in sys.modules:
             return
-        changed, self._shown = (show[0] ^ self._shown[0]) | (show[1] ^ self._shown[1]), show
-        for branch in ones(changed):
+        changed, self._flags_set = (flags[0] ^ self._flags_set[0]) | (flags[1] ^ self._flags_set[1]), flags
+        for branch in set_bits(changed):
             for flag in self._flags_by_branch[branch]:
                 flag.dropped = not flag.need & plan.kept
                 flag.detached = not (flag.dropped or flag.need & plan.trained)
 
-    def _show_flags_in_backward(self, outputs: Any, plan: ForwardPlan) -> None:
+    def _set_flags_in_backward(self, outputs: Any, plan: ForwardPlan) -> None:
         """Set this forward's flags in the backward, where checkpointing recomputes compiled code."""
         for tensor in tensors_in(outputs):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda gradients: self.show_flags(plan))
+                tensor.grad_fn.register_prehook(lambda gradients: self.set_flags(plan))
 
     def _connected(self, outputs: Any, plan: ForwardPlan) -> Any:
         """Make outputs that `backward` accepts even if every trainable parameter was skipped."""
@@ -330,7 +330,7 @@ class Runtime:
             plan.observation.note_output(end, module, users)
         return end
 
-    def reconnected(self, output: Any) -> Any:
+    def with_graph(self, output: Any) -> Any:
         """The output of a dropped module. A reentrant checkpoint requires its recomputed output to have a graph."""
         if self.running.get() is not None or not torch.is_grad_enabled() or not hasattr(current_node(), "run_function"):
             return output
@@ -351,7 +351,7 @@ def _latest(records: Reversible[ForwardRecord], sequence: int) -> ForwardRecord 
     return next((record for record in reversed(records) if record.made(sequence)), None)
 
 
-def ones(bits: int) -> Iterator[int]:
+def set_bits(bits: int) -> Iterator[int]:
     """The indices of the set bits, lowest first."""
     while bits:
         lowest = bits & -bits

@@ -190,10 +190,10 @@ def _is_transformers_model(model: Any) -> bool:
     return type(inner).__module__.startswith("transformers.")
 
 
-def _detachable(exits: Sequence[BranchOutput]) -> int:
+def _detachable(outputs: Sequence[BranchOutput]) -> int:
     """The branches, as bits, whose last outputs are all known."""
     every, missing = 0, 0
-    for entry in exits:
+    for entry in outputs:
         every |= 1 << entry.branch
         missing |= 0 if entry.places else 1 << entry.branch
     return every & ~missing

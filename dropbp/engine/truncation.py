@@ -14,7 +14,7 @@ from torch import nn
 
 from dropbp.device import dynamo_graph_count
 from dropbp.engine.runtime import Runtime
-from dropbp.engine.strays import nodes_below
+from dropbp.engine.stray_gradients import nodes_below
 from dropbp.tensors import tensors_in
 
 if TYPE_CHECKING:
@@ -34,25 +34,25 @@ class Truncation:
 
     def __init__(self, model: nn.Module, runtime: Runtime, bypass: CheckpointBypass, possible: bool) -> None:
         self._model, self._runtime, self._bypass = model, runtime, bypass
-        self._possible, self._looked = possible, False
+        self._possible, self._inspected = possible, False
         self._graphs = dynamo_graph_count()
         if possible:
-            runtime.watchers.append(self._look)
+            runtime.after_forward.append(self._inspect)
 
-    def ends(self) -> bool:
+    def is_allowed(self) -> bool:
         """Whether to truncate the backward of the next training forward at its lowest kept branch.
 
         Not if anything was compiled since `enable`, since that may be a part of the model.
         """
-        if not (self._possible and self._looked) or self._runtime.unrecorded_block:
+        if not (self._possible and self._inspected) or self._runtime.unrecorded_block:
             return False
         return dynamo_graph_count() == self._graphs and not self._bypass.reenters()
 
-    def _look(self, outputs: Any, dropped: int) -> None:
+    def _inspect(self, outputs: Any, dropped: int) -> None:
         """Inspect the first recorded training forward."""
-        if self._looked or not self._model.training:
+        if self._inspected or not self._model.training:
             return
-        self._looked = True
+        self._inspected = True
         roots = [tensor.grad_fn for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
         partitioned = any(hasattr(parameter, "ds_id") for parameter in self._model.parameters())  # DeepSpeed ZeRO-3
         self._possible = bool(roots) and not partitioned and not _reentrant_checkpoint_in(roots)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from dropbp._torch import detached, never_compile, uncompiled
 from dropbp.discovery.liveness import ALIVE
-from dropbp.discovery.structure import BranchOutput, ScopedParameter, Site, Stem, Structure
+from dropbp.discovery.structure import BranchModule, BranchOutput, ScopedParameter, Stem, Structure
 from dropbp.engine.autograd_functions import ScaleGradient, StepBoundary
 from dropbp.engine.frozen import FrozenScopeState, owner_of, run_frozen
 from dropbp.engine.kernels import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
@@ -33,20 +33,18 @@ is_grad_enabled, set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_en
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
-class SiteState(WrapperState):
+class BranchModuleState(WrapperState):
     """A module that runs without recording if all branches in its need are dropped."""
 
-    __slots__ = ("ends", "flag", "module", "need", "needs", "per_call", "running", "runtime", "site", "users")
+    __slots__ = ("flag", "name", "need", "needs", "output_places", "per_call", "running", "runtime", "users")
 
-    def __init__(self, site: Site, module: nn.Module, runtime: Runtime, exits: Sequence[BranchOutput] = ()) -> None:
-        self.site, self.module, self.runtime = site, module, runtime
-        self.needs = site.needs
-        self.per_call = site.per_call
-        self.need = functools.reduce(lambda a, b: a | b, site.needs)
+    def __init__(self, module: BranchModule, runtime: Runtime, outputs: Sequence[BranchOutput]) -> None:
+        self.name, self.needs, self.per_call, self.runtime = module.name, module.needs, module.per_call, runtime
+        self.need = functools.reduce(lambda a, b: a | b, module.needs)
         self.running = runtime.running.get
         self.flag = runtime.flag(self.need)
-        self.ends = {(1 << entry.branch): entry.places for entry in exits}
-        self.users = max((entry.users for entry in exits), default=1)
+        self.output_places = {(1 << entry.branch): entry.places for entry in outputs}
+        self.users = max((entry.users for entry in outputs), default=1)
 
     def is_dropped(self) -> bool:
         plan, need = self.this_call()
@@ -63,41 +61,41 @@ class SiteState(WrapperState):
         output = forward()
         if isinstance(plan, CallPlan) and plan.observation is not None:
             plan.observation.note(need, start, next_sequence())
-        return self.cut(output, need, lambda tensor: self.runtime.detached(tensor, plan, self.site.module, self.users))
+        return self.map_branch_outputs(output, need, lambda x: self.runtime.detached(x, plan, self.name, self.users))
 
-    def cut(self, output: Any, need: int, function: TensorMap) -> Any:
+    def map_branch_outputs(self, output: Any, need: int, function: TensorMap) -> Any:
         """The output, with `function` applied to those of its tensors that are the output of a branch."""
-        places = self.ends.get(need)
+        places = self.output_places.get(need)
         if not places:
             return output
         place = itertools.count()
         return map_tensors(output, lambda tensor: function(tensor) if next(place) in places else tensor)
 
     def _need_of_this_call(self) -> int:
-        call = self.runtime.count_call(self.site.module)
+        call = self.runtime.count_call(self.name)
         return self.needs[call] if call < len(self.needs) else ALIVE
 
 
-def site_forward(original: Forward) -> Forward:
+def branch_forward(original: Forward) -> Forward:
     """Wrap a branch's module: it runs without recording if the branch is dropped. Hot path: every look-up counts."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        site: SiteState | None = self._dropbp_site
-        if site is None or site.original is not original:
+        state: BranchModuleState | None = self._dropbp_branch
+        if state is None or state.original is not original:
             return original(self, *args, **kwargs)
         if is_compiling():
-            if site.flag.detached:
-                return site.cut(original(self, *args, **kwargs), site.need, torch.Tensor.detach)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not site.flag.dropped):
+            if state.flag.detached:
+                return state.map_branch_outputs(original(self, *args, **kwargs), state.need, torch.Tensor.detach)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not state.flag.dropped):
                 return original(self, *args, **kwargs)
-        plan = site.running()
+        plan = state.running()
         if plan is not None:
-            if site.need & plan.trained:  # most calls have no keywords, and a call without them is faster
+            if state.need & plan.trained:  # most calls have no keywords, and a call without them is faster
                 return original(self, *args, **kwargs) if kwargs else original(self, *args)
-            if not site.need & plan.detached:
+            if not state.need & plan.detached:
                 return _unrecorded(original, self, args, kwargs)
-        return _run_as_planned(site, original, self, args, kwargs)
+        return _run_as_planned(state, original, self, args, kwargs)
 
     return named_forward(forward)
 
@@ -129,7 +127,7 @@ def stem_forward(original: Forward) -> Forward:
         plan = None if state is None or state.original is not original else uncompiled(state.plan)
         if state is None or plan is None:
             return original(self, *args, **kwargs)
-        output = map_tensors(_unrecorded(original, self, args, kwargs), _no_parameter)
+        output = map_tensors(_unrecorded(original, self, args, kwargs), _detach_parameter)
         if plan.truncated or not _would_require_grad(self, args, kwargs):
             return output
         return map_tensors(output, functools.partial(state.runtime.connect, alone=True))
@@ -143,28 +141,28 @@ def _would_require_grad(module: nn.Module, args: Any, kwargs: Any) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters()) or any_requires_grad(args, kwargs)
 
 
-def shared_site_forward(original: Forward) -> Forward:
+def shared_branch_forward(original: Forward) -> Forward:
     """Wrap a module shared by several branches. Not compiled, as compiled code cannot tell which call this is."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        site: SiteState | None = self._dropbp_site
-        if site is not None and site.original is original:
-            return _run_as_planned(site, original, self, args, kwargs)
+        state: BranchModuleState | None = self._dropbp_branch
+        if state is not None and state.original is original:
+            return _run_as_planned(state, original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     never_compile(forward)
     return named_forward(forward)
 
 
-def _run_as_planned(site: SiteState, original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _run_as_planned(state: BranchModuleState, original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run under the plan of the running forward, or of the one that is recomputed."""
-    plan, need = uncompiled(site.this_call)
+    plan, need = uncompiled(state.this_call)
     if not need & plan.kept:
-        return site.runtime.reconnected(_unrecorded(original, module, args, kwargs))
+        return state.runtime.with_graph(_unrecorded(original, module, args, kwargs))
     if need & plan.trained:
         return original(module, *args, **kwargs)
-    return site.run_detached(plan, need, functools.partial(original, module, *args, **kwargs))
+    return state.run_detached(plan, need, functools.partial(original, module, *args, **kwargs))
 
 
 never_compile(_run_as_planned)
@@ -183,18 +181,18 @@ def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) ->
     finally:
         set_grad_enabled(recording)
     if isinstance(output, Tensor):
-        return _made_without_recording(output)
+        return _detach_view(output)
     if type(output) is tuple:  # usually of one tensor, and this is faster
-        return tuple(_made_without_recording(item) if isinstance(item, Tensor) else item for item in output)
-    return map_tensors(output, _made_without_recording)
+        return tuple(_detach_view(item) if isinstance(item, Tensor) else item for item in output)
+    return map_tensors(output, _detach_view)
 
 
-def _made_without_recording(tensor: Tensor) -> Tensor:
+def _detach_view(tensor: Tensor) -> Tensor:
     """Detach a view, because autograd forbids `tensor += x` on a view made without recording."""
     return detached(tensor) if tensor._is_view() and not tensor.requires_grad else tensor
 
 
-def _no_parameter(tensor: Tensor) -> Tensor:
+def _detach_parameter(tensor: Tensor) -> Tensor:
     """Detach a parameter, or a view of one: returned by a frozen module, it would make later operations recorded."""
     return detached(tensor) if tensor.requires_grad and tensor.grad_fn is None else tensor
 
@@ -230,10 +228,10 @@ def frozen_scope_forward(original: Forward) -> Forward:
 class OutputState(WrapperState):
     """The last module of one or more branches, where the gradient of a kept branch is scaled."""
 
-    def __init__(self, exits: Sequence[BranchOutput], runtime: Runtime) -> None:
+    def __init__(self, outputs: Sequence[BranchOutput], runtime: Runtime) -> None:
         self.runtime = runtime
-        self.name = exits[0].module
-        self.branch_of_call = {call: entry.branch for entry in exits for call in entry.calls}
+        self.name = outputs[0].module
+        self.branch_of_call = {call: entry.branch for entry in outputs for call in entry.calls}
         branches = set(self.branch_of_call.values())
         self.only = branches.pop() if len(branches) == 1 else None
 
@@ -245,7 +243,7 @@ class OutputState(WrapperState):
         return 1.0 if branch is None else factors[branch]
 
     def _branch_of_this_call(self) -> int | None:
-        return self.branch_of_call.get(self.runtime.count_call(f"{self.name} (exit)"))
+        return self.branch_of_call.get(self.runtime.count_call(f"{self.name} (output)"))
 
 
 def output_forward(original: Forward) -> Forward:
@@ -278,7 +276,7 @@ class BoundaryState(WrapperState):
         self.boundary = boundary
 
 
-class EndState(BoundaryState):
+class AfterBoundaryState(BoundaryState):
     """A module after which a lazy device is told that a step ends."""
 
 
@@ -295,12 +293,12 @@ def boundary_forward(original: Forward) -> Forward:
     return named_forward(forward)
 
 
-def end_forward(original: Forward) -> Forward:
+def boundary_after_forward(original: Forward) -> Forward:
     """Wrap the last block: the first floating-point tensor of its output passes a step boundary."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state: EndState | None = self._dropbp_end
+        state: AfterBoundaryState | None = self._dropbp_boundary_after
         output = original(self, *args, **kwargs)
         if state is None or state.original is not original or torch.compiler.is_compiling():
             return output
@@ -327,29 +325,30 @@ def _with_boundary(
 def install(model: nn.Module, structure: Structure, runtime: Runtime, stem: Stem) -> list[ForwardPatch]:
     """Wrap the modules of branches and of the stem; innermost first, so that removal is exact."""
     return [
-        *_install_sites(model, structure, runtime),
+        *_install_branch_modules(model, structure, runtime),
         *_install_stem(model, stem.modules, runtime),
         *_install_scopes(model, structure, stem.parameters, runtime),
     ]
 
 
-def _install_sites(model: nn.Module, structure: Structure, runtime: Runtime) -> list[ForwardPatch]:
+def _install_branch_modules(model: nn.Module, structure: Structure, runtime: Runtime) -> list[ForwardPatch]:
     made = []
-    for site in structure.sites:
-        module = model.get_submodule(site.module)
-        state = SiteState(site, module, runtime, [end for end in structure.branch_outputs if end.module == site.module])
-        if site.learned_mask:
+    for entry in structure.branch_modules:
+        module = model.get_submodule(entry.name)
+        outputs = [output for output in structure.branch_outputs if output.module == entry.name]
+        state = BranchModuleState(entry, runtime, outputs)
+        if entry.learned_mask:
             mask = MaskState(
-                [owner_of(model, name) for name in site.learned_mask], lambda: bool(runtime.plan_now().dropped)
+                [owner_of(model, name) for name in entry.learned_mask], lambda: bool(runtime.plan_now().dropped)
             )
             made.append(ForwardPatch(module, "_dropbp_mask", mask, mask_forward))
         made += [
             ForwardPatch(inner, "_dropbp_kernel", KernelState(state.is_dropped), kernel_forward)
             for inner in module.modules()
-            if isinstance(inner, KERNEL_BY_MODE) and not site.per_call and "_dropbp_kernel" not in inner.__dict__
+            if isinstance(inner, KERNEL_BY_MODE) and not entry.per_call and "_dropbp_kernel" not in inner.__dict__
         ]
-        wrap = shared_site_forward if site.per_call else site_forward
-        made.append(ForwardPatch(module, "_dropbp_site", state, wrap))
+        wrap = shared_branch_forward if entry.per_call else branch_forward
+        made.append(ForwardPatch(module, "_dropbp_branch", state, wrap))
     return made
 
 
@@ -381,8 +380,8 @@ def install_outputs(model: nn.Module, structure: Structure, runtime: Runtime) ->
     for entry in structure.branch_outputs:
         by_module.setdefault(entry.module, []).append(entry)
     return [
-        ForwardPatch(model.get_submodule(name), "_dropbp_output", OutputState(exits, runtime), output_forward)
-        for name, exits in by_module.items()
+        ForwardPatch(model.get_submodule(name), "_dropbp_output", OutputState(outputs, runtime), output_forward)
+        for name, outputs in by_module.items()
     ]
 
 
@@ -391,8 +390,9 @@ def install_boundaries(
 ) -> list[ForwardPatch]:
     """Install the wrappers that tell a lazy device where steps end: before these modules, or after them."""
     if after:
-        ends = ((model.get_submodule(name), EndState(boundary)) for name in names)
-        return [ForwardPatch(module, "_dropbp_end", state, end_forward) for module, state in ends]
+        modules = map(model.get_submodule, names)
+        state, wrap = AfterBoundaryState, boundary_after_forward
+        return [ForwardPatch(module, "_dropbp_boundary_after", state(boundary), wrap) for module in modules]
     return [
         ForwardPatch(model.get_submodule(name), "_dropbp_boundary", BoundaryState(boundary), boundary_forward)
         for name in names

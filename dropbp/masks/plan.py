@@ -35,7 +35,7 @@ class ForwardPlan:
         object.__setattr__(self, "trained", ~(self.dropped | self.detached))
 
 
-WHOLE = ForwardPlan()
+KEEP_ALL = ForwardPlan()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

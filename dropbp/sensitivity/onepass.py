@@ -218,8 +218,8 @@ class _Inputs:
     """The inputs that branches' modules take from outside, and how they move."""
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
-        self.modules = {site.module: model.get_submodule(site.module) for site in structure.sites}
-        self.needs = {site.module: site.needs for site in structure.sites}
+        self.modules = {module.name: model.get_submodule(module.name) for module in structure.branch_modules}
+        self.needs = {module.name: module.needs for module in structure.branch_modules}
         self.calls: dict[str, int] = {}
         self.made: dict[Source, int] = {}
         self.seen: dict[Source, tuple[Place, Tensor, int]] = {}

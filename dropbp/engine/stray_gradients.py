@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from dropbp.engine.runtime import ForwardRecord
 
 
-class Strays:
+class StrayGradients:
     """Cuts the gradients of parameters that a step skips, in the graph of its forward."""
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
-        self._looked, self._found = 0, False  # branches, as bits, that an inspected forward has dropped
+        self._inspected, self._found = 0, False  # branches, as bits, that an inspected forward has dropped
 
     def cut(self, outputs: Any, record: ForwardRecord) -> None:
         """Inspect a recorded forward and cut the gradients of skipped parameters."""
         plan = record.plan
         untrained = ~plan.trained
-        if not untrained or not (self._found or untrained & ~self._looked) or transforming():
+        if not untrained or not (self._found or untrained & ~self._inspected) or transforming():
             return
-        self._looked |= untrained
+        self._inspected |= untrained
         skipped, frozen_stem = self._parameters.skipped(plan)
         for node in nodes_below(tensor.grad_fn for tensor in tensors_in(outputs)):
             among = skipped if sequence_of(node) < record.blocks_end else frozen_stem
