@@ -27,7 +27,7 @@ from dropbp.discovery.discover import Findings
 from dropbp.discovery.structure import Branch
 from dropbp.engine.engine import Engine
 from dropbp.engine.labelled import LabelledLogits
-from dropbp.engine.trained import figures, remarks, settled
+from dropbp.engine.trained import remarks, resolve_auto, training_report
 from dropbp.errors import ConfigError, StateError
 from dropbp.flops import Shape
 from dropbp.lazy.grouping import ParameterGroup
@@ -58,12 +58,12 @@ class Handle:
         self.engine = engine = Engine(model, findings.structure, findings.call_signature, config, device)
         weights = findings.weights
         self._weights = weights.counted_from_the_top() if engine.prefixes and engine.may_truncate else weights
-        self.config = settled(config, engine.trained, lambda config: self._scheduled(config).rates)
-        self.schedule = self._scheduled(self.config, trains=engine.parameters.train)
+        self.config = resolve_auto(config, engine.trained, lambda config: self._scheduled(config).rates)
+        self.schedule = self._scheduled(self.config, trains=engine.parameters.trains_any)
         self.is_abandoned: Callable[[], bool] | None = None
         self._labelled = LabelledLogits(model) if config.logits == "labelled" else None  # the engine wraps around it
-        engine.abandoned = self.abandoned
-        engine.others_train = self._weights.renew
+        engine.is_abandoned = self.abandoned
+        engine.trained_set_changed = self._weights.renew
         engine.start(self.schedule, owner=self)
         self.cache: ActivationCache | None = None
         where = self.config.activation_cache
@@ -153,7 +153,7 @@ class Handle:
         Raises:
             ConfigError: every step would drop all parameters of the optimizer.
         """
-        self.engine.parameters.hold(p for group in optimizer.param_groups for p in group["params"])
+        self.engine.parameters.restrict_to(p for group in optimizer.param_groups for p in group["params"])
         self.schedule.forget_what_trains()
         if self.cache is not None:
             self.cache.note_optimizer(optimizer)
@@ -181,7 +181,7 @@ class Handle:
         closures = [closure] if callable(closure) else listed("closure", closure)
         if not all(callable(each) for each in closures):
             raise ConfigError(f"closure is {short(closure)}; pass a function that runs a forward, or a list of them.")
-        with self.engine.bypass.without_reentry():
+        with self.engine.bypass.non_reentrant():
             estimate, seconds = measure(self.model, self.engine.structure, closures, self._measured, method)
         schedule, done = self.schedule, self.schedule.statistics
         rates = schedule.allocated(estimate.sensitivities)
@@ -309,7 +309,7 @@ class Handle:
             "not_recomputed": dict(self.engine.recomputation.reasons),
             "device": self.device.name,
             "shape": dataclasses.asdict(schedule.shape),
-            **figures(self.engine.trained, self.config, self.rates),
+            **training_report(self.engine.trained, self.config, self.rates),
             **({} if self.cache is None else {"activation_cache": self.cache.report()}),
             "branches": [
                 {**done.of_branch(i, branch), "weight": weight}
@@ -350,7 +350,7 @@ class Handle:
 
     def fresh_schedule(self, shape: Shape | None = None) -> Schedule:
         """A schedule as at the start of the run, for forecasts. Drawing from it does not change this handle."""
-        schedule = self._scheduled(self.config, trains=self.engine.parameters.train)
+        schedule = self._scheduled(self.config, trains=self.engine.parameters.trains_any)
         schedule.set_rates(None if self.schedule.profile else self.rates)
         if shape is not None:
             schedule.see(shape)

@@ -16,7 +16,7 @@ from dropbp.discovery.discover import checked_module, find, unwrapped
 from dropbp.engine.distributed import refuse_wrapper
 from dropbp.engine.regional import compile_each
 from dropbp.engine.root import RootState
-from dropbp.engine.trained import tell
+from dropbp.engine.trained import warn_of_untrained
 from dropbp.errors import ConfigError, StateError
 from dropbp.handle import Handle
 from dropbp.masks.budget import out_of_reach
@@ -77,7 +77,7 @@ def enable(
     if adapter.is_lazy():
         _check_lazy(config, adapter.name)
     handle = Handle(model, config, adapter, find(model, example_inputs, branches))
-    tell(handle.engine.trained, handle.config, handle.rates)
+    warn_of_untrained(handle.engine.trained, handle.config, handle.rates)
     unmet = out_of_reach(handle.schedule)
     if unmet is not None:
         logger.warning("%s: %s", type(model).__name__, unmet)

@@ -83,7 +83,7 @@ class ActivationCache:
             self.refuse(f"{type(self.model).__name__} has no blocks that could be skipped")
         for place, block in enumerate(self.prefix.blocks):
             self._patches.append(ForwardPatch(block, "_dropbp_cache", BlockState(place, self._running), block_forward))
-        self.engine.recomputation.look()  # so that these wrappers do not count as changes of the blocks
+        self.engine.recomputation.inspect()  # so that these wrappers do not count as changes of the blocks
         self.runtime.shortened = self.shortened
 
     def stop(self) -> None:

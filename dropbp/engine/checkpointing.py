@@ -40,7 +40,7 @@ class BlockState(WrapperState):
         self.running = runtime.running.get
         self.only_adds: bool | None = None
 
-    def recomputes_in_vain(self) -> bool:
+    def is_recomputed_needlessly(self) -> bool:
         """Whether a reentrant checkpoint of this block alone is recomputing it while all its branches are dropped."""
         if self.only_adds is False or not torch.is_grad_enabled():
             return False
@@ -102,7 +102,7 @@ def block_forward(original: Forward) -> Forward:
             return original(self, *args, **kwargs)
         plan = block.running()
         if plan is None:
-            if block.recomputes_in_vain():
+            if block.is_recomputed_needlessly():
                 return block.recompute(functools.partial(original, self, *args, **kwargs), args)
             return original(self, *args, **kwargs)
         if is_grad_enabled():
@@ -159,9 +159,11 @@ class CheckpointBypass:
         """Whether the model checkpoints its blocks itself."""
         return any(host.get("gradient_checkpointing") for host in self.hosts)
 
-    def reenters(self) -> bool:
+    def may_be_reentrant(self) -> bool:
         """Whether it does so with a checkpoint function that may be reentrant (`use_reentrant` is not False)."""
-        return any(host.get("gradient_checkpointing") and _may_reenter(host.get(_FUNCTION)) for host in self.hosts)
+        return any(
+            host.get("gradient_checkpointing") and _is_maybe_reentrant(host.get(_FUNCTION)) for host in self.hosts
+        )
 
     def remove(self) -> None:
         """Restore the checkpoint functions."""
@@ -171,7 +173,7 @@ class CheckpointBypass:
                 host[_FUNCTION] = function.inner
 
     @contextlib.contextmanager
-    def without_reentry(self) -> Iterator[None]:
+    def non_reentrant(self) -> Iterator[None]:
         """Make reentrant checkpoint functions non-reentrant inside the context, since reentrant ones hide the graph."""
         present = [(host, host[_FUNCTION]) for host in self.hosts if host.get(_FUNCTION) is not None]
         try:
@@ -212,7 +214,7 @@ class _Bypassing:
         return functools.partial(self.inner).__reduce__()
 
 
-def _may_reenter(function: Function | None) -> bool:
+def _is_maybe_reentrant(function: Function | None) -> bool:
     inner = function.inner if isinstance(function, _Bypassing) else function
     return not isinstance(inner, functools.partial) or inner.keywords.get("use_reentrant") is not False
 

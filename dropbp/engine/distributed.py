@@ -5,11 +5,12 @@ are missing on all ranks. For each engine this means:
 
 - `DistributedDataParallel` waits for a gradient of every parameter, unless it was constructed with
   `find_unused_parameters`. Without that flag the step is refused here, instead of failing one step later.
-  `KeptReduction` makes it send only the kept parameters.
+  `KeptGradientsHook` makes it send only the kept parameters.
 - `fully_shard` gathers a block's parameters before the block's backward. A block whose branches are all dropped needs
-  none; `Gathering` switches this off through `FSDPModule.set_unshard_in_backward`. FSDP2 itself does not send gradients
-  that are None.
-- DeepSpeed ZeRO-3 keeps gradients in a buffer of its own, where old ones must be cleared (`clear_partitioned`).
+  none; `UnshardControl` switches this off through `FSDPModule.set_unshard_in_backward`. FSDP2 itself does not send
+  gradients that are None.
+- DeepSpeed ZeRO-3 keeps gradients in a buffer of its own, where old ones must be cleared
+  (`zero_partitioned_gradients`).
 
 This module imports neither `torch.distributed.fsdp` nor DeepSpeed: it recognises their modules and parameters by their
 attributes.
@@ -58,7 +59,7 @@ def refuse_wrapper(model: nn.Module) -> None:
         )
 
 
-class ReplicaGuard:
+class DDPGuard:
     """Refuses training forwards for which the surrounding `DistributedDataParallel` could not run the backward.
 
     A replica searches for unused parameters after each forward, and a backward uses the result of the last search. So
@@ -67,19 +68,19 @@ class ReplicaGuard:
 
     def __init__(self) -> None:
         self.first: Sequence[bool] | None = None
-        self._waiting = weakref.WeakSet[_Waiting]()
+        self._pending = weakref.WeakSet[_PendingForward]()
 
     @property
-    def waits(self) -> bool:
+    def has_pending(self) -> bool:
         """Whether a forward in a replica still waits for its backward."""
-        return _replica() is not None and len(self._waiting) > 0
+        return _replica() is not None and len(self._pending) > 0
 
     def watch(self, outputs: Any, dropped: int) -> None:
         """Track a recorded forward until its backward begins."""
         if _replica() is None:
             return
-        waiting = _Waiting(dropped, self._waiting.clear)
-        self._waiting.add(waiting)
+        waiting = _PendingForward(dropped, self._pending.clear)
+        self._pending.add(waiting)
         for tensor in tensors_in(outputs):
             if tensor.grad_fn is not None:
                 tensor.register_hook(waiting.begin)
@@ -101,7 +102,7 @@ class ReplicaGuard:
                 "gradients of dropped branches, which never come. Make it with find_unused_parameters=True "
                 "(accelerate: DistributedDataParallelKwargs; transformers: ddp_find_unused_parameters=True)."
             )
-        elif any(drop and not waiting.dropped >> i & 1 for waiting in self._waiting for i, drop in enumerate(mask)):
+        elif any(drop and not waiting.dropped >> i & 1 for waiting in self._pending for i, drop in enumerate(mask)):
             raise StateError(
                 "This forward drops branches that an earlier forward, whose backward is still to come, has kept. "
                 "DistributedDataParallel treats parameters that the last forward did not use as unused. Use the same "
@@ -120,7 +121,7 @@ class ReplicaGuard:
 
 
 @dataclasses.dataclass(eq=False)
-class _Waiting:
+class _PendingForward:
     """A forward whose backward has not begun. Its output graph holds this object, so both are freed together."""
 
     dropped: int
@@ -135,7 +136,7 @@ def _replica() -> Any:
     return DistributedDataParallel._get_active_ddp_module()
 
 
-class KeptReduction:
+class KeptGradientsHook:
     """Communication hook of `DistributedDataParallel` that does not send the gradients of dropped branches.
 
     The kept gradients of a bucket are packed, averaged over the ranks, and unpacked. The masks since the last reduction
@@ -170,11 +171,11 @@ class KeptReduction:
         sent = buffer if whole else torch.cat([gradient.reshape(-1) for gradient in kept])
         sent.div_(self.group.size())
         work: Any = torch.distributed.all_reduce(sent, group=self.group, async_op=True)
-        back = functools.partial(_put_back, sent, () if whole else kept, buffer)
+        back = functools.partial(_unpack, sent, () if whole else kept, buffer)
         return work.get_future().then(back)  # type: ignore[no-any-return]
 
 
-def _put_back(sent: torch.Tensor, kept: Sequence[torch.Tensor], buffer: torch.Tensor, _: Any) -> torch.Tensor:
+def _unpack(sent: torch.Tensor, kept: Sequence[torch.Tensor], buffer: torch.Tensor, _: Any) -> torch.Tensor:
     for gradient, part in zip(kept, sent.split([g.numel() for g in kept]) if kept else (), strict=True):
         gradient.copy_(part.view_as(gradient))
     return buffer
@@ -192,7 +193,7 @@ class _ShardGroup:
             module.set_unshard_in_backward(gathered)
 
 
-class Gathering:
+class UnshardControl:
     """Keeps FSDP2 from gathering parameters for the backward of blocks whose branches are all dropped.
 
     FSDP2 has one switch per module, not per forward. So the switch is set when the backward of a forward begins, for
@@ -268,7 +269,7 @@ class Gathering:
             module.set_unshard_in_backward(False)
 
 
-def clear_partitioned(parameters: Iterable[Any]) -> None:
+def zero_partitioned_gradients(parameters: Iterable[Any]) -> None:
     """Zero the gradients that DeepSpeed ZeRO-3 holds, at the beginning of an optimizer step.
 
     ZeRO overwrites its buffer but never clears it, so a step without a gradient would use an earlier one. ZeRO cannot
@@ -323,13 +324,13 @@ def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
-def many_ranks() -> bool:
+def is_multi_rank() -> bool:
     """Whether several processes train together."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def of_rank_0(value: T) -> T:
+def broadcast_from_rank_0(value: T) -> T:
     """The value of rank 0; every rank must call this at the same time."""
     held = [value]
     torch.distributed.broadcast_object_list(held, src=0)

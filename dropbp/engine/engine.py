@@ -21,7 +21,14 @@ from dropbp.config import Config
 from dropbp.device import Device, refuse_capture
 from dropbp.discovery.structure import Stem, Structure
 from dropbp.engine.checkpointing import CheckpointBypass, install_blocks
-from dropbp.engine.distributed import Gathering, KeptReduction, ReplicaGuard, clear_partitioned, many_ranks, of_rank_0
+from dropbp.engine.distributed import (
+    DDPGuard,
+    KeptGradientsHook,
+    UnshardControl,
+    broadcast_from_rank_0,
+    is_multi_rank,
+    zero_partitioned_gradients,
+)
 from dropbp.engine.integrity import PatchCheck, last_modules
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import ForwardPatch
@@ -80,18 +87,18 @@ class Engine:
         self.calls = CallKinds(model, structure, call_signature)
         self.bypass = CheckpointBypass(model, structure, self.runtime)
         self.truncation = Truncation(model, self.runtime, self.bypass, self.may_truncate)
-        self.abandoned: Callable[[], bool] = bool
-        self.others_train: Callable[[], bool] = bool  # whether the set of trained parameters changed
+        self.is_abandoned: Callable[[], bool] = bool
+        self.trained_set_changed: Callable[[], bool] = bool  # whether the set of trained parameters changed
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
-        self._replicas, self._gathering = ReplicaGuard(), Gathering(model, self.parameters.need_of)
+        self._ddp_guard, self._unshard_control = DDPGuard(), UnshardControl(model, self.parameters.need_of)
         self.runtime.cut_stray_gradients = StrayGradients(self.parameters).cut
-        self.runtime.after_forward += [self._gathering.watch, self._replicas.watch]
+        self.runtime.after_forward += [self._unshard_control.watch, self._ddp_guard.watch]
         if not self.fills_gradients:
             self.runtime.watch_backward = self._zeros.watch
         self._patches: list[ForwardPatch] = []
         self._lock = threading.Lock()
         self._measuring: Mask | None = None
-        self._looked_for_graphs = self._inputs_told = self._recomputes_all = False
+        self._checked_for_graphs = self._warned_of_inputs = self._recomputes_all = False
 
     @property
     def may_truncate(self) -> bool:
@@ -115,7 +122,7 @@ class Engine:
     def start(self, schedule: Schedule, owner: object) -> None:
         """Install the forward wrappers; `owner` is the handle of the enabled model."""
         self.schedule = schedule
-        self._patches = _put_in_place(
+        self._patches = _install_all(
             self.model,
             self.structure,
             self.runtime,
@@ -126,9 +133,9 @@ class Engine:
             boundary=self.boundary,
             step_boundary=self.device.step_boundary,
         )
-        self._watch = PatchCheck(self.model, last_modules(self.structure))
+        self._patch_check = PatchCheck(self.model, last_modules(self.structure))
         if self.recomputes:
-            self.recomputation.tell()
+            self.recomputation.warn()
         if self.config.rehearse:
             schedule.graph_warmup = _graph_warmup(self.model, self.structure, self.stem, self.recomputed)
 
@@ -138,24 +145,24 @@ class Engine:
             patch.remove()
         self._patches = []
         self.bypass.remove()
-        self._gathering.remove()
+        self._unshard_control.remove()
         self._zeros.release()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardPlan:
         """The plan of the coming training forward of the root."""
-        if self.abandoned():
+        if self.is_abandoned():
             return ForwardPlan()
-        self._watch.check()
+        self._patch_check.check()
         self._refuse_graphs()
         if self._measuring is not None:
             return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
-            if self.others_train():
+            if self.trained_set_changed():
                 self.schedule.reweigh()
             self.bypass.refresh()
             shape, conditions = shape_of(args, kwargs), self._conditions(args, kwargs)
             if conditions.ranks and not self.schedule.agreed:
-                self.schedule.agree(of_rank_0(shape))
+                self.schedule.agree(broadcast_from_rank_0(shape))
             plan = self.schedule.next(shape, conditions)
             self._refresh_sharding(self.schedule.mask or ())
         if self.fills_gradients and plan.dropped:
@@ -183,8 +190,11 @@ class Engine:
 
     def recomputed(self, dropped: int) -> int:
         """Blocks that are recomputed under a mask, as far as known; mask and result are bits of branches."""
-        left_alone = self.recomputation.left_alone
-        return self.schedule.checkpointed(dropped, self._activations_limit(), left_alone) & ~self.recomputation.refused
+        never_recomputed = self.recomputation.never_recomputed
+        return (
+            self.schedule.checkpointed(dropped, self._activations_limit(), never_recomputed)
+            & ~self.recomputation.refused
+        )
 
     @contextlib.contextmanager
     def recomputing_all(self) -> Iterator[None]:
@@ -210,15 +220,15 @@ class Engine:
 
     def reduce_kept(self, replica: DistributedDataParallel) -> None:
         """See `Handle.reduce_kept`."""
-        reduction = KeptReduction(self.parameters.needs(), replica.process_group)
+        reduction = KeptGradientsHook(self.parameters.needs(), replica.process_group)
         self.runtime.after_forward.append(reduction.watch)
         replica.register_comm_hook(None, lambda _, bucket: reduction(bucket))
 
     def _refresh_sharding(self, mask: Mask) -> None:
-        self._replicas.check(mask)
-        self._gathering.refresh(self._blocks)
+        self._ddp_guard.check(mask)
+        self._unshard_control.refresh(self._blocks)
         if any(mask) and "deepspeed" in sys.modules:
-            clear_partitioned(self.model.parameters())
+            zero_partitioned_gradients(self.model.parameters())
 
     # -- a forward
 
@@ -228,11 +238,11 @@ class Engine:
             self._activations_limit(),
             freezes_stem,
             freezes_stem and self.truncation.is_allowed(),
-            self._needs_all(args, kwargs),
-            many_ranks(),
-            self.parameters.with_gradient,
-            self.recomputation.left_alone,
-            self._replicas.waits,
+            self._input_requires_grad(args, kwargs),
+            is_multi_rank(),
+            self.parameters.branches_with_gradient,
+            self.recomputation.never_recomputed,
+            self._ddp_guard.has_pending,
         )
 
     def _freezes_stem_now(self) -> bool:
@@ -241,18 +251,18 @@ class Engine:
 
     def _refuse_graphs(self) -> None:
         """Refuse CUDA graphs: a captured graph would replay the mask of its recording."""
-        if not self._looked_for_graphs:
+        if not self._checked_for_graphs:
             self.device.check_model(self.model)
-            self._looked_for_graphs = True
+            self._checked_for_graphs = True
         if not self.schedule.fixed:
             refuse_capture()
 
-    def _needs_all(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    def _input_requires_grad(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether an input requires a gradient, which comes through the whole stream and would be biased."""
         if not self.freezes_stem or self.schedule.fixed or not any_requires_grad(args, kwargs):
             return False
-        if not self._inputs_told:
-            self._inputs_told = True
+        if not self._warned_of_inputs:
+            self._warned_of_inputs = True
             logger.warning(
                 "An input of %s requires a gradient, which flows through all branches. Such forwards drop nothing, so "
                 "that this gradient is exact. Detach the input if you do not need its gradient, or accept the paper's "
@@ -268,7 +278,7 @@ def _check_scaling(structure: Structure, config: Config) -> None:
         raise ConfigError(f"scaling={config.scaling!r} is not exact for branch {name}: {reason}. Use scaling='none'.")
 
 
-def _put_in_place(
+def _install_all(
     model: nn.Module,
     structure: Structure,
     runtime: Runtime,
@@ -299,17 +309,17 @@ def _put_in_place(
     if scales:
         made += install_outputs(model, structure, runtime)
     if boundary != "none":
-        made += install_boundaries(model, _starts(structure, boundary), step_boundary)
+        made += install_boundaries(model, _boundary_modules(structure, boundary), step_boundary)
         made += install_boundaries(model, _last_blocks(structure), step_boundary, after=True)
-    recomputation.look()
+    recomputation.inspect()
     return made
 
 
 def _backbones(model: nn.Module, structure: Structure) -> Iterator[nn.Module]:
     """The modules that contain all branches, the root last: those above the first numbered element."""
-    ways = (name.split(".")[:-1] for branch in structure.branches for name in branch.modules)
+    paths = (name.split(".")[:-1] for branch in structure.branches for name in branch.modules)
     shared = itertools.takewhile(
-        lambda parts: len(set(parts)) == 1 and not parts[0].isdigit(), zip(*ways, strict=False)
+        lambda parts: len(set(parts)) == 1 and not parts[0].isdigit(), zip(*paths, strict=False)
     )
     path = [parts[0] for parts in shared]
     for count in range(len(path), -1, -1):
@@ -318,7 +328,7 @@ def _backbones(model: nn.Module, structure: Structure) -> Iterator[nn.Module]:
             yield module
 
 
-def _starts(structure: Structure, boundary: str) -> list[str]:
+def _boundary_modules(structure: Structure, boundary: str) -> list[str]:
     names = list(structure.blocks)
     if boundary == "sublayer":
         names += [branch.modules[0] for branch in structure.branches if branch.modules]
@@ -333,10 +343,10 @@ def _last_blocks(structure: Structure) -> list[str]:
 def _graph_warmup(model: nn.Module, structure: Structure, stem: Stem, recomputed: Callable[[int], int]) -> GraphWarmup:
     """The graph warm-up for a model's blocks, and for modules beside their branches that are frozen at times."""
     parts = [*stem.modules.items(), *structure.blocks.items()]
-    layers = [Layer(_kind(model.get_submodule(name)), need) for name, need in parts]
+    layers = [Layer(_graph_kind(model.get_submodule(name)), need) for name, need in parts]
     return GraphWarmup(layers, (1 << len(structure.branches)) - 1, recomputed)
 
 
-def _kind(block: nn.Module) -> tuple[Any, ...]:
+def _graph_kind(block: nn.Module) -> tuple[Any, ...]:
     """A key that is equal for blocks that record the same graphs."""
     return type(block), tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in block.parameters())

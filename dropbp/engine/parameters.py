@@ -25,7 +25,7 @@ class Parameters:
 
     def __init__(self, model: nn.Module, structure: Structure, stem: Stem) -> None:
         self.model, self.structure, self.stem = model, structure, stem
-        self.held: frozenset[str] | None = None
+        self.optimized: frozenset[str] | None = None
 
     def need_of(self, name: str) -> int:
         """The branches that a parameter belongs to, as bits; `NEEDED` if none."""
@@ -35,7 +35,7 @@ class Parameters:
         """The branches, as bits, that each branch parameter belongs to."""
         return self._named(self.structure.parameters)
 
-    def with_gradient(self) -> int:
+    def branches_with_gradient(self) -> int:
         """The branches, as bits, whose parameters already have gradients from an earlier micro-batch of this step."""
         held = (need for parameter, need in self.needs().items() if parameter.grad is not None)
         return functools.reduce(operator.or_, held, 0)
@@ -59,19 +59,19 @@ class Parameters:
         each = ((name, need) for names in needs for name, need in names.items())
         return {present[name] if name in present else self.model.get_parameter(name): need for name, need in each}
 
-    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+    def restrict_to(self, parameters: Iterable[nn.Parameter]) -> None:
         """Count only these as trained. If an engine has replaced the parameters, all count."""
         ids = set(map(id, parameters))
         names = frozenset(name for name, parameter in self.model.named_parameters() if id(parameter) in ids)
-        self.held = names or None
+        self.optimized = names or None
 
-    def train(self, dropped: int) -> bool:
+    def trains_any(self, dropped: int) -> bool:
         """Whether a step that drops these branches still trains a parameter."""
         stem = self.stem_parameters()
         return any(
             parameter.requires_grad
             and self.need_of(name) & ~dropped
-            and (self.held is None or name in self.held)
+            and (self.optimized is None or name in self.optimized)
             and stem.get(name, NEEDED) & ~dropped
             for name, parameter in self.model.named_parameters()
         )

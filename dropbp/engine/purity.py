@@ -43,12 +43,12 @@ KNOWN_HOOKS = ("torch", "transformers", "accelerate", "deepspeed", "peft", "drop
 DEPTH = 3
 
 
-def changeable(value: Any) -> Any:
+def first_mutable(value: Any) -> Any:
     """The first part of an argument, other than a tensor, that a call may change or keep; None if there is none."""
     if isinstance(value, (torch.Tensor, *CONSTANTS)):
         return None
     if isinstance(value, tuple):
-        return next((found for item in value if (found := changeable(item)) is not None), None)
+        return next((found for item in value if (found := first_mutable(item)) is not None), None)
     return value
 
 
@@ -66,25 +66,25 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, CONSTANTS) or (type(value) in (list, tuple) and all(map(is_plain, value)))
 
 
-class State:
-    """Everything a block's forward can reach beside its arguments. It keeps values alive: their ids stay unique."""
+class Snapshot:
+    """Everything a block's forward can reach besides its arguments. It keeps values alive: their ids stay unique."""
 
-    def __init__(self, reach: Reach) -> None:
-        self.modes = [module.training for module in reach.modules]
-        self.parameters = [parameter for module in reach.modules for parameter in module._parameters.values()]
+    def __init__(self, reachable: ReachableState) -> None:
+        self.modes = [module.training for module in reachable.modules]
+        self.parameters = [parameter for module in reachable.modules for parameter in module._parameters.values()]
         self._versions = [None if parameter is None else _version(parameter) for parameter in self.parameters]
-        self.bound = reach.bound()
+        self.bound = reachable.bound()
         self._found: list[Any] = []
         self._seen: set[int] = set()
         self._objects: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for value in chain(self.bound, reach.values()):
+        for value in chain(self.bound, reachable.values()):
             self._add(value, DEPTH)
 
-    def resembles(self, other: State) -> bool:
+    def equals_but_for_parameters(self, other: Snapshot) -> bool:
         """Whether both states are equal except for the values of parameters, which an optimizer changes."""
         return _same(self.parameters, other.parameters) and _same(self._found, other._found)
 
-    def rebinds_only(self, other: State, reach: Reach) -> bool:
+    def only_rebinds(self, other: Snapshot, reachable: ReachableState) -> bool:
         """Whether this is the current state and differs from `other` only in what module attributes are bound to.
 
         Only plain values count, which nobody changes in place; peft stores the active adapter in such attributes.
@@ -92,11 +92,11 @@ class State:
         changed = [pair for pair in zip(self.bound, other.bound, strict=False) if pair[0] is not pair[1]]
         if len(self.bound) != len(other.bound) or not all(is_plain(value) for pair in changed for value in pair):
             return False
-        with reach.rebound(other.bound):
-            return State(reach).resembles(other)
+        with reachable.rebound(other.bound):
+            return Snapshot(reachable).equals_but_for_parameters(other)
 
     @contextmanager
-    def put_back(self, reach: Reach) -> Iterator[None]:
+    def restored(self, reachable: ReachableState) -> Iterator[None]:
         """Restore, inside the context, module attributes and plain values of other objects to this state.
 
         For example, after the blocks of the first batch, classifiers of transformers store the kind of the labels in
@@ -111,15 +111,15 @@ class State:
         try:
             for now, name, _, was in changed:
                 now[name] = was
-            with reach.rebound(self.bound):
+            with reachable.rebound(self.bound):
                 yield
         finally:
             for now, name, new, _ in changed:
                 now[name] = new
 
-    def equals(self, other: State) -> bool:
+    def equals(self, other: Snapshot) -> bool:
         """Whether both states are equal, values of parameters included."""
-        return self._versions == other._versions and self.resembles(other)
+        return self._versions == other._versions and self.equals_but_for_parameters(other)
 
     def _add(self, value: Any, depth: int) -> None:
         self._found.append(value)
@@ -140,7 +140,7 @@ class State:
                 self._add(part, depth - 1)
 
 
-class Reach:
+class ReachableState:
     """The places where a block's forward can store something: determined once, read before and after each call."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -238,7 +238,7 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def other_generators() -> list[Any]:
+def other_rng_states() -> list[Any]:
     """States of the global random generators that PyTorch's checkpointing does not restore."""
     states: list[Any] = [hash(random.getstate())]
     numpy = sys.modules.get("numpy.random")
@@ -266,7 +266,7 @@ def any_differs(copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     return not all(torch.equal(buffer, copy) for buffer, copy in copies)
 
 
-def known_effect(block: nn.Module) -> str | None:
+def known_side_effect(block: nn.Module) -> str | None:
     """A known side effect of each training forward of a block; None if none is known."""
     for module in block.modules():
         if isinstance(module, _NormBase) and module.track_running_stats and module.training:
@@ -285,7 +285,7 @@ def is_foreign_hook(hook: Callable[..., Any]) -> bool:
     return str(getattr(hook, "__module__", "")).partition(".")[0] not in KNOWN_HOOKS
 
 
-def passing_circumstance(modes_at_first: int) -> str | None:
+def temporary_obstacle(modes_at_first: int) -> str | None:
     """A circumstance of this call that may not hold in the backward; None if there is none."""
     if parametrize._cache_enabled:
         return "parametrizations are cached"

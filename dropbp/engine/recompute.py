@@ -24,14 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint as torch_checkpoint
 
 from dropbp.engine.purity import (
-    Reach,
-    State,
+    ReachableState,
+    Snapshot,
     any_differs,
-    changeable,
     copied_buffers,
-    known_effect,
-    other_generators,
-    passing_circumstance,
+    first_mutable,
+    known_side_effect,
+    other_rng_states,
+    temporary_obstacle,
     versions,
 )
 from dropbp.errors import StateError
@@ -51,28 +51,28 @@ class Recomputation:
 
     Attributes:
         reasons: by block name, why its last call was not recomputed although it should have been.
-        left_alone: branches, as bits, of the blocks that will never be recomputed.
+        never_recomputed: branches, as bits, of the blocks that will never be recomputed.
     """
 
     def __init__(
         self, model: nn.Module, blocks: Mapping[str, int], repeated: Mapping[str, str], lazy: bool = False
     ) -> None:
         self.blocks, self.reasons, self.lazy = dict(blocks), dict(repeated), lazy
-        self.left_alone = self._branches_of(repeated)
+        self.never_recomputed = self._branches_of(repeated)
         self.function_modes = torch._C._len_torch_function_stack()
         self.sharded = any(hasattr(module, "set_unshard_in_backward") for module in model.modules())
-        self.members: list[RecomputedBlock] = []
-        self._told = False
+        self.recomputed_blocks: list[RecomputedBlock] = []
+        self._warned = False
 
     @property
     def refused(self) -> int:
         """Branches, as bits, of the blocks whose last call was not recomputed."""
         return self._branches_of(self.reasons)
 
-    def look(self) -> None:
+    def inspect(self) -> None:
         """Inspect the blocks once all wrappers are in place."""
-        for member in self.members:
-            member.look()
+        for member in self.recomputed_blocks:
+            member.inspect()
 
     def note(self, name: str, reason: str | None, for_good: bool = False) -> None:
         """Note the result of a block's last call; the reason, if any, says why it is not recomputed."""
@@ -81,13 +81,13 @@ class Recomputation:
             return
         self.reasons[name] = reason
         if for_good:
-            self.left_alone |= self.blocks[name]
-        self.tell()
+            self.never_recomputed |= self.blocks[name]
+        self.warn()
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Warn once that some blocks are not recomputed."""
-        if self.reasons and not self._told:
-            self._told = True
+        if self.reasons and not self._warned:
+            self._warned = True
             name, reason = next(iter(self.reasons.items()))
             logger.warning(
                 "%s is not recomputed in the backward, because %s. Deep training steps keep all activations of such "
@@ -105,23 +105,23 @@ class RecomputedBlock:
 
     def __init__(self, name: str, module: nn.Module, shared: Recomputation) -> None:
         self.name, self.module, self.shared = name, module, shared
-        shared.members.append(self)
-        self.look()
-        self.tried = False
+        shared.recomputed_blocks.append(self)
+        self.inspect()
+        self.checked_buffers = False
 
-    def look(self) -> None:
+    def inspect(self) -> None:
         """Inspect the block in its current state."""
-        self.reach = Reach(self.module)
-        self.last = State(self.reach)
+        self.reachable = ReachableState(self.module)
+        self.last = Snapshot(self.reachable)
         self.parameters = self.last.parameters
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
         """Run the block; `again` says that it ran before in the same forward of the root."""
-        effect = _missing_hooks() or known_effect(self.module)
+        effect = _missing_hooks() or known_side_effect(self.module)
         if effect is not None:
             return self._refuse(effect, forward, args, kwargs, for_good=True)
-        before = State(self.reach)
-        reason = "it runs more than once in a forward" if again else self._passing_reason(before, args, kwargs)
+        before = Snapshot(self.reachable)
+        reason = "it runs more than once in a forward" if again else self._obstacle(before, args, kwargs)
         if reason is not None:
             return self._refuse(reason, forward, args, kwargs)
         run = _Run(self, forward, len(args), tuple(kwargs), before)
@@ -135,24 +135,24 @@ class RecomputedBlock:
         self.shared.note(self.name, reason, for_good)
         return forward(*args, **kwargs)
 
-    def _passing_reason(self, before: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def _obstacle(self, before: Snapshot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why this call must not be recomputed, though later calls may be; None if nothing forbids it."""
-        given = changeable((*args, *kwargs.values()))
+        given = first_mutable((*args, *kwargs.values()))
         if given is not None:
             return f"it is given a {type(given).__name__}, which a call may change (for a cache: use_cache=False)"
         if not self.shared.sharded and any(map(operator.is_not, before.parameters, self.parameters)):
             return "it runs with other parameters than in dropbp.enable"
-        if not before.resembles(self.last):
-            plainly, self.last = before.rebinds_only(self.last, self.reach), before
+        if not before.equals_but_for_parameters(self.last):
+            plainly, self.last = before.only_rebinds(self.last, self.reachable), before
             if not plainly:
-                self.reach = Reach(self.module)
-                self.last = State(self.reach)
+                self.reachable = ReachableState(self.module)
+                self.last = Snapshot(self.reachable)
                 return "its attributes have changed since its last call"
-        return passing_circumstance(self.shared.function_modes)
+        return temporary_obstacle(self.shared.function_modes)
 
-    def passed(self, before: State, same_tensors: bool) -> bool:
+    def changed_nothing(self, before: Snapshot, same_tensors: bool) -> bool:
         """Whether the call that has just returned changed nothing."""
-        pure = same_tensors and before.equals(State(self.reach))
+        pure = same_tensors and before.equals(Snapshot(self.reachable))
         self.shared.note(self.name, None if pure else "its forward changes more than its outputs", for_good=True)
         return pure
 
@@ -165,10 +165,10 @@ class _Run:
     """One call of a block: the first run, and its exact repetition in the backward."""
 
     def __init__(
-        self, block: RecomputedBlock, forward: Forward, positional: int, names: tuple[str, ...], before: State
+        self, block: RecomputedBlock, forward: Forward, positional: int, names: tuple[str, ...], before: Snapshot
     ) -> None:
         self.block, self.forward, self.positional, self.names = block, forward, positional, names
-        self.before, self.reach, self.kernels = before, block.reach, _allowed_kernels()
+        self.before, self.reachable, self.kernels = before, block.reachable, _allowed_kernels()
         self.versions: list[int] = []
         self.done = False
         self._error: BaseException | None = None
@@ -177,10 +177,10 @@ class _Run:
         args, kwargs = values[: self.positional], dict(zip(self.names, values[self.positional :], strict=True))
         forward = functools.partial(self.forward, *args, **kwargs)
         if self.done:
-            return self._again(forward, values)
+            return self._recompute(forward, values)
         self.done, self.versions = True, versions(values)
         try:
-            return self._first(forward, values)
+            return self._record(forward, values)
         except BaseException as error:  # noqa: BLE001
             self._error = error  # raised outside PyTorch's checkpoint, whose hooks would stay in place before 2.13
             return None
@@ -194,27 +194,27 @@ class _Run:
         finally:
             del error  # its traceback holds this frame, and with it the activations
 
-    def _first(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
+    def _record(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
         # A lazy device would have to wait for the values, and compile extra graphs to compare them.
-        copies = [] if self.block.tried or self.block.shared.lazy else copied_buffers(self.block.module)
-        generators = other_generators()
+        copies = [] if self.block.checked_buffers or self.block.shared.lazy else copied_buffers(self.block.module)
+        generators = other_rng_states()
         with _keeping_saved_tensors() as kept:
             output = forward()
-        same = versions(values) == self.versions and generators == other_generators() and not any_differs(copies)
-        self.block.tried = True
-        if self.block.passed(self.before, same):
+        same = versions(values) == self.versions and generators == other_rng_states() and not any_differs(copies)
+        self.block.checked_buffers = True
+        if self.block.changed_nothing(self.before, same):
             for saved in kept:
                 saved.tensor = None
         return output
 
-    def _again(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
-        with self.before.put_back(self.reach):
-            if versions(values) != self.versions or not State(self.reach).resembles(self.before):
+    def _recompute(self, forward: Callable[[], Any], values: tuple[Any, ...]) -> Any:
+        with self.before.restored(self.reachable):
+            if versions(values) != self.versions or not Snapshot(self.reachable).equals_but_for_parameters(self.before):
                 raise StateError(
                     f"{self.block.name} was to be recomputed in the backward, but something that its forward read has "
                     "changed since. Enable the model with max_activations=None, so that nothing is recomputed."
                 )
-            with _modes(self.reach.modules, self.before.modes), sdpa_kernel(self.kernels):
+            with _modes(self.reachable.modules, self.before.modes), sdpa_kernel(self.kernels):
                 return forward()
 
 

@@ -93,9 +93,9 @@ class Trained:
         """The parts of the model, trained or not, that the forward used for discovery did not run."""
         return _labels(self.structure.stem.unused, [name for name, _ in self.model.named_parameters()])
 
-    def compact(self, names: Iterable[str]) -> str:
+    def abbreviated(self, names: Iterable[str]) -> str:
         """Names of trained parameters, abbreviated."""
-        return compact(names, self.names())
+        return abbreviated(names, self.names())
 
     def _first(self, branch: int) -> int:
         """The first of the branches that are dropped together with this one."""
@@ -103,7 +103,7 @@ class Trained:
         return (bits & -bits).bit_length() - 1 if bits else branch
 
 
-def settled(config: Config, trained: Trained, rates: Callable[[Config], Sequence[float]]) -> Config:
+def resolve_auto(config: Config, trained: Trained, rates: Callable[[Config], Sequence[float]]) -> Config:
     """Resolve `auto` in the configuration by what is trained; `rates` gives the rates of a configuration."""
     kind = sampler_kind(config.masks)
     if not kind.prefixes or config.stem == "train" or config.rates != "auto" or not config.drop_rate:
@@ -127,17 +127,17 @@ def _whole_steps(config: Config) -> float:
     return (1 - config.drop_rate) / 2
 
 
-def tell(trained: Trained, config: Config, rates: Sequence[float]) -> None:
+def warn_of_untrained(trained: Trained, config: Config, rates: Sequence[float]) -> None:
     """Warn of parameters that train seldom, never, or only in steps that drop nothing; once, of the learning rate."""
     for line in remarks(trained, config, rates):
         if line == _learning_rate(config):
-            _tell_once(line)
+            _warn_once(line)
         else:
             logger.warning("%s: %s", type(trained.model).__name__, line)
 
 
 @functools.cache
-def _tell_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     logger.warning(line)
 
 
@@ -149,20 +149,20 @@ def remarks(trained: Trained, config: Config, rates: Sequence[float]) -> list[st
     never, seldom, few = *_rare(config, found), _few(config)
     lines = []
     if never:
-        lines.append(f"no step of this run trains {trained.compact(never)}. {_REMEDY}")
+        lines.append(f"no step of this run trains {trained.abbreviated(never)}. {_REMEDY}")
     if seldom:
-        lines.append(f"fewer than one step in {1 / few:.0f} trains {trained.compact(seldom)}. {_REMEDY}")
+        lines.append(f"fewer than one step in {1 / few:.0f} trains {trained.abbreviated(seldom)}. {_REMEDY}")
     below = [name for name in trained.in_stem() if found[name] >= few]
     if below and trained.some_branches_are_frozen():
         lines.append(
-            f"{min(found[name] for name in below):.0%} of the steps train {trained.compact(below)}: those that keep "
-            "all branches above, so that the gradient is exact."
+            f"{min(found[name] for name in below):.0%} of the steps train {trained.abbreviated(below)}: those that "
+            "keep all branches above, so that the gradient is exact."
         )
     unused = [name for name in trained.structure.stem.unused if name in found]
     if unused and trained.freezes_stem:
         lines.append(
-            f"the small forward that finds the branches did not use {trained.compact(unused)}, which therefore counts "
-            "as lying below all branches. Pass example_inputs=... that use it."
+            f"the small forward that finds the branches did not use {trained.abbreviated(unused)}, which therefore "
+            "counts as lying below all branches. Pass example_inputs=... that use it."
         )
     if config.drop_rate and any(rates):
         lines.append(_learning_rate(config))
@@ -190,7 +190,7 @@ def _learning_rate(config: Config) -> str:
 
 
 def _nothing_saved(trained: Trained) -> str:
-    named = trained.compact(trained.in_stem() or trained.names())
+    named = trained.abbreviated(trained.in_stem() or trained.names())
     return (
         f"the gradient of {named} flows through every branch that has a backward, so dropping any of them would change "
         "it. Nothing is dropped or saved. Train parameters of other branches too, for instance with adapters, or "
@@ -211,7 +211,7 @@ def _rare(config: Config, shares: Mapping[str, float]) -> tuple[list[str], list[
     return never, [name for name, share in shares.items() if none < share < _few(config)]
 
 
-def figures(trained: Trained, config: Config, rates: Sequence[float]) -> dict[str, Any]:
+def training_report(trained: Trained, config: Config, rates: Sequence[float]) -> dict[str, Any]:
     """The part of `Handle.report` on how often parameters train."""
     found = trained.shares(rates)
     never, seldom = _rare(config, found)
@@ -227,7 +227,7 @@ def figures(trained: Trained, config: Config, rates: Sequence[float]) -> dict[st
 # -- names
 
 
-def compact(names: Iterable[str], among: Iterable[str]) -> str:
+def abbreviated(names: Iterable[str], among: Iterable[str]) -> str:
     """Abbreviated parameter names: modules that contain no other of `among`, numbered ones as ranges."""
     labels = _labels(names, among)
     more = len(labels) - NAMED_AT_MOST

@@ -46,7 +46,7 @@ class Truncation:
         """
         if not (self._possible and self._inspected) or self._runtime.unrecorded_block:
             return False
-        return dynamo_graph_count() == self._graphs and not self._bypass.reenters()
+        return dynamo_graph_count() == self._graphs and not self._bypass.may_be_reentrant()
 
     def _inspect(self, outputs: Any, dropped: int) -> None:
         """Inspect the first recorded training forward."""

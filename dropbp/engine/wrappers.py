@@ -95,7 +95,7 @@ def branch_forward(original: Forward) -> Forward:
                 return original(self, *args, **kwargs) if kwargs else original(self, *args)
             if not state.need & plan.detached:
                 return _unrecorded(original, self, args, kwargs)
-        return _run_as_planned(state, original, self, args, kwargs)
+        return _run_under_plan(state, original, self, args, kwargs)
 
     return named_forward(forward)
 
@@ -148,14 +148,14 @@ def shared_branch_forward(original: Forward) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: BranchModuleState | None = self._dropbp_branch
         if state is not None and state.original is original:
-            return _run_as_planned(state, original, self, args, kwargs)
+            return _run_under_plan(state, original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     never_compile(forward)
     return named_forward(forward)
 
 
-def _run_as_planned(state: BranchModuleState, original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _run_under_plan(state: BranchModuleState, original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run under the plan of the running forward, or of the one that is recomputed."""
     plan, need = uncompiled(state.this_call)
     if not need & plan.kept:
@@ -165,7 +165,7 @@ def _run_as_planned(state: BranchModuleState, original: Forward, module: nn.Modu
     return state.run_detached(plan, need, functools.partial(original, module, *args, **kwargs))
 
 
-never_compile(_run_as_planned)
+never_compile(_run_under_plan)
 
 
 def _unrecorded(original: Forward, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -49,7 +49,7 @@ class Conditions:
         whole: whether nothing may be dropped, because an input requires a gradient.
         ranks: whether other ranks run the same forward on batches of their own.
         held: returns the branches, as bits, whose parameters have gradients now; used by the graph warm-up only.
-        left_alone: branches, as bits, of the blocks that must not be recomputed.
+        never_recomputed: branches, as bits, of the blocks that must not be recomputed.
         again: whether the forward must use the mask of the previous one.
     """
 
@@ -59,5 +59,5 @@ class Conditions:
     whole: bool = False
     ranks: bool = False
     held: Callable[[], int] = int
-    left_alone: int = 0
+    never_recomputed: int = 0
     again: bool = False

@@ -240,11 +240,11 @@ class Schedule:
             )
         return checked
 
-    def checkpointed(self, dropped: int, limit: float | None, left_alone: int = 0) -> int:
+    def checkpointed(self, dropped: int, limit: float | None, never_recomputed: int = 0) -> int:
         """The lowest blocks whose kept branches exceed what a step may keep, as a bit mask of branches."""
         if limit is None or not self.here.total:
             return 0
-        blocks = [branches for branches in self.blocks if not branches & left_alone]
+        blocks = [branches for branches in self.blocks if not branches & never_recomputed]
         return self.here.beyond_limit(blocks, limit, dropped)
 
     def trains(self, mask: Mask) -> bool:
@@ -272,13 +272,13 @@ class Schedule:
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
         """Computed once for each mask, because a few masks occur again and again."""
         asked, plans = conditions, self.here.plans
-        key = mask, scaled, asked.limit, asked.stem_frozen, asked.truncated, asked.left_alone
+        key = mask, scaled, asked.limit, asked.stem_frozen, asked.truncated, asked.never_recomputed
         plan = plans.get(key)
         if plan is None:
             if len(plans) >= MAX_PLANS:
                 plans.clear()
             dropped, factors = bits(mask), self.here.factors if scaled else ()
-            recomputed = self.checkpointed(dropped, asked.limit, asked.left_alone)
+            recomputed = self.checkpointed(dropped, asked.limit, asked.never_recomputed)
             plan = plans[key] = ForwardPlan(dropped, factors, recomputed, asked.stem_frozen, asked.truncated)
         return plan
 

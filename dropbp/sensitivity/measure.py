@@ -24,7 +24,7 @@ from torch import nn
 from dropbp._torch import compiled_code_off
 from dropbp.device import random_state
 from dropbp.discovery.structure import Structure
-from dropbp.engine.distributed import many_ranks
+from dropbp.engine.distributed import is_multi_rank
 from dropbp.errors import ConfigError, StateError
 from dropbp.sensitivity.onepass import Observation, OnePass
 from dropbp.sensitivity.untouched import untouched
@@ -232,7 +232,7 @@ def _mean(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 def mean_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The mean over all ranks, so that every rank allocates the same rates."""
-    return _over_ranks(values, device, "SUM") / (torch.distributed.get_world_size() if many_ranks() else 1)
+    return _over_ranks(values, device, "SUM") / (torch.distributed.get_world_size() if is_multi_rank() else 1)
 
 
 def _least_over_ranks(value: float, device: torch.device) -> float:
@@ -241,7 +241,7 @@ def _least_over_ranks(value: float, device: torch.device) -> float:
 
 
 def _over_ranks(values: torch.Tensor, device: torch.device, operation: str) -> torch.Tensor:
-    if not many_ranks():
+    if not is_multi_rank():
         return values
     wide = device.type in ("cpu", "cuda")  # many other devices have no float64
     on_device = values.to(device, torch.float64 if wide else torch.float32)
