@@ -140,6 +140,32 @@ def test_residuals_of_a_users_own_kind_are_found_and_exact(block: type[nn.Module
     assert (verdict.verdict, verdict.detail, verdict.branches) == ("right", "", 2)
 
 
+class Listed(nn.Module):
+    """Layers are plain lists, with a list of norms inside: none of the lists is ever called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([self._norms(), *self._branches()]) for _ in range(3))
+
+    def _norms(self) -> nn.Module:
+        return nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+
+    def _branches(self) -> list[nn.Module]:
+        return [nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(2)]
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        for norms, mix, mlp in self.layers:
+            x_BD = x_BD + mix(norms[0](x_BD))
+            x_BD = x_BD + mlp(norms[1](x_BD))
+        return x_BD
+
+
+def test_lists_that_are_never_called_are_no_idle_modules() -> None:
+    torch.manual_seed(0)
+    verdict = check_model("listed", "own", Listed(), example.Inputs(args=(torch.randn(3, 8),)))
+    assert (verdict.verdict, verdict.detail, verdict.branches) == ("right", "", 6)
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_torch_transformer_encoder_is_exact(norm_first: bool) -> None:
     torch.manual_seed(0)

@@ -492,6 +492,19 @@ def test_cached_parametrizations_are_not_recomputed():
     assert_same_gradients(*found)
 
 
+def test_where_hooks_on_saved_tensors_are_disabled_nothing_is_recomputed():
+    plain, model = made("Pure"), made("Pure")
+    handle = enabled(model)
+    found = []
+    for net in (plain, model):
+        with torch.autograd.graph.disable_saved_tensors_hooks("not here"), handle.fixed((False,) * DEPTH):
+            loss = net(batch()).square().mean()
+        loss.backward()
+        found.append(gradients(net))
+    assert_same_gradients(found[1], found[0])
+    assert "disabled" in next(iter(handle.report()["not_recomputed"].values()))
+
+
 def test_the_mode_of_the_forward_holds_in_the_recomputation():
     plain, model = made("Dropout"), made("Dropout")
     handle = enabled(model)

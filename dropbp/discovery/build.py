@@ -170,10 +170,10 @@ class _Builder:
         by_parent: dict[str, set[tuple[int, ...]]] = {}
         for module in branch_modules:
             by_parent.setdefault(_container(module.name), set()).add(module.needs)
-        uncalled = []
+        uncalled, ran = [], {prefix for name in calls for prefix in _prefixes(name)}  # lists are never called
         for name, module in self.modules.items():
             needs = by_parent.get(_container(name), set())
-            if name not in calls and needs and _container(name) and _has_weights(module):
+            if name not in ran and needs and _container(name) and _has_weights(module):
                 uncalled.append(BranchModule(name, self._common(name, needs)))
         return tuple(uncalled)
 

@@ -293,6 +293,8 @@ def temporary_obstacle(modes_at_first: int) -> str | None:
         return "it runs under a transform of torch.func"
     if forward_ad._current_level >= 0:
         return "it runs with forward-mode derivatives"
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return "hooks on saved tensors are disabled"
     if torch._C._len_torch_function_stack() > modes_at_first:
         return "a torch function mode is on"
     return None
