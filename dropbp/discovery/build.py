@@ -144,6 +144,7 @@ class _Builder:
             repeated=self._repeated(blocks, branch_modules),
             adds_in_place=trace.adds_in_place,
             kernel_by_weight=trace.kernel_by_weight,
+            group_norms=trace.made_by("NativeGroupNormBackward"),
         )
 
     def _branch_modules(self) -> tuple[BranchModule, ...]:

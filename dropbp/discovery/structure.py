@@ -123,6 +123,7 @@ class Structure:
         repeated: blocks that run more than once in a forward, or share a module with others, each with the reason.
         adds_in_place: whether something is added in place to a view.
         kernel_by_weight: the modules with a product whose kernel depends on whether its weight requires a gradient.
+        group_norms: the modules whose own forward computes a group norm.
     """
 
     branches: tuple[Branch, ...]
@@ -142,3 +143,4 @@ class Structure:
     repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)
     adds_in_place: bool = False
     kernel_by_weight: frozenset[str] = frozenset()
+    group_norms: frozenset[str] = frozenset()

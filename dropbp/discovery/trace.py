@@ -73,6 +73,11 @@ class Trace:
         """Whether something is added in place to a view."""
         return any(node.name == ADDED_IN_PLACE for node in self.nodes)
 
+    def made_by(self, kind: str) -> frozenset[str]:
+        """The modules whose own forward created nodes of this kind."""
+        made = (self.call_of[node.index] for node in self.nodes if node.name.startswith(kind))
+        return frozenset(self.calls[call].name for call in made if call >= 0)
+
     def consumers(self) -> list[list[int]]:
         """For every node, the nodes that consume one of its outputs."""
         consumers: list[list[int]] = [[] for _ in self.nodes]

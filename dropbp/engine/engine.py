@@ -30,6 +30,7 @@ from dropbp.engine.distributed import (
     zero_partitioned_gradients,
 )
 from dropbp.engine.integrity import PatchCheck, last_modules
+from dropbp.engine.kernels import install_group_norms
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import ForwardPatch
 from dropbp.engine.recompute import Recomputation
@@ -303,7 +304,7 @@ def _install_all(
         boundary: where a lazy device is told that a step ends: `none`, `layer` or `sublayer`.
         step_boundary: tells it.
     """
-    made = install(model, structure, runtime, stem)
+    made = [*install_group_norms(model, structure.group_norms, runtime), *install(model, structure, runtime, stem)]
     made += [ForwardPatch(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]
     made += install_blocks(model, structure.blocks, runtime, recomputation)
     if scales:

@@ -6,6 +6,9 @@ recorded run, so its attention mask requires a gradient wherever the recorded on
 kernel by the grad mode (`nn.MultiheadAttention` in evaluation mode, recurrent layers). They are recorded even if their
 branch is dropped, and their output is detached. Products with a weight that is frozen for this step use the kernel for
 a trained weight: see `dropbp._torch.kernel_depends_on_weight`.
+
+PyTorch's group norm for channels-last input on CPU writes the gradient of its input even if that requires none, and the
+process dies. Below the lowest kept branch the input requires none where it does so in plain training.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dropbp._torch import attention_mask, kernel_depends_on_weight
-from dropbp.engine.patch import Forward, WrapperState
+from dropbp.engine.patch import Forward, ForwardPatch, WrapperState
+from dropbp.engine.runtime import EVERY, Runtime
 from dropbp.tensors import any_requires_grad, map_tensors
 
 
@@ -113,3 +117,41 @@ def mask_forward(original: Forward) -> Forward:
 
     forward.__name__ = "forward"
     return forward
+
+
+class GroupNormState(WrapperState):
+    """A module with a group norm, whose input must require a gradient on CPU."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def connected(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, requiring a gradient that goes nowhere."""
+        on_cpu = tensor.device.type == "cpu" and tensor.is_floating_point()
+        return self.runtime.connect(tensor, alone=True) if on_cpu else tensor
+
+
+def group_norm_forward(original: Forward) -> Forward:
+    """Wrap the forward of a module with a group norm."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: GroupNormState | None = self._dropbp_group_norm
+        if state is None or state.original is not original or torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if not trains or state.runtime.plan_here().trained == EVERY:
+            return original(self, *args, **kwargs)
+        return original(self, *map_tensors(args, state.connected), **map_tensors(kwargs, state.connected))
+
+    forward.__name__ = "forward"
+    return forward
+
+
+def install_group_norms(model: nn.Module, names: Iterable[str], runtime: Runtime) -> list[ForwardPatch]:
+    """Wrap every `GroupNorm`, and the modules of these names, whose own forward computes a group norm."""
+    modules = [*map(model.get_submodule, names), *(m for m in model.modules() if isinstance(m, nn.GroupNorm))]
+    return [
+        ForwardPatch(module, "_dropbp_group_norm", GroupNormState(runtime), group_norm_forward)
+        for module in dict.fromkeys(modules)
+    ]
