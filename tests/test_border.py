@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dropbp
 from dropbp import inputs as example
-from dropbp.engine.trained import _tell_once, compact
+from dropbp.engine.trained import _warn_once, abbreviated
 from dropbp.masks.rates import PROFILES, depth_rates, level
 from tests.common.engine_models import take_gradients
 from tests.promise import assert_equal, assert_exact_or_none, loss_of
@@ -458,8 +458,8 @@ def test_where_a_part_alone_is_called_the_module_to_enable_is_named(caplog: Any)
 def test_names_are_said_in_few_words() -> None:
     among = [f"layers.{i}.{part}.{leaf}" for i in range(8) for part in ("a", "b") for leaf in ("weight", "bias")]
     names = [name for name in among if name < "layers.5.b"] + ["embed.weight"]
-    assert compact(names, [*among, "embed.weight"]) == "layers.0-4, layers.5.a, embed.weight"
-    assert compact(["a.weight"], ["a.weight", "b.weight"]) == "a.weight"
+    assert abbreviated(names, [*among, "embed.weight"]) == "layers.0-4, layers.5.a, embed.weight"
+    assert abbreviated(["a.weight"], ["a.weight", "b.weight"]) == "a.weight"
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_names_are_said_in_few_words() -> None:
     ],
 )
 def test_what_is_known_about_learning_with_these_masks_is_told(options: Any, said: str, caplog: Any) -> None:
-    _tell_once.cache_clear()
+    _warn_once.cache_clear()
     handle = dropbp.enable(net(blocks=4), example_inputs=ids(), **options)
     for text in (caplog.text, handle.summary()):
         assert said in text
