@@ -34,6 +34,12 @@ def is_differentiable(x: torch.Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def own_output(output: Any, args: Any) -> Any:
+    """The output; a view of it if it is one of the arguments, so that it has an autograd node of its own."""
+    is_argument = isinstance(output, torch.Tensor) and any(output is tensor for tensor in tensors_in(args))
+    return output.view_as(output) if is_argument and output.requires_grad else output
+
+
 def outputs_by_key(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Every floating-point tensor of a model's outputs, with the name or index of its output.
 

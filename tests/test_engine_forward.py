@@ -168,3 +168,58 @@ def _sum_of_branches(model, x):
         for block in model.blocks:
             stream = block(stream)
     return stream - start
+
+
+# -- a branch whose last module returns its input
+
+
+class Mixer(nn.Module):
+    """Also returns the bias that all later mixers use, so that the whole module cannot run without recording."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(width, width), nn.Parameter(torch.randn(width, width) / 3)
+        self.bias = nn.Parameter(torch.randn(width))
+
+    def forward(self, x_BSD, bias_D):
+        bias_D = 2 * self.bias if bias_D is None else bias_D
+        return (self.first(x_BSD) + bias_D).tanh() @ self.last, bias_D
+
+
+class SharedBias(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(Mixer() for _ in range(3))
+        self.dropout = nn.ModuleList(nn.Dropout(rate) for _ in range(3))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x_BSD):
+        bias_D = None
+        for mixer, dropout in zip(self.mixers, self.dropout, strict=True):
+            added_BSD, bias_D = mixer(x_BSD, bias_D)
+            x_BSD = x_BSD + dropout(added_BSD)
+        return self.head(x_BSD)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_branch_that_ends_in_dropout_is_dropped_whether_dropout_is_on_or_not(rate, training):
+    torch.manual_seed(0)
+    model = SharedBias(rate)
+    plain = copy.deepcopy(model)
+    handle = dropbp.enable(model, 0.5, masks="exact", stem="train", example_inputs=plain_batch())
+    for module in (model, plain):
+        module.dropout.train(training)
+
+    def loss(module):
+        torch.manual_seed(3)
+        return plain_loss(module)
+
+    assert [branch.name for branch in handle.branches] == [f"mixers.{i}" for i in range(3)]
+    for mask in masks(3):
+        with handle.fixed(mask):
+            found = take_gradients(model, loss(model))
+        ends = [f"dropout.{i}" for i in range(3)]
+        assert_same_gradients(found, paper_gradients(plain, ends, mask, loss))
+    handle.remove()
+    assert_same_gradients(take_gradients(model, loss(model)), take_gradients(plain, loss(plain)))

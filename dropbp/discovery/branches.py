@@ -23,6 +23,11 @@ class Found:
     join: Join
     group: Group | None
 
+    @property
+    def whole(self) -> bool:
+        """Whether cutting the edge into the addition drops it exactly."""
+        return self.group == [self.edge]
+
 
 def found_in(graph: Graph) -> list[Found]:
     """All branches, in the order in which their outputs were created."""

@@ -37,7 +37,8 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
     """
     trace, side_outputs = restricted_to_main_output(trace, model)
     graph = Graph(trace, model)
-    found = [branch for branch in found_in(graph) if branch.group is not None]
+    every = found_in(graph)
+    found = [branch for branch in every if branch.group is not None]
     if not found:
         raise DiscoveryError(
             f"No residual branch was found in {type(model).__name__}: no addition `x + f(x)` whose f is made of "
@@ -45,7 +46,8 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
         )
     unexplained = other_sums(graph, {branch.edge for branch in found})
     structure = structure_of(graph, model, [branch.group or () for branch in found], unexplained, together(found))
-    return dataclasses.replace(structure, outputs=trained_outputs(trace), side_outputs=side_outputs)
+    inside = sum(not branch.whole for branch in every)
+    return dataclasses.replace(structure, outputs=trained_outputs(trace), side_outputs=side_outputs, cut_inside=inside)
 
 
 def restricted_to_main_output(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
@@ -66,7 +68,7 @@ def restricted_to_main_output(trace: Trace, model: nn.Module) -> tuple[Trace, bo
 
 def _whole_branches(trace: Trace, model: nn.Module) -> int:
     """Number of branches that are dropped exactly by cutting the edge into their addition."""
-    return sum(found.group == [found.edge] for found in found_in(Graph(trace, model)))
+    return sum(found.whole for found in found_in(Graph(trace, model)))
 
 
 def trained_outputs(trace: Trace) -> dict[str, bool]:
@@ -145,6 +147,7 @@ class _Builder:
             adds_in_place=trace.adds_in_place,
             kernel_by_weight=trace.kernel_by_weight,
             group_norms=trace.made_by("NativeGroupNormBackward"),
+            identities=trace.identities,
         )
 
     def _branch_modules(self) -> tuple[BranchModule, ...]:
@@ -191,7 +194,7 @@ class _Builder:
         taken: dict[str, int] = {}
         for i, _ in enumerate(self.groups):
             modules = self._modules_of(i)
-            name = self._name(modules)
+            name = self._name(modules if self.graph.trace.identities.isdisjoint(modules) else self._owners(i))
             taken[name] = taken.get(name, 0) + 1
             label = name if taken[name] == 1 else f"{name}#{taken[name]}"
             branches.append(Branch(label, modules, self._flops(i), 0.0, _block(modules), self._parameters(i)))
@@ -199,6 +202,10 @@ class _Builder:
 
     def _modules_of(self, branch: int) -> tuple[str, ...]:
         return tuple(dict.fromkeys(c.name for c in self.cover.tops if self.cover.call_need[c.index] == 1 << branch))
+
+    def _owners(self, branch: int) -> list[str]:
+        """The modules whose parameters belong to this branch alone, whether they run without recording or not."""
+        return list({n.rpartition(".")[0]: n for n, need in self._parameter_needs().items() if need == 1 << branch})
 
     def _name(self, modules: Sequence[str]) -> str:
         weighty = [m for m in modules if _weight_elements(self.modules[m])] or list(modules)

@@ -147,9 +147,25 @@ def _only_text(given: example.Inputs) -> bool:
 
 def _structure(model: nn.Module, given: example.Inputs, named: Names | None) -> Structure:
     trace = record(model, given.args, given.kwargs)
-    if named is None:
-        return analyse(trace, model)
-    return analyse_named(trace, model, [_names(name) for name in listed("branches", named)])
+    if named is not None:
+        return analyse_named(trace, model, [_names(name) for name in listed("branches", named)])
+    try:
+        structure = analyse(trace, model)
+    except DiscoveryError:
+        finer = _with_identities(model, given)
+        if finer is None:
+            raise
+        return finer
+    finer = _with_identities(model, given) if structure.cut_inside else None
+    return structure if finer is None or finer.cut_inside >= structure.cut_inside else finer
+
+
+def _with_identities(model: nn.Module, given: example.Inputs) -> Structure | None:
+    """The structure if branches may also end in a module that returns its input, such as dropout in evaluation mode."""
+    try:
+        return analyse(record(model, given.args, given.kwargs, identities=True), model)
+    except DiscoveryError:
+        return None
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

@@ -32,16 +32,24 @@ from dropbp.discovery.untouched import (
     undisturbed,
 )
 from dropbp.errors import DiscoveryError
-from dropbp.tensors import held_by_modules, is_differentiable, outputs_by_key, tensors_in
+from dropbp.tensors import held_by_modules, is_differentiable, outputs_by_key, own_output, tensors_in
 
 
-def record(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
+def record(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, identities: bool = False
+) -> Trace:
     """Run `model(*args, **kwargs)` once and return the trace; the model is unchanged afterwards.
+
+    Args:
+        model: the root module.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        identities: give modules that return their input, such as dropout in evaluation mode, a graph node, too.
 
     Raises:
         DiscoveryError: the forward failed, or no output depends on anything differentiable.
     """
-    recorder = Recorder(model)
+    recorder = Recorder(model, identities=identities)
     with nothing_held(model), contextlib.ExitStack() as stack:
         for guard in (
             sharded_again(model),
@@ -171,10 +179,14 @@ class Recorder:
         model: the root module.
         count_flops: whether to record FLOPs and attention masks, too.
         adds_in_place: whether the model may add in place to views.
+        identities: whether a module that returns its input gets a graph node.
     """
 
-    def __init__(self, model: nn.Module, count_flops: bool = True, adds_in_place: bool = True) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, count_flops: bool = True, adds_in_place: bool = True, identities: bool = False
+    ) -> None:
+        self.model, self.identities = model, identities
+        self.returned: set[str] = set()
         self.calls: list[Call] = []
         self.stack: list[tuple[str, int, int, torch.Size | None, int]] = []
         self.handles: list[RemovableHandle] = []
@@ -249,8 +261,8 @@ class Recorder:
 
     def _exit_hook(self, has_state: bool) -> Any:
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
-            connected = self._connected(output) if has_state else None
-            _, start, index, shape, counted = self.stack.pop()
+            name, start, index, shape, counted = self.stack.pop()
+            connected = self._connected(output) if has_state else self._own(output, args, name)
             call, reshapes = self.calls[index], _first_shape(output) != shape
             if self.counts and len(self.flops.records) == counted:
                 self._count_opaque(module, output)
@@ -272,6 +284,14 @@ class Recorder:
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.grad_fn is None:
             return output + self._anchor(output.device).to(output.dtype)
         return None
+
+    def _own(self, output: Any, args: Any, name: str) -> Any:
+        """The output with a graph node of its own, if it is an argument; else None."""
+        own = own_output(output, args) if self.identities else output
+        if own is output:
+            return None
+        self.returned.add(name)
+        return own
 
     def _anchor(self, device: torch.device) -> torch.Tensor:
         if device not in self.anchors:
@@ -297,7 +317,10 @@ class Recorder:
         first = min((call.start for call in self.calls), default=0)
         holds = any(t.grad_fn is not None and sequence_of(t.grad_fn) >= first for _, t in held_by_modules(self.model))
         kernels = frozenset(self.kernel_by_weight)
-        return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, kernels, self.stand_ins, keys, holds)
+        own = frozenset(self.returned)
+        return Trace(
+            nodes, tuple(self.calls), roots, flops, call_of, self.masked, kernels, self.stand_ins, keys, holds, own
+        )
 
 
 def _made_by(output: Any) -> tuple[int, ...]:

@@ -124,6 +124,8 @@ class Structure:
         adds_in_place: whether something is added in place to a view.
         kernel_by_weight: the modules with a product whose kernel depends on whether its weight requires a gradient.
         group_norms: the modules whose own forward computes a group norm.
+        cut_inside: number of branches that can only be dropped in part, or not at all.
+        identities: the modules that may return their input (dropout), where it must not count as their output.
     """
 
     branches: tuple[Branch, ...]
@@ -144,3 +146,5 @@ class Structure:
     adds_in_place: bool = False
     kernel_by_weight: frozenset[str] = frozenset()
     group_norms: frozenset[str] = frozenset()
+    cut_inside: int = 0
+    identities: frozenset[str] = frozenset()

@@ -54,7 +54,7 @@ class Trace:
     modules with a product whose kernel depends on whether its weight requires a gradient. `stand_ins` names, by id,
     tensors that were used instead of sharded parameters. `outputs` maps the keys of the model's outputs to their nodes.
     `holds` tells whether modules hold differentiable tensors afterwards, such as router losses that the training loop
-    collects.
+    collects. `identities` names the modules that returned their input and were given a node.
     """
 
     nodes: tuple[Node, ...]
@@ -67,6 +67,7 @@ class Trace:
     stand_ins: Mapping[int, str] = dataclasses.field(default_factory=dict)
     outputs: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
     holds: bool = False
+    identities: frozenset[str] = frozenset()
 
     @property
     def adds_in_place(self) -> bool:

@@ -24,7 +24,7 @@ from dropbp.engine.patch import Forward, ForwardPatch, WrapperState, named_forwa
 from dropbp.engine.runtime import Runtime, is_compiling, next_sequence
 from dropbp.engine.side_outputs import CallPlan
 from dropbp.masks.plan import ForwardPlan
-from dropbp.tensors import TensorMap, any_requires_grad, is_differentiable, map_tensors
+from dropbp.tensors import TensorMap, any_requires_grad, is_differentiable, map_tensors, own_output
 
 T = TypeVar("T")
 
@@ -211,6 +211,19 @@ def _uncached(original: Forward, module: nn.Module, *args: Any, **kwargs: Any) -
 never_compile(_unrecorded)
 
 
+def identity_forward(original: Forward) -> Forward:
+    """Wrap a module that may return its input (dropout in evaluation mode): its output is then a view of the input.
+
+    Otherwise a gradient would pass through the module although it ran without recording.
+    """
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own_output(original(self, *args, **kwargs), (args, kwargs))
+
+    return named_forward(forward)
+
+
 def frozen_scope_forward(original: Forward) -> Forward:
     """Wrap a module whose own forward uses parameters of a branch outside the branch's modules."""
 
@@ -337,6 +350,8 @@ def _install_branch_modules(model: nn.Module, structure: Structure, runtime: Run
         module = model.get_submodule(entry.name)
         outputs = [output for output in structure.branch_outputs if output.module == entry.name]
         state = BranchModuleState(entry, runtime, outputs)
+        if entry.name in structure.identities:
+            made.append(ForwardPatch(module, "_dropbp_identity", WrapperState(), identity_forward))
         if entry.learned_mask:
             mask = MaskState(
                 [owner_of(model, name) for name in entry.learned_mask], lambda: bool(runtime.plan_now().dropped)
