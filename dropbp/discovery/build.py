@@ -194,7 +194,7 @@ class _Builder:
         taken: dict[str, int] = {}
         for i, _ in enumerate(self.groups):
             modules = self._modules_of(i)
-            name = self._name(modules if self.graph.trace.identities.isdisjoint(modules) else self._owners(i))
+            name = self._name(self._owners(i, modules))
             taken[name] = taken.get(name, 0) + 1
             label = name if taken[name] == 1 else f"{name}#{taken[name]}"
             branches.append(Branch(label, modules, self._flops(i), 0.0, _block(modules), self._parameters(i)))
@@ -203,9 +203,10 @@ class _Builder:
     def _modules_of(self, branch: int) -> tuple[str, ...]:
         return tuple(dict.fromkeys(c.name for c in self.cover.tops if self.cover.call_need[c.index] == 1 << branch))
 
-    def _owners(self, branch: int) -> list[str]:
-        """The modules whose parameters belong to this branch alone, whether they run without recording or not."""
-        return list({n.rpartition(".")[0]: n for n, need in self._parameter_needs().items() if need == 1 << branch})
+    def _owners(self, branch: int, modules: tuple[str, ...]) -> Sequence[str]:
+        """The modules that name a branch: if it ends in an identity, those that hold parameters of it alone."""
+        own = {n.rpartition(".")[0]: n for n, need in self._parameter_needs().items() if need == 1 << branch}
+        return list(own) if own and not self.graph.trace.identities.isdisjoint(modules) else modules
 
     def _name(self, modules: Sequence[str]) -> str:
         weighty = [m for m in modules if _weight_elements(self.modules[m])] or list(modules)

@@ -161,11 +161,17 @@ def _structure(model: nn.Module, given: example.Inputs, named: Names | None) -> 
 
 
 def _with_identities(model: nn.Module, given: example.Inputs) -> Structure | None:
-    """The structure if branches may also end in a module that returns its input, such as dropout in evaluation mode."""
+    """The structure if branches may also end in a module that returns its input, such as dropout in evaluation mode.
+
+    None if there is none, or if such a module runs more than once: another of its calls may lead to an output.
+    """
     try:
-        return analyse(record(model, given.args, given.kwargs, identities=True), model)
+        found = analyse(record(model, given.args, given.kwargs, identities=True), model)
     except DiscoveryError:
         return None
+    ends = found.identities.intersection(end.module for end in found.branch_outputs)
+    again = any(len(site.needs) > 1 for site in found.sites if site.module in ends)
+    return found if ends and not again else None
 
 
 def _names(names: str | Sequence[str]) -> list[str]:

@@ -299,7 +299,7 @@ def _budget_problem(model: nn.Module, given: Any, batch: Mapping[str, Any]) -> t
         reported = handle.report()["realised_drop_rate"]
         with handle.fixed([False] * len(handle.branches)):
             whole = _spent(_forward(model, batch), owners, inside)
-    if any("budget" in message or "nothing is saved" in message for message in warned.seen):
+    if any("its budget" in message or "Nothing is dropped" in message for message in warned.seen):
         return "", True
     known = [spent[mask] for mask in masks if mask in spent]
     share = 1 - sum(known) / len(known) / max(1, whole)
