@@ -170,7 +170,7 @@ def _with_identities(model: nn.Module, given: example.Inputs) -> Structure | Non
     except DiscoveryError:
         return None
     ends = found.identities.intersection(end.module for end in found.branch_outputs)
-    again = any(len(site.needs) > 1 for site in found.sites if site.module in ends)
+    again = any(len(entry.needs) > 1 for entry in found.branch_modules if entry.name in ends)
     return found if ends and not again else None
 
 

@@ -29,6 +29,7 @@ from dropbp.engine.distributed import (
     is_multi_rank,
     zero_partitioned_gradients,
 )
+from dropbp.engine.install import install, install_boundaries, install_outputs
 from dropbp.engine.integrity import PatchCheck, last_modules
 from dropbp.engine.kernels import install_group_norms
 from dropbp.engine.parameters import Parameters
@@ -40,7 +41,6 @@ from dropbp.engine.side_outputs import CallKinds
 from dropbp.engine.stray_gradients import StrayGradients
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Truncation
-from dropbp.engine.wrappers import install, install_boundaries, install_outputs
 from dropbp.engine.zero_gradients import ZeroGradients
 from dropbp.errors import ConfigError
 from dropbp.flops import shape_of
