@@ -188,7 +188,7 @@ def model_device(model: nn.Module | None) -> torch.device:
     return next((device for device in devices if device.type != "meta"), devices[0])
 
 
-def random_state(model: nn.Module) -> Callable[[], None]:
+def save_rng_state(model: nn.Module) -> Callable[[], None]:
     """Read the random states of the CPU and of the model's devices; the returned function restores them.
 
     Other devices are not touched: Gaudi's software refuses all but the process's own, and CUDA would initialize each
@@ -198,22 +198,22 @@ def random_state(model: nn.Module) -> Callable[[], None]:
     adapters = [get_device(device) for device in devices_of(model)]
     states = [adapter.generator_state() for adapter in adapters]
 
-    def put_back() -> None:
+    def restore() -> None:
         torch.set_rng_state(cpu)
         for adapter, state in zip(adapters, states, strict=True):
             adapter.set_generator_state(state)
 
-    return put_back
+    return restore
 
 
 @contextlib.contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
+def fork_rng(model: nn.Module) -> Iterator[None]:
     """Restore the random states of the CPU and of the model's devices afterwards."""
-    put_back = random_state(model)
+    restore = save_rng_state(model)
     try:
         yield
     finally:
-        put_back()
+        restore()
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:

@@ -57,13 +57,13 @@ class Handle:
         self.model, self.device, self._findings = model, device, findings
         self.engine = engine = Engine(model, findings.structure, findings.call_signature, config, device)
         weights = findings.weights
-        self._weights = weights.counted_from_the_top() if engine.prefixes and engine.may_truncate else weights
+        self._weights = weights.of_truncated_backward() if engine.prefixes and engine.may_truncate else weights
         self.config = resolve_auto(config, engine.trained, lambda config: self._scheduled(config).rates)
         self.schedule = self._scheduled(self.config, trains=engine.parameters.trains_any)
         self.is_abandoned: Callable[[], bool] | None = None
         self._labelled = LabelledLogits(model) if config.logits == "labelled" else None  # the engine wraps around it
         engine.is_abandoned = self.abandoned
-        engine.trained_set_changed = self._weights.renew
+        engine.trained_set_changed = self._weights.refresh
         engine.start(self.schedule, owner=self)
         self.cache: ActivationCache | None = None
         where = self.config.activation_cache

@@ -84,7 +84,7 @@ def _may_hold_tensors(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_restored(model: nn.Module) -> Iterator[None]:
     """Restore all buffers afterwards: kernels update running statistics without raising the tensor's version."""
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:

@@ -23,10 +23,10 @@ from dropbp.device import (
     Device,
     DeviceDefaults,
     available_devices,
+    fork_rng,
     get_device,
     known_devices,
     model_device,
-    random_state_kept,
 )
 from dropbp.errors import DeviceError
 from tests.common.engine_models import plain_batch, plain_net
@@ -361,7 +361,7 @@ def test_a_name_without_an_index_means_the_gpu_that_the_model_is_on(gpus: types.
 def test_random_state_is_read_and_put_back_on_the_gpus_of_the_model_alone(gpus: types.SimpleNamespace) -> None:
     host, other = torch.get_rng_state(), gpus.states[0]
     before = gpus.states[1].clone()
-    with random_state_kept(OnGpu("cpu", "cuda:1", "meta")):
+    with fork_rng(OnGpu("cpu", "cuda:1", "meta")):
         torch.rand(1)
         gpus.states[1] = torch.ones(16).byte()
     assert gpus.calls == [("state of", 1)]

@@ -20,7 +20,7 @@ from dropbp import inputs as example
 from dropbp.discovery.build import analyse
 from dropbp.discovery.discover import find
 from dropbp.discovery.record import record
-from dropbp.discovery.untouched import undisturbed
+from dropbp.discovery.restore import recording_mode
 from dropbp.errors import DiscoveryError
 from dropbp.flops import Shape, fitted
 from tests.campaigns.zoo.check import check_model
@@ -467,7 +467,7 @@ def test_a_buffer_that_the_recorded_forward_wrote_by_its_data_is_put_back() -> N
         assert model[0].level == 0 and model[0].level._version > version
     plain = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8))
     version = plain[0].running_mean._version
-    with undisturbed(plain):
+    with recording_mode(plain):
         plain(torch.randn(2, 8))
     assert plain[0].running_mean._version == version
 

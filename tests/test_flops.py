@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dropbp
+from dropbp.discovery.backward_flops import BACKWARD
 from dropbp.discovery.discover import find
-from dropbp.discovery.weights import BACKWARD
 from dropbp.flops import Shape, shape_of
 from tests.campaigns.zoo.tiny import case
 from tests.campaigns.zoo.training import backward_flops, counted_backward
@@ -51,7 +51,7 @@ def test_weights_of_an_encoder_decoder_follow_both_lengths(name: str, source: in
     model = tiny(name)
     batch = {"input_ids": ids(source), "decoder_input_ids": ids(target), "use_cache": False}
     shape = shape_of((), batch)
-    found, recorded = (find(model, given, None).weights.counted_from_the_top() for given in (None, batch))
+    found, recorded = (find(model, given, None).weights.of_truncated_backward() for given in (None, batch))
     assert found.at(shape) == pytest.approx(recorded.at(shape), rel=1e-4)
 
 
@@ -185,7 +185,7 @@ def test_weights_are_the_flops_of_the_backward_that_each_branch_really_has(way: 
     model = change(tiny(name)).train()
     batch = batch_for(model)
     found = find(model, None, None)
-    weights = found.weights.counted_from_the_top().at(shape_of((), batch))
+    weights = found.weights.of_truncated_backward().at(shape_of((), batch))
     with dropbp.enable(model, 0.5, stem="rest", max_activations=None) as handle:
         outside, counted = backward_flops(handle, batch, [weight > 0 for weight in weights])
     counted[0] -= patches(model)
@@ -236,9 +236,9 @@ def test_weights_follow_what_is_unfrozen_later() -> None:
     model = lower_half_frozen(tiny("LlamaForCausalLM"))
     weights = find(model, None, None).weights
     before = weights.at(Shape(1, 32))
-    assert before[:4] == (0, 0, 0, 0) and not weights.renew()
+    assert before[:4] == (0, 0, 0, 0) and not weights.refresh()
     model.model.layers[1].requires_grad_(True)
-    assert weights.renew()
+    assert weights.refresh()
     after = weights.at(Shape(1, 32))
     assert after[:2] == (0, 0) and min(after[2:]) > 0
     assert after[4:] == pytest.approx(tuple(before[4:]), rel=0.35)

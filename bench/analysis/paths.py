@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dropbp.discovery.cuts import needs
 from dropbp.discovery.graph import Graph
-from dropbp.discovery.liveness import needs
 from dropbp.discovery.record import Recorder
 from dropbp.discovery.structure import Structure
 from dropbp.sensitivity.measure import checked_loss

@@ -14,10 +14,10 @@ import torch
 from dropbp.cache.passage import MisfitError, Passage, has_nan
 from dropbp.cache.rows import LABELS, MASK, Row
 from dropbp.cache.store import State
-from dropbp.device import random_state_kept
+from dropbp.device import fork_rng
 from dropbp.engine.patch import Forward
 from dropbp.masks.plan import ForwardPlan
-from dropbp.tensors import buffers_kept, outputs_by_key
+from dropbp.tensors import buffers_restored, outputs_by_key
 
 if TYPE_CHECKING:
     from dropbp.cache.cache import ActivationCache, Kind
@@ -104,7 +104,7 @@ class CachedForward:
         plain = {name: value for name, value in self.kwargs.items() if name not in LABELS}
         other = {name: _padded(name, value, self.kwargs[MASK]) for name, value in plain.items()}
         seen: list[torch.Tensor] = []
-        with random_state_kept(cache.model), buffers_kept(cache.model):
+        with fork_rng(cache.model), buffers_restored(cache.model):
             for kwargs in (plain, other):
                 passage = Passage(cache.forms, self.rows, store=lambda _, x: seen.append(x), store_at=self.border)
                 with contextlib.suppress(Exception):  # for example more positions than the model has
@@ -162,7 +162,7 @@ class CachedForward:
         cache = self.cache
         passage = Passage(cache.forms, self.rows, states, cache.padding(self.rows, states), seeks_leaks=True)
         short: dict[str, Any] | None = None
-        with random_state_kept(cache.model), buffers_kept(cache.model):
+        with fork_rng(cache.model), buffers_restored(cache.model):
             try:
                 short = _figures(self._run_aside(passage, self._short_call()))
             except Exception as error:  # noqa: BLE001 - a model may raise anything if its blocks return NaN

@@ -1,7 +1,8 @@
 """Builds the structure of a model's residual branches from a recorded forward, without a table of architectures.
 
-`dropbp.discovery.graph` finds the additions to the residual stream, `dropbp.discovery.liveness` the modules that can
-run without recording. Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
+`dropbp.discovery.graph` finds the additions to the residual stream, `dropbp.discovery.cuts` the modules that can
+run without recording. Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALWAYS_NEEDED`
+is -1.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from dropbp.discovery.branches import found_in, together
-from dropbp.discovery.graph import Graph, other_sums
-from dropbp.discovery.liveness import ALIVE, Cover, Group, needs
+from dropbp.discovery.backward_flops import backward_work
+from dropbp.discovery.branches import find_candidates, together
+from dropbp.discovery.cuts import ALWAYS_NEEDED, Cut, UnrecordedCalls, needs
+from dropbp.discovery.graph import Graph, unexplained_sums
 from dropbp.discovery.stem import find_stem, with_unused
 from dropbp.discovery.structure import NO_BRANCH_ABOVE, Branch, BranchModule, BranchOutput, ScopedParameter, Structure
 from dropbp.discovery.trace import Call, Trace
-from dropbp.discovery.weights import work_of
 from dropbp.errors import DiscoveryError
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,15 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
     """
     trace, side_outputs = restricted_to_main_output(trace, model)
     graph = Graph(trace, model)
-    every = found_in(graph)
-    found = [branch for branch in every if branch.group is not None]
+    every = find_candidates(graph)
+    found = [branch for branch in every if branch.cut is not None]
     if not found:
         raise DiscoveryError(
             f"No residual branch was found in {type(model).__name__}: no addition `x + f(x)` whose f is made of "
             "modules. Name the branches yourself with branches=['layers.0.attention', ...]."
         )
-    unexplained = other_sums(graph, {branch.edge for branch in found})
-    structure = structure_of(graph, model, [branch.group or () for branch in found], unexplained, together(found))
+    unexplained = unexplained_sums(graph, {branch.edge for branch in found})
+    structure = structure_of(graph, model, [branch.cut or () for branch in found], unexplained, together(found))
     inside = sum(not branch.whole for branch in every)
     return dataclasses.replace(structure, outputs=trained_outputs(trace), side_outputs=side_outputs, cut_inside=inside)
 
@@ -68,7 +69,7 @@ def restricted_to_main_output(trace: Trace, model: nn.Module) -> tuple[Trace, bo
 
 def _whole_branches(trace: Trace, model: nn.Module) -> int:
     """Number of branches that are dropped exactly by cutting the edge into their addition."""
-    return sum(found.whole for found in found_in(Graph(trace, model)))
+    return sum(found.whole for found in find_candidates(Graph(trace, model)))
 
 
 def trained_outputs(trace: Trace) -> dict[str, bool]:
@@ -84,18 +85,18 @@ def trained_outputs(trace: Trace) -> dict[str, bool]:
 def structure_of(
     graph: Graph,
     model: nn.Module,
-    groups: Sequence[Group],
+    cuts: Sequence[Cut],
     unexplained: Iterable[int] = (),
     together: tuple[int, ...] = (),
 ) -> Structure:
-    """The structure of branches that are dropped by cutting these groups of edges."""
-    need = needs(graph, groups)
-    structure = _Builder(graph, model, groups, need, Cover(graph, need), unexplained).build()
-    stem = with_unused(find_stem(graph, groups, together), model, structure.branch_modules)
+    """The structure of branches that are dropped by these cuts."""
+    need = needs(graph, cuts)
+    structure = _Builder(graph, model, cuts, need, UnrecordedCalls(graph, need), unexplained).build()
+    stem = with_unused(find_stem(graph, cuts, together), model, structure.branch_modules)
     lowest_above = {
         name: _last(branch, together) for name, branch in stem.lowest_above.items() if branch != NO_BRANCH_ABOVE
     }
-    work = work_of(graph, need, len(groups), lowest_above)
+    work = backward_work(graph, need, len(cuts), lowest_above)
     return dataclasses.replace(structure, stem=stem, together=together, work=work)
 
 
@@ -111,15 +112,15 @@ class _Builder:
         self,
         graph: Graph,
         model: nn.Module,
-        groups: Sequence[Group],
+        cuts: Sequence[Cut],
         need: Sequence[int],
-        cover: Cover,
+        unrecorded: UnrecordedCalls,
         unexplained: Iterable[int] = (),
     ) -> None:
-        self.graph, self.groups, self.need, self.cover = graph, groups, need, cover
+        self.graph, self.cuts, self.need, self.unrecorded = graph, cuts, need, unrecorded
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names = [name for name, _ in model.named_modules()]
-        self.unexplained = {n for n in unexplained if need[n] == ALIVE}
+        self.unexplained = {n for n in unexplained if need[n] == ALWAYS_NEEDED}
         self.leaf_need = {id(node.leaf): need[node.index] for node in graph.nodes if node.is_leaf}
         self.flops_by_need, self.elements_by_need = _totals(graph, need)
 
@@ -154,11 +155,13 @@ class _Builder:
         calls: dict[str, list[Call]] = {}
         for call in self.graph.calls:
             calls.setdefault(call.name, []).append(call)
-        tops = {call.index for call in self.cover.tops}
+        outermost = {call.index for call in self.unrecorded.outermost}
         branch_modules = []
         for name, made in calls.items():
-            if any(call.index in tops for call in made):
-                needs = tuple(self.cover.call_need[c.index] if c.index in tops else ALIVE for c in made)
+            if any(call.index in outermost for call in made):
+                needs = tuple(
+                    self.unrecorded.call_need[c.index] if c.index in outermost else ALWAYS_NEEDED for c in made
+                )
                 branch_modules.append(BranchModule(name, needs, self._learned_mask(made)))
         return tuple(branch_modules) + self._uncalled_siblings(calls, branch_modules)
 
@@ -192,7 +195,7 @@ class _Builder:
     def _branches(self) -> tuple[Branch, ...]:
         branches: list[Branch] = []
         taken: dict[str, int] = {}
-        for i, _ in enumerate(self.groups):
+        for i, _ in enumerate(self.cuts):
             modules = self._modules_of(i)
             name = self._name(self._owners(i, modules))
             taken[name] = taken.get(name, 0) + 1
@@ -201,7 +204,11 @@ class _Builder:
         return tuple(branches)
 
     def _modules_of(self, branch: int) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(c.name for c in self.cover.tops if self.cover.call_need[c.index] == 1 << branch))
+        return tuple(
+            dict.fromkeys(
+                c.name for c in self.unrecorded.outermost if self.unrecorded.call_need[c.index] == 1 << branch
+            )
+        )
 
     def _owners(self, branch: int, modules: tuple[str, ...]) -> Sequence[str]:
         """The modules that name a branch: if it ends in an identity, those that hold parameters of it alone."""
@@ -230,7 +237,7 @@ class _Builder:
     def _parameter_needs(self) -> dict[str, int]:
         names = self.graph.parameter_names
         needs = {names.get(id(n.leaf)): self.need[n.index] for n in self.graph.nodes if n.is_leaf}
-        return {name: need for name, need in needs.items() if name is not None and need not in (0, ALIVE)}
+        return {name: need for name, need in needs.items() if name is not None and need not in (0, ALWAYS_NEEDED)}
 
     def _scoped_parameters(self) -> tuple[ScopedParameter, ...]:
         """Parameters that a branch uses directly, outside its skipped modules (layer scales, gates)."""
@@ -238,10 +245,10 @@ class _Builder:
         for node in self.graph.nodes:
             name = self.graph.parameter_names.get(id(node.leaf)) if node.is_leaf else None
             need = self.need[node.index]
-            if name is None or need in (0, ALIVE):
+            if name is None or need in (0, ALWAYS_NEEDED):
                 continue
             for user in self.graph.consumers[node.index]:
-                if not self.cover.silent(user, need):
+                if not self.unrecorded.is_unrecorded(user, need):
                     scope = self.graph.calls[self.graph.trace.call_of[user]].name
                     found[name, scope] = ScopedParameter(name, scope, need)
         return tuple(found.values())
@@ -250,27 +257,29 @@ class _Builder:
         outputs: list[BranchOutput] = []
         unscalable: dict[str, str] = {}
         for i, branch in enumerate(branches):
-            glue, first_silent, _ = self.cover.glue(i, [head for _, head in self.groups[i]])
-            reason = self._why_unscalable(i, glue, first_silent)
+            glue, first_unrecorded, _ = self.unrecorded.glue(i, [head for _, head in self.cuts[i]])
+            reason = self._why_unscalable(i, glue, first_unrecorded)
             if reason:
                 unscalable[branch.name] = reason
-            outputs.extend(self._outputs_of(i, first_silent))
+            outputs.extend(self._outputs_of(i, first_unrecorded))
         return tuple(outputs), unscalable
 
-    def _output_calls(self, branch: int, first_silent: Iterable[int]) -> set[Call]:
-        return {self._made_by(branch, number) for number in first_silent}
+    def _output_calls(self, branch: int, first_unrecorded: Iterable[int]) -> set[Call]:
+        return {self._made_by(branch, number) for number in first_unrecorded}
 
     def _made_by(self, branch: int, number: int) -> Call:
         """The module call that created the node and belongs to this branch alone; an outer call may serve several."""
         own = 1 << branch
-        return next(c for c in self.cover.top_of[number] if not self.cover.call_need[c.index] & ~own)
+        return next(c for c in self.unrecorded.top_of[number] if not self.unrecorded.call_need[c.index] & ~own)
 
-    def _outputs_of(self, branch: int, first_silent: Iterable[int]) -> list[BranchOutput]:
-        made = {self.graph.nodes[number].sequence for number in first_silent}
-        users = max((self._users_outside(self._made_by(branch, number), number) for number in first_silent), default=1)
+    def _outputs_of(self, branch: int, first_unrecorded: Iterable[int]) -> list[BranchOutput]:
+        made = {self.graph.nodes[number].sequence for number in first_unrecorded}
+        users = max(
+            (self._users_outside(self._made_by(branch, number), number) for number in first_unrecorded), default=1
+        )
         by_module: dict[str, list[int]] = {}
         places: dict[str, set[int]] = {}
-        for call in self._output_calls(branch, first_silent):
+        for call in self._output_calls(branch, first_unrecorded):
             same = [c.index for c in self.graph.calls if c.name == call.name]
             by_module.setdefault(call.name, []).append(same.index(call.index))
             places.setdefault(call.name, set()).update(i for i, number in enumerate(call.outputs) if number in made)
@@ -281,22 +290,22 @@ class _Builder:
 
     def _users_outside(self, made_by: Call, number: int) -> int:
         """How many nodes outside the module that created this one use its output."""
-        inside = set(self.graph.numbers_in_call[made_by.index])
+        inside = set(self.graph.nodes_in_call[made_by.index])
         return sum(user not in inside for user in self.graph.consumers[number])
 
-    def _why_unscalable(self, branch: int, glue: set[int], first_silent: set[int]) -> str:
+    def _why_unscalable(self, branch: int, glue: set[int], first_unrecorded: set[int]) -> str:
         if any(self.graph.nodes[n].is_leaf for n in glue):
             return "a parameter is multiplied in outside any module"
-        calls = self._output_calls(branch, first_silent)
-        inside = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
-        for number in first_silent:
+        calls = self._output_calls(branch, first_unrecorded)
+        inside = {n for call in calls for n in self.graph.nodes_in_call[call.index]}
+        for number in first_unrecorded:
             for user in self.graph.consumers[number]:
                 if user in inside and not self._same_output(calls, number, user):
                     return "one of its last modules feeds another"
         return ""
 
     def _same_output(self, calls: Iterable[Call], a: int, b: int) -> bool:
-        made = self.graph.numbers_in_call
+        made = self.graph.nodes_in_call
         return any(a in made[c.index] and b in made[c.index] for c in calls)
 
     def _block_masks(self, branches: Sequence[Branch]) -> dict[str, int]:
@@ -321,7 +330,7 @@ class _Builder:
     def _coverage(self) -> float:
         """Share of the counted FLOPs that lies in branches."""
         total = sum(self.graph.trace.flops.values())
-        return sum(self._flops(i) for i in range(len(self.groups))) / total if total else 0.0
+        return sum(self._flops(i) for i in range(len(self.cuts))) / total if total else 0.0
 
     def _check_blocks(self, branches: Sequence[Branch]) -> None:
         """Raises DiscoveryError if one block of a list has branches and another was not understood."""
@@ -339,13 +348,13 @@ class _Builder:
     def _may_hold_branches(self, name: str) -> bool:
         """Whether a branch may be missed: an addition is unexplained, and the block does not reshape the stream."""
         calls = [call for call in self.graph.calls if call.name == name]
-        made = {n for call in calls for n in self.graph.numbers_in_call[call.index]}
+        made = {n for call in calls for n in self.graph.nodes_in_call[call.index]}
         return not all(call.reshapes for call in calls) and bool(made & self.unexplained)
 
     def _covered_share(self, block: str) -> float | None:
         weights = [p for p in self.modules[block].parameters() if p.dim() >= 2 and id(p) in self.leaf_need]
         total = sum(p.numel() for p in weights)
-        return sum(p.numel() for p in weights if self.leaf_need[id(p)] != ALIVE) / total if total else None
+        return sum(p.numel() for p in weights if self.leaf_need[id(p)] != ALWAYS_NEEDED) / total if total else None
 
 
 def _totals(graph: Graph, need: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:

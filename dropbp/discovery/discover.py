@@ -13,12 +13,12 @@ from torch import nn
 
 from dropbp import inputs as example
 from dropbp.checks import listed, short
+from dropbp.discovery.backward_flops import BackwardFlops
 from dropbp.discovery.build import analyse
 from dropbp.discovery.named import analyse_named
 from dropbp.discovery.record import record
+from dropbp.discovery.restore import refuse_replaced_modules
 from dropbp.discovery.structure import Branch, Structure
-from dropbp.discovery.untouched import none_replaced
-from dropbp.discovery.weights import Weights
 from dropbp.errors import ConfigError, DiscoveryError
 from dropbp.flops import TOKENS, FlopsModel, Shape, fitted, pads, shape_of
 
@@ -43,7 +43,7 @@ class Findings:
 
     structure: Structure
     flops: FlopsModel
-    weights: Weights
+    weights: BackwardFlops
     shape: Shape
     call_signature: example.CallSignature = frozenset()
 
@@ -67,7 +67,7 @@ def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings
     """The findings that `discover` and `enable` need. Raises DiscoveryError as `discover` does."""
     if example_inputs is not None:
         return _find(model, example.as_inputs(example_inputs), named)
-    with none_replaced(model):
+    with refuse_replaced_modules(model):
         return _find(model, example.build(model, 1, SHORT), named)
 
 
@@ -80,7 +80,7 @@ def _find(model: nn.Module, given: example.Inputs, named: Names | None) -> Findi
     flops = fitted(_counts(found))
     works = {shape: each.work for shape, each in found.items()}
     call_signature = example.call_signature(example.argument_names(model), given.args, given.kwargs)
-    return Findings(structure, flops, Weights(works, dict(model.named_parameters())), shape, call_signature)
+    return Findings(structure, flops, BackwardFlops(works, dict(model.named_parameters())), shape, call_signature)
 
 
 def checked_module(model: Any) -> nn.Module:

@@ -17,10 +17,10 @@ from dropbp.discovery.trace import Call, Node, Trace
 
 Edge = tuple[int, int]  # (consumer node, source node)
 
-JOINS = ("AddBackward", "SubBackward", "AddcmulBackward")
+ADDITIONS = ("AddBackward", "SubBackward", "AddcmulBackward")
 SHIFTS = ("AddBackward", "SubBackward")
 PRODUCTS = ("MulBackward", "BmmBackward")
-LIGHT = (
+SCALINGS_AND_VIEWS = (
     "MulBackward", "DivBackward", "ToCopyBackward", "ViewBackward", "ReshapeAliasBackward", "UnsafeViewBackward",
     "PermuteBackward", "TransposeBackward", "TBackward", "CloneBackward", "AliasBackward", "ExpandBackward",
     "SqueezeBackward", "UnsqueezeBackward", "NativeDropoutBackward", "SliceBackward",
@@ -30,7 +30,7 @@ OWN_STREAM_SHARE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
-class Join:
+class ResidualAddition:
     """An addition to the stream.
 
     Attributes:
@@ -60,7 +60,7 @@ class Graph:
         self.consumers = trace.consumers()
         self.parameter_names = {**trace.stand_ins, **{id(p): name for name, p in model.named_parameters()}}
         self.by_sequence = {node.sequence: node.index for node in self.nodes if not node.is_leaf}
-        self.numbers_in_call = {call.index: self._made_by(call) for call in self.calls}
+        self.nodes_in_call = {call.index: self._made_by(call) for call in self.calls}
 
     def _made_by(self, call: Call) -> tuple[int, ...]:
         numbers = (self.by_sequence.get(s) for s in range(call.start, call.end))
@@ -104,7 +104,7 @@ class Graph:
 
     def _below(self, node: Node) -> int | None:
         tensors = self.tensors_into(node)
-        if len(tensors) == 1 and node.name.startswith(LIGHT + SHIFTS):
+        if len(tensors) == 1 and node.name.startswith(SCALINGS_AND_VIEWS + SHIFTS):
             return tensors[0]
         if len(tensors) == 2 and node.name.startswith(PRODUCTS):
             return self._gated(*tensors)
@@ -127,7 +127,7 @@ class _Sum:
     terms: tuple[Edge, ...]
 
 
-def joins(graph: Graph) -> list[Join]:
+def residual_additions(graph: Graph) -> list[ResidualAddition]:
     """Every addition of the form stream + branches, last one first."""
     sums = _sums(graph)
     first = [(s, join) for s in sums if (join := _as_join(graph, s)) is not None]
@@ -148,9 +148,9 @@ def _sums(graph: Graph) -> list[_Sum]:
     return found
 
 
-def other_sums(graph: Graph, branches: Collection[Edge]) -> list[int]:
+def unexplained_sums(graph: Graph, branches: Collection[Edge]) -> list[int]:
     """Additions with a term that is neither the stream nor a branch."""
-    base_of = {join.node: join.base for join in joins(graph)}
+    base_of = {join.node: join.base for join in residual_additions(graph)}
     return [s.node for s in _sums(graph) if not _is_explained(graph, s, base_of.get(s.node), branches)]
 
 
@@ -160,7 +160,7 @@ def _is_explained(graph: Graph, total: _Sum, base: int | None, branches: Collect
 
 def is_sum(graph: Graph, node: Node) -> bool:
     """Whether the node adds two tensors, rather than a tensor and a parameter."""
-    return node.name.startswith(JOINS) and len(graph.tensors_into(node)) >= 2
+    return node.name.startswith(ADDITIONS) and len(graph.tensors_into(node)) >= 2
 
 
 def _terms(graph: Graph, node: Node) -> tuple[tuple[Edge, ...], set[int]]:
@@ -184,7 +184,7 @@ def _continues(graph: Graph, root: Node, source: int) -> bool:
     return same_forward and is_sum(graph, graph.nodes[source]) and len(graph.consumers[source]) == 1
 
 
-def _as_join(graph: Graph, total: _Sum) -> Join | None:
+def _as_join(graph: Graph, total: _Sum) -> ResidualAddition | None:
     """The sum as a join, its stream the term on which most others depend; None if no term depends on another."""
     best: tuple[int, tuple[Edge, ...]] = (0, ())
     for _, stream in total.terms:
@@ -193,14 +193,14 @@ def _as_join(graph: Graph, total: _Sum) -> Join | None:
         if len(edges) > len(best[1]):
             best = base, edges
     base, edges = best
-    return Join(total.node, base, edges, (base,) * len(edges)) if edges else None
+    return ResidualAddition(total.node, base, edges, (base,) * len(edges)) if edges else None
 
 
 def _leaves(graph: Graph, term: int, stream: int) -> bool:
     return graph.is_private(term) and graph.depends(term, stream)
 
 
-def _with_late_terms(graph: Graph, total: _Sum, join: Join, bases: Sequence[int]) -> Join:
+def _with_late_terms(graph: Graph, total: _Sum, join: ResidualAddition, bases: Sequence[int]) -> ResidualAddition:
     """Add terms computed from an earlier point of the stream in the same forward (shortcut experts)."""
     edges, starts = list(join.edges), list(join.starts)
     earlier = [base for base in bases if base < join.base and graph.depends(join.base, base)]
@@ -214,17 +214,17 @@ def _with_late_terms(graph: Graph, total: _Sum, join: Join, bases: Sequence[int]
     return dataclasses.replace(join, edges=tuple(edges), starts=tuple(starts))
 
 
-def outermost(graph: Graph, joins: Sequence[Join]) -> list[Join]:
+def outermost(graph: Graph, residual_additions: Sequence[ResidualAddition]) -> list[ResidualAddition]:
     """Joins without branches that lie inside another branch, and without long skips that are residual streams."""
-    kept: list[Join] = []
+    kept: list[ResidualAddition] = []
     covered: set[int] = set()
-    for position, join in enumerate(joins):
+    for position, join in enumerate(residual_additions):
         if join.node in covered:
             continue
         own = [
             (edge, start)
             for edge, start in join.branches
-            if _is_branch(graph, join, edge[1], start, joins[position + 1 :])
+            if _is_branch(graph, join, edge[1], start, residual_additions[position + 1 :])
         ]
         if not own:
             continue
@@ -235,7 +235,7 @@ def outermost(graph: Graph, joins: Sequence[Join]) -> list[Join]:
     return kept
 
 
-def _is_branch(graph: Graph, join: Join, head: int, start: int, later: Sequence[Join]) -> bool:
+def _is_branch(graph: Graph, join: ResidualAddition, head: int, start: int, later: Sequence[ResidualAddition]) -> bool:
     span = _span(graph, start, head)
     return _has_module(graph, join, span) and not _is_stream(graph, span, later)
 
@@ -245,12 +245,12 @@ def _span(graph: Graph, start: int, head: int) -> set[int]:
     return graph.ancestors(head, start) - graph.ancestors(start, start)
 
 
-def _has_module(graph: Graph, join: Join, span: Iterable[int]) -> bool:
+def _has_module(graph: Graph, join: ResidualAddition, span: Iterable[int]) -> bool:
     own = graph.trace.call_of[join.node]
     return any(graph.trace.call_of[n] != own for n in span if not graph.nodes[n].is_leaf)
 
 
-def _is_stream(graph: Graph, span: set[int], later: Sequence[Join]) -> bool:
+def _is_stream(graph: Graph, span: set[int], later: Sequence[ResidualAddition]) -> bool:
     inner: list[set[int]] = []
     for join in later:
         if join.node in span:

@@ -9,8 +9,8 @@ from torch import nn
 
 from dropbp.discovery.branches import edges_leaving
 from dropbp.discovery.build import structure_of, trained_outputs
+from dropbp.discovery.cuts import Cut, exact_cuts
 from dropbp.discovery.graph import Graph
-from dropbp.discovery.liveness import Group, exact_groups
 from dropbp.discovery.structure import Structure
 from dropbp.discovery.trace import Trace
 from dropbp.errors import DiscoveryError
@@ -20,9 +20,9 @@ def analyse_named(trace: Trace, model: nn.Module, named: Sequence[Sequence[str]]
     """The structure of branches given by name: each entry lists the modules that are skipped if it is dropped."""
     graph = Graph(trace, model)
     _check_names(model, named)
-    groups = exact_groups(graph, [edges_leaving(graph, names) for names in named])
-    _check_exact(named, groups)
-    structure = structure_of(graph, model, [group for group in groups if group is not None])
+    cuts = exact_cuts(graph, [edges_leaving(graph, names) for names in named])
+    _check_exact(named, cuts)
+    structure = structure_of(graph, model, [group for group in cuts if group is not None])
     _check_stream_survives(graph, named)
     modules = tuple(tuple(names) for names in named)
     return dataclasses.replace(structure, named=modules, outputs=trained_outputs(trace), side_outputs=trace.holds)
@@ -39,8 +39,8 @@ def _check_names(model: nn.Module, named: Sequence[Sequence[str]]) -> None:
             )
 
 
-def _check_exact(named: Sequence[Sequence[str]], groups: Sequence[Group | None]) -> None:
-    lost = [list(names) for names, group in zip(named, groups, strict=True) if group is None]
+def _check_exact(named: Sequence[Sequence[str]], cuts: Sequence[Cut | None]) -> None:
+    lost = [list(names) for names, group in zip(named, cuts, strict=True) if group is None]
     if lost:
         raise DiscoveryError(
             f"{len(named)} branches were named, but {len(lost)} of them cannot be dropped exactly, first {lost[0]}: "
@@ -53,7 +53,7 @@ def _check_stream_survives(graph: Graph, named: Sequence[Sequence[str]]) -> None
     for names in named:
         calls = [c for c in graph.calls if c.name in names]
         first = min(c.start for c in calls)
-        inside = {n for c in calls for n in graph.numbers_in_call[c.index]}
+        inside = {n for c in calls for n in graph.nodes_in_call[c.index]}
         if _feeds(graph, inside, first) and not _reaches_below(graph, inside, first):
             raise DiscoveryError(
                 f"Branch {', '.join(names)} carries the residual stream: dropping it would cut the gradient to "

@@ -22,15 +22,15 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from dropbp._torch import attention_mask, kernel_depends_on_weight
-from dropbp.discovery.trace import Call, Trace, collect, innermost_call, sequence_of
-from dropbp.discovery.untouched import (
-    every_parameter_recorded,
-    forgotten,
-    is_plain,
-    nothing_held,
-    sharded_again,
-    undisturbed,
+from dropbp.discovery.restore import (
+    all_parameters_require_grad,
+    is_unsharded,
+    module_attributes_restored,
+    recording_mode,
+    resharded,
+    zero3_state_released,
 )
+from dropbp.discovery.trace import Call, Trace, collect, innermost_call, sequence_of
 from dropbp.errors import DiscoveryError
 from dropbp.tensors import held_by_modules, is_differentiable, outputs_by_key, own_output, tensors_in
 
@@ -50,12 +50,12 @@ def record(
         DiscoveryError: the forward failed, or no output depends on anything differentiable.
     """
     recorder = Recorder(model, identities=identities)
-    with nothing_held(model), contextlib.ExitStack() as stack:
+    with module_attributes_restored(model), contextlib.ExitStack() as stack:
         for guard in (
-            sharded_again(model),
-            forgotten(model),
-            undisturbed(model),
-            every_parameter_recorded(model),
+            resharded(model),
+            zero3_state_released(model),
+            recording_mode(model),
+            all_parameters_require_grad(model),
             recorder,
         ):
             stack.enter_context(guard)
@@ -256,7 +256,7 @@ class Recorder:
         return note
 
     def _record_frozen(self, parameter: torch.Tensor) -> None:
-        if self.counts and not parameter.requires_grad and parameter.is_floating_point() and is_plain(parameter):
+        if self.counts and not parameter.requires_grad and parameter.is_floating_point() and is_unsharded(parameter):
             self.frozen.append(parameter.requires_grad_(True))
 
     def _exit_hook(self, has_state: bool) -> Any:

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
+from dropbp.discovery.cuts import ALWAYS_NEEDED, Cut, flows, needs
 from dropbp.discovery.graph import Graph
-from dropbp.discovery.liveness import ALIVE, Group, flows, needs
 from dropbp.discovery.structure import BranchModule, ScopedParameter, Stem
 from dropbp.discovery.trace import Call
 
@@ -37,18 +37,18 @@ class _Use:
     in_branch: bool
 
 
-def find_stem(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> Stem:
+def find_stem(graph: Graph, cuts: Sequence[Cut], together: Sequence[int]) -> Stem:
     """The modules and parameters that must be frozen in some steps.
 
     Args:
         graph: graph of the recorded forward.
-        groups: for each branch, the edges that are cut to drop it.
+        cuts: for each branch, the edges that are cut to drop it.
         together: sets of branches, as bit masks, that are only dropped together.
     """
     by_name: dict[str, list[_Use]] = {}
-    for use in _uses(graph, groups, together):
+    for use in _uses(graph, cuts, together):
         by_name.setdefault(use.name, []).append(use)
-    freezable = _FreezableModules(graph, groups)
+    freezable = _FreezableModules(graph, cuts)
     modules: dict[str, int] = {}
     parameters: dict[ScopedParameter, None] = {}
     for name, uses in by_name.items():
@@ -107,9 +107,9 @@ def _upwards(path: str) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def _uses(graph: Graph, groups: Sequence[Group], together: Sequence[int]) -> list[_Use]:
-    cut = {edge: 1 << i for i, group in enumerate(groups) for edge in group}
-    need, flow = needs(graph, groups), flows(graph, groups)
+def _uses(graph: Graph, cuts: Sequence[Cut], together: Sequence[int]) -> list[_Use]:
+    cut = {edge: 1 << i for i, group in enumerate(cuts) for edge in group}
+    need, flow = needs(graph, cuts), flows(graph, cuts)
     found: dict[_Use, None] = {}
     for leaf in graph.nodes:
         name = graph.parameter_names.get(id(leaf.leaf)) if leaf.is_leaf else None
@@ -130,9 +130,9 @@ def lowest(bits: int) -> int:
 class _FreezableModules:
     """Decides for each use whether a whole module or only the parameter is frozen."""
 
-    def __init__(self, graph: Graph, groups: Sequence[Group]) -> None:
+    def __init__(self, graph: Graph, cuts: Sequence[Cut]) -> None:
         self.graph = graph
-        self.need, self.flow = needs(graph, groups), flows(graph, groups)
+        self.need, self.flow = needs(graph, cuts), flows(graph, cuts)
         self._frozen_with_by_call: dict[int, int] = {}
         self._call_counts: dict[str, int] = {}
         for call in graph.calls:
@@ -152,8 +152,10 @@ class _FreezableModules:
         return self._frozen_with_by_call[index]
 
     def _branch_that_freezes(self, index: int) -> int:
-        made = set(self.graph.numbers_in_call[index])
-        if self._call_counts[self.graph.calls[index].name] > 1 or any(self.need[n] not in (0, ALIVE) for n in made):
+        made = set(self.graph.nodes_in_call[index])
+        if self._call_counts[self.graph.calls[index].name] > 1 or any(
+            self.need[n] not in (0, ALWAYS_NEEDED) for n in made
+        ):
             return 0
         outputs = [n for n in made if n in self.graph.trace.roots or not made.issuperset(self.graph.consumers[n])]
         branches = [lowest(self.flow[n]) for n in outputs]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from dropbp.discovery.weights import NO_WORK, Work
+from dropbp.discovery.backward_flops import NO_WORK, BackwardWork
 
 NO_BRANCH_ABOVE = -1  # the gradient passes through no branch: norms and heads after the last branch
 
@@ -139,7 +139,7 @@ class Structure:
     stem: Stem = dataclasses.field(default_factory=Stem)
     together: tuple[int, ...] = ()
     named: tuple[tuple[str, ...], ...] = ()
-    work: Work = NO_WORK
+    work: BackwardWork = NO_WORK
     outputs: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     side_outputs: bool = False
     repeated: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -29,10 +29,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from dropbp.discovery.cuts import ALWAYS_NEEDED
 from dropbp.errors import StateError
 from dropbp.tensors import tensors_in
 
-NEEDED = -1  # for a parameter outside all branches
 WRAPPERS = {
     "DistributedDataParallel": "Enable the model inside, dropbp.enable(wrapped.module), before or after wrapping it, "
     "and wrap it with find_unused_parameters=True, since dropped branches get no gradient.",
@@ -159,7 +159,7 @@ class KeptGradientsHook:
         return self._reduced(bucket.buffer(), kept, whole=len(kept) == len(bucket.parameters()))
 
     def _is_missing(self, parameter: nn.Parameter) -> bool:
-        return self.dropped is not None and not self.needs.get(parameter, NEEDED) & ~self.dropped
+        return self.dropped is not None and not self.needs.get(parameter, ALWAYS_NEEDED) & ~self.dropped
 
     def _reduced(
         self, buffer: torch.Tensor, kept: Sequence[torch.Tensor], whole: bool

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from dropbp.discovery.cuts import ALWAYS_NEEDED
 from dropbp.discovery.structure import Stem, Structure
-from dropbp.engine.distributed import NEEDED
 from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
 from dropbp.masks.plan import ForwardPlan
 
@@ -28,8 +28,8 @@ class Parameters:
         self.optimized: frozenset[str] | None = None
 
     def need_of(self, name: str) -> int:
-        """The branches that a parameter belongs to, as bits; `NEEDED` if none."""
-        return self.structure.parameters.get(name, NEEDED)
+        """The branches that a parameter belongs to, as bits; `ALWAYS_NEEDED` if none."""
+        return self.structure.parameters.get(name, ALWAYS_NEEDED)
 
     def needs(self) -> dict[nn.Parameter, int]:
         """The branches, as bits, that each branch parameter belongs to."""
@@ -72,7 +72,7 @@ class Parameters:
             parameter.requires_grad
             and self.need_of(name) & ~dropped
             and (self.optimized is None or name in self.optimized)
-            and stem.get(name, NEEDED) & ~dropped
+            and stem.get(name, ALWAYS_NEEDED) & ~dropped
             for name, parameter in self.model.named_parameters()
         )
 

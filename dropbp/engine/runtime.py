@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from dropbp._torch import detached, transforming
-from dropbp.device import dynamo_graph_count, random_state
+from dropbp.device import dynamo_graph_count, save_rng_state
 from dropbp.engine.autograd_functions import ConnectToAnchor
 from dropbp.engine.patch import Forward
 from dropbp.engine.side_outputs import CallPlan
@@ -217,7 +217,7 @@ class Runtime:
         kind = plan.kind
         untried = kind.untried and plan.dropped != 0
         kind.untried = kind.untried and not untried
-        restore = random_state(self.model) if untried else None
+        restore = save_rng_state(self.model) if untried else None
         outputs = self._recorded_and_learned(forward, plan)
         if plan.observation is None and plan.dropped and kind.has_new(outputs, self.model if untried else None):
             logger.info("%s returned new kinds of outputs, so this forward runs again", type(self.model).__name__)

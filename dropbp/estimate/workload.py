@@ -19,7 +19,7 @@ from dropbp import inputs as example
 from dropbp.checks import is_whole, short
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape, shape_of
-from dropbp.sensitivity.untouched import untouched
+from dropbp.sensitivity.restore import training_state_restored
 from dropbp.tensors import tensors_in
 
 Loss = Callable[[Any], torch.Tensor]
@@ -135,7 +135,7 @@ def in_training(model: nn.Module) -> Iterator[None]:
     """All modules in training mode; modes, gradients, buffers and random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with untouched(model):
+        with training_state_restored(model):
             model.train()
             yield
     finally:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from dropbp.device import random_state_kept
+from dropbp.device import fork_rng
 from dropbp.errors import ConfigError, DiscoveryError
 from dropbp.inputs import device_of
 
@@ -39,7 +39,7 @@ def first_batch(loader: Any, model: nn.Module) -> dict[str, Any]:
     Raises:
         ConfigError: the loader's batches are not dictionaries, or its data set has no rows.
     """
-    with random_state_kept(model), _random_state_of_python_kept():
+    with fork_rng(model), _fork_python_rng():
         batch = _copied(loader.collate_fn)(_first_rows(loader))
     if not isinstance(batch, Mapping):
         raise ConfigError(f"the trainer's batches are of type {type(batch).__name__}, but must be dictionaries.")
@@ -103,7 +103,7 @@ def _copied(part: Any) -> Any:
 
 
 @contextmanager
-def _random_state_of_python_kept() -> Iterator[None]:
+def _fork_python_rng() -> Iterator[None]:
     own, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state, to restore it
     try:
         yield

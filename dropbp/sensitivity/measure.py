@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from dropbp._torch import compiled_code_off
-from dropbp.device import random_state
+from dropbp.device import save_rng_state
 from dropbp.discovery.structure import Structure
 from dropbp.engine.distributed import is_multi_rank
 from dropbp.errors import ConfigError, StateError
 from dropbp.sensitivity.onepass import Observation, OnePass
-from dropbp.sensitivity.untouched import untouched
+from dropbp.sensitivity.restore import training_state_restored
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def measure(
         raise ConfigError("No closure was given. Pass a function that runs one forward and returns the loss.")
     start = time.perf_counter()
     observe = _exact if method == "exact" else _one_pass
-    with untouched(model):
+    with training_state_restored(model):
         observations = [observe(model, structure, closure, masked) for closure in closures]
     passes = len(closures) * (len(structure.branches) + 1 if method == "exact" else 1)
     return _averaged(observations, _device(model), passes), time.perf_counter() - start
@@ -95,7 +95,7 @@ def measure(
 def _exact(model: nn.Module, structure: Structure, closure: Closure, masked: Masking) -> Observation:
     """Run one pass per branch, which never needs more memory than a training step."""
     count = len(structure.branches)
-    rewind = random_state(model)
+    rewind = save_rng_state(model)
     norms = _norms_under(model, closure, masked, [False] * count)
     scores = []
     for branch in range(count) if _finite(norms) else ():
@@ -118,7 +118,7 @@ def _norms_under(model: nn.Module, closure: Closure, masked: Masking, mask: Sequ
 def _one_pass(model: nn.Module, structure: Structure, closure: Closure, masked: Masking) -> Observation:
     watch = OnePass(model, structure)
     nothing = [False] * len(structure.branches)
-    rewind = random_state(model)
+    rewind = save_rng_state(model)
     with masked(nothing), compiled_code_off():
         with watch.watching(lambda: checked_loss(closure())) as loss:
             loss.backward()

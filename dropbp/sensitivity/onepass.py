@@ -28,9 +28,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dropbp.discovery.branches import groups_again
+from dropbp.discovery.branches import cuts_in
+from dropbp.discovery.cuts import needs
 from dropbp.discovery.graph import Edge, Graph
-from dropbp.discovery.liveness import needs
 from dropbp.discovery.record import Recorder
 from dropbp.discovery.structure import Structure
 from dropbp.errors import StateError
@@ -317,7 +317,7 @@ def edges_of_branches(graph: Graph, structure: Structure) -> list[list[Edge]]:
     Raises:
         StateError: the graph does not show every branch.
     """
-    found, count = groups_again(graph, structure), len(structure.branches)
+    found, count = cuts_in(graph, structure), len(structure.branches)
     if not found or len(found) % count:
         raise StateError(
             f"The closure's graph shows {len(found)} branches, but the model has {count}. Reentrant gradient "

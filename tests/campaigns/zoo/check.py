@@ -18,7 +18,7 @@ from torch import nn
 
 import dropbp
 from dropbp import inputs as example
-from dropbp.discovery.branches import branch_groups
+from dropbp.discovery.branches import branch_cuts
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.record import Recorder, differentiable
 from dropbp.tensors import tensors_in
@@ -144,7 +144,7 @@ class _Plain:
             args, kwargs = differentiable(inputs.args, inputs.kwargs)
             outputs = model(*args, **kwargs)
         self.loss = _loss(outputs)
-        self.groups = branch_groups(Graph(self.recorder.trace(outputs), model))
+        self.groups = branch_cuts(Graph(self.recorder.trace(outputs), model))
         assert len(self.groups) == count, f"{len(self.groups)} branches in the training forward, {count} when enabled"
 
     def gradients(self, mask: list[bool]) -> dict[str, torch.Tensor | None]:

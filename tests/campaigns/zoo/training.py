@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from dropbp import inputs as example
-from dropbp.discovery.branches import branch_groups
+from dropbp.discovery.branches import branch_cuts
 from dropbp.discovery.build import restricted_to_main_output
+from dropbp.discovery.cuts import needs
 from dropbp.discovery.graph import Graph
-from dropbp.discovery.liveness import needs
 from dropbp.discovery.record import Recorder, differentiable
 from dropbp.discovery.trace import sequence_of
 from dropbp.engine.stray_gradients import nodes_below
@@ -244,7 +244,7 @@ def _ends(handle: Any, recorder: Recorder, outputs: Any, dropped: int) -> set[An
     whole = recorder.trace(outputs)
     trace, _ = restricted_to_main_output(whole, handle.model)
     graph = Graph(trace, handle.model)
-    groups = branch_groups(graph)
+    groups = branch_cuts(graph)
     if len(groups) == len(handle.branches):
         heads = (head for place, group in enumerate(groups) if dropped >> place & 1 for _, head in group)
         return {recorder.functions[head] for head in heads}
@@ -347,7 +347,7 @@ def _products_of_branches(model: nn.Module, batch: Mapping[str, Any]) -> set[Pro
         args, kwargs = differentiable((), batch)
         outputs = model(*args, **kwargs)
     graph = Graph(restricted_to_main_output(recorder.trace(outputs), model)[0], model)
-    need = needs(graph, branch_groups(graph))
+    need = needs(graph, branch_cuts(graph))
     inside = (node for node in graph.nodes if need[node.index] > 0 and graph.trace.call_of[node.index] >= 0)
     return {(graph.calls[graph.trace.call_of[node.index]].name, node.name) for node in inside}
 

@@ -40,7 +40,7 @@ Costs = Counter[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class BackwardWork:
     """The cost of the backward of a recorded forward.
 
     Attributes:
@@ -59,7 +59,7 @@ class Work:
     branches: int
     lowest_above: Mapping[str, int]
 
-    def backward(self, trained: Collection[str]) -> Costs:
+    def full(self, trained: Collection[str]) -> Costs:
         """FLOPs of each branch's backward if these parameters are trained.
 
         At least 1 if a gradient flows through the branch, otherwise none.
@@ -72,7 +72,7 @@ class Work:
                 costs[own, own] += flops * sum(ends[i] > NEVER for i in operands)
         return self._at_least_one(costs, ends)
 
-    def from_the_top(self, trained: Collection[str]) -> Costs:
+    def truncated(self, trained: Collection[str]) -> Costs:
         """The same under masks that train the top of the model: each branch with the work that ends with it."""
         ends = self._ends(lambda name: self.lowest_above.get(name, self.branches) if name in trained else NEVER)
         costs = Costs()
@@ -96,16 +96,18 @@ class Work:
         return costs | Counter({(branch, branch): 1 for branch in reached_alone})
 
 
-NO_WORK = Work((), (), {}, {}, 0, {})
+NO_WORK = BackwardWork((), (), {}, {}, 0, {})
 
 
-def work_of(graph: Graph, need: Sequence[int], branches: int, lowest_above: Mapping[str, int]) -> Work:
-    """The backward work in branches; the arguments are as in `Work`."""
+def backward_work(graph: Graph, need: Sequence[int], branches: int, lowest_above: Mapping[str, int]) -> BackwardWork:
+    """The backward work in branches; the arguments are as in `BackwardWork`."""
     names = graph.parameter_names
     parameters = {n.index: names[id(n.leaf)] for n in graph.nodes if n.is_leaf and id(n.leaf) in names}
     counted = {n.index: graph.trace.flops.get(n.sequence, 0) for n in graph.nodes if need[n.index] > 0}
     products = {i: (flops, _operands(graph.nodes[i])) for i, flops in counted.items() if flops}
-    return Work(tuple(node.inputs for node in graph.nodes), tuple(need), parameters, products, branches, lowest_above)
+    return BackwardWork(
+        tuple(node.inputs for node in graph.nodes), tuple(need), parameters, products, branches, lowest_above
+    )
 
 
 def _operands(node: Node) -> tuple[int, ...]:
@@ -115,7 +117,7 @@ def _operands(node: Node) -> tuple[int, ...]:
     return node.inputs[1:3] if node.name.startswith(("Addmm", "Baddbmm")) else node.inputs[:2]
 
 
-class Weights:
+class BackwardFlops:
     """The cost of each branch's backward at any shape, with the parameters that are trained now.
 
     The unit is forward FLOPs: a fully trained branch weighs as much as its forward.
@@ -123,28 +125,28 @@ class Weights:
     Args:
         works: work of the same branches at several shapes.
         parameters: parameters of the model, by name.
-        from_the_top: whether steps train the top of the model down to a border, and nothing below it.
+        truncated: whether steps train the top of the model down to a border, and nothing below it.
     """
 
     def __init__(
-        self, works: Mapping[Shape, Work], parameters: Mapping[str, torch.Tensor], from_the_top: bool = False
+        self, works: Mapping[Shape, BackwardWork], parameters: Mapping[str, torch.Tensor], truncated: bool = False
     ) -> None:
-        self._works, self._parameters, self._from_the_top = works, parameters, from_the_top
+        self._works, self._parameters, self._truncated = works, parameters, truncated
         self._each = list(parameters.values())
         self._stamp: bytes | None = None
-        self.renew()
+        self.refresh()
 
-    def counted_from_the_top(self) -> Weights:
+    def of_truncated_backward(self) -> BackwardFlops:
         """The same for masks that train the top of the model down to a border."""
-        return Weights(self._works, self._parameters, from_the_top=True)
+        return BackwardFlops(self._works, self._parameters, truncated=True)
 
-    def renew(self) -> bool:
+    def refresh(self) -> bool:
         """Recount if other parameters are trained than before; return whether that is so."""
         stamp = bytes(map(_is_trained, self._each))
         if stamp == self._stamp:
             return False
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
-        count = Work.from_the_top if self._from_the_top else Work.backward
+        count = BackwardWork.truncated if self._truncated else BackwardWork.full
         counts = {shape: count(work, trained) for shape, work in self._works.items()}
         self._places = sorted({place for costs in counts.values() for place, cost in costs.items() if cost})
         self._stamp, self._model = stamp, fitted({shape: [c[p] for p in self._places] for shape, c in counts.items()})

@@ -3,10 +3,10 @@
 Dropping a branch means that no gradient enters the edge from the addition to the branch's output. Every node that
 reaches the outputs only through that edge is then dead, and a module whose nodes are all dead can run without
 recording. One pass over the graph, from the outputs to the inputs, gives every node the set of branches that must all
-be dropped to make it dead (`ALIVE` if no set is enough). A norm shared by two parallel branches is dead if both are
-dropped, a bias shared by all attention layers if all are.
+be dropped to make it dead (`ALWAYS_NEEDED` if no set is enough). A norm shared by two parallel branches is dead if both
+are dropped, a bias shared by all attention layers if all are.
 
-Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALIVE` is -1.
+Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `ALWAYS_NEEDED` is -1.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from collections.abc import Iterable, Sequence
 from dropbp.discovery.graph import Edge, Graph
 from dropbp.discovery.trace import Call
 
-ALIVE = -1  # no set of branches is enough
-Group = Sequence[Edge]  # the edges that are cut to drop one branch
+ALWAYS_NEEDED = -1  # no set of branches is enough
+Cut = Sequence[Edge]  # the edges that are cut to drop one branch
 
 
-def exact_groups(graph: Graph, groups: Sequence[Group]) -> list[Group | None]:
+def exact_cuts(graph: Graph, first: Sequence[Cut]) -> list[Cut | None]:
     """For each branch, the edges to cut so that running modules without recording drops exactly it; None if impossible.
 
     If the term of an addition mixes a branch with something that stays alive, as in `gate(x) * f(x)`, the cut moves
     back to the outputs of the branch's modules. The gate keeps its gradient, with `f(x)` as a constant.
     """
-    cuts: list[Group | None] = list(groups)
-    retreated: set[int] = set()
+    cuts: list[Cut | None] = list(first)
+    moved: set[int] = set()
     while True:
-        alive = [i for i, group in enumerate(cuts) if group is not None]
-        cover = Cover(graph, needs(graph, [group for group in cuts if group is not None]))
-        inexact = [(place, i) for place, i in enumerate(alive) if not cover.is_exact(place, cuts[i] or ())]
+        possible = [i for i, cut in enumerate(cuts) if cut is not None]
+        calls = UnrecordedCalls(graph, needs(graph, [cut for cut in cuts if cut is not None]))
+        inexact = [(place, i) for place, i in enumerate(possible) if not calls.is_exact(place, cuts[i] or ())]
         if not inexact:
             return cuts
         for place, i in inexact:
-            cuts[i] = None if i in retreated else cover.retreat(place, cuts[i] or ())
-            retreated.add(i)
+            cuts[i] = None if i in moved else calls.moved_inward(place, cuts[i] or ())
+            moved.add(i)
 
 
-def needs(graph: Graph, groups: Sequence[Group]) -> list[int]:
-    """For each node, the branches that must all be dropped for it to get no gradient; `ALIVE` if none suffice."""
-    cut = {edge: 1 << i for i, group in enumerate(groups) for edge in group}
+def needs(graph: Graph, cuts: Sequence[Cut]) -> list[int]:
+    """For each node, the branches that must all be dropped for it to get no gradient, or `ALWAYS_NEEDED`."""
+    cut = {edge: 1 << i for i, edges in enumerate(cuts) for edge in edges}
     need = [0] * len(graph.nodes)
     for root in graph.trace.roots:
-        need[root] = ALIVE
+        need[root] = ALWAYS_NEEDED
     for node in reversed(graph.nodes):
         for source in node.inputs:
             need[source] |= cut.get((node.index, source), need[node.index])
     return need
 
 
-def flows(graph: Graph, groups: Sequence[Group]) -> list[int]:
+def flows(graph: Graph, cuts: Sequence[Cut]) -> list[int]:
     """For each node, the branches that its gradient passes through, its own included; no other branch changes it."""
-    cut = {edge: 1 << i for i, group in enumerate(groups) for edge in group}
+    cut = {edge: 1 << i for i, edges in enumerate(cuts) for edge in edges}
     flow = [0] * len(graph.nodes)
     for node in reversed(graph.nodes):
         for source in node.inputs:
@@ -61,35 +61,35 @@ def flows(graph: Graph, groups: Sequence[Group]) -> list[int]:
     return flow
 
 
-class Cover:
+class UnrecordedCalls:
     """The module calls that can run without recording, and whether that drops each branch exactly."""
 
     def __init__(self, graph: Graph, need: Sequence[int]) -> None:
         self.graph = graph
         self.need = need
         self.call_need = [self._union(call) for call in graph.calls]
-        self.tops = [call for call in graph.calls if self._is_top(call)]
+        self.outermost = [call for call in graph.calls if self._is_top(call)]
         self.top_of = self._top_calls()
 
     def _union(self, call: Call) -> int:
         union = 0
-        for number in self.graph.numbers_in_call[call.index]:
+        for number in self.graph.nodes_in_call[call.index]:
             union |= self.need[number]
         return union
 
     def _is_top(self, call: Call) -> bool:
         own = self.call_need[call.index]
-        above = self.call_need[call.parent] if call.parent >= 0 else ALIVE
-        return own not in (0, ALIVE) and above != own
+        above = self.call_need[call.parent] if call.parent >= 0 else ALWAYS_NEEDED
+        return own not in (0, ALWAYS_NEEDED) and above != own
 
     def _top_calls(self) -> dict[int, list[Call]]:
-        tops: dict[int, list[Call]] = {}
-        for call in self.tops:
-            for number in self.graph.numbers_in_call[call.index]:
-                tops.setdefault(number, []).append(call)
-        return tops
+        outermost: dict[int, list[Call]] = {}
+        for call in self.outermost:
+            for number in self.graph.nodes_in_call[call.index]:
+                outermost.setdefault(number, []).append(call)
+        return outermost
 
-    def silent(self, number: int, dropped: int) -> bool:
+    def is_unrecorded(self, number: int, dropped: int) -> bool:
         """Whether the node lies in a module that runs without recording if exactly `dropped` are dropped."""
         return any(not self.call_need[c.index] & ~dropped for c in self.top_of.get(number, ()))
 
@@ -97,29 +97,29 @@ class Cover:
         """Walk from the heads into the branch; return (recorded nodes, first silent nodes reached, leaking inputs)."""
         dropped = 1 << branch
         glue: set[int] = set()
-        first_silent: set[int] = set()
+        first_unrecorded: set[int] = set()
         leaks: set[int] = set()
         pending = list(heads)
         while pending:
             number = pending.pop()
-            if number in glue or number in first_silent or number in leaks:
+            if number in glue or number in first_unrecorded or number in leaks:
                 continue
-            if self.silent(number, dropped):
-                first_silent.add(number)
+            if self.is_unrecorded(number, dropped):
+                first_unrecorded.add(number)
             elif self.need[number] & ~dropped:
                 leaks.add(number)
             else:
                 glue.add(number)
                 pending.extend(self.graph.nodes[number].inputs)
-        return glue, first_silent, leaks
+        return glue, first_unrecorded, leaks
 
-    def is_exact(self, branch: int, edges: Group) -> bool:
+    def is_exact(self, branch: int, edges: Cut) -> bool:
         """Whether the cut makes dead only recorded glue without live inputs, and modules that run without recording."""
-        _, first_silent, leaks = self.glue(branch, [head for _, head in edges])
-        return bool(first_silent) and not leaks
+        _, first_unrecorded, leaks = self.glue(branch, [head for _, head in edges])
+        return bool(first_unrecorded) and not leaks
 
-    def retreat(self, branch: int, edges: Group) -> Group | None:
+    def moved_inward(self, branch: int, edges: Cut) -> Cut | None:
         """The edges from the glue into the branch's modules; None if the branch has no modules of its own."""
-        glue, first_silent, _ = self.glue(branch, [head for _, head in edges])
-        inward = [(user, n) for n in sorted(first_silent) for user in self.graph.consumers[n] if user in glue]
+        glue, first_unrecorded, _ = self.glue(branch, [head for _, head in edges])
+        inward = [(user, n) for n in sorted(first_unrecorded) for user in self.graph.consumers[n] if user in glue]
         return inward or None

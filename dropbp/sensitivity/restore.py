@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dropbp.device import random_state_kept
+from dropbp.device import fork_rng
 from dropbp.engine.distributed import is_partitioned
 from dropbp.errors import StateError
-from dropbp.tensors import buffers_kept
+from dropbp.tensors import buffers_restored
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def training_state_restored(model: nn.Module) -> Iterator[None]:
     """Restore gradients, random state, buffers and the root's mode afterwards, even after an error."""
     _refuse_partitioned(model)
     _refuse_steps_in_backward(model)
@@ -25,7 +25,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for parameter, _ in gradients:
             parameter.grad = None
         model.training = True
-        with random_state_kept(model), buffers_kept(model), torch.enable_grad():
+        with fork_rng(model), buffers_restored(model), torch.enable_grad():
             yield
     finally:
         model.training = training

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dropbp._torch import compiled_code_off
-from dropbp.device import random_state_kept
+from dropbp.device import fork_rng
 from dropbp.errors import DiscoveryError
 
 # Random state and attention kernels are settings of the process: overlapping threads would restore each other's values.
@@ -23,14 +23,14 @@ _one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def recording_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, restored random state, no compiled code, no cached casts; everything is restored afterwards."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     cache = torch.is_autocast_cache_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_at_a_time)
-        stack.enter_context(random_state_kept(model))
+        stack.enter_context(fork_rng(model))
         stack.enter_context(compiled_code_off())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_discard, _never_unpacked))
@@ -48,7 +48,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nothing_held(model: nn.Module) -> Iterator[None]:
+def module_attributes_restored(model: nn.Module) -> Iterator[None]:
     """Put back what the recorded forward left in modules.
 
     LeViT keeps its attention biases in evaluation mode: their graph can neither run backward nor be copied, and their
@@ -70,7 +70,7 @@ def nothing_held(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def none_replaced(model: nn.Module) -> Iterator[None]:
+def refuse_replaced_modules(model: nn.Module) -> Iterator[None]:
     """Restore a model that replaced modules because of the generated inputs, and raise DiscoveryError.
 
     BigBird switches to full attention at the first short row, and does not switch back.
@@ -148,7 +148,7 @@ def _table(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def sharded_again(model: nn.Module) -> Iterator[None]:
+def resharded(model: nn.Module) -> Iterator[None]:
     """Shard modules under `fully_shard` again afterwards.
 
     A forward without a backward leaves the root module gathered. Optimizers created then would hold the gathered
@@ -163,7 +163,7 @@ def sharded_again(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def forgotten(model: nn.Module) -> Iterator[None]:
+def zero3_state_released(model: nn.Module) -> Iterator[None]:
     """Make DeepSpeed ZeRO-3 release gathered parameters and forget the recorded order of modules.
 
     A forward without a backward leaves parameters gathered, and ZeRO would prefetch in the recorded order. Training may
@@ -202,9 +202,9 @@ def _never_unpacked(_: None) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def every_parameter_recorded(model: nn.Module) -> Iterator[None]:
+def all_parameters_require_grad(model: nn.Module) -> Iterator[None]:
     """Make frozen floating-point parameters require gradients during the recording, so that no path is missed."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and is_plain(p)]
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and is_unsharded(p)]
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
@@ -214,6 +214,6 @@ def every_parameter_recorded(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def is_plain(parameter: torch.Tensor) -> bool:
+def is_unsharded(parameter: torch.Tensor) -> bool:
     """Whether the parameter is not a shard."""
     return not hasattr(parameter, "device_mesh")
