@@ -261,7 +261,7 @@ def test_weights_above_the_border_may_change_until_the_border_passes_them():
             next(blocks[place].parameters()).add_(1)
 
     def changed(border: int) -> int | None:
-        return prefix.changed(prefix.look(), border)
+        return prefix.changed(prefix.current_tensors(), border)
 
     changed(2)
     change(3)

@@ -51,7 +51,7 @@ def test_a_second_run_starts_warm(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_a_time_share_what_they_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr(files, "RESCAN_AFTER_S", 0.0)
     one, other = llama(), llama()
     options = {"activation_cache": tmp_path, **ONE_BORDER}
     with cached(one, **options), cached(other, **options) as handle:

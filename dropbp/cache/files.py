@@ -23,7 +23,7 @@ import torch
 
 from dropbp.cache.fingerprint import Fingerprints
 from dropbp.cache.rows import KEY_BYTES, content
-from dropbp.cache.store import State
+from dropbp.cache.store import RowState
 from dropbp.errors import StateError
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ MAGIC = b"DBPROWS1"
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEADER = struct.Struct("<8sB31sBB6xIIIIQIxxxx")  # magic, key, type, dimensions, their sizes, bytes, checksum
 CHECK = struct.Struct("<I")
-LOOK_AGAIN_S = 1.0
+RESCAN_AFTER_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class RecordLocation:
     """Position and format of a record's numbers."""
 
     path: Path
@@ -62,10 +62,10 @@ class FileStore:
         self.folder, self._fingerprints = folder, fingerprints
         self.full = False
         self.trouble: str | None = None
-        self._index: dict[int, dict[bytes, Place]] = {}
+        self._index: dict[int, dict[bytes, RecordLocation]] = {}
         self._read: dict[Path, int] = {}
         self._files: dict[int, tuple[Path, int]] = {}
-        self._looked_s = 0.0
+        self._scanned_s = 0.0
         self._name = f"{os.getpid()}-{uuid.uuid4().hex}{SUFFIX}"
         with self._disk():
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,36 +84,36 @@ class FileStore:
         """Bytes of the states that can be found now."""
         return sum(place.nbytes for index in self._index.values() for place in index.values())
 
-    def reach(self, border: int) -> None:
+    def open_border(self, border: int) -> None:
         """Look for states up to a border."""
         for each in range(1, border + 1):
             if each not in self._index:
                 self._index[each] = {}
-                self._look(each)
+                self._scan_border(each)
 
     def border(self, key: bytes) -> int:
         """The highest border at which a state of the row is stored; 0 if there is none."""
         found = self._border(key)
-        if not found and time.monotonic() - self._looked_s > LOOK_AGAIN_S:
-            self._looked_s = time.monotonic()
+        if not found and time.monotonic() - self._scanned_s > RESCAN_AFTER_S:
+            self._scanned_s = time.monotonic()
             for border in self._index:
-                self._look(border)
+                self._scan_border(border)
             found = self._border(key)
         return found
 
     def _border(self, key: bytes) -> int:
         return max((border for border, index in self._index.items() if key in index), default=0)
 
-    def get(self, key: bytes) -> State | None:
+    def get(self, key: bytes) -> RowState | None:
         """A row's state; None if there is none, or if it is damaged."""
         border = self._border(key)
         place = self._index[border].get(key) if border else None
         values = None if place is None else _values(place)
         if values is None and border:
             del self._index[border][key]
-        return None if values is None else State(border, values)
+        return None if values is None else RowState(border, values)
 
-    def put(self, key: bytes, state: State) -> None:
+    def put(self, key: bytes, state: RowState) -> None:
         """Append a state to this process's file."""
         numbers = content(state.values)
         record = _record(key, state, numbers)
@@ -123,7 +123,9 @@ class FileStore:
         with self._disk():
             path, offset = self._append(state.border, record)
             kind, shape = state.values.dtype, tuple(state.values.shape)
-            place = Place(path, offset + HEADER.size + CHECK.size, len(numbers), kind, shape, zlib.crc32(numbers))
+            place = RecordLocation(
+                path, offset + HEADER.size + CHECK.size, len(numbers), kind, shape, zlib.crc32(numbers)
+            )
             self._index.setdefault(state.border, {})[key] = place
             self._taken += len(record)
 
@@ -178,7 +180,7 @@ class FileStore:
         self._read[path] = offset + len(record)
         return path, offset
 
-    def _look(self, border: int) -> None:
+    def _scan_border(self, border: int) -> None:
         """Index the records in the files of a border that this process has not seen."""
         with self._disk():
             for path in sorted(self._folder(border).glob(f"*{SUFFIX}")):
@@ -187,14 +189,14 @@ class FileStore:
                     self._read[path] = _scan(path, seen, self._index[border])
 
 
-def _record(key: bytes, state: State, numbers: bytes) -> bytes:
+def _record(key: bytes, state: RowState, numbers: bytes) -> bytes:
     shape = (*state.values.shape, 0, 0, 0, 0)[:4]
     kind, dims = TYPES.index(state.values.dtype), state.values.dim()
     header = HEADER.pack(MAGIC, len(key), key, kind, dims, *shape, len(numbers), zlib.crc32(numbers))
     return header + CHECK.pack(zlib.crc32(header)) + numbers
 
 
-def _scan(path: Path, start: int, index: dict[bytes, Place]) -> int:
+def _scan(path: Path, start: int, index: dict[bytes, RecordLocation]) -> int:
     """Index the complete records from an offset on; return where they end."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -207,7 +209,7 @@ def _scan(path: Path, start: int, index: dict[bytes, Place]) -> int:
             offset = start + HEADER.size + CHECK.size
             if offset + nbytes > size:
                 break
-            index[key] = Place(path, offset, nbytes, kind, shape, checksum)
+            index[key] = RecordLocation(path, offset, nbytes, kind, shape, checksum)
             start = offset + nbytes
     return start
 
@@ -222,7 +224,7 @@ def _header(data: bytes) -> tuple[bytes, torch.dtype, tuple[int, ...], int, int]
     return key[:length], TYPES[kind], tuple(sizes[:dims]), nbytes, checksum
 
 
-def _values(place: Place) -> torch.Tensor | None:
+def _values(place: RecordLocation) -> torch.Tensor | None:
     """The numbers of a record; None if they are damaged or not finite."""
     try:
         with place.path.open("rb") as file:

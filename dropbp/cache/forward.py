@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dropbp.cache.passage import MisfitError, Passage, has_nan
 from dropbp.cache.rows import LABELS, MASK, Row
-from dropbp.cache.store import State
+from dropbp.cache.skipper import BlockSkipper, CacheMismatchError, has_nan
+from dropbp.cache.store import RowState
 from dropbp.device import fork_rng
 from dropbp.engine.patch import Forward
 from dropbp.masks.plan import ForwardPlan
@@ -58,12 +58,12 @@ class CachedForward:
         self.begin_s = time.perf_counter()
         self._worst = 0.0
 
-    def run_whole(self, states: Mapping[int, State] | None = None) -> Any:
+    def run_full(self, states: Mapping[int, RowState] | None = None) -> Any:
         """Run all blocks, and store states missing at the border. Compare the given states with the results."""
         cache, whole = self.cache, functools.partial(self.call, *self.args, **self.kwargs)
-        watch = _Randomness(cache, self.kind) if cache.model.training else None
-        passage = Passage(
-            cache.forms,
+        watch = _RandomnessCheck(cache, self.kind) if cache.model.training else None
+        skipper = BlockSkipper(
+            cache.interfaces,
             self.rows,
             states,
             store=functools.partial(self._store, watch),
@@ -71,27 +71,27 @@ class CachedForward:
             compare=self._compare,
             watch=watch,
         )
-        outputs = cache.passing(passage, whole)
-        if passage.trouble is not None:
-            cache.refuse(passage.trouble)
+        outputs = cache.run_with_skipper(skipper, whole)
+        if skipper.trouble is not None:
+            cache.refuse(skipper.trouble)
         return outputs
 
-    def run_short(self, states: Mapping[int, State]) -> Any:
+    def run_from_border(self, states: Mapping[int, RowState]) -> Any:
         """Skip the blocks below the border. The first time, run both ways."""
         cache = self.cache
-        passage = self._passage(states)
-        if (self._seen, None) not in cache.tight:
+        skipper = self._skipper(states)
+        if (self._seen, None) not in cache.verified:
             return self._run_both_ways(states)
-        checking = (self._seen, passage.start) not in cache.tight
+        checking = (self._seen, skipper.start) not in cache.verified
         try:
-            outputs = cache.passing(passage, self._short_call())
-        except MisfitError as misfit:
-            cache.refuse(str(misfit))
+            outputs = cache.run_with_skipper(skipper, self._call_without_caches())
+        except CacheMismatchError as mismatch:
+            cache.refuse(str(mismatch))
             return self.call(*self.args, **self.kwargs)
         if checking and has_nan(outputs):
             return self._run_both_ways(states)
-        cache.tight.add((self._seen, passage.start))
-        cache.note_hit(self, passage.start, passage.positions)
+        cache.verified.add((self._seen, skipper.start))
+        cache.note_hit(self, skipper.start, skipper.positions)
         return outputs
 
     def try_other_padding(self) -> None:
@@ -106,15 +106,17 @@ class CachedForward:
         seen: list[torch.Tensor] = []
         with fork_rng(cache.model), buffers_restored(cache.model):
             for kwargs in (plain, other):
-                passage = Passage(cache.forms, self.rows, store=lambda _, x: seen.append(x), store_at=self.border)
+                skipper = BlockSkipper(
+                    cache.interfaces, self.rows, store=lambda _, x: seen.append(x), store_at=self.border
+                )
                 with contextlib.suppress(Exception):  # for example more positions than the model has
                     cache.runtime.run_no_grad(
-                        functools.partial(cache.passing, passage, functools.partial(call, **kwargs))
+                        functools.partial(cache.run_with_skipper, skipper, functools.partial(call, **kwargs))
                     )
         if len(seen) != 2 or seen[1].shape[1] != seen[0].shape[1] + 1:
             return
         masks = self.kwargs[MASK].cpu()
-        keys.offset_counts = not all(
+        keys.offset_matters = not all(
             _distance(one[mask != 0], more[1:][mask != 0]) <= self._tolerance() and self._alike(one, more, mask)
             for one, more, mask in zip(*seen, masks, strict=True)
         )
@@ -124,71 +126,75 @@ class CachedForward:
         first = int(mask.nonzero()[0])
         return all(_distance(more[first], x) <= self._tolerance() for x in (*one[max(0, first - 1) : first], more[0]))
 
-    def _passage(self, states: Mapping[int, State]) -> Passage:
+    def _skipper(self, states: Mapping[int, RowState]) -> BlockSkipper:
         moves = any(state.border < self.border for state in states.values()) and self.cache.stores
         store = functools.partial(self._store, None) if moves else None
-        return Passage(
-            self.cache.forms,
+        return BlockSkipper(
+            self.cache.interfaces,
             self.rows,
             states,
             self.cache.padding(self.rows, states),
             store=store,
             store_at=self.border if moves else 0,
-            asks=self.cache.stream_asks and not self.plan.truncated,
+            requires_grad=self.cache.stream_requires_grad and not self.plan.truncated,
         )
 
-    def _short_call(self) -> Callable[[], Any]:
+    def _call_without_caches(self) -> Callable[[], Any]:
         """Make no key-value caches, since they would lack the layers that do not run."""
         kwargs = {**self.kwargs, "use_cache": False} if self.cache.takes_use_cache else self.kwargs
         return functools.partial(self.call, *self.args, **kwargs)
 
-    def _compare_alone(self, states: Mapping[int, State]) -> None:
+    def _compare_alone(self, states: Mapping[int, RowState]) -> None:
         """Run the last row alone, because the other rows may be the same as when its state was stored."""
         count = len(self.rows)
         args, kwargs = (_last_row(value, count) for value in (self.args, {**self.kwargs}))
         kwargs = {name: value for name, value in kwargs.items() if name not in LABELS}
         row = self.rows[-1:]
         alone = CachedForward(self.cache, self.call, args, kwargs, self.kind, row, self.border, self.plan)
-        passage = Passage(self.cache.forms, row, {0: states[count - 1]}, compare=alone._compare)
+        skipper = BlockSkipper(self.cache.interfaces, row, {0: states[count - 1]}, compare=alone._compare)
         with contextlib.suppress(Exception):  # a model may not accept its other inputs for one row
-            self._run_aside(passage, functools.partial(self.call, *args, **kwargs))
+            self._run_aside(skipper, functools.partial(self.call, *args, **kwargs))
         self._worst = max(self._worst, alone._worst)
 
-    def _run_aside(self, passage: Passage, call: Callable[[], Any]) -> Any:
-        return self.cache.runtime.run_no_grad(functools.partial(self.cache.passing, passage, call))
+    def _run_aside(self, skipper: BlockSkipper, call: Callable[[], Any]) -> Any:
+        return self.cache.runtime.run_no_grad(functools.partial(self.cache.run_with_skipper, skipper, call))
 
-    def _run_both_ways(self, states: Mapping[int, State]) -> Any:
+    def _run_both_ways(self, states: Mapping[int, RowState]) -> Any:
         """Run shortened, with NaN from the blocks below, then in full with the same random state; compare."""
         cache = self.cache
-        passage = Passage(cache.forms, self.rows, states, cache.padding(self.rows, states), seeks_leaks=True)
+        skipper = BlockSkipper(cache.interfaces, self.rows, states, cache.padding(self.rows, states), seeks_leaks=True)
         short: dict[str, Any] | None = None
         with fork_rng(cache.model), buffers_restored(cache.model):
             try:
-                short = _figures(self._run_aside(passage, self._short_call()))
+                short = _figures(self._run_aside(skipper, self._call_without_caches()))
             except Exception as error:  # noqa: BLE001 - a model may raise anything if its blocks return NaN
-                passage.leak = passage.leak or f"a shortened forward raises {type(error).__name__} ({error})"
+                skipper.leak = skipper.leak or f"a shortened forward raises {type(error).__name__} ({error})"
             if len(self.rows) > 1:
                 self._compare_alone(states)
-        outputs = self.run_whole(states)
-        self._judge(passage, short, _figures(outputs))
+        outputs = self.run_full(states)
+        self._compare_outputs(skipper, short, _figures(outputs))
         return outputs
 
-    def _judge(self, passage: Passage, short: Mapping[str, Any] | None, whole: Mapping[str, Any]) -> None:
+    def _compare_outputs(
+        self, skipper: BlockSkipper, short: Mapping[str, Any] | None, whole: Mapping[str, Any]
+    ) -> None:
         cache = self.cache
         cache.difference = max(cache.difference, self._worst)
         allowed = self._tolerance()
         if self._worst > allowed:
             cache.refuse(
-                f"a forward that started at {cache.prefix.names[passage.start - 1]} differed by {self._worst:.2g} of "
+                f"a forward that started at {cache.prefix.names[skipper.start - 1]} differed by {self._worst:.2g} of "
                 f"the stream's norm from one that ran in full, but rounding explains at most {allowed:.2g}: the blocks "
                 "below are not deterministic, or mix the rows of a batch"
             )
             return
         lost = [name for name, value in whole.items() if short is None or not _equal(short.get(name), value, allowed)]
         if lost:
-            cache.bound(self.kind, passage.start, passage.leak or f"its output {lost[0].split()[0]} comes from there")
+            cache.limit_border(
+                self.kind, skipper.start, skipper.leak or f"its output {lost[0].split()[0]} comes from there"
+            )
             return
-        cache.tight |= {(self._seen, None), (self._seen, passage.start)}
+        cache.verified |= {(self._seen, None), (self._seen, skipper.start)}
 
     def _tolerance(self) -> float:
         device = next(self.cache.model.parameters()).device.type
@@ -198,7 +204,7 @@ class CachedForward:
         kinds |= {p.dtype for p in self.cache.model.parameters() if p.dtype in TOLERANCES}
         return max(TOLERANCES.get(kind, 0.1) for kind in kinds)
 
-    def _compare(self, row: int, state: State, stream: torch.Tensor) -> None:
+    def _compare(self, row: int, state: RowState, stream: torch.Tensor) -> None:
         real = self.rows[row].real
         own = (stream[row] if real is None else stream[row, real]).detach()
         if own.shape != state.values.shape:
@@ -209,12 +215,14 @@ class CachedForward:
             for padding in self.cache.padding(self.rows, {row: state}).values():
                 self._worst = max(self._worst, _distance(stream[row, real.start - 1], padding.values.to(own.device)))
 
-    def _store(self, watch: _Randomness | None, border: int, stream: torch.Tensor) -> None:
+    def _store(self, watch: _RandomnessCheck | None, border: int, stream: torch.Tensor) -> None:
         cache = self.cache
         if watch is not None and watch.found:
             return
         if stream.shape[:1] != (len(self.rows),):
-            cache.bound(self.kind, border, f"the stream after {cache.prefix.names[border - 1]} has no rows of its own")
+            cache.limit_border(
+                self.kind, border, f"the stream after {cache.prefix.names[border - 1]} has no rows of its own"
+            )
             return
         spans = [row.real for row in self.rows if row.real is not None]
         if spans and not self._fits(stream):
@@ -239,10 +247,10 @@ def _put(cache: ActivationCache, key: bytes, border: int, own: torch.Tensor) -> 
     with torch.inference_mode(False), torch.no_grad():
         values = own.detach().to("cpu", copy=True).contiguous()
         if bool(values.isfinite().all()):
-            cache.store.put(key, State(border, values))
+            cache.store.put(key, RowState(border, values))
 
 
-class _Randomness:
+class _RandomnessCheck:
     """Checks whether a block below the border draws random numbers."""
 
     def __init__(self, cache: ActivationCache, kind: Kind) -> None:

@@ -46,7 +46,7 @@ class Prefix:
         self._modules = list(_called(model))
         self._adapted: list[Any] = [m for m in self._modules if all(hasattr(m, name) for name in _OF_ADAPTERS)]
         self._seen: list[Any] = []
-        self._asking: list[bool] = []
+        self._requires_grad: list[bool] = []
         self._trained: list[tuple[int, int, bool]] = []
 
     @property
@@ -79,19 +79,19 @@ class Prefix:
             if tensor is not None:
                 yield name or key, tensor
 
-    def look(self) -> list[Any]:
+    def current_tensors(self) -> list[Any]:
         """The current tensors before a forward, None for a missing one. Notes which of them train."""
         tensors = list(map(_get, self._tables, self._keys))
-        asking = [tensor is not None and tensor.requires_grad for tensor in tensors]
-        if asking != self._asking:
-            self._asking = asking
+        requires_grad = [tensor is not None and tensor.requires_grad for tensor in tensors]
+        if requires_grad != self._requires_grad:
+            self._requires_grad = requires_grad
             self._trained = sorted(set(self._training()))
         return tensors
 
     def _training(self) -> Iterator[tuple[int, int, bool]]:
         """For each trained parameter: its block, the lowest branch above it, whether it is in the stem."""
         stem = self._structure.stem
-        for (place, _, _, name), asks in zip(self._tensors, self._asking, strict=True):
+        for (place, _, _, name), asks in zip(self._tensors, self._requires_grad, strict=True):
             if name and asks:
                 yield place, stem.lowest_above.get(name, 0), name in stem.names
 
@@ -101,18 +101,18 @@ class Prefix:
         A tensor checked for the first time counts as unchanged, since no state was stored above it before.
 
         Args:
-            tensors: the result of `look`.
+            tensors: the result of `current_tensors`.
             border: only tensors below it are checked.
         """
-        still = not hasattr(self.model, "set_unshard_in_backward")  # FSDP2 gathers what it holds at the root
+        storage_fixed = not hasattr(self.model, "set_unshard_in_backward")  # FSDP2 gathers what it holds at the root
         below = bisect_left(self._places, border)
-        now = [_mark(tensor, still) for tensor in tensors[:below]]
+        now = [_version_mark(tensor, storage_fixed) for tensor in tensors[:below]]
         before, self._seen = self._seen, now + self._seen[below:]
         if before[:below] == now:
             return None
         return next((place for place, new, old in zip(self._places, now, before, strict=False) if new != old), None)
 
-    def floor(self, kept: int, freezes_stem: bool) -> int:
+    def frozen_border(self, kept: int, freezes_stem: bool) -> int:
         """The highest border below which nothing trains in steps that keep these branches.
 
         Args:
@@ -157,10 +157,10 @@ def _called(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if type(module) not in _CONTAINERS)
 
 
-def _mark(tensor: torch.Tensor | None, still: bool) -> tuple[Any, ...] | None:
-    """A mark that changes when a tensor changes; `still`: its storage does not move."""
+def _version_mark(tensor: torch.Tensor | None, storage_fixed: bool) -> tuple[Any, ...] | None:
+    """A mark that changes when a tensor changes; `storage_fixed`: its storage does not move."""
     if tensor is None:
         return None
     version = 0 if tensor.is_inference() else tensor._version
-    plain = still and type(tensor) in (nn.Parameter, torch.Tensor)
+    plain = storage_fixed and type(tensor) in (nn.Parameter, torch.Tensor)
     return (id(tensor), version, tensor.data_ptr() if plain else 0)

@@ -52,22 +52,22 @@ class Keys:
 
     Args:
         names: names of the forward's positional arguments.
-        labels_count: whether labels are inputs too, as for a decoder that reads them.
-        length_counts: whether a state depends on the length of the padded row.
+        labels_matter: whether labels are inputs too, as for a decoder that reads them.
+        length_matters: whether a state depends on the length of the padded row.
 
     Attributes:
         trims: whether padding is left out; not if the stream has other positions than the mask.
-        offset_counts: whether a state may depend on the amount of padding to its left. Such rows are hashed with it.
+        offset_matters: whether a state may depend on the amount of padding to its left. Such rows are hashed with it.
     """
 
-    def __init__(self, names: Sequence[str], labels_count: bool, length_counts: bool) -> None:
-        self._names, self._labels_count, self._length_counts = tuple(names), labels_count, length_counts
-        self.trims = self.offset_counts = True
+    def __init__(self, names: Sequence[str], labels_matter: bool, length_matters: bool) -> None:
+        self._names, self._labels_matter, self._length_matters = tuple(names), labels_matter, length_matters
+        self.trims = self.offset_matters = True
 
     def of(self, args: Sequence[Any], kwargs: Mapping[str, Any], salt: str) -> list[Row] | None:
         """The rows of a batch; None if an input cannot be hashed or requires a gradient."""
         given = dict(_flat([*named_arguments(self._names, args), *kwargs.items()]))
-        if not self._labels_count:
+        if not self._labels_matter:
             given = {name: value for name, value in given.items() if name.partition("/")[0] not in LABELS}
         tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
         others = {name: value for name, value in given.items() if not isinstance(value, torch.Tensor)}
@@ -94,7 +94,7 @@ class Keys:
             for name, part in parts.items():
                 _update(hashed, name, part)
             return Row(hashed.digest(), None)
-        if self._length_counts:
+        if self._length_matters:
             hashed.update(str(len(mask)).encode())
         padding = hashed.copy()
         padding.update(b"padding")
@@ -112,7 +112,7 @@ class Keys:
         if not len(places):
             return None
         first, last = int(places[0]), int(places[-1])
-        if last - first + 1 != len(places) or (first and self.offset_counts):
+        if last - first + 1 != len(places) or (first and self.offset_matters):
             return None
         if labels is not None and labels.shape == mask.shape and bool((labels[mask == 0] != IGNORED).any()):
             return None

@@ -12,7 +12,7 @@ from dropbp.cache.rows import KEY_BYTES
 SHARE_OF_MEMORY = 0.5  # of the free memory, unless a limit is given
 
 
-class State(NamedTuple):
+class RowState(NamedTuple):
     """The stream of one row at a border, that is, after so many blocks."""
 
     border: int
@@ -40,7 +40,7 @@ class Store(Protocol):
         """Bytes that the states take."""
         ...
 
-    def reach(self, border: int) -> None:
+    def open_border(self, border: int) -> None:
         """Note that states up to a border are valid now."""
         ...
 
@@ -48,11 +48,11 @@ class Store(Protocol):
         """The border of a row's state; 0 if there is none."""
         ...
 
-    def get(self, key: bytes) -> State | None:
+    def get(self, key: bytes) -> RowState | None:
         """A row's state; None if there is none, or if it is damaged."""
         ...
 
-    def put(self, key: bytes, state: State) -> None:
+    def put(self, key: bytes, state: RowState) -> None:
         """Store a state, replacing an earlier one."""
         ...
 
@@ -76,7 +76,7 @@ class MemoryStore:
         self._bytes = 0
         self.full = False
         self.trouble: str | None = None
-        self._states: dict[bytes, State] = {}
+        self._states: dict[bytes, RowState] = {}
 
     @property
     def rows(self) -> int:
@@ -88,7 +88,7 @@ class MemoryStore:
         """Bytes that the states take."""
         return self._bytes
 
-    def reach(self, border: int) -> None:
+    def open_border(self, border: int) -> None:
         """Does nothing: no other process stores states here."""
 
     def border(self, key: bytes) -> int:
@@ -96,11 +96,11 @@ class MemoryStore:
         state = self._states.get(key)
         return 0 if state is None else state.border
 
-    def get(self, key: bytes) -> State | None:
+    def get(self, key: bytes) -> RowState | None:
         """A row's state; None if there is none."""
         return self._states.get(key)
 
-    def put(self, key: bytes, state: State) -> None:
+    def put(self, key: bytes, state: RowState) -> None:
         """Store a state, replacing an earlier one, if there is space."""
         before = self._states.get(key)
         more = state.values.nbytes - (0 if before is None else before.values.nbytes)

@@ -47,9 +47,9 @@ class RootState(WrapperState):
             return outputs
         self.runtime.break_at_blocks = compiled and training
         plan = self._plan(args, kwargs) if training else KEEP_ALL
-        if self.runtime.shortened is not None and not inside and current_node() is None:
+        if self.runtime.cached_forward is not None and not inside and current_node() is None:
             call = None if compiled else functools.partial(self.original, module)
-            forward = self.runtime.shortened(call, args, kwargs, plan) or forward
+            forward = self.runtime.cached_forward(call, args, kwargs, plan) or forward
         if training:
             return self.runtime.run(forward, plan)
         outputs = self.runtime.run_whole(forward)

@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 is_compiling = torch.compiler.is_dynamo_compiling
 
 # Makes a replacement of the root's forward from that forward, its arguments and the plan: see `dropbp.cache`.
-Shortened = Callable[[Forward | None, tuple[Any, ...], dict[str, Any], ForwardPlan], Callable[[], Any] | None]
+CachedForwardFactory = Callable[
+    [Forward | None, tuple[Any, ...], dict[str, Any], ForwardPlan], Callable[[], Any] | None
+]
 
 REMEMBERED_FORWARDS = 4096
 REMEMBERED_THREADS = 64
@@ -100,7 +102,7 @@ class Runtime:
         self._anchor: torch.Tensor | None = None
         self._warned = self._evaluated = False
         self.unrecorded_block = False
-        self.shortened: Shortened | None = None
+        self.cached_forward: CachedForwardFactory | None = None
 
     def flag(self, need: int) -> Flag:
         """The flag for modules that are skipped if all these branches are dropped; it is kept up to date."""

@@ -74,7 +74,7 @@ def _looked(schedule: Schedule) -> int:
     return min(schedule.draws, 256) if schedule.here.total and not schedule.anneals else 0
 
 
-def to_come(schedule: Schedule) -> int:
+def may_still_be_kept(schedule: Schedule) -> int:
     """The branches, as bits, that coming training forwards may keep, as far as known.
 
     An annealed run moves from its current mask toward shallower ones. With batches of unequal lengths it may fall back

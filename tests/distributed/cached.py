@@ -49,7 +49,7 @@ def compared(where: Any, shards: bool = False) -> dict[str, Any]:
 
 def in_folder() -> dict[str, Any]:
     """All ranks keep their states in one folder."""
-    files.LOOK_AGAIN_S = 0.0
+    files.RESCAN_AFTER_S = 0.0
     names: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)
     return compared(Path(names[0]))

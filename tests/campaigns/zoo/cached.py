@@ -48,7 +48,7 @@ def check(model: nn.Module, plain: nn.Module) -> tuple[str, str]:
             if problem:
                 return "wrong", problem
         report = handle.report()["activation_cache"]
-    reasons = [report["refused"], *report["objections"], handle.cache.forms.reason]
+    reasons = [report["refused"], *report["objections"], handle.cache.interfaces.reason]
     if report["forwards_shortened"]:
         return "right", f"border {report['border']}, difference {report['largest_difference']:.1e}"
     return ("refused" if any(reasons) else "unused"), "; ".join(filter(None, reasons))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dropbp.cache.rows import Row
-from dropbp.cache.store import State
+from dropbp.cache.store import RowState
 from dropbp.engine.patch import Forward, WrapperState, named_forward
 from dropbp.engine.runtime import is_compiling
 from dropbp.tensors import tensors_in
@@ -25,12 +25,12 @@ from dropbp.tensors import tensors_in
 Watch = Callable[[int], None]
 
 
-class MisfitError(Exception):
+class CacheMismatchError(Exception):
     """A forward cannot continue with the cache and runs again without it."""
 
 
-class Forms:
-    """Where each block takes the stream, and in what form it returns it: learned from forwards that run in full."""
+class BlockInterfaces:
+    """Where each block takes the stream and where it returns it, as seen in forwards that ran in full."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -38,7 +38,7 @@ class Forms:
         self.limit, self.reason = len(names), ""
 
     def knows(self, border: int) -> bool:
-        """Whether the forms of all blocks below a border are known."""
+        """Whether the interfaces of all blocks below a border are known."""
         return all(place in self._known for place in range(border))
 
     def learn(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -48,40 +48,40 @@ class Forms:
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         parts = list(output) if type(output) is tuple else [output]
         if not all(part is None or (type(part) is torch.Tensor and part.is_floating_point()) for part in parts):
-            self.bound(place, f"{self.names[place]} returns more than the residual stream")
+            self.limit_border(place, f"{self.names[place]} returns more than the residual stream")
             return
         pairs = ((key, i) for i, part in enumerate(parts) for key, value in given if _alike(value, part))
-        taken, where = next(pairs, (None, 0))
-        if taken is None:
-            self.bound(place, f"{self.names[place]} takes a stream of another shape or type than it returns")
+        input_stream, where = next(pairs, (None, 0))
+        if input_stream is None:
+            self.limit_border(place, f"{self.names[place]} takes a stream of another shape or type than it returns")
             return
         known = tuple(part is not None for part in parts)
-        self._known[place] = taken, where if type(output) is tuple else None, known
+        self._known[place] = input_stream, where if type(output) is tuple else None, known
 
-    def bound(self, limit: int, reason: str) -> None:
+    def limit_border(self, limit: int, reason: str) -> None:
         """Limit the border."""
         if limit < self.limit:
             self.limit, self.reason = limit, reason
 
-    def taken(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    def input_stream(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """The stream that a block receives."""
         key, _, _ = self._known[place]
         value = kwargs.get(key) if isinstance(key, str) else (args[key] if key < len(args) else None)
         if not isinstance(value, torch.Tensor):
-            raise MisfitError(f"{self.names[place]} was called in another way than before")
+            raise CacheMismatchError(f"{self.names[place]} was called in another way than before")
         return value
 
-    def unreal(self, place: int, stream: torch.Tensor) -> torch.Tensor:
+    def nan_stream(self, place: int, stream: torch.Tensor) -> torch.Tensor:
         """NaN in place of the stream: created by the first block of a stack, passed on by the others."""
         first = place == 0 or stack_of(self.names[place]) != stack_of(self.names[place - 1])
         return torch.full_like(stream, torch.nan) if first else stream
 
-    def returned(self, place: int, output: Any) -> torch.Tensor:
+    def output_stream(self, place: int, output: Any) -> torch.Tensor:
         """The stream in a block's output."""
         where = self._known[place][1]
         stream = output if where is None else output[where]
         if type(stream) is not torch.Tensor:
-            raise MisfitError(f"{self.names[place]} returned something else than before")
+            raise CacheMismatchError(f"{self.names[place]} returned something else than before")
         return stream
 
     def replaced(self, place: int, output: Any, stream: torch.Tensor) -> Any:
@@ -109,11 +109,11 @@ def _alike(value: Any, stream: Any) -> bool:
     return bool(value.shape == stream.shape and value.dtype == stream.dtype)
 
 
-class Passage:
-    """One forward.
+class BlockSkipper:
+    """Runs or skips each block in one forward.
 
     Args:
-        forms: forms of the blocks.
+        interfaces: the interfaces of the blocks.
         rows: rows of the batch.
         states: states of the rows, each with its border; empty if the forward runs in full.
         padding: states of the padding to the left of these rows.
@@ -121,28 +121,33 @@ class Passage:
         store_at: that border; 0 if none.
         compare: called with a row, its state and the stream where the row would enter; the rows then do not enter.
         seeks_leaks: whether to check what besides the stream comes out of skipped blocks.
-        asks: whether the stream at the start requires a gradient.
+        requires_grad: whether the stream at the start requires a gradient.
         watch: called with the index of each block that has run, and with -1 before the first.
     """
 
     def __init__(
         self,
-        forms: Forms,
+        interfaces: BlockInterfaces,
         rows: Sequence[Row],
-        states: Mapping[int, State] | None = None,
-        padding: Mapping[int, State] | None = None,
+        states: Mapping[int, RowState] | None = None,
+        padding: Mapping[int, RowState] | None = None,
         *,
         store: Callable[[int, torch.Tensor], None] | None = None,
         store_at: int = 0,
-        compare: Callable[[int, State, torch.Tensor], None] | None = None,
+        compare: Callable[[int, RowState, torch.Tensor], None] | None = None,
         seeks_leaks: bool = False,
-        asks: bool = False,
+        requires_grad: bool = False,
         watch: Watch | None = None,
     ) -> None:
-        self.forms, self.rows, self.states, self.padding = forms, rows, dict(states or {}), dict(padding or {})
+        self.interfaces, self.rows, self.states, self.padding = (
+            interfaces,
+            rows,
+            dict(states or {}),
+            dict(padding or {}),
+        )
         self.start = min((state.border for state in self.states.values()), default=0) if compare is None else 0
         self.store, self.store_at, self.compare = store, store_at, compare
-        self.seeks_leaks, self.asks, self.watch = seeks_leaks, asks, watch
+        self.seeks_leaks, self.requires_grad, self.watch = seeks_leaks, requires_grad, watch
         self.next = 0
         self.trouble: str | None = None
         self.leak = ""
@@ -150,15 +155,17 @@ class Passage:
 
     def block(self, place: int, forward: Callable[[], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The output of a block, run or skipped."""
-        self._take_turn(place)
+        self._check_order(place)
         border = place + 1
         if border < self.start:
-            stream = self.forms.taken(place, args, kwargs)
-            return self.forms.with_stream(place, self.forms.unreal(place, stream))
+            stream = self.interfaces.input_stream(place, args, kwargs)
+            return self.interfaces.with_stream(place, self.interfaces.nan_stream(place, stream))
         if border == self.start:
-            stream = self.forms.taken(place, args, kwargs)
+            stream = self.interfaces.input_stream(place, args, kwargs)
             self.positions = stream[..., 0].numel()
-            return self.forms.with_stream(place, self._entered(border, torch.zeros_like(stream), self.asks))
+            return self.interfaces.with_stream(
+                place, self._with_states(border, torch.zeros_like(stream), self.requires_grad)
+            )
         if self.watch is not None and not place:
             self.watch(-1)
         if self.seeks_leaks and not self.leak:
@@ -168,34 +175,34 @@ class Passage:
             return output
         return self._after(place, args, kwargs, output)
 
-    def _take_turn(self, place: int) -> None:
+    def _check_order(self, place: int) -> None:
         if place != self.next:
-            self.trouble = f"{self.forms.names[place]} runs more than once in a forward, or not in its turn"
+            self.trouble = f"{self.interfaces.names[place]} runs more than once in a forward, or not in its turn"
             if self.start:
-                raise MisfitError(self.trouble)
+                raise CacheMismatchError(self.trouble)
         self.next = place + 1
 
     def _after(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         border = place + 1
         if not self.start:
-            self.forms.learn(place, args, kwargs, output)
+            self.interfaces.learn(place, args, kwargs, output)
         if self.watch is not None:
             self.watch(place)
         entering = {row: state for row, state in self.states.items() if state.border == border}
-        if not (entering or border == self.store_at) or border > self.forms.limit:
+        if not (entering or border == self.store_at) or border > self.interfaces.limit:
             return output
-        stream = self.forms.returned(place, output)
+        stream = self.interfaces.output_stream(place, output)
         if self.compare is not None:
             for row, state in entering.items():
                 self.compare(row, state, stream)
         elif entering:
-            stream = self._entered(border, stream.detach().clone(), stream.requires_grad)
-            output = self.forms.replaced(place, output, stream)
+            stream = self._with_states(border, stream.detach().clone(), stream.requires_grad)
+            output = self.interfaces.replaced(place, output, stream)
         if border == self.store_at and self.store is not None:
             self.store(border, stream)
         return output
 
-    def _entered(self, border: int, stream: torch.Tensor, asks: bool) -> torch.Tensor:
+    def _with_states(self, border: int, stream: torch.Tensor, requires_grad: bool) -> torch.Tensor:
         """The stream, with the states of the rows that enter here; padding is zero."""
         with torch.no_grad():
             for row, state in self.states.items():
@@ -203,26 +210,26 @@ class Passage:
                     continue
                 real = self.rows[row].real
                 if real is None:
-                    _take(stream[row], state)
+                    _copy_state(stream[row], state)
                     continue
                 stream[row].zero_()
-                _take(stream[row, real], state)
+                _copy_state(stream[row, real], state)
                 if row in self.padding:
-                    _take(stream[row, real.start - 1], self.padding[row])
-        return stream.requires_grad_(asks and torch.is_grad_enabled())
+                    _copy_state(stream[row, real.start - 1], self.padding[row])
+        return stream.requires_grad_(requires_grad and torch.is_grad_enabled())
 
     def _look_for_leaks(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         given = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
-        stream = self.forms.taken(place, args, kwargs) if self.forms.knows(place + 1) else None
+        stream = self.interfaces.input_stream(place, args, kwargs) if self.interfaces.knows(place + 1) else None
         for name, value in given.items():
             if value is not stream and has_nan(value):
-                self.leak = f"{self.forms.names[place]} is given {name}"
+                self.leak = f"{self.interfaces.names[place]} is given {name}"
                 return
 
 
-def _take(own: torch.Tensor, state: State) -> None:
+def _copy_state(own: torch.Tensor, state: RowState) -> None:
     if own.shape != state.values.shape or own.dtype != state.values.dtype:
-        raise MisfitError("a stored state has another shape or type than the stream")
+        raise CacheMismatchError("a stored state has another shape or type than the stream")
     own.copy_(state.values, non_blocking=True)
 
 
@@ -231,58 +238,61 @@ def has_nan(value: Any) -> bool:
     return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_in(value))
 
 
-class BlockState(WrapperState):
-    """A block's index, and access to the passage of the running forward."""
+class CachedBlockState(WrapperState):
+    """A block's index, and access to the skipper of the running forward."""
 
-    def __init__(self, place: int, running: ContextVar[Passage | None]) -> None:
+    def __init__(self, place: int, running: ContextVar[BlockSkipper | None]) -> None:
         self.place, self.running = place, running.get
 
 
-def block_forward(original: Forward) -> Forward:
-    """Wrap a block: the passage of the running forward decides what it returns."""
+def cached_block_forward(original: Forward) -> Forward:
+    """Wrap a block: the skipper of the running forward decides what it returns."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state: BlockState | None = self._dropbp_cache
+        state: CachedBlockState | None = self._dropbp_cache
         if state is None or state.original is not original or is_compiling():
             return original(self, *args, **kwargs)
-        passage = state.running()
-        if passage is None:
+        skipper = state.running()
+        if skipper is None:
             return original(self, *args, **kwargs)
-        return passage.block(state.place, functools.partial(original, self, *args, **kwargs), args, kwargs)
+        return skipper.block(state.place, functools.partial(original, self, *args, **kwargs), args, kwargs)
 
     return named_forward(forward)
 
 
 @contextlib.contextmanager
-def _uncompiled(blocks: Sequence[nn.Module], passage: Passage) -> Any:
-    """Route calls of separately compiled blocks through the passage, which calls the compiled code."""
+def _compiled_blocks_through(blocks: Sequence[nn.Module], skipper: BlockSkipper) -> Any:
+    """Route calls of separately compiled blocks through the skipper, which calls the compiled code."""
     calls = [(place, block, block._compiled_call_impl) for place, block in enumerate(blocks)]
     compiled = [(place, block, call) for place, block, call in calls if call is not None]
     try:
         for place, block, call in compiled:
-            block._compiled_call_impl = _through(passage, place, call)
+            block._compiled_call_impl = _through_skipper(skipper, place, call)
         yield
     finally:
         for _, block, call in compiled:
             block._compiled_call_impl = call
 
 
-def _through(passage: Passage, place: int, call: Callable[..., Any]) -> Callable[..., Any]:
+def _through_skipper(skipper: BlockSkipper, place: int, call: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
-        return passage.block(place, functools.partial(call, *args, **kwargs), args, kwargs)
+        return skipper.block(place, functools.partial(call, *args, **kwargs), args, kwargs)
 
     return called
 
 
-def passing(
-    running: ContextVar[Passage | None], passage: Passage, blocks: Sequence[nn.Module], forward: Callable[[], Any]
+def run_with_skipper(
+    running: ContextVar[BlockSkipper | None],
+    skipper: BlockSkipper,
+    blocks: Sequence[nn.Module],
+    forward: Callable[[], Any],
 ) -> Any:
-    """Run a forward with this passage."""
-    token = running.set(passage)
+    """Run a forward with this skipper."""
+    token = running.set(skipper)
     try:
         if any(block._compiled_call_impl is not None for block in blocks):
-            with _uncompiled(blocks, passage):
+            with _compiled_blocks_through(blocks, skipper):
                 return forward()
         return forward()
     finally:
