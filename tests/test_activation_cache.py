@@ -278,8 +278,8 @@ def test_below_the_floor_nothing_trains_and_at_it_something_does(monkeypatch):
     model, chance, floors = llama(), random.Random(0), []
     with cached(model, steps=60) as handle:
         prefix = handle.cache.prefix
-        original = prefix.floor
-        monkeypatch.setattr(prefix, "floor", lambda *args: floors.append(original(*args)) or floors[-1])
+        original = prefix.frozen_border
+        monkeypatch.setattr(prefix, "frozen_border", lambda *args: floors.append(original(*args)) or floors[-1])
         for _ in range(60):
             for parameter in prefix.blocks[chance.randrange(BLOCKS)].parameters():
                 parameter.requires_grad_(chance.random() < 0.3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,6 +19,7 @@ from dropbp.discovery.backward_flops import backward_work
 from dropbp.discovery.branches import find_candidates, together
 from dropbp.discovery.cuts import ALWAYS_NEEDED, Cut, UnrecordedCalls, needs
 from dropbp.discovery.graph import Graph, unexplained_sums
+from dropbp.discovery.module_paths import block_of, common_prefix, container, element_of, prefixes
 from dropbp.discovery.stem import find_stem, with_unused
 from dropbp.discovery.structure import NO_BRANCH_ABOVE, Branch, BranchModule, BranchOutput, ScopedParameter, Structure
 from dropbp.discovery.trace import Call, Trace
@@ -176,11 +176,11 @@ class _Builder:
         """Modules that this forward did not call (experts without tokens), treated like their siblings."""
         by_parent: dict[str, set[tuple[int, ...]]] = {}
         for module in branch_modules:
-            by_parent.setdefault(_container(module.name), set()).add(module.needs)
-        uncalled, ran = [], {prefix for name in calls for prefix in _prefixes(name)}  # lists are never called
+            by_parent.setdefault(container(module.name), set()).add(module.needs)
+        uncalled, ran = [], {prefix for name in calls for prefix in prefixes(name)}  # lists are never called
         for name, module in self.modules.items():
-            needs = by_parent.get(_container(name), set())
-            if name not in ran and needs and _container(name) and _has_weights(module):
+            needs = by_parent.get(container(name), set())
+            if name not in ran and needs and container(name) and _has_weights(module):
                 uncalled.append(BranchModule(name, self._common(name, needs)))
         return tuple(uncalled)
 
@@ -200,7 +200,7 @@ class _Builder:
             name = self._name(self._owners(i, modules))
             taken[name] = taken.get(name, 0) + 1
             label = name if taken[name] == 1 else f"{name}#{taken[name]}"
-            branches.append(Branch(label, modules, self._flops(i), 0.0, _block(modules), self._parameters(i)))
+            branches.append(Branch(label, modules, self._flops(i), 0.0, block_of(modules), self._parameters(i)))
         return tuple(branches)
 
     def _modules_of(self, branch: int) -> tuple[str, ...]:
@@ -217,15 +217,15 @@ class _Builder:
 
     def _name(self, modules: Sequence[str]) -> str:
         weighty = [m for m in modules if _weight_elements(self.modules[m])] or list(modules)
-        shared = _common_prefix(weighty)
-        if shared and shared != _block(modules) and shared not in self._ancestors_of_lists():
+        shared = common_prefix(weighty)
+        if shared and shared != block_of(modules) and shared not in self._ancestors_of_lists():
             return shared
         return max(weighty, key=lambda m: _weight_elements(self.modules[m]))
 
     def _ancestors_of_lists(self) -> set[str]:
         if not hasattr(self, "_lists"):
             lists = [n for n, m in self.modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-            self._lists = {p for name in lists for p in _prefixes(name)} | {""}
+            self._lists = {p for name in lists for p in prefixes(name)} | {""}
         return self._lists
 
     def _flops(self, branch: int) -> int:
@@ -334,9 +334,9 @@ class _Builder:
 
     def _check_blocks(self, branches: Sequence[Branch]) -> None:
         """Raises DiscoveryError if one block of a list has branches and another was not understood."""
-        lists = {_container(_element(branch.modules)) for branch in branches} - {""}
+        lists = {container(element_of(branch.modules)) for branch in branches} - {""}
         for name in self.names:
-            if _container(name) in lists and self._may_hold_branches(name):
+            if container(name) in lists and self._may_hold_branches(name):
                 share = self._covered_share(name)
                 if share is not None and share < COVERED_SHARE:
                     raise DiscoveryError(
@@ -368,40 +368,6 @@ def _totals(graph: Graph, need: Sequence[int]) -> tuple[dict[int, int], dict[int
         elif id(node.leaf) in graph.parameter_names:
             elements[own] = elements.get(own, 0) + _elements(node.leaf)
     return flops, elements
-
-
-def _container(name: str) -> str:
-    """The list that a numbered element belongs to: `model.layers` for `model.layers.3`; empty for other modules."""
-    head, _, tail = name.rpartition(".")
-    return head if tail.isdigit() else ""
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-
-
-def _element(modules: Sequence[str]) -> str:
-    """The innermost numbered element that contains all modules of a branch, or is the only one."""
-    match = re.match(r"^(.*\.)?\d+(?=\.|$)", _common_prefix(modules))
-    return match.group(0) if match else ""
-
-
-def _block(modules: Sequence[str]) -> str:
-    """The innermost numbered element that contains all modules of a branch without being one of them."""
-    shared = _common_prefix(modules) if len(modules) > 1 else modules[0].rpartition(".")[0]
-    match = re.match(r"^(.*\.)?\d+(?=\.|$)", shared) if shared else None
-    return match.group(0) if match else ""
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    split = [name.split(".") for name in names]
-    shared = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
 
 
 def _weight_elements(module: nn.Module) -> int:
