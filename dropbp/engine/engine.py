@@ -29,6 +29,7 @@ from dropbp.engine.distributed import (
     is_multi_rank,
     zero_partitioned_gradients,
 )
+from dropbp.engine.idle import IdleBranches
 from dropbp.engine.install import install, install_boundaries, install_outputs
 from dropbp.engine.integrity import PatchCheck, last_modules
 from dropbp.engine.kernels import install_group_norms
@@ -134,6 +135,9 @@ class Engine:
             boundary=self.boundary,
             step_boundary=self.device.step_boundary,
         )
+        modules = [self.model.get_submodule(entry.name) for entry in self.structure.branch_modules]
+        self._idle = IdleBranches([module.__dict__["_dropbp_branch"] for module in modules], schedule, self.runtime)
+        self.runtime.after_forward.append(self._idle.end)
         self._patch_check = PatchCheck(self.model, last_modules(self.structure))
         if self.recomputes:
             self.recomputation.warn()
@@ -165,6 +169,7 @@ class Engine:
             if conditions.ranks and not self.schedule.agreed:
                 self.schedule.agree(broadcast_from_rank_0(shape))
             plan = self.schedule.next(shape, conditions)
+            self._idle.begin()
             self._refresh_sharding(self.schedule.mask or ())
         if self.fills_gradients and plan.dropped:
             boundary = self.device.step_boundary if self.boundary != "none" else None

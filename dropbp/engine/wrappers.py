@@ -35,13 +35,12 @@ is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 class BranchModuleState(WrapperState):
     """A module that runs without recording if all branches in its need are dropped."""
 
-    __slots__ = ("flag", "name", "need", "needs", "output_places", "per_call", "running", "runtime", "users")
+    __slots__ = ("calls", "flag", "name", "need", "needs", "output_places", "per_call", "running", "runtime", "users")
 
     def __init__(self, module: BranchModule, runtime: Runtime, outputs: Sequence[BranchOutput]) -> None:
-        self.name, self.needs, self.per_call, self.runtime = module.name, module.needs, module.per_call, runtime
-        self.need = functools.reduce(lambda a, b: a | b, module.needs)
-        self.running = runtime.running.get
-        self.flag = runtime.flag(self.need)
+        self.name, self.needs, self.per_call, self.calls = module.name, module.needs, module.per_call, 0
+        self.runtime, self.need = runtime, functools.reduce(lambda a, b: a | b, module.needs)
+        self.running, self.flag = runtime.running.get, runtime.flag(self.need)
         self.output_places = {(1 << entry.branch): entry.places for entry in outputs}
         self.users = max((entry.users for entry in outputs), default=1)
 
@@ -88,6 +87,7 @@ def branch_forward(original: Forward) -> Forward:
                 return state.map_branch_outputs(original(self, *args, **kwargs), state.need, torch.Tensor.detach)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not state.flag.dropped):
                 return original(self, *args, **kwargs)
+        state.calls += 1
         plan = state.running()
         if plan is not None:
             if state.need & plan.trained:  # most calls have no keywords, and a call without them is faster
@@ -147,6 +147,7 @@ def shared_branch_forward(original: Forward) -> Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: BranchModuleState | None = self._dropbp_branch
         if state is not None and state.original is original:
+            state.calls += 1
             return _run_under_plan(state, original, self, args, kwargs)
         return original(self, *args, **kwargs)
 

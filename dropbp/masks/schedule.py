@@ -77,7 +77,7 @@ class Schedule:
         together: Sequence[int] = (),
     ) -> None:
         self.config, self.names, self.blocks = config, tuple(names), tuple(blocks)
-        self._first, self._ranks = shape, False
+        self._first, self.ranks = shape, False
         self.agreed: Shape | None = None
         self._count, self._trains = flops, trains
         self._weigh = flops if weights is None else weights
@@ -87,8 +87,8 @@ class Schedule:
         self._known: dict[Shape, AtShape] = {}
         self._training: dict[int, bool] = {}
         self._fixed = _FixedMasks()
-        self.dropping = True
-        self.draws = 0
+        self.dropping, self.draws = True, 0
+        self.idle = 0  # branches, as bits, that some forward did not run
         self.mask: Mask | None = None
         self.current: Mask | None = None
         self.graph_warmup: GraphWarmup | None = None
@@ -135,8 +135,8 @@ class Schedule:
 
     def see(self, shape: Shape, ranks: bool = False) -> None:
         """Set the shape of the next forwards: `seen` holds its values, `here` those that masks are drawn from."""
-        if shape != self.shape or ranks != self._ranks:
-            self.shape, self._ranks = shape, ranks
+        if shape != self.shape or ranks != self.ranks:
+            self.shape, self.ranks = shape, ranks
             self._look()
 
     def agree(self, shape: Shape) -> None:
@@ -145,7 +145,7 @@ class Schedule:
 
     def _look(self) -> None:
         self.seen = self.at(self.shape)
-        self.here = self.at(self.agreed or self._first) if self._ranks else self.seen
+        self.here = self.at(self.agreed or self._first) if self.ranks else self.seen
 
     def at(self, shape: Shape) -> AtShape:
         """The values at a shape, computed once."""
@@ -215,7 +215,7 @@ class Schedule:
         here, seen = self.here, self.seen
         past = self.dropping and self.statistics.forwards >= self.config.warmup
         mask = self.mask = self._next(past and not conditions.whole, conditions)
-        drawn = past and not self.fixed and not conditions.whole
+        drawn = self.drew = past and not self.fixed and not conditions.whole
         self.statistics.note(mask, seen.weights, seen.total, seen.planned if drawn else None)
         if drawn:
             self.pace.note(here.planned, sum(compress(here.weights, mask)), here.total)
@@ -372,7 +372,7 @@ class Schedule:
         self.sensitivities, self.own, self.online = saved.sensitivities, saved.own, saved.online
         self.agreed = saved.agreed or self.agreed
         self.set_rates(saved.given)
-        self.see(saved.shape, self._ranks)
+        self.see(saved.shape, self.ranks)
         self._take_over({name for name, mine in self.options.items() if saved.options.get(name) != mine})
 
     def _take_over(self, changed: set[str]) -> None:

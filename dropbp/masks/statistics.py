@@ -58,6 +58,15 @@ class Statistics:
             self.drawn_dropped += dropped
             self.drawn_seen += total
 
+    def note_idle(self, planned: float, dropped: float, seen: float, drawn: bool) -> None:
+        """Take back FLOPs of branches that the latest forward did not run; `drawn` tells whether its mask was drawn."""
+        self.flops_dropped -= dropped
+        self.flops_seen -= seen
+        if drawn:
+            self.drawn_planned -= planned
+            self.drawn_dropped -= dropped
+            self.drawn_seen -= seen
+
     def of_branch(self, i: int, branch: Branch) -> dict[str, Any]:
         """The entry of one branch in `Handle.report`."""
         return {

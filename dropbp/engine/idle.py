@@ -1,0 +1,67 @@
+"""Finds out which branches a forward did not run: early exits, layers skipped at random, a tower without input.
+
+Every module of a branch counts its calls. After a forward, a branch none of whose modules was called is idle: it had no
+backward to skip. The schedule then takes back what it counted for this branch.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from dropbp.device import dynamo_graph_count
+from dropbp.masks.idle import Counted, take_back
+
+if TYPE_CHECKING:
+    from dropbp.engine.runtime import Runtime
+    from dropbp.engine.wrappers import BranchModuleState
+    from dropbp.masks.schedule import Schedule
+
+
+class IdleBranches:
+    """Compares the number of calls before and after a forward.
+
+    Args:
+        modules: the modules of the branches.
+        schedule: takes back what it counted.
+        runtime: tells whether a forward is shortened by a cache.
+    """
+
+    def __init__(self, modules: list[BranchModuleState], schedule: Schedule, runtime: Runtime) -> None:
+        self._modules, self._schedule, self._runtime = modules, schedule, runtime
+        self._known = functools.reduce(operator.or_, (bits for each in modules for bits in _own(each, None)), 0)
+        self._begun: ContextVar[tuple[list[int], Counted] | None] = ContextVar("begun", default=None)
+
+    def begin(self) -> None:
+        """Note the calls before the forward that the schedule has just counted."""
+        self._begun.set(([module.calls for module in self._modules], Counted.last(self._schedule)))
+
+    def end(self, outputs: Any, dropped: int) -> None:
+        """Take back the branches that the forward did not run.
+
+        Compiled code counts no calls, and a cache replaces the branches that it spares.
+        """
+        begun = self._begun.get()
+        if begun is None:
+            return
+        self._begun.set(None)
+        ran = self._ran(begun[0])
+        if ran != self._known and ran and self._runtime.shortened is None and not dynamo_graph_count():
+            take_back(self._schedule, begun[1], self._known & ~ran)
+
+    def _ran(self, before: list[int]) -> int:
+        ran = 0
+        for module, calls in zip(self._modules, before, strict=True):
+            if module.calls != calls:
+                for bits in _own(module, module.calls - calls):
+                    ran |= bits
+        return ran
+
+
+def _own(module: BranchModuleState, calls: int | None) -> Iterator[int]:
+    """The branches, as bits, to which the first calls of a module belong alone."""
+    needs = module.needs[:calls] if module.per_call else module.needs[:1]
+    return (need for need in needs if need > 0 and not need & (need - 1))

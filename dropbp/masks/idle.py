@@ -1,0 +1,57 @@
+"""Takes back what a forward was counted for, as far as it did not run some of the branches.
+
+A mask is counted before its forward, which may then leave branches out: an early exit, a tower without input. These
+have no backward, so they are no part of the budget, dropped or not. Annealed masks make up for it in later steps. With
+several ranks they do not, because each rank may leave out others, and all must draw the same masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import compress
+from typing import TYPE_CHECKING
+
+from dropbp.masks.at_shape import AtShape
+from dropbp.masks.registry import Mask
+
+if TYPE_CHECKING:
+    from dropbp.masks.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a forward was counted for.
+
+    Attributes:
+        mask: its mask.
+        seen: the values at its shape.
+        here: the values that its mask was drawn from; None if all ranks draw the same ones.
+        drawn: whether its mask was drawn.
+    """
+
+    mask: Mask
+    seen: AtShape
+    here: AtShape | None
+    drawn: bool
+
+    @classmethod
+    def last(cls, schedule: Schedule) -> Counted:
+        """What the latest forward was counted for."""
+        here = None if schedule.ranks else schedule.here
+        return cls(schedule.mask or (), schedule.seen, here, schedule.drew)
+
+
+def take_back(schedule: Schedule, counted: Counted, idle: int) -> None:
+    """Take back what was counted for these branches, as bits."""
+    schedule.idle |= idle
+    schedule.statistics.note_idle(*_shares(counted.seen, counted.mask, idle), counted.drawn)
+    if counted.drawn and counted.here is not None:
+        planned, dropped, all_ = _shares(counted.here, counted.mask, idle)
+        schedule.pace.note(-planned, -dropped, -all_)
+
+
+def _shares(at: AtShape, mask: Mask, idle: int) -> tuple[float, float, float]:
+    """The FLOPs of the idle branches: those that a mask drops on average, those that this mask drops, and all."""
+    left_out = [weight if idle >> i & 1 else 0.0 for i, weight in enumerate(at.weights)]
+    total = sum(left_out)
+    return at.planned * total / max(at.total, 1.0), sum(compress(left_out, mask)), total
