@@ -24,9 +24,9 @@ from .common.records import FILES, RESULTS
 from .parts import PARTS, Part, main
 
 EPILOG = """\
-Finished runs are kept and not run again, so a run that was stopped goes on where it was. A checkout has the published
+Finished runs are kept and not run again, so a stopped run continues where it was. A checkout has the published
 result files in bench/results: there `all` runs only what is missing. To reproduce them:
-  dropbp bench all --output DIR   into another folder, pages and plots into DIR/docs; goes on there if it was stopped
+  dropbp bench all --output DIR   into another folder, pages and plots into DIR/docs; continues there if it was stopped
   dropbp bench all --again        in place; git diff shows what differs
   dropbp bench all --part seqlen  one part only
 Larger presets: dropbp bench throughput --preset NAME, dropbp bench learning --preset full, and so on (--help)."""
@@ -94,7 +94,7 @@ def _folder(args: argparse.Namespace) -> Iterator[Path]:
 def _note_finished(args: argparse.Namespace, root: Path) -> None:
     count = sum(1 for path in root.rglob(FILES) if path.parent.name != "unfinished") if root.is_dir() else 0
     if count and not args.again:
-        say(f"{root} holds {count} result files; finished runs are kept. To measure anew: --again, or --output DIR.")
+        say(f"{root} holds {count} result files; finished runs are kept. To measure again: --again, or --output DIR.")
 
 
 # -- one part

@@ -100,7 +100,7 @@ def _check_lazy(config: Config, name: str) -> None:
     """Raises ConfigError for options that a device with recorded and compiled graphs cannot use."""
     if config.logits == "labelled":
         raise ConfigError(
-            f"logits='labelled' does not work on {name}, which compiles anew for each shape: the number of labelled "
+            f"logits='labelled' does not work on {name}, which compiles again for each shape: the number of labelled "
             "positions differs between batches. Leave it out."
         )
     if config.activation_cache is not None:

@@ -390,7 +390,7 @@ def test_hidden_states_asked_for_are_those_of_a_whole_forward(caplog):
                 torch.testing.assert_close(state, plain)
         hits = found(handle)["forwards_shortened"]
         llama_loss(model)
-        assert found(handle)["forwards_shortened"] == hits + 1, "other calls go on with the cache"
+        assert found(handle)["forwards_shortened"] == hits + 1, "other calls still use the cache"
     assert "hidden_states" in caplog.text
 
 

@@ -120,7 +120,7 @@ def test_a_torn_file_loses_rows_only(tmp_path: Path, cut: int) -> None:
     after = run(tmp_path)
     assert 8 <= after["hits"] < 16
     assert after["losses"] == pytest.approx(plain(), rel=1e-6)
-    assert run(tmp_path)["hits"] == 16, "what was lost is stored anew"
+    assert run(tmp_path)["hits"] == 16, "what was lost is stored again"
 
 
 @pytest.mark.parametrize("place", [0, 9, 30, 45, 60, 75, 81, 90, 400, 700])

@@ -68,7 +68,7 @@ def test_results_in_another_folder_have_their_pages_there(called: Calls, tmp_pat
 
 def test_finished_runs_are_kept_unless_asked_for_again(called: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["all"])
-    assert "finished runs are kept. To measure anew: --again, or --output DIR" in capsys.readouterr().err
+    assert "finished runs are kept. To measure again: --again, or --output DIR" in capsys.readouterr().err
     assert "--again" not in called["throughput"] and "--resume" in called["learning"]
     command.main(["all", "--again"])
     assert "finished runs are kept" not in capsys.readouterr().err

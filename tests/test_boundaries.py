@@ -85,7 +85,7 @@ def test_a_reach_into_another_module_is_caught() -> None:
 
 
 def test_the_picture_of_the_architecture_is_drawn_from_the_code() -> None:
-    """`python -m tests.common.picture` draws it anew."""
+    """`python -m tests.common.picture` redraws it."""
     assert page_with(mermaid(imports())) == PAGE.read_text(encoding="utf-8")
 
 

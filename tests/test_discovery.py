@@ -427,7 +427,7 @@ def test_modules_keep_nothing_of_the_recorded_forward() -> None:
 
 
 class Grows(nn.Module):
-    """Makes its table of positions anew for longer rows."""
+    """Replaces its table of positions for longer rows."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -290,7 +290,7 @@ def test_a_cancelled_run_is_kept_as_such(tiny: presets.Preset, tmp_path: Path, m
     spare = {("plain", 0.0, False): 1.0, ("freezing", 0.5, False): 1.0, ("nested shelf", 0.5, False): 1.0}
     monkeypatch.setattr(learning, "step_times", lambda *_: times_record(spare))
     monkeypatch.setattr(learning, "Trainer", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
+    with pytest.raises(KeyboardInterrupt, match="--resume continues"):
         learning.run_preset(tiny, tmp_path, resume=True)
     statuses = [r["status"] for r in read_folder(tmp_path) if r["kind"] == "run"]
     assert statuses == ["cancelled"]

@@ -39,7 +39,7 @@ class Module(lightning.LightningModule):
 
 
 def fit(folder: Path, module: Module, callback: DropBPLightning, steps: int, resume: Path | None = None) -> Any:
-    # The same batch again and again: Lightning starts a plain loader anew when it resumes within an epoch.
+    # The same batch again and again: Lightning restarts a plain loader when it resumes within an epoch.
     data = DataLoader([*tokens()] * STEPS, batch_size=2)
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, default_root_dir=folder, logger=False, callbacks=[callback],

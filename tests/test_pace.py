@@ -60,7 +60,7 @@ class Run:
         self.masks.append(self.one.mask)
 
     def replaced(self, one: Schedule) -> None:
-        """Another process goes on from the saved state."""
+        """Another process continues from the saved state."""
         one.load(json.loads(json.dumps(self.one.state())))
         self.one = one
 
@@ -136,7 +136,7 @@ def test_a_trainer_that_tells_its_progress_meets_the_budget(drop_rate, steps, fo
 @settings(deadline=None, max_examples=30)
 @given(DROP_RATES, st.integers(60, 200), st.sampled_from([0.25, 0.5, 1.5, 2.0, 4.0]), st.data())
 def test_a_loop_of_its_own_meets_the_budget_or_says_that_it_ended_early(drop_rate, steps, times, data):
-    """Longer than `steps`: it goes on at the target rate, and not at the last mask."""
+    """Longer than `steps`: it continues at the target rate, not at the last mask."""
     run = Run(schedule(drop_rate, steps=steps))
     resume, other = data.draw(st.integers(0, 50)), data.draw(st.sampled_from([0.5, 1, 2]))
     for place in range(int(steps * times)):

@@ -74,7 +74,9 @@ class Item:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, __doc__
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where figures go; goes on there")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where figures go; a stopped run continues there"
+    )
     parser.add_argument("--minutes", type=float, help=f"how much of the plan is done now ({MINUTES:g}; all: inf)")
     parser.add_argument("--device", default="cuda", help="%(default)s; on cpu only the rehearsal, --smoke")
     parser.add_argument("--smoke", action="store_true", help="rehearse the whole plan with tiny models")
@@ -244,7 +246,7 @@ class Work:
             finally:
                 self._end_worker()
             if stop():
-                raise KeyboardInterrupt("stopped; the same command goes on")
+                raise KeyboardInterrupt("stopped; the same command continues")
         return to_do(self.items, self.ledger)
 
     def _do(self, item: Item, until_s: float, stop: Callable[[], bool]) -> None:

@@ -44,9 +44,9 @@ from .curves import (
     equal_time_loss,
     memory_share,
     of_kind,
+    retimed,
     short_of_memory,
     step_ratio,
-    timed_anew,
 )
 from .presets import (
     FRESH,
@@ -336,10 +336,10 @@ def _run_all(runs: Sequence[Run], times: dict[str, list[Record]], folder: Path, 
         record = train(run, ratio)
         records.write(record, path, compact=True)
         if record["status"] == "cancelled":
-            raise KeyboardInterrupt(f"cancelled in {run.name}; --resume goes on from here")
+            raise KeyboardInterrupt(f"cancelled in {run.name}; --resume continues from here")
 
 
 def _is_finished(path: Path, ratio: float) -> bool:
     """Whether the run finished and, by the current step times, lasted at least as long as plain training."""
     record = records.read(path) if path.is_file() else {"status": "missing"}
-    return record["status"] == "finished" and math.isfinite(equal_time_loss(timed_anew(record, ratio)))
+    return record["status"] == "finished" and math.isfinite(equal_time_loss(retimed(record, ratio)))

@@ -96,7 +96,7 @@ def time_to(record: Record, loss: float) -> float | None:
     return None
 
 
-def timed_anew(record: Record, ratio: float) -> Record:
+def retimed(record: Record, ratio: float) -> Record:
     """The record with the times of its evaluations recomputed by another step ratio."""
     return record | {"evaluations": [e | {"time": e["step"] * ratio} for e in record["evaluations"]]}
 

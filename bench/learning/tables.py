@@ -106,7 +106,7 @@ class Entry:
         """Runs by seed, timed with the latest ratio, which may differ from the one that a run was planned with."""
         ratio = self.step_ratio
         for run in self.runs:
-            yield run["config"]["seed"], curves.timed_anew(run, ratio)
+            yield run["config"]["seed"], curves.retimed(run, ratio)
 
     def losses_short_of_memory(self) -> dict[int, float]:
         """Losses by seed at plain training's time if a step may keep only `MEMORY_BUDGET` of what a plain step keeps.

@@ -123,7 +123,7 @@ def read(path: Path) -> dict[str, Any]:
         if record["schema"] != 1 or record["kind"] != "recipes":
             raise KeyError("schema")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no result file of recipes ({error!r}). Delete it to measure anew.") from error
+        raise ConfigError(f"{path} is no result file of recipes ({error!r}). Delete it to measure again.") from error
     return record
 
 

@@ -147,7 +147,7 @@ class FileStore:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
-        """Stop storing at the first error; the training goes on."""
+        """Stop storing at the first error; training continues."""
         try:
             yield
         except (OSError, StateError) as error:

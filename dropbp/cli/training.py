@@ -183,11 +183,11 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         return time.perf_counter()
 
 
-def _trainer(job: Job, settings: Settings, callbacks: list[TrainerCallback], starts_anew: bool) -> Trainer:
+def _trainer(job: Job, settings: Settings, callbacks: list[TrainerCallback], from_scratch: bool) -> Trainer:
     with _refusing_what_does_not_fit():
         trainer = Trainer(
             model=job.model,
-            args=_arguments(settings, len(job.train), bool(job.evaluation), starts_anew),
+            args=_arguments(settings, len(job.train), bool(job.evaluation), from_scratch),
             train_dataset=list(job.train),
             eval_dataset=list(job.evaluation) or None,
             data_collator=partial(collate_left if job.labelled else collate, padding_id=job.tokenizer.pad_token_id),
@@ -216,7 +216,7 @@ def _refusing_what_does_not_fit() -> Iterator[None]:
         ) from error
 
 
-def _arguments(settings: Settings, examples: int, evaluates: bool, starts_anew: bool) -> TrainingArguments:
+def _arguments(settings: Settings, examples: int, evaluates: bool, from_scratch: bool) -> TrainingArguments:
     steps = settings.total_steps(examples)
     arguments = TrainingArguments(
         output_dir=str(settings.output),
@@ -236,18 +236,18 @@ def _arguments(settings: Settings, examples: int, evaluates: bool, starts_anew: 
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         **_checkpointing(settings.gradient_checkpointing),
-        **_events(settings, max(1, steps // _EVALUATIONS), evaluates, starts_anew),
+        **_events(settings, max(1, steps // _EVALUATIONS), evaluates, from_scratch),
     )
     _check_device(settings.device, arguments)
     return arguments
 
 
-def _events(settings: Settings, every: int, evaluates: bool, starts_anew: bool) -> dict[str, Any]:
+def _events(settings: Settings, every: int, evaluates: bool, from_scratch: bool) -> dict[str, Any]:
     """When to evaluate, save and log, by default at the end of every tenth of the run."""
     return {
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": settings.eval_steps or every,
-        "eval_on_start": evaluates and starts_anew,
+        "eval_on_start": evaluates and from_scratch,
         "prediction_loss_only": True,
         "save_strategy": "steps" if settings.keep_checkpoints else "no",
         "save_steps": settings.save_steps or every,

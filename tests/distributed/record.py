@@ -124,7 +124,7 @@ def _traffic(ranks: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def with_tables(page: str, record: dict[str, Any]) -> str:
-    """The page with its tables written anew."""
+    """The page with its tables rewritten."""
     page = _with(page, BEGIN, _table(record))
     return _with(page, BEGIN_ACCELERATE, _accelerate_table(record))
 
