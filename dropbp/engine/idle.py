@@ -49,7 +49,7 @@ class IdleBranches:
             return
         self._begun.set(None)
         ran = self._ran(begun[0])
-        if ran != self._known and ran and self._runtime.shortened is None and not dynamo_graph_count():
+        if ran != self._known and ran and self._runtime.cached_forward is None and not dynamo_graph_count():
             take_back(self._schedule, begun[1], self._known & ~ran)
 
     def _ran(self, before: list[int]) -> int:
