@@ -76,7 +76,7 @@ class Handle:
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches, from the input upwards, with their current rates and their FLOPs at the latest input shape."""
-        each = zip(self.engine.structure.branches, self.schedule.seen.flops, self.rates, strict=True)
+        each = zip(self.engine.structure.branches, self.schedule.at_batch_shape.flops, self.rates, strict=True)
         return tuple(replace(branch, flops=flops, rate=rate) for branch, flops, rate in each)
 
     @property
@@ -123,7 +123,7 @@ class Handle:
             ConfigError: the number of rates is wrong, a rate is outside 0..1, or nothing would train at these rates.
         """
         checked = checked_rates(rates)
-        check_lengths("rates", checked, self.schedule.seen.flops)
+        check_lengths("rates", checked, self.schedule.at_batch_shape.flops)
         self.schedule.check_trains(checked)
         self.schedule.set_rates(checked)
 
@@ -313,7 +313,7 @@ class Handle:
             **({} if self.cache is None else {"activation_cache": self.cache.report()}),
             "branches": [
                 {**done.of_branch(i, branch), "weight": weight}
-                for i, (branch, weight) in enumerate(zip(self.branches, schedule.seen.weights, strict=True))
+                for i, (branch, weight) in enumerate(zip(self.branches, schedule.at_batch_shape.weights, strict=True))
             ],
         }
 
@@ -353,7 +353,7 @@ class Handle:
         schedule = self._scheduled(self.config, trains=self.engine.parameters.trains_any)
         schedule.set_rates(None if self.schedule.profile else self.rates)
         if shape is not None:
-            schedule.see(shape)
+            schedule.set_shape(shape)
         return schedule
 
     def _scheduled(self, config: Config, **options: Any) -> Schedule:

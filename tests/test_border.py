@@ -173,7 +173,7 @@ def test_a_block_applied_again_and_again_gets_its_whole_gradient_and_nothing_is_
 def test_parallel_branches_fall_together(name: str, options: dict[str, Any]) -> None:
     handle = dropbp.enable(tiny(name), **options)
     for draw in range(40):
-        mask = handle.schedule.here.sampler.draw(draw)
+        mask = handle.schedule.at_draw_shape.sampler.draw(draw)
         assert mask[::2] == mask[1::2]
     share = sum(b.rate * b.flops for b in handle.branches) / sum(b.flops for b in handle.branches)
     assert share == pytest.approx(0.5, abs=0.01)

@@ -139,7 +139,7 @@ def test_a_forward_that_runs_every_branch_takes_nothing_back() -> None:
         with handle.engine.measuring((False,) * 12):
             model(batch(step), depth=2)
     assert not handle.schedule.idle
-    assert handle.schedule.statistics.flops_seen == 8 * handle.schedule.seen.total
+    assert handle.schedule.statistics.flops_seen == 8 * handle.schedule.at_batch_shape.total
 
 
 def test_compiled_blocks_count_as_run() -> None:

@@ -170,7 +170,7 @@ class Reversed(rivals.DropBP):
     def __init__(self, model: nn.Module, drop_rate: float, *, seed: int, steps: int) -> None:
         super().__init__(model, drop_rate, seed=seed, steps=steps, resample="step")
         schedule = self.handle.fresh_schedule()
-        self.masks = [schedule.foreseen(step) for step in reversed(range(steps))]
+        self.masks = [schedule.expected_mask(step) for step in reversed(range(steps))]
         self.mask = self.masks[0]
 
     def begin_step(self, step: int) -> None:

@@ -79,8 +79,8 @@ class MaskMix:
 
     def __init__(self, handle: Handle, shape: Shape, accumulation: int = 1) -> None:
         schedule = handle.fresh_schedule(shape)
-        self.handle, self.flops = handle, schedule.seen.flops
-        self.windows = [tuple(map(schedule.foreseen, window)) for window in _windows(schedule, accumulation)]
+        self.handle, self.flops = handle, schedule.at_batch_shape.flops
+        self.windows = [tuple(map(schedule.expected_mask, window)) for window in _windows(schedule, accumulation)]
         self.draws = [mask for window in self.windows for mask in window]
         self.weights = {mask: count / len(self.draws) for mask, count in Counter(self.draws).items()}
         self.every = schedule.every or tuple(self.weights)

@@ -15,13 +15,13 @@ TOLERANCE = 0.02  # of the realised drop rate
 
 def out_of_reach(schedule: Schedule) -> str | None:
     """A message before the run if masks that meet the drop rate would leave nothing to train."""
-    here = schedule.here
-    edges, every = (here.sampler.edges, schedule.every) if here.total else (None, None)
+    at = schedule.at_draw_shape
+    edges, every = (at.sampler.edges, schedule.every) if at.total else (None, None)
     if edges is None or every is None:
         return None
     widths = [end - start for start, end in itertools.pairwise((*edges, 1.0))]
-    trained = [(width, here.share(mask)) for width, mask in zip(widths, every, strict=True) if schedule.trains(mask)]
-    target = here.planned / here.total
+    trained = [(width, at.share(mask)) for width, mask in zip(widths, every, strict=True) if schedule.trains(mask)]
+    target = at.planned / at.total
     most = max((share for _, share in trained), default=0.0)
     mean = sum(width * share for width, share in trained) / (sum(width for width, _ in trained) or 1.0)
     found = min(target, most) if schedule.anneals else mean
@@ -57,7 +57,8 @@ def _cause(schedule: Schedule) -> str:
     unmet = out_of_reach(schedule)
     if unmet is not None:
         return unmet
-    if any(not schedule.trains(schedule.here.whole(schedule.here.sampler.draw(i))) for i in range(_looked(schedule))):
+    at = schedule.at_draw_shape
+    if any(not schedule.trains(at.whole(at.sampler.draw(i))) for i in range(_draws_to_check(schedule))):
         return (
             "Some masks would have left nothing to train, and others replaced them. Use a lower drop rate, or train "
             "parameters of more branches."
@@ -76,8 +77,8 @@ def _cause(schedule: Schedule) -> str:
     )
 
 
-def _looked(schedule: Schedule) -> int:
-    return min(schedule.draws, 256) if schedule.here.total and not schedule.anneals else 0
+def _draws_to_check(schedule: Schedule) -> int:
+    return min(schedule.draws, 256) if schedule.at_draw_shape.total and not schedule.anneals else 0
 
 
 def may_still_be_kept(schedule: Schedule) -> int:
@@ -86,13 +87,13 @@ def may_still_be_kept(schedule: Schedule) -> int:
     An annealed run moves from its current mask toward shallower ones. With batches of unequal lengths it may fall back
     a little; one mask is assumed.
     """
-    here, every = schedule.here, (1 << len(schedule.names)) - 1
-    if not schedule.dropping or schedule.statistics.forwards < schedule.config.warmup or not here.total:
+    at, every = schedule.at_draw_shape, (1 << len(schedule.names)) - 1
+    if not schedule.dropping or schedule.statistics.forwards < schedule.config.warmup or not at.total:
         return every
-    never = [bits(tuple(rate >= 1 for rate in at.rates)) for at in (here, schedule.seen)]
+    never = [bits(tuple(rate >= 1 for rate in values.rates)) for values in (at, schedule.at_batch_shape)]
     warming_up = schedule.graph_warmup is not None and not schedule.graph_warmup.done
     if not schedule.anneals or schedule.pace.over or warming_up or schedule.current is None:
         return every & ~(never[0] & never[1])
-    masks = here.course[1]
+    masks = at.course[1]
     place = masks.index(schedule.current) if schedule.current in masks else len(masks) - 1
     return every & ~bits(masks[min(place + 1, len(masks) - 1)])

@@ -24,29 +24,29 @@ class Counted:
 
     Attributes:
         mask: its mask.
-        seen: the values at its shape.
-        here: the values that its mask was drawn from; None if all ranks draw the same ones.
+        at_batch_shape: the values at its shape.
+        at_draw_shape: the values that its mask was drawn from; None if all ranks draw the same ones.
         drawn: whether its mask was drawn.
     """
 
     mask: Mask
-    seen: AtShape
-    here: AtShape | None
+    at_batch_shape: AtShape
+    at_draw_shape: AtShape | None
     drawn: bool
 
     @classmethod
     def last(cls, schedule: Schedule) -> Counted:
         """What the latest forward was counted for."""
-        here = None if schedule.ranks else schedule.here
-        return cls(schedule.mask or (), schedule.seen, here, schedule.drew)
+        at_draw_shape = None if schedule.ranks else schedule.at_draw_shape
+        return cls(schedule.mask or (), schedule.at_batch_shape, at_draw_shape, schedule.drew)
 
 
 def take_back(schedule: Schedule, counted: Counted, idle: int) -> None:
     """Take back what was counted for these branches, as bits."""
     schedule.idle |= idle
-    schedule.statistics.note_idle(*_shares(counted.seen, counted.mask, idle), counted.drawn)
-    if counted.drawn and counted.here is not None:
-        planned, dropped, all_ = _shares(counted.here, counted.mask, idle)
+    schedule.statistics.note_idle(*_shares(counted.at_batch_shape, counted.mask, idle), counted.drawn)
+    if counted.drawn and counted.at_draw_shape is not None:
+        planned, dropped, all_ = _shares(counted.at_draw_shape, counted.mask, idle)
         schedule.pace.note(-planned, -dropped, -all_)
 
 

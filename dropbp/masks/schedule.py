@@ -8,7 +8,7 @@ mask for a graph that a lazy device has yet to compile; the mask at this point o
 state, it is a pure function of seed and step.
 
 Ranks must draw the same masks although each has its own batches. With several ranks, everything that masks depend on is
-taken at one shape: that of rank 0 in the first training forward.
+taken at one shape (`at_draw_shape`): that of rank 0 in the first training forward. Counters take `at_batch_shape`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class Schedule:
         blocks: for each block, from the input upwards, its branches as a bit mask.
         flops: counts FLOPs at a shape.
         shape: of the coming forwards; on several ranks, masks are drawn for it until the ranks agree on one.
-        weights: counts what dropping a branch saves; 0 for branches without a backward, which are never dropped. None:
-            as much as its FLOPs.
+        weights: counts what dropping a branch saves; 0 without a backward: never dropped. None: its FLOPs.
         trains: whether a step that drops these branches, as bits, trains anything.
         together: sets of neighbouring branches, as bits, that nested masks drop together.
 
@@ -98,10 +97,10 @@ class Schedule:
         self.own: Rates | None = None
         self.online = Online.new(len(self.names))
         self.shape = shape
-        self.seen = self.here = self.at(shape)
+        self.at_batch_shape = self.at_draw_shape = self.at(shape)
         self.check_trains(self.rates)
-        if self.here.total:
-            _ = self.here.sampler  # so that wrong sampler options raise here, not in the first step
+        if self.at_draw_shape.total:
+            _ = self.at_draw_shape.sampler  # so that wrong sampler options raise here, not in the first step
         else:
             logger.warning("No branch has a backward that could be skipped: DropBP saves nothing on this model.")
 
@@ -110,13 +109,13 @@ class Schedule:
     @property
     def rates(self) -> Rates:
         """The drop rate of each branch."""
-        return self.here.rates
+        return self.at_draw_shape.rates
 
     @property
     def every(self) -> tuple[Mask, ...] | None:
         """Every mask that can occur, each once; None if the sampler does not bound them."""
-        masks = self.here.sampler.distinct_masks
-        return None if masks is None else tuple(map(self.here.whole, masks))
+        masks = self.at_draw_shape.sampler.distinct_masks
+        return None if masks is None else tuple(map(self.at_draw_shape.whole, masks))
 
     @property
     def anneals(self) -> bool:
@@ -133,19 +132,19 @@ class Schedule:
         """The masks of the open `with handle.fixed(...)` blocks of this thread, innermost last."""
         return self._fixed.masks
 
-    def see(self, shape: Shape, ranks: bool = False) -> None:
-        """Set the shape of the next forwards: `seen` holds its values, `here` those that masks are drawn from."""
+    def set_shape(self, shape: Shape, ranks: bool = False) -> None:
+        """Set the shape of the next forwards, and whether other ranks run them too."""
         if shape != self.shape or ranks != self.ranks:
             self.shape, self.ranks = shape, ranks
-            self._look()
+            self._look_up_shapes()
 
     def agree(self, shape: Shape) -> None:
         """Draw all masks for this shape from now on, so that all ranks draw the same ones."""
         self.agreed = shape
 
-    def _look(self) -> None:
-        self.seen = self.at(self.shape)
-        self.here = self.at(self.agreed or self._first) if self.ranks else self.seen
+    def _look_up_shapes(self) -> None:
+        self.at_batch_shape = self.at(self.shape)
+        self.at_draw_shape = self.at(self.agreed or self._first) if self.ranks else self.at_batch_shape
 
     def at(self, shape: Shape) -> AtShape:
         """The values at a shape, computed once."""
@@ -186,7 +185,7 @@ class Schedule:
         """Recompute the weights of the branches because other parameters are trained than before."""
         self._known.clear()
         self._training.clear()
-        self._look()
+        self._look_up_shapes()
 
     def allocated(self, sensitivities: Sequence[float]) -> Rates:
         """Rates under the FLOPs budget.
@@ -194,11 +193,11 @@ class Schedule:
         Under nested masks the rates, a distribution over depths, do not change. Sensitivities mostly rise toward the
         input, and the nearest rates that do not fall there are all equal: a mask would drop everything or nothing.
         """
-        here = self.here
-        if self.kind.prefixes or not here.total:
+        at = self.at_draw_shape
+        if self.kind.prefixes or not at.total:
             return self.rates
-        scores, weights = list(compress(sensitivities, here.live)), list(compress(here.weights, here.live))
-        return here.spread(allocate(scores, weights, self.config.drop_rate, self.config.max_rate))
+        scores, weights = list(compress(sensitivities, at.live)), list(compress(at.weights, at.live))
+        return at.spread(allocate(scores, weights, self.config.drop_rate, self.config.max_rate))
 
     def _initial_rates(self) -> Rates | None:
         if isinstance(self.config.rates, str):
@@ -211,14 +210,14 @@ class Schedule:
 
     def next(self, shape: Shape, conditions: Conditions) -> ForwardPlan:
         """The plan of the next training forward, which is counted as done."""
-        self.see(shape, conditions.ranks)
-        here, seen = self.here, self.seen
+        self.set_shape(shape, conditions.ranks)
+        at_draw, at_batch = self.at_draw_shape, self.at_batch_shape
         past = self.dropping and self.statistics.forwards >= self.config.warmup
         mask = self.mask = self._next(past and not conditions.whole, conditions)
         drawn = self.drew = past and not self.fixed and not conditions.whole
-        self.statistics.note(mask, seen.weights, seen.total, seen.planned if drawn else None)
+        self.statistics.note(mask, at_batch.weights, at_batch.total, at_batch.planned if drawn else None)
         if drawn:
-            self.pace.note(here.planned, sum(compress(here.weights, mask)), here.total)
+            self.pace.note(at_draw.planned, sum(compress(at_draw.weights, mask)), at_draw.total)
         return self._plan(mask, past, conditions)
 
     def progress(self, share: float, dropping: bool) -> None:
@@ -242,10 +241,10 @@ class Schedule:
 
     def checkpointed(self, dropped: int, limit: float | None, never_recomputed: int = 0) -> int:
         """The lowest blocks whose kept branches exceed what a step may keep, as a bit mask of branches."""
-        if limit is None or not self.here.total:
+        if limit is None or not self.at_draw_shape.total:
             return 0
         blocks = [branches for branches in self.blocks if not branches & never_recomputed]
-        return self.here.beyond_limit(blocks, limit, dropped)
+        return self.at_draw_shape.beyond_limit(blocks, limit, dropped)
 
     def trains(self, mask: Mask) -> bool:
         """Whether a step under this mask trains anything: also if everything is dropped, or under this mask only."""
@@ -265,19 +264,19 @@ class Schedule:
             ConfigError: every step would drop all of them.
         """
         self._training.clear()
-        for at in (*self._known.values(), self.seen, self.here):
+        for at in (*self._known.values(), self.at_batch_shape, self.at_draw_shape):
             at.forget_what_trains()
         self.check_trains(self.rates)
 
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
         """Computed once for each mask, because a few masks occur again and again."""
-        asked, plans = conditions, self.here.plans
+        asked, plans = conditions, self.at_draw_shape.plans
         key = mask, scaled, asked.limit, asked.stem_frozen, asked.truncated, asked.never_recomputed
         plan = plans.get(key)
         if plan is None:
             if len(plans) >= MAX_PLANS:
                 plans.clear()
-            dropped, factors = bits(mask), self.here.factors if scaled else ()
+            dropped, factors = bits(mask), self.at_draw_shape.factors if scaled else ()
             recomputed = self.checkpointed(dropped, asked.limit, asked.never_recomputed)
             plan = plans[key] = ForwardPlan(dropped, factors, recomputed, asked.stem_frozen, asked.truncated)
         return plan
@@ -289,7 +288,7 @@ class Schedule:
             return self.fixed[-1]
         if conditions.again and not conditions.whole and self.mask is not None:
             return self.mask
-        if not past or not self.here.total:
+        if not past or not self.at_draw_shape.total:
             return (False,) * len(self.names)
         if self.graph_warmup is not None and not self.graph_warmup.done:
             return self._warming_up(self.graph_warmup, conditions.held())
@@ -304,14 +303,14 @@ class Schedule:
         return every == "step"
 
     def _drawn(self) -> Mask:
-        here, draw, self.draws = self.here, self.draws, self.draws + 1
+        at, draw, self.draws = self.at_draw_shape, self.draws, self.draws + 1
         self.pace.begin()
         if not self.anneals or self.pace.over:
-            return here.drawn(draw)
-        number = self.pace.number(here.course[0], here.planned / here.total)
+            return at.drawn(draw)
+        number = self.pace.number(at.course[0], at.planned / at.total)
         # Near an edge between two masks the feedback would oscillate, so the current mask stays.
-        steady = here.ordered(number - self.pace.width)
-        return steady if steady == self.current else here.ordered(number)
+        steady = at.ordered(number - self.pace.width)
+        return steady if steady == self.current else at.ordered(number)
 
     def _warming_up(self, warmup: GraphWarmup, held: int) -> Mask:
         """A mask for a graph that is not compiled yet (`dropbp.lazy.warmup`); the usual one if none is left."""
@@ -330,15 +329,16 @@ class Schedule:
 
     def _upcoming(self) -> list[int]:
         """Coming masks, as bits of dropped branches; for an annealed run, from all of it, late masks included."""
-        here = self.here
+        at = self.at_draw_shape
         if not self.anneals:
-            return [bits(here.drawn(draw)) for draw in range(self.draws, self.draws + LOOKAHEAD)]
-        spread = [here.ordered((place + 0.5) / LOOKAHEAD) for place in reversed(range(LOOKAHEAD))]
-        return [bits(mask) for mask in (*spread, *here.course[1])]
+            return [bits(at.drawn(draw)) for draw in range(self.draws, self.draws + LOOKAHEAD)]
+        spread = [at.ordered((place + 0.5) / LOOKAHEAD) for place in reversed(range(LOOKAHEAD))]
+        return [bits(mask) for mask in (*spread, *at.course[1])]
 
-    def foreseen(self, draw: int) -> Mask:
+    def expected_mask(self, draw: int) -> Mask:
         """The expected mask of a draw, if a run of known length goes as planned."""
-        return self.here.ordered(1 - (draw + 0.5) / self.length) if self.anneals else self.here.drawn(draw)
+        at = self.at_draw_shape
+        return at.ordered(1 - (draw + 0.5) / self.length) if self.anneals else at.drawn(draw)
 
     # -- state
 
@@ -372,7 +372,7 @@ class Schedule:
         self.sensitivities, self.own, self.online = saved.sensitivities, saved.own, saved.online
         self.agreed = saved.agreed or self.agreed
         self.set_rates(saved.given)
-        self.see(saved.shape, self.ranks)
+        self.set_shape(saved.shape, self.ranks)
         self._take_over({name for name, mine in self.options.items() if saved.options.get(name) != mine})
 
     def _take_over(self, changed: set[str]) -> None:
@@ -387,7 +387,7 @@ class Schedule:
             if self.sensitivities is not None and isinstance(self.config.rates, str):
                 self.set_rates(self.allocated(self.sensitivities))
         if changed:
-            rate = self.here.planned / max(self.here.total, 1.0)
+            rate = self.at_draw_shape.planned / max(self.at_draw_shape.total, 1.0)
             logger.warning(
                 "Resumed at %.0f%% of the run with a different %s. The rest of the run follows the new options, at a "
                 "mean drop rate of %g; the steps before are not made up for.",
