@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import dropbp
+from tests.campaigns.zoo.training import flops_of_backward
 from tests.common.engine_models import (
     assert_same_gradients,
     detached,
@@ -302,6 +303,31 @@ def test_adapters_can_be_switched_while_enabled():
         with handle.fixed(mask):
             got = take_gradients(model, llama_loss(model))
         assert_same_gradients(got, paper_gradients(plain, names, mask, llama_loss))
+
+
+@pytest.mark.parametrize("turn", [1, 2, 16])
+@pytest.mark.parametrize("layers", [None, [3, 4, 5, 6, 7]])
+def test_an_adapter_that_was_inactive_when_enabling_meets_the_budget(turn, layers):
+    """Adapters take turns of so many steps, in 32; each has modules, and maybe layers, that the other has not."""
+    first = peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=2)
+    wide = tiny_llama(8, hidden_size=64, intermediate_size=128)  # adapters cost little beside it, as they do in earnest
+    model = peft.get_peft_model(wide, first)
+    second = peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2, layers_to_transform=layers)
+    model.add_adapter("second", second)
+    model.set_adapter("default")
+    plain = copy.deepcopy(model)
+    handle = dropbp.enable(model, 0.5, steps=32, max_activations=None)
+    llama_loss(model)  # the first forward keeps the gradient of the stream
+    skipped = whole = 0
+    for step in range(32):
+        for each in (model, plain):
+            each.set_adapter(("second", "default")[step // turn % 2])
+        loss, of_all = llama_loss(model), flops_of_backward(llama_loss(plain))
+        with handle.engine.measuring((True,) * len(handle.branches)):
+            rest = flops_of_backward(llama_loss(model))
+        skipped, whole = skipped + of_all - flops_of_backward(loss), whole + of_all - rest
+    assert handle.report()["realised_drop_rate"] == pytest.approx(skipped / whole, abs=0.02)
+    assert skipped / whole == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])

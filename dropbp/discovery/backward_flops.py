@@ -16,6 +16,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -64,7 +65,7 @@ class BackwardWork:
 
         At least 1 if a gradient flows through the branch, otherwise none.
         """
-        ends = self._ends(lambda name: self.branches if name in trained else NEVER)
+        ends = self._ends(trained, lambda name: self.branches)
         costs, branch_of = Costs(), {1 << i: i for i in range(self.branches)}
         for node, (flops, operands) in self.products.items():
             own = branch_of.get(self.need[node])
@@ -74,7 +75,7 @@ class BackwardWork:
 
     def truncated(self, trained: Collection[str]) -> Costs:
         """The same under masks that train the top of the model: each branch with the work that ends with it."""
-        ends = self._ends(lambda name: self.lowest_above.get(name, self.branches) if name in trained else NEVER)
+        ends = self._ends(trained, lambda name: self.lowest_above.get(name, self.branches))
         costs = Costs()
         for node, (flops, operands) in self.products.items():
             own = self.need[node].bit_length() - 1
@@ -82,13 +83,44 @@ class BackwardWork:
                 costs[end, own] += flops
         return self._at_least_one(costs, ends)
 
-    def _ends(self, end_of: Callable[[str], int]) -> list[int]:
-        """For each node, the branch whose dropping ends the last gradient into it; `NEVER` if no gradient flows."""
-        ends = [NEVER] * len(self.inputs)
+    def _ends(self, trained: Collection[str], end_of: Callable[[str], int]) -> list[int]:
+        """For each node, the branch whose dropping ends the last gradient into it; `NEVER` if no gradient flows.
+
+        The recorded forward did not use adapters that were inactive. If one is trained now, a gradient flows through
+        the product that it belongs to.
+        """
+        ends, unused = [NEVER] * len(self.inputs), set(trained).difference(self.parameters.values())
+        through = {
+            node: end_of(name) for name in unused.intersection(self.lowest_above) for node in self._products_of(name)
+        }
         for node, inputs in enumerate(self.inputs):
             name = self.parameters.get(node)
-            ends[node] = max((ends[i] for i in inputs), default=NEVER) if name is None else end_of(name)
+            if name is not None:
+                ends[node] = end_of(name) if name in trained else NEVER
+            else:
+                ends[node] = max((*(ends[i] for i in inputs), through.get(node, NEVER)))
         return ends
+
+    def _products_of(self, name: str) -> list[int]:
+        """The products with a parameter of the nearest module around this one."""
+        while name:
+            name = name.rpartition(".")[0]
+            found = [node for node, weight in self._weights.items() if f"{weight}.".startswith(f"{name}.")]
+            if found:
+                return found
+        return []
+
+    @functools.cached_property
+    def _weights(self) -> dict[int, str]:
+        """The products with a parameter, each with its name."""
+        leaves = ((node, self._leaf(i)) for node, (_, operands) in self.products.items() for i in operands)
+        return {node: self.parameters[leaf] for node, leaf in leaves if leaf in self.parameters}
+
+    def _leaf(self, node: int) -> int:
+        """The node without the casts and transpositions applied to it."""
+        while node not in self.parameters and len(self.inputs[node]) == 1:
+            node = self.inputs[node][0]
+        return node
 
     def _at_least_one(self, costs: Costs, ends: Sequence[int]) -> Costs:
         reached = {need for need, end in zip(self.need, ends, strict=True) if end > NEVER}

@@ -94,7 +94,9 @@ def structure_of(
     structure = _Builder(graph, model, cuts, need, UnrecordedCalls(graph, need), unexplained).build()
     stem = with_unused(find_stem(graph, cuts, together), model, structure.branch_modules)
     lowest_above = {
-        name: _last(branch, together) for name, branch in stem.lowest_above.items() if branch != NO_BRANCH_ABOVE
+        name: _last(branch, together)
+        for name, branch in stem.lowest_above.items()
+        if branch != NO_BRANCH_ABOVE and name not in stem.unused
     }
     work = backward_work(graph, need, len(cuts), lowest_above)
     return dataclasses.replace(structure, stem=stem, together=together, work=work)
