@@ -32,7 +32,6 @@ from dropbp.engine.distributed import (
 from dropbp.engine.idle import IdleBranches
 from dropbp.engine.install import install, install_boundaries, install_outputs
 from dropbp.engine.integrity import PatchCheck, last_modules
-from dropbp.engine.kernels import install_group_norms
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import ForwardPatch
 from dropbp.engine.recompute import Recomputation
@@ -309,7 +308,7 @@ def _install_all(
         boundary: where a lazy device is told that a step ends: `none`, `layer` or `sublayer`.
         step_boundary: tells it.
     """
-    made = [*install_group_norms(model, structure.group_norms, runtime), *install(model, structure, runtime, stem)]
+    made = install(model, structure, runtime, stem)
     made += [ForwardPatch(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]
     made += install_blocks(model, structure.blocks, runtime, recomputation)
     if scales:

@@ -8,7 +8,15 @@ from torch import nn
 
 from dropbp.discovery.structure import BranchOutput, ScopedParameter, Stem, Structure
 from dropbp.engine.frozen import FrozenScopeState, owner_of
-from dropbp.engine.kernels import KERNEL_BY_MODE, KernelState, MaskState, kernel_forward, mask_forward
+from dropbp.engine.kernels import (
+    KERNEL_BY_MODE,
+    GroupNormState,
+    KernelState,
+    MaskState,
+    group_norm_forward,
+    kernel_forward,
+    mask_forward,
+)
 from dropbp.engine.patch import ForwardPatch, WrapperState
 from dropbp.engine.runtime import Runtime
 from dropbp.engine.wrappers import (
@@ -31,10 +39,18 @@ from dropbp.engine.wrappers import (
 def install(model: nn.Module, structure: Structure, runtime: Runtime, stem: Stem) -> list[ForwardPatch]:
     """Wrap the modules of branches and of the stem; innermost first, so that removal is exact."""
     return [
+        *_install_group_norms(model, structure.group_norms, runtime),
         *_install_branch_modules(model, structure, runtime),
         *_install_stem(model, stem.modules, runtime),
         *_install_scopes(model, structure, stem.parameters, runtime),
     ]
+
+
+def _install_group_norms(model: nn.Module, names: Iterable[str], runtime: Runtime) -> list[ForwardPatch]:
+    """Wrap every `GroupNorm`, and the modules of these names, whose own forward computes a group norm."""
+    norms = (module for module in model.modules() if isinstance(module, nn.GroupNorm))
+    modules = dict.fromkeys([*map(model.get_submodule, names), *norms])
+    return [ForwardPatch(m, "_dropbp_group_norm", GroupNormState(runtime), group_norm_forward) for m in modules]
 
 
 def _install_branch_modules(model: nn.Module, structure: Structure, runtime: Runtime) -> list[ForwardPatch]:

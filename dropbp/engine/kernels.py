@@ -22,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dropbp._torch import attention_mask, kernel_depends_on_weight
-from dropbp.engine.patch import Forward, ForwardPatch, WrapperState
+from dropbp.engine.patch import Forward, WrapperState
 from dropbp.engine.runtime import EVERY, Runtime
 from dropbp.tensors import any_requires_grad, map_tensors
 
@@ -146,12 +146,3 @@ def group_norm_forward(original: Forward) -> Forward:
 
     forward.__name__ = "forward"
     return forward
-
-
-def install_group_norms(model: nn.Module, names: Iterable[str], runtime: Runtime) -> list[ForwardPatch]:
-    """Wrap every `GroupNorm`, and the modules of these names, whose own forward computes a group norm."""
-    modules = [*map(model.get_submodule, names), *(m for m in model.modules() if isinstance(m, nn.GroupNorm))]
-    return [
-        ForwardPatch(module, "_dropbp_group_norm", GroupNormState(runtime), group_norm_forward)
-        for module in dict.fromkeys(modules)
-    ]
