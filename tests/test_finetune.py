@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import subprocess
@@ -91,15 +92,20 @@ def write_as(rows: list[dict[str, str]], path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n{"text": ' + "[" * 100_000, "line 2 is nested too deeply to be read"),
         ("a.json", "[" * 100_000, "is nested too deeply to be read"),
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1 holds a number of too many digits"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}', "line 2 holds the key 'text' twice in one object"),
+        ("a.json", '[{"messages": [{"role": "user", "role": "a"}]}]', "holds the key 'role' twice in one object"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "is not text in UTF-8"),
+        ("a.csv", "text\na\n".encode("utf-16"), "is not text in UTF-8"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "is not text in UTF-8"),
         ("a.csv", "prompt,completion\na,b\nc\n", "line 3 has 1 fields for the 2 columns prompt, completion"),
         ("a.csv", "prompt,completion\na,b,c\n", "line 2 has 3 fields for the 2 columns"),
         ("a.csv", "text,text\na,b\n", "expected one field per column, and distinct column names"),
         ("a.csv", 'text\n"a\nb\n', "line 3 is not CSV: unexpected end of data"),
     ],
 )
-def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     path = tmp_path / name
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as caught:
         read_rows(str(path))
     assert message in str(caught.value)
@@ -224,6 +230,7 @@ BAD_ROWS = [
     ({"prompt": "1+1", "completion": True}, "the column 'completion' is a bool; expected text"),
     ({"prompt": "1+1", "completion": float("inf")}, "is the number inf; expected text"),
     ({"prompt": "1+1", "completion": "\ud800"}, "holds half a character (a lone surrogate, at position 0)"),
+    ({"prompt": "1+1", "completion": "3", "label": False}, "the column 'label' would not be trained on"),
     ({"instruction": "1+1", "output": "2", "history": [["a", "b"]]}, "the column 'history' would not be trained on"),
     ({"instruction": "1+1", "input": {"a": 1}, "output": "2"}, "the column 'input' is a dict; expected text"),
     ({"messages": "[{'role': 'user'}]"}, "CSV cannot hold lists: use .jsonl"),

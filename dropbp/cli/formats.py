@@ -121,7 +121,7 @@ def _instruction(answer: str, context: str) -> Callable[[Row], Pair]:
 
 
 def _completion(row: Row) -> Content:
-    _refuse_unused(row, _UNUSED_COLUMNS + _SYSTEM_COLUMNS)
+    _refuse_unused(row, (*_UNUSED_COLUMNS, *_SYSTEM_COLUMNS, "label"))  # a label says which completions are bad ones
     prompt, completion = _column(row, "prompt"), _column(row, "completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return Pair(_prompt(row, "prompt"), _response(row, "completion"))

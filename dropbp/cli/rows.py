@@ -36,7 +36,9 @@ def _read_file(path: Path) -> list[Row]:
         )
     try:
         return reader(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--dataset {path} is not text in UTF-8: {error}. Save it as UTF-8, unpacked.") from error
+    except OSError as error:
         raise ConfigError(f"--dataset {path} cannot be read: {error}") from error
 
 
@@ -61,7 +63,7 @@ def _read_json(path: Path) -> list[Row]:
 def _parsed(text: str, where: str, hint: str) -> Any:
     """The content of a JSON text. `hint` is added where the text is no JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place = (
             f"{error.msg} at line {error.lineno}, column {error.colno}"
@@ -73,8 +75,22 @@ def _parsed(text: str, where: str, hint: str) -> Any:
         raise ConfigError(
             f"--dataset {where} is nested too deeply to be read; remove that row or flatten it."
         ) from error
+    except _RepeatedKeyError as error:
+        raise ConfigError(f"--dataset {where} holds the key {str(error)!r} twice in one object; keep one.") from error
     except ValueError as error:  # Python refuses to convert integers of thousands of digits
         raise ConfigError(f"--dataset {where} holds a number of too many digits; put it into quotes.") from error
+
+
+class _RepeatedKeyError(Exception):
+    """An object has a key twice, and JSON does not say which value counts."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+    return row
 
 
 def _checked(row: Any, where: str) -> Row:
