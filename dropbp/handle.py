@@ -154,7 +154,7 @@ class Handle:
             ConfigError: every step would drop all parameters of the optimizer.
         """
         self.engine.parameters.restrict_to(p for group in optimizer.param_groups for p in group["params"])
-        self.schedule.forget_what_trains()
+        self.schedule.clear_trains_cache()
         if self.cache is not None:
             self.cache.note_optimizer(optimizer)
 
@@ -359,5 +359,5 @@ class Handle:
     def _scheduled(self, config: Config, **options: Any) -> Schedule:
         structure, findings = self._findings.structure, self._findings
         names, blocks = [branch.name for branch in structure.branches], structure.blocks.values()
-        given = {"weights": self._weights, "together": structure.together, **options}
+        given = {"weights": self._weights, "parallel": structure.parallel, **options}
         return Schedule(config, names, blocks, findings.flops, findings.shape, **given)

@@ -20,7 +20,7 @@ def prefixes(handle: Any) -> Iterator[tuple[bool, ...]]:
     count = len(handle.branches)
     for dropped in range(count + 1):
         bits = (1 << dropped) - 1
-        if not any(0 < bits & together < together for together in handle.engine.structure.together):
+        if not any(0 < bits & group < group for group in handle.engine.structure.parallel):
             yield tuple(branch < dropped for branch in range(count))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dropbp
 from dropbp import inputs as example
 from dropbp.engine.trained import _warn_once, abbreviated
-from dropbp.masks.rates import PROFILES, depth_rates, level
+from dropbp.masks.rates import PROFILES, average_over_parallel, depth_rates
 from tests.common.engine_models import take_gradients
 from tests.promise import assert_equal, assert_exact_or_none, loss_of
 from tests.test_discovery import REPRESENTATIVE, tiny
@@ -194,16 +194,16 @@ def test_rates_of_branches_that_fall_together_are_one_and_the_budget_holds(
         size = min(cuts[start], len(flops) - start)
         runs.append(range(start, start + size))
         start += size
-    together = [sum(1 << i for i in run) for run in runs if len(run) > 1]
-    rates = depth_rates(flops, drop_rate, profile, 1.0, together)
+    parallel = [sum(1 << i for i in run) for run in runs if len(run) > 1]
+    rates = depth_rates(flops, drop_rate, profile, 1.0, parallel)
     assert all(rates[run[0]] == rates[i] for run in runs for i in run)
     assert list(rates) == sorted(rates, reverse=True)
     assert sum(f * r for f, r in zip(flops, rates, strict=True)) == pytest.approx(drop_rate * sum(flops))
-    assert level(rates, flops, together) == rates
+    assert average_over_parallel(rates, flops, parallel) == rates
 
 
 def test_rates_that_differ_among_parallel_branches_become_their_mean() -> None:
-    assert level([0.9, 0.3, 0.2], [1.0, 2.0, 1.0], [0b11]) == pytest.approx((0.5, 0.5, 0.2))
+    assert average_over_parallel([0.9, 0.3, 0.2], [1.0, 2.0, 1.0], [0b11]) == pytest.approx((0.5, 0.5, 0.2))
 
 
 # -- what enable says and chooses

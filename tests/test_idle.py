@@ -112,7 +112,7 @@ def test_the_books_hold_what_ran(rate: float, masks: str, steps: int | None, idl
     one, flops = schedule(rate, masks, steps=steps), FLOPS.at(Shape(2, 32))
     dropped = seen = 0.0
     for step in range(80):
-        plan, left_out = one.next(Shape(2, 32), Conditions(ranks=ranks)), idle[step % len(idle)]
+        plan, left_out = one.next(Shape(2, 32), Conditions(multi_rank=ranks)), idle[step % len(idle)]
         owed = one.pace.owed
         take_back(one, Counted.last(one), left_out)
         assert not ranks or one.pace.owed == owed  # ranks leave out branches of their own
@@ -123,8 +123,8 @@ def test_the_books_hold_what_ran(rate: float, masks: str, steps: int | None, idl
     assert one.statistics.flops_seen == pytest.approx(seen, abs=1e-3)
     other = schedule(rate, masks, steps=steps)
     other.load(json.loads(json.dumps(one.state())))
-    assert [other.next(Shape(2, 32), Conditions(ranks=ranks)) for _ in range(5)] == [
-        one.next(Shape(2, 32), Conditions(ranks=ranks)) for _ in range(5)
+    assert [other.next(Shape(2, 32), Conditions(multi_rank=ranks)) for _ in range(5)] == [
+        one.next(Shape(2, 32), Conditions(multi_rank=ranks)) for _ in range(5)
     ]
 
 

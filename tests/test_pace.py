@@ -191,7 +191,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(drop_rate, masks, tol
 @given(DROP_RATES, MASKS, st.lists(st.integers(1, 400), min_size=16, max_size=64))
 def test_ranks_that_see_different_lengths_draw_the_same_masks(drop_rate, masks, lengths):
     one, other = (Run(schedule(drop_rate, masks, steps=len(lengths))) for _ in range(2))
-    ranks = Conditions(ranks=True)
+    ranks = Conditions(multi_rank=True)
     for length in lengths:
         one.forward(length, ranks)
         other.forward(401 - length, ranks)

@@ -37,7 +37,7 @@ def find_candidates(graph: Graph) -> list[Candidate]:
     return [Candidate(edge, join, cut) for (edge, join), cut in zip(pairs, cuts, strict=True)]
 
 
-def together(found: Sequence[Candidate]) -> tuple[int, ...]:
+def parallel_sets(found: Sequence[Candidate]) -> tuple[int, ...]:
     """Neighbouring branches that leave the stream at the same point and join it at the same point, as bits."""
     places = [(branch.join.node, dict(branch.join.branches)[branch.edge]) for branch in found]
     runs = [list(run) for _, run in itertools.groupby(range(len(found)), key=places.__getitem__)]

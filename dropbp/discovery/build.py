@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dropbp.discovery.backward_flops import backward_work
-from dropbp.discovery.branches import find_candidates, together
+from dropbp.discovery.branches import find_candidates, parallel_sets
 from dropbp.discovery.cuts import ALWAYS_NEEDED, Cut, UnrecordedCalls, needs
 from dropbp.discovery.graph import Graph, unexplained_sums
 from dropbp.discovery.module_paths import block_of, common_prefix, container, element_of, prefixes
@@ -46,7 +46,7 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
             "modules. Name the branches yourself with branches=['layers.0.attention', ...]."
         )
     unexplained = unexplained_sums(graph, {branch.edge for branch in found})
-    structure = structure_of(graph, model, [branch.cut or () for branch in found], unexplained, together(found))
+    structure = structure_of(graph, model, [branch.cut or () for branch in found], unexplained, parallel_sets(found))
     inside = sum(not branch.whole for branch in every)
     return dataclasses.replace(structure, outputs=trained_outputs(trace), side_outputs=side_outputs, cut_inside=inside)
 
@@ -87,24 +87,24 @@ def structure_of(
     model: nn.Module,
     cuts: Sequence[Cut],
     unexplained: Iterable[int] = (),
-    together: tuple[int, ...] = (),
+    parallel: tuple[int, ...] = (),
 ) -> Structure:
     """The structure of branches that are dropped by these cuts."""
     need = needs(graph, cuts)
     structure = _Builder(graph, model, cuts, need, UnrecordedCalls(graph, need), unexplained).build()
-    stem = with_unused(find_stem(graph, cuts, together), model, structure.branch_modules)
+    stem = with_unused(find_stem(graph, cuts, parallel), model, structure.branch_modules)
     lowest_above = {
-        name: _last(branch, together)
+        name: _last(branch, parallel)
         for name, branch in stem.lowest_above.items()
         if branch != NO_BRANCH_ABOVE and name not in stem.unused
     }
     work = backward_work(graph, need, len(cuts), lowest_above)
-    return dataclasses.replace(structure, stem=stem, together=together, work=work)
+    return dataclasses.replace(structure, stem=stem, parallel=parallel, work=work)
 
 
-def _last(branch: int, together: Iterable[int]) -> int:
+def _last(branch: int, parallel: Iterable[int]) -> int:
     """The last of the branches that are dropped together with this one, so that each has only its own weight."""
-    return next((bits.bit_length() - 1 for bits in together if bits >> branch & 1), branch)
+    return next((bits.bit_length() - 1 for bits in parallel if bits >> branch & 1), branch)
 
 
 class _Builder:

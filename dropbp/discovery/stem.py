@@ -37,16 +37,16 @@ class _Use:
     in_branch: bool
 
 
-def find_stem(graph: Graph, cuts: Sequence[Cut], together: Sequence[int]) -> Stem:
+def find_stem(graph: Graph, cuts: Sequence[Cut], parallel: Sequence[int]) -> Stem:
     """The modules and parameters that must be frozen in some steps.
 
     Args:
         graph: graph of the recorded forward.
         cuts: for each branch, the edges that are cut to drop it.
-        together: sets of branches, as bit masks, that are only dropped together.
+        parallel: sets of branches, as bit masks, that are only dropped together.
     """
     by_name: dict[str, list[_Use]] = {}
-    for use in _uses(graph, cuts, together):
+    for use in _uses(graph, cuts, parallel):
         by_name.setdefault(use.name, []).append(use)
     freezable = _FreezableModules(graph, cuts)
     modules: dict[str, int] = {}
@@ -107,7 +107,7 @@ def _upwards(path: str) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def _uses(graph: Graph, cuts: Sequence[Cut], together: Sequence[int]) -> list[_Use]:
+def _uses(graph: Graph, cuts: Sequence[Cut], parallel: Sequence[int]) -> list[_Use]:
     cut = {edge: 1 << i for i, group in enumerate(cuts) for edge in group}
     need, flow = needs(graph, cuts), flows(graph, cuts)
     found: dict[_Use, None] = {}
@@ -116,7 +116,7 @@ def _uses(graph: Graph, cuts: Sequence[Cut], together: Sequence[int]) -> list[_U
         for user in graph.consumers[leaf.index] if name is not None else ():
             own = cut.get((user, leaf.index), 0)
             lowest_above = lowest(flow[user] | own)
-            covered = next((bits for bits in together if bits & lowest_above), lowest_above)
+            covered = next((bits for bits in parallel if bits & lowest_above), lowest_above)
             in_branch = not (own or need[user]) & ~covered
             found[_Use(name or "", graph.trace.call_of[user], lowest_above, in_branch)] = None
     return list(found)

@@ -114,7 +114,7 @@ class Structure:
         parameters: for each parameter, the branches that must all be dropped for it to get no gradient.
         coverage: share of the model's FLOPs that lies in branches.
         stem: what is frozen outside the branches, under masks that drop the bottom of the model.
-        together: sets of branches, as bits, that leave and join the stream at the same points. Masks that drop the
+        parallel: sets of branches, as bits, that leave and join the stream at the same points. Masks that drop the
             bottom of the model drop all of them or none.
         named: the modules of branches that the user named.
         work: the cost of the branches' backward.
@@ -137,7 +137,7 @@ class Structure:
     parameters: Mapping[str, int]
     coverage: float
     stem: Stem = dataclasses.field(default_factory=Stem)
-    together: tuple[int, ...] = ()
+    parallel: tuple[int, ...] = ()
     named: tuple[tuple[str, ...], ...] = ()
     work: BackwardWork = NO_WORK
     outputs: Mapping[str, bool] = dataclasses.field(default_factory=dict)

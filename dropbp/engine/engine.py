@@ -162,10 +162,10 @@ class Engine:
             return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
             if self.trained_set_changed():
-                self.schedule.reweigh()
+                self.schedule.recount_weights()
             self.bypass.refresh()
             shape, conditions = shape_of(args, kwargs), self._conditions(args, kwargs)
-            if conditions.ranks and not self.schedule.agreed:
+            if conditions.multi_rank and not self.schedule.agreed:
                 self.schedule.agree(broadcast_from_rank_0(shape))
             plan = self.schedule.next(shape, conditions)
             self._idle.begin()

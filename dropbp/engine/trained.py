@@ -99,7 +99,7 @@ class Trained:
 
     def _first(self, branch: int) -> int:
         """The first of the branches that are dropped together with this one."""
-        bits = next((bits for bits in self.structure.together if branch >= 0 and bits >> branch & 1), 0)
+        bits = next((bits for bits in self.structure.parallel if branch >= 0 and bits >> branch & 1), 0)
         return (bits & -bits).bit_length() - 1 if bits else branch
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from dropbp.config import Config
 from dropbp.masks.pace import Curve
 from dropbp.masks.plan import ForwardPlan
-from dropbp.masks.rates import depth_rates, level
+from dropbp.masks.rates import average_over_parallel, depth_rates
 from dropbp.masks.registry import Mask
 from dropbp.masks.samplers import Sampler
 
@@ -28,7 +28,7 @@ class AtShape:
         weights: what the budget counts: the FLOPs of branches that have a backward, 0 for others.
         rates: the name of a profile, or the rate of every branch.
         trains: whether a step under a mask trains anything.
-        together: sets of neighbouring branches, as bits, that masks drop together.
+        parallel: sets of neighbouring branches, as bits, that masks drop together.
 
     Attributes:
         total: sum of the weights.
@@ -44,40 +44,40 @@ class AtShape:
         weights: Sequence[float],
         rates: str | Rates,
         trains: Callable[[Mask], bool],
-        together: Iterable[int] = (),
+        parallel: Iterable[int] = (),
     ) -> None:
         self.config, self.flops, self.weights = config, tuple(map(int, flops)), tuple(weights)
         self.total = sum(self.weights)
-        self.live = tuple(weight > 0 for weight in self.weights)
+        self.droppable = tuple(weight > 0 for weight in self.weights)
         self.trains = trains
-        groups = [self._among_live(bits) for bits in together]
-        self.rates = self._rates(rates, groups) if self.total else self.spread(())
+        groups = [self._renumbered(bits) for bits in parallel]
+        self.rates = self._rates(rates, groups) if self.total else self.extend_rates(())
         self.planned = sum(weight * rate for weight, rate in zip(self.weights, self.rates, strict=True))
         self.plans: dict[tuple[Any, ...], ForwardPlan] = {}
 
-    def _rates(self, rates: str | Rates, together: Sequence[int]) -> Rates:
+    def _rates(self, rates: str | Rates, parallel: Sequence[int]) -> Rates:
         """Attention weighs more in long sequences, so the rates of a profile depend on the shape."""
-        weights, rate, cap = list(compress(self.weights, self.live)), self.config.drop_rate, self.config.max_rate
+        weights, rate, cap = list(compress(self.weights, self.droppable)), self.config.drop_rate, self.config.max_rate
         if not isinstance(rates, str):
-            return self.spread(level(compress(rates, self.live), weights, together))
+            return self.extend_rates(average_over_parallel(compress(rates, self.droppable), weights, parallel))
         if rates == "uniform":
-            return self.spread([float(rate)] * len(weights))
-        return self.spread(depth_rates(weights, rate, rates, 1.0 if cap is None else cap, together))
+            return self.extend_rates([float(rate)] * len(weights))
+        return self.extend_rates(depth_rates(weights, rate, rates, 1.0 if cap is None else cap, parallel))
 
-    def _among_live(self, bits: int) -> int:
+    def _renumbered(self, bits: int) -> int:
         """Renumber a set of branches, as bits, to the branches that have a backward."""
-        places = [i for i, alive in enumerate(self.live) if alive]
+        places = [i for i, droppable in enumerate(self.droppable) if droppable]
         return sum(1 << place for place, i in enumerate(places) if bits >> i & 1)
 
-    def spread(self, values: Iterable[float]) -> Rates:
+    def extend_rates(self, values: Iterable[float]) -> Rates:
         """Extend values of the branches with a backward to all branches, with 0 for the others."""
         each = iter(values)
-        return tuple(next(each) if alive else 0.0 for alive in self.live)
+        return tuple(next(each) if droppable else 0.0 for droppable in self.droppable)
 
     @cached_property
     def sampler(self) -> Sampler:
         """The sampler for the branches that have a backward."""
-        rates, weights = compress(self.rates, self.live), compress(self.weights, self.live)
+        rates, weights = compress(self.rates, self.droppable), compress(self.weights, self.droppable)
         return Sampler(self.config.masks, rates, weights, self.config.seed, **self.config.mask_options)
 
     @property
@@ -88,12 +88,12 @@ class AtShape:
         top = self.config.max_scale if self.config.scaling == "clipped" else float("inf")
         return tuple(min(top, 1 / (1 - rate)) if rate < 1 else 1.0 for rate in self.rates)
 
-    def whole(self, mask: Mask) -> Mask:
+    def extend_mask(self, mask: Mask) -> Mask:
         """Extend a mask of the branches with a backward to all branches."""
-        if len(mask) == len(self.live):
+        if len(mask) == len(self.droppable):
             return mask
         drops = iter(mask)
-        return tuple(alive and next(drops) for alive in self.live)
+        return tuple(droppable and next(drops) for droppable in self.droppable)
 
     def share(self, mask: Mask) -> float:
         """Share of the FLOPs that a mask drops."""
@@ -107,11 +107,11 @@ class AtShape:
         A branch with trained parameters is then kept more often than its rate says, in proportion to the probability of
         such masks. That is zero if something outside the branches trains, and small if many branches do.
         """
-        mask = self.whole(self.sampler.draw(draw))
+        mask = self.extend_mask(self.sampler.draw(draw))
         for attempt in range(1, REDRAWS):
             if self.trains(mask):
                 return mask
-            mask = self.whole(self.sampler.redraw(draw, attempt))
+            mask = self.extend_mask(self.sampler.redraw(draw, attempt))
         return self._with_one_kept(mask)
 
     def _with_one_kept(self, mask: Mask) -> Mask:
@@ -123,24 +123,24 @@ class AtShape:
         return (False,) * len(mask)
 
     @cached_property
-    def course(self) -> tuple[Curve, tuple[Mask, ...]]:
+    def annealing(self) -> tuple[Curve, tuple[Mask, ...]]:
         """The masks of an annealed run, the one that drops most first, and their curve.
 
         A mask that trains nothing is replaced by the next one that does.
         """
-        edges, masks = self.sampler.edges or (), [self.whole(mask) for mask in self.sampler.distinct_masks or ()]
+        edges, masks = self.sampler.edges or (), [self.extend_mask(mask) for mask in self.sampler.distinct_masks or ()]
         for i in range(len(masks) - 2, -1, -1):
             masks[i] = masks[i] if self.trains(masks[i]) else masks[i + 1]
         return Curve(edges, [self.share(mask) for mask in masks]), tuple(masks)
 
-    def ordered(self, number: float) -> Mask:
+    def annealed_mask(self, number: float) -> Mask:
         """The mask of an annealed run at a number from 0, where most is dropped, to 1."""
-        curve, masks = self.course
+        curve, masks = self.annealing
         return masks[max(0, bisect_right(curve.edges, number, hi=len(masks)) - 1)]
 
-    def forget_what_trains(self) -> None:
+    def clear_trains_cache(self) -> None:
         """Discard what depends on which parameters are trained."""
-        self.__dict__.pop("course", None)
+        self.__dict__.pop("annealing", None)
 
     def beyond_limit(self, blocks: Iterable[int], limit: float, dropped: int) -> int:
         """Branches of the lowest blocks whose activations exceed what a step may keep, as a bit mask.
@@ -151,7 +151,7 @@ class AtShape:
                 proportional to FLOPs.
             dropped: branches that keep nothing, as a bit mask.
         """
-        flops = [f if alive else 0 for f, alive in zip(self.flops, self.live, strict=True)]
+        flops = [f if droppable else 0 for f, droppable in zip(self.flops, self.droppable, strict=True)]
         chosen, kept = 0, _flops_of(~dropped, flops)
         allowed = limit * sum(flops) + max(flops)
         for branches in blocks:

@@ -58,7 +58,7 @@ def _cause(schedule: Schedule) -> str:
     if unmet is not None:
         return unmet
     at = schedule.at_draw_shape
-    if any(not schedule.trains(at.whole(at.sampler.draw(i))) for i in range(_draws_to_check(schedule))):
+    if any(not schedule.trains(at.extend_mask(at.sampler.draw(i))) for i in range(_draws_to_check(schedule))):
         return (
             "Some masks would have left nothing to train, and others replaced them. Use a lower drop rate, or train "
             "parameters of more branches."
@@ -94,6 +94,6 @@ def may_still_be_kept(schedule: Schedule) -> int:
     warming_up = schedule.graph_warmup is not None and not schedule.graph_warmup.done
     if not schedule.anneals or schedule.pace.over or warming_up or schedule.current is None:
         return every & ~(never[0] & never[1])
-    masks = at.course[1]
+    masks = at.annealing[1]
     place = masks.index(schedule.current) if schedule.current in masks else len(masks) - 1
     return every & ~bits(masks[min(place + 1, len(masks) - 1)])

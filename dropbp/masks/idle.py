@@ -37,8 +37,8 @@ class Counted:
     @classmethod
     def last(cls, schedule: Schedule) -> Counted:
         """What the latest forward was counted for."""
-        at_draw_shape = None if schedule.ranks else schedule.at_draw_shape
-        return cls(schedule.mask or (), schedule.at_batch_shape, at_draw_shape, schedule.drew)
+        at_draw_shape = None if schedule.multi_rank else schedule.at_draw_shape
+        return cls(schedule.mask or (), schedule.at_batch_shape, at_draw_shape, schedule.mask_drawn)
 
 
 def take_back(schedule: Schedule, counted: Counted, idle: int) -> None:

@@ -62,7 +62,7 @@ class Pace:
     """The share of training that is done, and the FLOPs that its masks still owe the budget.
 
     A share reported by the training loop is exact. Between two reports, or without any, each draw counts for a share as
-    wide as those before (see `tell`).
+    wide as those before (see `set_progress`).
 
     Attributes:
         width: the share of training that a draw is expected to take.
@@ -96,7 +96,7 @@ class Pace:
         """Whether the training should have ended before the current draw."""
         return self.now > 1 + self.width / 2
 
-    def tell(self, share: float) -> None:
+    def set_progress(self, share: float) -> None:
         """Take a report of the training loop about the share that is done.
 
         Later draws are assumed to be as wide as those so far, or as the latest ones if these were wider. Then a burst
@@ -109,7 +109,7 @@ class Pace:
         elif not self.counted or share < self.base:
             self.base, self.counted = share, 0
 
-    def expect(self, width: float) -> None:
+    def set_width(self, width: float) -> None:
         """Continue with draws that take another share of the training."""
         self.share = self.base = min(self.now, 1.0)
         self.draws = self.counted = 0

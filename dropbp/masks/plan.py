@@ -46,18 +46,18 @@ class Conditions:
         limit: share of all activations that may be kept; None: no limit.
         stem_frozen: whether the stem (what feeds the stream, or lies in it) is frozen if a branch above it is dropped.
         truncated: whether the stream then requires no gradient below the lowest kept branch.
-        whole: whether nothing may be dropped, because an input requires a gradient.
-        ranks: whether other ranks run the same forward on batches of their own.
-        held: returns the branches, as bits, whose parameters have gradients now; used by the graph warm-up only.
+        keep_all: whether nothing may be dropped, because an input requires a gradient.
+        multi_rank: whether other ranks run the same forward on batches of their own.
+        with_gradient: returns the branches, as bits, whose parameters have gradients; for the graph warm-up only.
         never_recomputed: branches, as bits, of the blocks that must not be recomputed.
-        again: whether the forward must use the mask of the previous one.
+        repeat_mask: whether the forward must use the mask of the previous one.
     """
 
     limit: float | None = None
     stem_frozen: bool = False
     truncated: bool = False
-    whole: bool = False
-    ranks: bool = False
-    held: Callable[[], int] = int
+    keep_all: bool = False
+    multi_rank: bool = False
+    with_gradient: Callable[[], int] = int
     never_recomputed: int = 0
-    again: bool = False
+    repeat_mask: bool = False

@@ -138,7 +138,7 @@ def depth_rates(
     drop_rate: float,
     profile: str = "geometric",
     max_rate: float = 1.0,
-    together: Iterable[int] = (),
+    parallel: Iterable[int] = (),
 ) -> Rates:
     """Drop rates that do not fall toward the input (index 0) and save exactly `drop_rate` of the FLOPs.
 
@@ -156,7 +156,7 @@ def depth_rates(
             over a band around its mean m, from m - d to m + d with d half the distance to the nearer end, less if m - d
             would be under two branches: the top is always trained, the lowest part never).
         max_rate: largest rate of a branch, in (0, 1]; below 1 every branch is trained now and then.
-        together: sets of neighbouring branches, each as a bit mask, that get one rate: parallel branches.
+        parallel: sets of neighbouring branches, each as a bit mask, that get one rate.
 
     Returns:
         One rate per branch, non-increasing; sum f_l p_l equals drop_rate * sum f_l within 1e-12 of it. If the budget is
@@ -167,7 +167,7 @@ def depth_rates(
         ConfigError: wrong FLOPs or shares, an unknown profile, or drop_rate above max_rate.
     """
     work = checked_flops(flops)
-    parts = _parts(len(work), together)
+    parts = _rate_groups(len(work), parallel)
     shares = _shares(tuple(math.fsum(work[i] for i in part) for part in parts))
     share, cap = _checked_drop_rate(drop_rate), _checked_cap(max_rate)
     _check_reachable(share, cap, 1.0)
@@ -180,17 +180,17 @@ def depth_rates(
     return tuple(rate for rate, part in zip(rates, parts, strict=True) for _ in part)
 
 
-def _parts(count: int, together: Iterable[int]) -> list[list[int]]:
+def _rate_groups(count: int, parallel: Iterable[int]) -> list[list[int]]:
     """The branches in groups that get one rate."""
-    first = {i: bits for bits in together for i in range(count) if bits >> i & 1}
+    first = {i: bits for bits in parallel for i in range(count) if bits >> i & 1}
     return [list(part) for _, part in groupby(range(count), key=lambda i: first.get(i, -1 - i))]
 
 
-def level(rates: Iterable[float], flops: Iterable[float], together: Iterable[int]) -> Rates:
+def average_over_parallel(rates: Iterable[float], flops: Iterable[float], parallel: Iterable[int]) -> Rates:
     """The rates, with the FLOPs-weighted mean in each of these sets of branches; see `depth_rates`."""
     values, work = list(checked_rates(rates)), checked_flops(flops)
     check_lengths("rates", values, work)
-    for part in _parts(len(values), together):
+    for part in _rate_groups(len(values), parallel):
         if len({values[i] for i in part}) > 1:
             mean = math.fsum(work[i] * values[i] for i in part) / math.fsum(work[i] for i in part)
             values[part[0] : part[-1] + 1] = [min(1.0, mean)] * len(part)

@@ -57,7 +57,7 @@ class Schedule:
         shape: of the coming forwards; on several ranks, masks are drawn for it until the ranks agree on one.
         weights: counts what dropping a branch saves; 0 without a backward: never dropped. None: its FLOPs.
         trains: whether a step that drops these branches, as bits, trains anything.
-        together: sets of neighbouring branches, as bits, that nested masks drop together.
+        parallel: sets of neighbouring branches, as bits, that nested masks drop together.
 
     Raises:
         ConfigError: rates or options of the mask sampler have values that are not allowed.
@@ -73,18 +73,18 @@ class Schedule:
         *,
         weights: CountsFlops | None = None,
         trains: Callable[[int], bool] = lambda dropped: True,
-        together: Sequence[int] = (),
+        parallel: Sequence[int] = (),
     ) -> None:
         self.config, self.names, self.blocks = config, tuple(names), tuple(blocks)
-        self._first, self.ranks = shape, False
+        self._first_shape, self.multi_rank = shape, False
         self.agreed: Shape | None = None
-        self._count, self._trains = flops, trains
-        self._weigh = flops if weights is None else weights
+        self._flops, self._trains = flops, trains
+        self._weights = flops if weights is None else weights
         self.kind = sampler_kind(config.masks)
-        self._together = together if self.kind.prefixes else ()
+        self._parallel = parallel if self.kind.prefixes else ()
         self.given = self._initial_rates()
-        self._known: dict[Shape, AtShape] = {}
-        self._training: dict[int, bool] = {}
+        self._values_at: dict[Shape, AtShape] = {}
+        self._trains_cache: dict[int, bool] = {}
         self._fixed = _FixedMasks()
         self.dropping, self.draws = True, 0
         self.idle = 0  # branches, as bits, that some forward did not run
@@ -115,7 +115,7 @@ class Schedule:
     def every(self) -> tuple[Mask, ...] | None:
         """Every mask that can occur, each once; None if the sampler does not bound them."""
         masks = self.at_draw_shape.sampler.distinct_masks
-        return None if masks is None else tuple(map(self.at_draw_shape.whole, masks))
+        return None if masks is None else tuple(map(self.at_draw_shape.extend_mask, masks))
 
     @property
     def anneals(self) -> bool:
@@ -132,29 +132,29 @@ class Schedule:
         """The masks of the open `with handle.fixed(...)` blocks of this thread, innermost last."""
         return self._fixed.masks
 
-    def set_shape(self, shape: Shape, ranks: bool = False) -> None:
+    def set_shape(self, shape: Shape, multi_rank: bool = False) -> None:
         """Set the shape of the next forwards, and whether other ranks run them too."""
-        if shape != self.shape or ranks != self.ranks:
-            self.shape, self.ranks = shape, ranks
-            self._look_up_shapes()
+        if shape != self.shape or multi_rank != self.multi_rank:
+            self.shape, self.multi_rank = shape, multi_rank
+            self._update_values()
 
     def agree(self, shape: Shape) -> None:
         """Draw all masks for this shape from now on, so that all ranks draw the same ones."""
         self.agreed = shape
 
-    def _look_up_shapes(self) -> None:
+    def _update_values(self) -> None:
         self.at_batch_shape = self.at(self.shape)
-        self.at_draw_shape = self.at(self.agreed or self._first) if self.ranks else self.at_batch_shape
+        self.at_draw_shape = self.at(self.agreed or self._first_shape) if self.multi_rank else self.at_batch_shape
 
     def at(self, shape: Shape) -> AtShape:
         """The values at a shape, computed once."""
-        found = self._known.get(shape)
+        found = self._values_at.get(shape)
         if found is None:
-            if len(self._known) >= MAX_SHAPES:
-                self._known.clear()
-            flops, weights = self._count.at(shape), self._weigh.at(shape)
+            if len(self._values_at) >= MAX_SHAPES:
+                self._values_at.clear()
+            flops, weights = self._flops.at(shape), self._weights.at(shape)
             rates = self.profile or self.given or ()
-            found = self._known[shape] = AtShape(self.config, flops, weights, rates, self.trains, self._together)
+            found = self._values_at[shape] = AtShape(self.config, flops, weights, rates, self.trains, self._parallel)
         return found
 
     # -- rates
@@ -179,13 +179,13 @@ class Schedule:
     def set_rates(self, rates: Rates | None) -> None:
         """Draw the next masks from these rates; None: from those of the configuration."""
         self.given = self._initial_rates() if rates is None else rates
-        self.reweigh()
+        self.recount_weights()
 
-    def reweigh(self) -> None:
+    def recount_weights(self) -> None:
         """Recompute the weights of the branches because other parameters are trained than before."""
-        self._known.clear()
-        self._training.clear()
-        self._look_up_shapes()
+        self._values_at.clear()
+        self._trains_cache.clear()
+        self._update_values()
 
     def allocated(self, sensitivities: Sequence[float]) -> Rates:
         """Rates under the FLOPs budget.
@@ -196,8 +196,8 @@ class Schedule:
         at = self.at_draw_shape
         if self.kind.prefixes or not at.total:
             return self.rates
-        scores, weights = list(compress(sensitivities, at.live)), list(compress(at.weights, at.live))
-        return at.spread(allocate(scores, weights, self.config.drop_rate, self.config.max_rate))
+        scores, weights = list(compress(sensitivities, at.droppable)), list(compress(at.weights, at.droppable))
+        return at.extend_rates(allocate(scores, weights, self.config.drop_rate, self.config.max_rate))
 
     def _initial_rates(self) -> Rates | None:
         if isinstance(self.config.rates, str):
@@ -210,11 +210,11 @@ class Schedule:
 
     def next(self, shape: Shape, conditions: Conditions) -> ForwardPlan:
         """The plan of the next training forward, which is counted as done."""
-        self.set_shape(shape, conditions.ranks)
+        self.set_shape(shape, conditions.multi_rank)
         at_draw, at_batch = self.at_draw_shape, self.at_batch_shape
         past = self.dropping and self.statistics.forwards >= self.config.warmup
-        mask = self.mask = self._next(past and not conditions.whole, conditions)
-        drawn = self.drew = past and not self.fixed and not conditions.whole
+        mask = self.mask = self._next_mask(past and not conditions.keep_all, conditions)
+        drawn = self.mask_drawn = past and not self.fixed and not conditions.keep_all
         self.statistics.note(mask, at_batch.weights, at_batch.total, at_batch.planned if drawn else None)
         if drawn:
             self.pace.note(at_draw.planned, sum(compress(at_draw.weights, mask)), at_draw.total)
@@ -223,7 +223,7 @@ class Schedule:
     def progress(self, share: float, dropping: bool) -> None:
         """Take the training loop's report: the share that is done, and whether the coming forwards drop branches."""
         self.dropping = dropping
-        self.pace.tell(share)
+        self.pace.set_progress(share)
 
     def resample(self) -> None:
         """Draw a new mask next time."""
@@ -251,21 +251,21 @@ class Schedule:
         return self._trains_under((1 << len(mask)) - 1) or self._trains_under(bits(mask))
 
     def _trains_under(self, dropped: int) -> bool:
-        if dropped not in self._training:
-            if len(self._training) >= MAX_PLANS:
-                self._training.clear()
-            self._training[dropped] = self._trains(dropped)
-        return self._training[dropped]
+        if dropped not in self._trains_cache:
+            if len(self._trains_cache) >= MAX_PLANS:
+                self._trains_cache.clear()
+            self._trains_cache[dropped] = self._trains(dropped)
+        return self._trains_cache[dropped]
 
-    def forget_what_trains(self) -> None:
+    def clear_trains_cache(self) -> None:
         """Discard what depends on which parameters are trained.
 
         Raises:
             ConfigError: every step would drop all of them.
         """
-        self._training.clear()
-        for at in (*self._known.values(), self.at_batch_shape, self.at_draw_shape):
-            at.forget_what_trains()
+        self._trains_cache.clear()
+        for at in (*self._values_at.values(), self.at_batch_shape, self.at_draw_shape):
+            at.clear_trains_cache()
         self.check_trains(self.rates)
 
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
@@ -283,42 +283,42 @@ class Schedule:
 
     # -- the mask
 
-    def _next(self, past: bool, conditions: Conditions) -> Mask:
+    def _next_mask(self, past: bool, conditions: Conditions) -> Mask:
         if self.fixed:
             return self.fixed[-1]
-        if conditions.again and not conditions.whole and self.mask is not None:
+        if conditions.repeat_mask and not conditions.keep_all and self.mask is not None:
             return self.mask
         if not past or not self.at_draw_shape.total:
             return (False,) * len(self.names)
         if self.graph_warmup is not None and not self.graph_warmup.done:
-            return self._warming_up(self.graph_warmup, conditions.held())
-        if self.current is None or not self._keeps():
-            self.current = self._drawn()
+            return self._warming_up(self.graph_warmup, conditions.with_gradient())
+        if self.current is None or not self._keeps_current():
+            self.current = self._next_drawn()
         return self.current
 
-    def _keeps(self) -> bool:
+    def _keeps_current(self) -> bool:
         every = self.config.resample
         if isinstance(every, int):
             return (self.statistics.forwards - self.config.warmup) % every != 0
         return every == "step"
 
-    def _drawn(self) -> Mask:
+    def _next_drawn(self) -> Mask:
         at, draw, self.draws = self.at_draw_shape, self.draws, self.draws + 1
         self.pace.begin()
         if not self.anneals or self.pace.over:
             return at.drawn(draw)
-        number = self.pace.number(at.course[0], at.planned / at.total)
+        number = self.pace.number(at.annealing[0], at.planned / at.total)
         # Near an edge between two masks the feedback would oscillate, so the current mask stays.
-        steady = at.ordered(number - self.pace.width)
-        return steady if steady == self.current else at.ordered(number)
+        steady = at.annealed_mask(number - self.pace.width)
+        return steady if steady == self.current else at.annealed_mask(number)
 
-    def _warming_up(self, warmup: GraphWarmup, held: int) -> Mask:
+    def _warming_up(self, warmup: GraphWarmup, with_gradient: int) -> Mask:
         """A mask for a graph that is not compiled yet (`dropbp.lazy.warmup`); the usual one if none is left."""
-        if self.current is None or not self._keeps():
-            dropped = warmup.next(held, self._upcoming)
-            self.current = self._drawn() if dropped is None else self._in_advance(dropped)
+        if self.current is None or not self._keeps_current():
+            dropped = warmup.next(with_gradient, self._upcoming_masks)
+            self.current = self._next_drawn() if dropped is None else self._in_advance(dropped)
         if not warmup.done:
-            warmup.note(bits(self.current), held)
+            warmup.note(bits(self.current), with_gradient)
         return self.current
 
     def _in_advance(self, dropped: int) -> Mask:
@@ -327,18 +327,18 @@ class Schedule:
             self.pace.begin()
         return tuple(bool(dropped >> i & 1) for i in range(len(self.names)))
 
-    def _upcoming(self) -> list[int]:
+    def _upcoming_masks(self) -> list[int]:
         """Coming masks, as bits of dropped branches; for an annealed run, from all of it, late masks included."""
         at = self.at_draw_shape
         if not self.anneals:
             return [bits(at.drawn(draw)) for draw in range(self.draws, self.draws + LOOKAHEAD)]
-        spread = [at.ordered((place + 0.5) / LOOKAHEAD) for place in reversed(range(LOOKAHEAD))]
-        return [bits(mask) for mask in (*spread, *at.course[1])]
+        spread = [at.annealed_mask((place + 0.5) / LOOKAHEAD) for place in reversed(range(LOOKAHEAD))]
+        return [bits(mask) for mask in (*spread, *at.annealing[1])]
 
     def expected_mask(self, draw: int) -> Mask:
         """The expected mask of a draw, if a run of known length goes as planned."""
         at = self.at_draw_shape
-        return at.ordered(1 - (draw + 0.5) / self.length) if self.anneals else at.drawn(draw)
+        return at.annealed_mask(1 - (draw + 0.5) / self.length) if self.anneals else at.drawn(draw)
 
     # -- state
 
@@ -372,13 +372,13 @@ class Schedule:
         self.sensitivities, self.own, self.online = saved.sensitivities, saved.own, saved.online
         self.agreed = saved.agreed or self.agreed
         self.set_rates(saved.given)
-        self.set_shape(saved.shape, self.ranks)
+        self.set_shape(saved.shape, self.multi_rank)
         self._take_over({name for name, mine in self.options.items() if saved.options.get(name) != mine})
 
     def _take_over(self, changed: set[str]) -> None:
         """Apply options that differ from those of the saved run; the finished share of the training stays the same."""
         if changed & {"steps", "resample"}:
-            self.pace.expect(1 / self.length)
+            self.pace.set_width(1 / self.length)
         if "resample" in changed:
             self.current = None
         if changed & {"drop_rate", "max_rate", "rates"}:
