@@ -697,3 +697,54 @@ def test_padding_on_the_left_counts_where_positions_are_learnt(kind):
     assert report["refused"] is None
     assert report["hits"] == (12 if kind == "rotary" else 2 * (2 + 1 + 1))
     assert losses[True] == pytest.approx(losses[None], rel=1e-4)
+
+
+def loop(packed: bool, epochs: int, evaluations: bool = False, forwards: int = 6, **options: Any) -> dict[str, Any]:
+    """A loop of one's own over rows that are the same in each epoch, or packed anew; the cache's report."""
+    model, generator = llama(), torch.Generator().manual_seed(5)
+    rows = kept = torch.randint(1, 32, (2 * forwards, 8), generator=generator)
+    with cached(model, **{"steps": epochs * forwards, **options}) as handle:
+        for _ in range(epochs):
+            rows = torch.randint(1, 32, rows.shape, generator=generator) if packed else rows
+            for batch in rows[torch.randperm(len(rows), generator=generator)].split(2):
+                model(input_ids=batch, labels=batch).loss.backward()
+            if evaluations:
+                with torch.no_grad():
+                    model.eval()(input_ids=kept[:2], labels=kept[:2])
+                model.train()
+        return found(handle)
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 8])
+def test_rows_that_never_come_again_are_noticed_in_ones_own_loop(epochs, caplog):
+    report = loop(packed=True, epochs=epochs)
+    assert "packs rows anew" in report["refused"] and report["bytes"] == 0
+    assert caplog.text.count("packs rows anew") == 1
+    report = loop(packed=False, epochs=epochs)
+    assert (report["refused"], report["objections"]) == (None, []) and report["hits"] == (epochs - 1) * 12
+
+
+def test_evaluations_keep_the_cache_where_training_rows_never_come_again():
+    report = loop(packed=True, epochs=8, evaluations=True)
+    assert report["refused"] is None and "packs rows anew" in report["objections"][0]
+    assert report["hits"] == 2 * 6, "one of the eight finds nothing yet, one stores its rows anew"
+
+
+def test_a_folder_keeps_the_rows_of_a_single_epoch_for_later_runs(tmp_path):
+    first = loop(packed=False, epochs=1, activation_cache=tmp_path)
+    second = loop(packed=False, epochs=1, activation_cache=tmp_path)
+    assert first["refused"] is None and "stored for later runs" in first["objections"][0]
+    assert second["hits"] == 12 and second["objections"] == []
+
+
+def test_a_limit_that_leaves_rows_out_is_not_taken_for_packing(caplog):
+    report = loop(packed=False, epochs=3, activation_cache_limit=3000)
+    assert report["refused"] is None
+    assert "activation_cache_limit" in report["objections"][0] and caplog.text.count("activation_cache_limit") == 1
+
+
+@pytest.mark.parametrize("options", [{"masks": "exact"}, {"drop_rate": 0.0}, {"steps": None}])
+def test_a_run_in_which_nothing_stops_training_says_so(options, caplog):
+    report = loop(packed=False, epochs=2, **options)
+    assert report["looked_up"] == 0 and "may train the lowest block" in report["objections"][0]
+    assert caplog.text.count("may train the lowest block") == 1

@@ -38,13 +38,15 @@ def data(rows: int = ROWS, seed: int = 0) -> Dataset:
     )
 
 
-def trained(folder: Path, where: Any, kind: str = "Trainer", side: str = "right", **options: Any) -> Any:
+def trained(
+    folder: Path, where: Any, kind: str = "Trainer", side: str = "right", width: int = 32, **options: Any
+) -> Any:
     tokenizer = make_tokenizer()
     tokenizer.padding_side = side
     callback = DropBPCallback(drop_rate=0.75, activation_cache=where, calibrate_at=None)
     arguments = {**ARGUMENTS, **options}
     common = {
-        "model": make_model(layers=6),
+        "model": make_model(layers=6, width=width),
         "train_dataset": data(),
         "eval_dataset": data(8, seed=1),
         "processing_class": tokenizer,
@@ -90,6 +92,21 @@ def test_evaluations_find_their_rows_too(tmp_path: Path) -> None:
     assert report["looked_up"] == EPOCHS * (ROWS + 8) and report["hits"] == (EPOCHS - 1) * (ROWS + 8)
     evals = [[e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (trainer, plain)]
     assert evals[0] == pytest.approx(evals[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_precision_that_a_trainer_sets_inside_the_forward_counts(tmp_path: Path, side: str) -> None:
+    """accelerate wraps the forward in autocast, so the caller of the model is not under it."""
+    folder, hits, differences = tmp_path / "states", [], []
+    for place, bf16 in enumerate([False, True, True]):
+        options = {"side": side, "bf16": bf16, "width": 128, "per_device_train_batch_size": 4}
+        report = trained(tmp_path / str(place), str(folder), **options)[1].report()["activation_cache"]
+        assert (report["refused"], report["objections"]) == (None, [])
+        hits.append(report["hits"])
+        differences.append(report["largest_difference"])
+    assert report["rows"] == 2 * ROWS, "each precision has states of its own"
+    assert hits == [(EPOCHS - 1) * ROWS, (EPOCHS - 1) * ROWS, EPOCHS * ROWS]
+    assert differences[1] > 1e-4, "rounding of 16 bits is allowed where the blocks run in 16 bits"
 
 
 def test_the_log_shows_what_the_cache_does(tmp_path: Path) -> None:

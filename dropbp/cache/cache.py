@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dropbp._torch import transforming
 from dropbp.cache.files import FileStore
 from dropbp.cache.fingerprint import Fingerprints
 from dropbp.cache.forward import CACHES, CachedForward
 from dropbp.cache.prefix import Prefix
-from dropbp.cache.rows import MASK, Keys, Row
+from dropbp.cache.recurrence import Recurrence
+from dropbp.cache.rows import MASK, Row, keys_of, padded_on_the_left
 from dropbp.cache.skipper import (
     BlockInterfaces,
     BlockSkipper,
@@ -34,7 +34,7 @@ from dropbp.engine.engine import Engine
 from dropbp.engine.patch import Forward, ForwardPatch
 from dropbp.engine.side_outputs import CallPlan
 from dropbp.inputs import argument_names
-from dropbp.masks.budget import may_still_be_kept
+from dropbp.masks.budget import kept_last, may_still_be_kept
 from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import any_requires_grad, tensors_in
 
@@ -65,7 +65,7 @@ class ActivationCache:
         self.store: Store = MemoryStore(limit)
         if not isinstance(where, bool):
             self.store = FileStore(Path(os.fspath(where)), Fingerprints(self.prefix), limit)
-        self.keys = Keys(argument_names(self.model), _reads_labels(self.model), _length_matters(self.model))
+        self.keys = keys_of(self.model)
         self.refused: str | None = None
         self.objections: dict[str, None] = {}
         self.difference = 0.0
@@ -77,7 +77,10 @@ class ActivationCache:
         self.verified: set[tuple[Kind, int | None]] = set()
         self.stream_requires_grad, self.stream_type = True, torch.float32
         self._objection_to: dict[Kind, str] = {}
-        self._epochs, self._at_epoch = 0, (0, 0)
+        self.autocast: dict[Kind, torch.dtype | None] = {}  # what the blocks run under, by the kind of the call
+        self._recurrence = Recurrence()
+        self._trained = 0  # rows of training forwards that were found
+        self._once = False  # whether each row is trained on once only
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self.freed_bytes = 0
         self._measured: list[float] = []
@@ -148,17 +151,8 @@ class ActivationCache:
             self.refuse("DeepSpeed ZeRO-3 moves weights in a way that hides changes to them")
         if self.refused is not None or not self._may_use(args, kwargs):
             return whole
-        tensors = self.prefix.current_tensors()
-        frozen_border = self._frozen_border(plan)
         observed = isinstance(plan, CallPlan) and plan.observation is not None  # inspects what dropped branches record
-        border = self._border(frozen_border, 0 if observed else plan.detached)
-        self._highest = max(self._highest, border)
-        changed = self.prefix.changed(tensors, self._highest)
-        if changed is not None:
-            self.store.drop_above(changed)
-        if border > self.border:
-            self._free_optimizer_states(border)
-        self.border = border
+        border = self._border_now(plan, observed)
         kind = self._kind(call, args, kwargs)
         if border == 0 or self._has_objection(border, kind):
             return whole
@@ -167,29 +161,64 @@ class ActivationCache:
         if rows is None:
             self._note_objection("an input is neither a tensor nor a number nor text")
             return whole
-        self.looked_up += len(rows)
-        forward = CachedForward(self, call, args, kwargs, kind, rows, border, plan)
-        if self._padding_untested and _padded_on_the_left(kwargs.get(MASK)):
+        return self._way_of(CachedForward(self, call, args, kwargs, kind, rows, border, plan), observed)
+
+    def _border_now(self, plan: ForwardPlan, observed: bool) -> int:
+        """The border of this forward, after states and optimizer states that it makes invalid or useless are freed."""
+        tensors = self.prefix.current_tensors()
+        border = self._border(self._frozen_border(plan), 0 if observed else plan.detached)
+        self._highest = max(self._highest, border)
+        changed = self.prefix.changed(tensors, self._highest)
+        if changed is not None:
+            self.store.drop_above(changed)
+        if border > self.border:
+            self._free_optimizer_states(border)
+        self.border = border
+        return border
+
+    def _way_of(self, forward: CachedForward, observed: bool) -> Callable[[], Any]:
+        """The way to run this forward: from the border if all its rows are known."""
+        self.looked_up += len(forward.rows)
+        if self._padding_untested and padded_on_the_left(forward.kwargs.get(MASK)):
             self._padding_untested = False
             forward.try_other_padding()
-            rows = forward.rows = self.keys.of(args, kwargs, self._salt(kind)) or rows
-        states = self._states(rows, frozen_border)
-        self.found += len(states)
-        if len(states) < len(rows) or observed or not self.interfaces.knows(border):
+            self._name_rows(forward)
+        if forward.kind not in self.autocast:
+            return forward.run_full
+        states = self._look_up(forward)
+        if len(states) < len(forward.rows) or observed or not self.interfaces.knows(forward.border):
             return forward.run_full
         return functools.partial(forward.run_from_border, states)
+
+    def _name_rows(self, forward: CachedForward) -> None:
+        forward.rows = self.keys.of(forward.args, forward.kwargs, self._salt(forward.kind)) or forward.rows
 
     def _kind(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
         """A key for forwards whose outputs come from the same places: what is called, and what is asked for."""
         module = getattr(call, "args", (self.model,))[0]
-        return (type(module).__name__, *self.engine.calls.key(args, kwargs), self.prefix.modes())
+        return (type(module).__name__, *self.engine.calls.key(args, kwargs), self.prefix.modes(), self.autocast_now())
+
+    def note_autocast(self, forward: CachedForward) -> None:
+        """Note the autocast that the blocks of a call run under, and look its rows up.
+
+        A wrapper around the forward, such as accelerate's, may set another than the caller's, and no state of one
+        precision serves the other. So the first forward of each kind of call runs whole.
+        """
+        if forward.kind not in self.autocast:
+            self.autocast[forward.kind] = self.autocast_now()
+            self._name_rows(forward)
+            self._look_up(forward)
+
+    def autocast_now(self) -> torch.dtype | None:
+        device = next(self.model.parameters()).device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def run_with_skipper(self, skipper: BlockSkipper, forward: Callable[[], Any]) -> Any:
         """Run a forward with this skipper."""
         return run_with_skipper(self._running, skipper, self.prefix.blocks, forward)
 
     def _may_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        if transforming() or any_requires_grad(args, kwargs):
+        if transforming() or any_requires_grad(args, kwargs) or (self._once and self._trains()):
             return False
         return not self._wants_caches(kwargs)
 
@@ -215,6 +244,11 @@ class ActivationCache:
     def _border(self, frozen_border: int, detached: int) -> int:
         """The border at which states are stored now: nothing below it trains in this forward or later; else 0."""
         frozen = self.prefix.frozen_border(may_still_be_kept(self.engine.schedule), self.engine.freezes_stem)
+        if not frozen and not self.prefix.frozen_border(kept_last(self.engine.schedule), self.engine.freezes_stem):
+            self._note_objection(
+                "any step of this run may train the lowest block. Pass steps=... to enable, keep the default masks and "
+                "rates, raise drop_rate, or freeze the lower blocks"
+            )
         border = min(frozen, self.interfaces.limit, self.prefix.count)
         below = self._below(detached)
         if below < border <= frozen_border:
@@ -232,13 +266,35 @@ class ActivationCache:
     def _note_objection(self, reason: str) -> None:
         if reason not in self.objections:
             self.objections[reason] = None
-            logger.warning("The activation cache is not used, because %s.", reason)
+            logger.warning("Forwards run without the activation cache, because %s.", reason)
 
     def _salt(self, kind: Kind) -> str:
-        device = next(self.model.parameters()).device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        name, asked, changed, modes = kind
+        name, asked, changed, modes, autocast = kind
+        autocast = self.autocast.get(kind, autocast)
         return f"{name}{sorted(map(repr, asked))}{sorted(map(repr, changed))}{modes.hex()}{autocast}"
+
+    def _look_up(self, forward: CachedForward) -> dict[int, RowState]:
+        """The states of the rows, if all are stored; else empty. Counts them."""
+        rows, store = forward.rows, self.store
+        if store.full:
+            self._note_objection(
+                f"its limit of {store.limit} bytes is reached: only batches whose rows are all stored start at the "
+                "border. Raise activation_cache_limit, or use smaller batches"
+            )
+        stored = sum(store.border(row.key) > 0 for row in rows)
+        states = self._states(rows, self._frozen_border(forward.plan)) if stored == len(rows) else {}
+        self.found += len(states)
+        if self._trains():
+            self._trained += len(states)
+            schedule = self.engine.schedule
+            share = None if schedule.config.steps is None else schedule.pace.now
+            reason = self._recurrence.note(len(rows), stored, len(states), share, store.full)
+            if reason is not None:
+                self._stop_in_training(reason)
+        return states
+
+    def _trains(self) -> bool:
+        return self.model.training and torch.is_grad_enabled()
 
     def _states(self, rows: Sequence[Row], frozen_border: int) -> dict[int, RowState]:
         """The states of the rows, if all are stored; else empty."""
@@ -305,15 +361,21 @@ class ActivationCache:
         self._note_objection(reason)
 
     def end_epoch(self) -> None:
-        """Note that every row was seen once more. If no row ever recurs, switch the cache off."""
-        known, seen = self.found - self._at_epoch[0], self.looked_up - self._at_epoch[1]
-        if self._epochs and seen and not known and not self._objection_to:
-            self.refuse(
-                "no row of this epoch occurred in the one before: packed rows differ in each epoch. Pack once, before "
-                "training, or do not pack"
-            )
-        self._epochs += 1
-        self._at_epoch = self.found, self.looked_up
+        """Note that every row was seen once more."""
+        reason = self._recurrence.end_epoch(self.store.full)
+        if reason is not None and not self._objection_to:
+            self._stop_in_training(reason)
+
+    def _stop_in_training(self, reason: str) -> None:
+        """Store no more rows of training forwards, and free the states. Evaluations go on if they found their rows."""
+        if isinstance(self.store, FileStore) and not self._recurrence.epochs:
+            self._note_objection(f"{reason}. Rows are still stored for later runs")
+        elif self.found == self._trained:
+            self.refuse(f"{reason}. Pack rows once, before training, or do not pack")
+        else:
+            self._note_objection(f"{reason}. Pack rows once, before training, or do not pack. Evaluations still use it")
+            self.store.drop_above(0)
+            self._once = True
 
     def note_whole(self, forward: CachedForward, border: int, stream: torch.Tensor) -> None:
         """Note that a forward run in full has reached the border."""
@@ -336,19 +398,3 @@ class ActivationCache:
 
     def _named(self, border: int) -> str:
         return self.prefix.names[border] if border < self.prefix.count else "the last"
-
-
-def _padded_on_the_left(mask: Any) -> bool:
-    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
-
-
-def _reads_labels(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _length_matters(model: nn.Module) -> bool:
-    """Whether rotary positions are scaled by the length of the padded batch."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rotary = str([getattr(text, name, None) for name in ("rope_parameters", "rope_scaling")])
-    return any(word in rotary for word in ("dynamic", "longrope"))

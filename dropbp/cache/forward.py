@@ -69,6 +69,7 @@ class CachedForward:
             store=functools.partial(self._store, watch),
             store_at=self.border,
             compare=self._compare,
+            begin=functools.partial(cache.note_autocast, self),
             watch=watch,
         )
         outputs = cache.run_with_skipper(skipper, whole)
@@ -104,11 +105,16 @@ class CachedForward:
         plain = {name: value for name, value in self.kwargs.items() if name not in LABELS}
         other = {name: _padded(name, value, self.kwargs[MASK]) for name, value in plain.items()}
         seen: list[torch.Tensor] = []
+
+        def begin() -> None:
+            cache.autocast.setdefault(self.kind, cache.autocast_now())
+
+        def store(border: int, stream: torch.Tensor) -> None:
+            seen.append(stream)
+
         with fork_rng(cache.model), buffers_restored(cache.model):
             for kwargs in (plain, other):
-                skipper = BlockSkipper(
-                    cache.interfaces, self.rows, store=lambda _, x: seen.append(x), store_at=self.border
-                )
+                skipper = BlockSkipper(cache.interfaces, self.rows, store=store, store_at=self.border, begin=begin)
                 with contextlib.suppress(Exception):  # for example more positions than the model has
                     cache.runtime.run_no_grad(
                         functools.partial(cache.run_with_skipper, skipper, functools.partial(call, **kwargs))
@@ -197,16 +203,13 @@ class CachedForward:
         cache.verified |= {(self._seen, None), (self._seen, skipper.start)}
 
     def _tolerance(self) -> float:
-        device = next(self.cache.model.parameters()).device.type
-        kinds = {self.cache.stream_type}
-        if torch.is_autocast_enabled(device):
-            kinds.add(torch.get_autocast_dtype(device))
+        kinds = {self.cache.stream_type, self.cache.autocast.get(self.kind) or self.cache.stream_type}
         kinds |= {p.dtype for p in self.cache.model.parameters() if p.dtype in TOLERANCES}
         return max(TOLERANCES.get(kind, 0.1) for kind in kinds)
 
     def _compare(self, row: int, state: RowState, stream: torch.Tensor) -> None:
         real = self.rows[row].real
-        own = (stream[row] if real is None else stream[row, real]).detach()
+        own = stream[row] if real is None else stream[row, real]
         if own.shape != state.values.shape:
             self._worst = float("inf")
             return
@@ -272,7 +275,7 @@ class _RandomnessCheck:
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Distance relative to the norm of the first tensor."""
-    one, other = one.double(), other.double()
+    one, other = one.detach().double(), other.detach().double()
     return float((one - other).norm() / one.norm().clamp(min=1e-30))
 
 

@@ -15,10 +15,11 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from torch import nn
 
 from dropbp.engine.purity import CONSTANTS
 from dropbp.flops import shape_of
-from dropbp.inputs import IGNORED, named_arguments
+from dropbp.inputs import IGNORED, argument_names, named_arguments
 
 MASK = "attention_mask"
 LABELS = frozenset({
@@ -119,6 +120,23 @@ class Keys:
         return slice(first, last + 1)
 
 
+def keys_of(model: nn.Module) -> Keys:
+    """What makes the keys of this model's rows."""
+    return Keys(argument_names(model), _reads_labels(model), _length_matters(model))
+
+
+def _reads_labels(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _length_matters(model: nn.Module) -> bool:
+    """Whether rotary positions are scaled by the length of the padded batch."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rotary = str([getattr(text, name, None) for name in ("rope_parameters", "rope_scaling")])
+    return any(word in rotary for word in ("dynamic", "longrope"))
+
+
 KEY_BYTES = 24
 
 
@@ -141,6 +159,11 @@ def _has_rows(tensor: torch.Tensor, rows: int) -> bool:
 def _update(hashed: Any, name: str, tensor: torch.Tensor) -> None:
     hashed.update(f"|{name}{tensor.dtype}{list(tensor.shape)}".encode())
     hashed.update(content(tensor))
+
+
+def padded_on_the_left(mask: Any) -> bool:
+    """Whether a padding mask leaves out the first position of a row."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
 
 
 def content(tensor: torch.Tensor) -> bytes:

@@ -122,6 +122,7 @@ class BlockSkipper:
         compare: called with a row, its state and the stream where the row would enter; the rows then do not enter.
         seeks_leaks: whether to check what besides the stream comes out of skipped blocks.
         requires_grad: whether the stream at the start requires a gradient.
+        begin: called before the first block runs.
         watch: called with the index of each block that has run, and with -1 before the first.
     """
 
@@ -137,6 +138,7 @@ class BlockSkipper:
         compare: Callable[[int, RowState, torch.Tensor], None] | None = None,
         seeks_leaks: bool = False,
         requires_grad: bool = False,
+        begin: Callable[[], None] | None = None,
         watch: Watch | None = None,
     ) -> None:
         self.interfaces, self.rows, self.states, self.padding = (
@@ -147,7 +149,7 @@ class BlockSkipper:
         )
         self.start = min((state.border for state in self.states.values()), default=0) if compare is None else 0
         self.store, self.store_at, self.compare = store, store_at, compare
-        self.seeks_leaks, self.requires_grad, self.watch = seeks_leaks, requires_grad, watch
+        self.seeks_leaks, self.requires_grad, self.begin, self.watch = seeks_leaks, requires_grad, begin, watch
         self.next = 0
         self.trouble: str | None = None
         self.leak = ""
@@ -166,6 +168,8 @@ class BlockSkipper:
             return self.interfaces.with_stream(
                 place, self._with_states(border, torch.zeros_like(stream), self.requires_grad)
             )
+        if self.begin is not None and not place:
+            self.begin()
         if self.watch is not None and not place:
             self.watch(-1)
         if self.seeks_leaks and not self.leak:

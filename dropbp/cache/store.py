@@ -23,10 +23,12 @@ class Store(Protocol):
     """Holds one state for each row.
 
     Attributes:
+        limit: in bytes.
         full: whether a state was rejected for lack of space.
         trouble: why nothing more can be stored; None if all is well.
     """
 
+    limit: int | None
     full: bool
     trouble: str | None
 
@@ -72,7 +74,8 @@ class MemoryStore:
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit = int(psutil.virtual_memory().available * SHARE_OF_MEMORY) if limit is None else limit
+        free = psutil.virtual_memory().available
+        self.limit: int | None = int(free * SHARE_OF_MEMORY) if limit is None else limit
         self._bytes = 0
         self.full = False
         self.trouble: str | None = None
@@ -104,7 +107,7 @@ class MemoryStore:
         """Store a state, replacing an earlier one, if there is space."""
         before = self._states.get(key)
         more = state.values.nbytes - (0 if before is None else before.values.nbytes)
-        if self._bytes + more > self.limit:
+        if self.limit is not None and self._bytes + more > self.limit:
             self.full = True
             return
         self._states[key] = state

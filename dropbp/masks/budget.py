@@ -97,3 +97,11 @@ def may_still_be_kept(schedule: Schedule) -> int:
     masks = at.annealing[1]
     place = masks.index(schedule.current) if schedule.current in masks else len(masks) - 1
     return every & ~bits(masks[min(place + 1, len(masks) - 1)])
+
+
+def kept_last(schedule: Schedule) -> int:
+    """The branches, as bits, that training forwards at the end of the run may keep, as far as known."""
+    at, every = schedule.at_draw_shape, (1 << len(schedule.names)) - 1
+    if not at.total:
+        return every
+    return every & ~bits(at.annealing[1][0] if schedule.anneals else tuple(rate >= 1 for rate in at.rates))
