@@ -45,12 +45,12 @@ class Question:
 
     @property
     def prompt(self) -> list[dict[str, str]]:
-        """What a chat model is asked."""
+        """The prompt for a chat model."""
         return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": self.text}]
 
     @property
     def row(self) -> Row:
-        """As a row of `dropbp finetune`."""
+        """The question and its answer as a row for `dropbp finetune`."""
         return {"messages": [*self.prompt, {"role": "assistant", "content": self.answer}]}
 
 
@@ -82,7 +82,7 @@ def choice_questions(held_out: int, seed: int, longest: int = 300) -> tuple[list
 def accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], batch_size: int = 16
 ) -> float:
-    """The share of questions for which the right letter is the likeliest of all options' letters."""
+    """Share of the questions for which the model gives the right letter the highest logit of all options."""
     right = 0
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
@@ -96,7 +96,7 @@ def accuracy(
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
-    """The model's answers, by the likeliest token each time."""
+    """The model's answers, decoded greedily."""
     inputs = _prompts(model, tokenizer, questions)
     ids = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     new = ids[:, inputs["input_ids"].shape[1] :]
@@ -104,7 +104,7 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question
 
 
 def _prompts(model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-    """Padded on the left, so that all answers begin at the same place."""
+    """The tokenized prompts, padded on the left so that all answers begin at the same position."""
     texts = [
         tokenizer.apply_chat_template(question.prompt, tokenize=False, add_generation_prompt=True)
         for question in questions

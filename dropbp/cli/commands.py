@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Command:
-    """The module of a command, and what `--help` says of it."""
+    """The module of a command, and its description in `--help`."""
 
     module: str
     help: str
@@ -25,7 +25,7 @@ class Command:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of one command, which declares its options once it has something to parse."""
+    """The parser of one command. It declares the options when it first parses."""
 
     command: Command | None = None
 

@@ -32,7 +32,7 @@ _Model = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the demo is made of. Steps are those of the plain run."""
+    """The sizes and hyper-parameters of the demo. Steps are those of the plain run."""
 
     steps: int = 12
     batch_size: int = 8
@@ -142,6 +142,6 @@ def _settings(recipe: Recipe, args: argparse.Namespace) -> Settings:
 
 
 def _bf16(args: argparse.Namespace) -> bool:
-    """Mixed precision if it is asked for, or if the processor computes in it; elsewhere it is slower."""
+    """Whether to use mixed precision: if asked for, or if the CPU supports bf16; on other CPUs it is slower."""
     known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(args.bf16 or (args.device in (None, "cpu") and known is not None and known()))

@@ -117,7 +117,7 @@ class Encoded:
 
     @property
     def rows_without_loss(self) -> int:
-        """Rows left out, for whatever reason."""
+        """Number of rows left out, for any reason."""
         return sum(self.left_out.values())
 
     def notes(self) -> Iterator[str]:

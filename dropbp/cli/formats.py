@@ -198,7 +198,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def _extras(message: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Text that templates may use beside role and content, such as a name or thoughts."""
+    """Text that templates may use in addition to role and content, such as a name or thoughts."""
     own = ("role", "content", "from", "value")
     return {k: _text(v, f"{k} of {where}") for k, v in message.items() if k not in own and isinstance(v, str)}
 

@@ -1,4 +1,4 @@
-"""For the command line: keeps the libraries below quiet, and from importing what a command does not use.
+"""For the command line: silences other libraries, and keeps them from importing packages that a command does not use.
 
 PEFT imports bitsandbytes and accelerate imports DeepSpeed wherever they are installed. Both look for a GPU, and without
 one a run begins with their warnings. Both are hidden by Python's own means: a module that is None in `sys.modules`
@@ -23,7 +23,7 @@ _TALKATIVE = ("huggingface_hub", "datasets", "accelerate")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings and progress bars of libraries are off inside, and as before afterwards."""
+    """Disable warnings and progress bars of libraries inside the context."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -45,7 +45,7 @@ def quiet() -> Iterator[None]:
 
 
 def leave_out_unused(arguments: Sequence[str]) -> None:
-    """Let the packages that this command has no use for look as if they were not installed.
+    """Make packages that this command does not use look as if they were not installed.
 
     Only in a process that belongs to the command: libraries remember what is not installed.
     """

@@ -73,7 +73,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _explained(error: Exception) -> tuple[str | None, int]:
-    """What to say of an error that is not ours, and the exit status; None where it is a fault of the program."""
+    """The message for an error of another library, and the exit status. None: the error is a bug in this program."""
     exhausted = as_resource_error(error)
     if exhausted is not None:
         return str(exhausted), EXIT_EXHAUSTED

@@ -16,7 +16,7 @@ MOST_SEED = 2**32 - 1  # numpy's, which every trainer seeds
 
 
 def check_counts(args: argparse.Namespace, names: Iterable[str], most: int = MOST) -> None:
-    """Raises ConfigError for an option that is given and no whole number from 1 to `most`."""
+    """Raises ConfigError if an option is given and is not a whole number from 1 to `most`."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
@@ -24,7 +24,7 @@ def check_counts(args: argparse.Namespace, names: Iterable[str], most: int = MOS
 
 
 def check_amounts(args: argparse.Namespace, names: Iterable[str]) -> None:
-    """Raises ConfigError for an option that is given and no finite number above 0."""
+    """Raises ConfigError if an option is given and is not a finite number above 0."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not 0 < value <= sys.float_info.max:
@@ -32,20 +32,20 @@ def check_amounts(args: argparse.Namespace, names: Iterable[str]) -> None:
 
 
 def check_shares(args: argparse.Namespace, names: Iterable[str]) -> None:
-    """Raises ConfigError for an option that is no number in [0, 1)."""
+    """Raises ConfigError if an option is not a number in [0, 1)."""
     for name in names:
         if not 0 <= getattr(args, name) < 1:
             raise ConfigError(f"{_option(name)} {getattr(args, name)} must be in [0, 1).")
 
 
 def check_seed(seed: int) -> None:
-    """Raises ConfigError for a seed that not every generator takes."""
+    """Raises ConfigError for a seed that some generator does not accept."""
     if not 0 <= seed <= MOST_SEED:
         raise ConfigError(f"--seed {seed} must be from 0 to {MOST_SEED}.")
 
 
 def check_file(option: str, path: Path | None, suffix: str = "") -> None:
-    """Raises ConfigError for a path that no file can be written to, or that ends in another suffix."""
+    """Raises ConfigError if the file cannot be written, or its name has another suffix."""
     if path is None:
         return
     if suffix and path.suffix.lower() != suffix:
@@ -56,7 +56,7 @@ def check_file(option: str, path: Path | None, suffix: str = "") -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Raises ConfigError for a folder that is not there and cannot be made, or not written to."""
+    """Raises ConfigError if the folder does not exist and cannot be made, or is not writable."""
     _check_place(option, path, path)
 
 

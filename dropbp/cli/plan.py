@@ -162,7 +162,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def progress_note() -> Callable[[str], None] | None:
-    """What is being done, on one line of a terminal; nothing where standard error is none."""
+    """A function that shows the current work on one line of the terminal; None if standard error is no terminal."""
     if not sys.stderr.isatty():
         return None
 

@@ -56,7 +56,7 @@ def count_flops(step: Callable[[], None]) -> int:
 
 
 def peak_bytes(trainer: Trainer, step: Callable[[], None]) -> int:
-    """The most memory in use during a step: as the device reports it; else, and on CPU, of tensors, exactly."""
+    """Peak memory of a step, as the device reports it; on CPU, or without such a report, exact bytes of tensors."""
     device = get_device(trainer.args.device)
     if device.name == "cpu" or device.max_memory_allocated_bytes() is None:
         with track_tensor_bytes(trainer.model, trainer.optimizer) as tracked:

@@ -151,7 +151,7 @@ def _cost_sentence(plain: Run, dropped: Run) -> str:
 
 
 def _busy_sentence(plain: Run) -> list[str]:
-    """Plain steps all do the same work: what differs between them is not theirs."""
+    """Plain steps all do the same work, so differences in their times come from other work on the machine."""
     steps_s = typical_steps_s(plain)
     tenths = quantiles(steps_s, n=10, method="inclusive") if len(steps_s) > 1 else [1.0]
     if tenths[-1] <= _BUSY * tenths[0]:
@@ -184,7 +184,7 @@ def _interpolated(run: Run, axis: str, amount: float) -> float:
 
 
 def _reached_sentence(plain: Run, dropped: Run) -> list[str]:
-    """When DropBP was first at the loss with which plain training ended."""
+    """When DropBP first reached the final loss of plain training."""
     if not (plain["evaluations"] and dropped["evaluations"]):
         return []
     goal, needed_s = float(_points(plain)[-1]["loss"]), _last(plain, "train_s")

@@ -120,7 +120,7 @@ def _csv_row(path: Path, header: Sequence[str], fields: Sequence[str], line: int
 
 @contextmanager
 def _any_field_length() -> Iterator[None]:
-    """The csv module's limit belongs to the process, so it is put back."""
+    """Raise the csv module's limit, which is global, and restore it afterwards."""
     limit = csv.field_size_limit(_LONGEST_CSV_FIELD)
     try:
         yield

@@ -31,7 +31,7 @@ _EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs to know beside model and data; `max_steps` None means `epochs` count."""
+    """The settings of a run apart from model and data; `max_steps` None means `epochs` count."""
 
     output: Path
     learning_rate: float
@@ -121,7 +121,7 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._device: Device | None = None
 
     def state(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
+        """The state that a checkpoint saves."""
         names = ("step_s", "tokens", "train_losses", "evaluations")
         return {"args": {"name": self.name}, "attributes": {name: list(getattr(self, name)) for name in names}}
 
@@ -204,7 +204,7 @@ def _logits(job: Job) -> AbstractContextManager[object]:
 
 @contextmanager
 def _refusing_what_does_not_fit() -> Iterator[None]:
-    """The trainer checks many combinations of options, each with an error of its own choice."""
+    """Turn errors about combinations of options, of any type that the trainer raises, into ConfigError."""
     try:
         yield
     except (DropBPError, ImportError):
