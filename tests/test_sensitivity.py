@@ -183,7 +183,9 @@ def test_dropout_is_repeated_in_the_second_forward(models):
 
 
 def test_norms_stand_in_where_a_branchs_inputs_cannot_be_watched():
-    seen = Observation(own=(1.0, 1.0, 2.0), below=(4.0, 4.0, 0.0), falls=(1.0, math.nan, math.nan), ratios=(0.5,) * 3)
+    seen = Observation(
+        own=(1.0, 1.0, 2.0), below=(4.0, 4.0, 0.0), inner_products=(1.0, math.nan, math.nan), ratios=(0.5,) * 3
+    )
     assert seen.sensitivities() == (1.25, 2.0, 2.0)
 
 

@@ -116,20 +116,20 @@ def _norms_under(model: nn.Module, closure: Closure, masked: Masking, mask: Sequ
 
 
 def _one_pass(model: nn.Module, structure: Structure, closure: Closure, masked: Masking) -> Observation:
-    watch = OnePass(model, structure)
+    one_pass = OnePass(model, structure)
     nothing = [False] * len(structure.branches)
     rewind = save_rng_state(model)
     with masked(nothing), compiled_code_off():
-        with watch.watching(lambda: checked_loss(closure())) as loss:
+        with one_pass.first_forward(lambda: checked_loss(closure())) as loss:
             loss.backward()
         del loss
         squares = gradient_squares(model)
-        step = _least_over_ranks(watch.step(squares) if _finite(squares) else 0.0, _device(model))
+        step = _min_over_ranks(one_pass.step(squares) if _finite(squares) else 0.0, _device(model))
         if step:
             rewind()
-            with moved_along_gradients(model, step) as step, watch.comparing(), torch.no_grad():
+            with moved_along_gradients(model, step) as step, one_pass.second_forward(), torch.no_grad():
                 closure()
-    return watch.observation(squares, step)
+    return one_pass.observation(squares, step)
 
 
 @contextlib.contextmanager
@@ -140,17 +140,17 @@ def moved_along_gradients(model: nn.Module, step: float) -> Iterator[float]:
     that the copies of the parameters need no additional memory.
     """
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
-    gone, squares = [], []
+    moved, squares = [], []
     try:
         for parameter in model.parameters():
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
                 kept.append((parameter, parameter.data.clone()))
                 parameter.data.add_(gradient.to(parameter.dtype), alpha=step)
-                gone.append(_whole_sum((parameter.data.float() - kept[-1][1].float()) * gradient))
+                moved.append(_whole_sum((parameter.data.float() - kept[-1][1].float()) * gradient))
                 squares.append(squared_norm(gradient))
         torch.clear_autocast_cache()  # which holds casts of the unmoved parameters
-        yield math.fsum(_numbers(gone)) / math.fsum(_numbers(squares))
+        yield math.fsum(_numbers(moved)) / math.fsum(_numbers(squares))
     finally:
         for parameter, original in kept:
             parameter.data.copy_(original)
@@ -215,7 +215,7 @@ def _device(model: nn.Module) -> torch.device:
 
 def _averaged(observations: Sequence[Observation], device: torch.device, passes: int) -> Estimate:
     """Average observations over ranks, which hold parts of one batch, and results over closures, which are batches."""
-    rows = torch.tensor([[o.own, o.below, o.falls, o.ratios] for o in observations], dtype=torch.float64)
+    rows = torch.tensor([[o.own, o.below, o.inner_products, o.ratios] for o in observations], dtype=torch.float64)
     whole = [Observation(*(tuple(values) for values in row)) for row in mean_over_ranks(rows, device).tolist()]
     scores = _mean([observation.sensitivities() for observation in whole])
     if not all(math.isfinite(score) for score in scores):
@@ -235,7 +235,7 @@ def mean_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return _over_ranks(values, device, "SUM") / (torch.distributed.get_world_size() if is_multi_rank() else 1)
 
 
-def _least_over_ranks(value: float, device: torch.device) -> float:
+def _min_over_ranks(value: float, device: torch.device) -> float:
     """The minimum over ranks: those that hold shards of one parameter must move it equally."""
     return float(_over_ranks(torch.tensor(value, dtype=torch.float64), device, "MIN"))
 

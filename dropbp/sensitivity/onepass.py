@@ -63,25 +63,25 @@ class Observation:
     Attributes:
         own: sum of |g|^2 over the branch's own parameters.
         below: sum of |g|^2 over the parameters that the branch's inputs depend on.
-        falls: <g, T d_l>; NaN if the branch's inputs could not be observed.
+        inner_products: <g, T d_l>; NaN if the branch's inputs could not be observed.
         ratios: |g_in - d_l| / |g_in|.
     """
 
     own: tuple[float, ...]
     below: tuple[float, ...]
-    falls: tuple[float, ...]
+    inner_products: tuple[float, ...]
     ratios: tuple[float, ...]
 
     def sensitivities(self) -> tuple[float, ...]:
         """S_l of every branch."""
-        each = zip(self.own, self.below, self.falls, self.ratios, strict=True)
-        return tuple(own + _lost(below, fall, ratio) for own, below, fall, ratio in each)
+        each = zip(self.own, self.below, self.inner_products, self.ratios, strict=True)
+        return tuple(own + _part_below(below, inner_product, ratio) for own, below, inner_product, ratio in each)
 
 
-def _lost(below: float, fall: float, ratio: float) -> float:
+def _part_below(below: float, inner_product: float, ratio: float) -> float:
     if below == 0:
         return 0.0
-    return below * (1 - ratio) ** 2 if math.isnan(fall) else fall * fall / below
+    return below * (1 - ratio) ** 2 if math.isnan(inner_product) else inner_product * inner_product / below
 
 
 class OnePass:
@@ -96,19 +96,19 @@ class OnePass:
         self.below: list[set[str]] = []
 
     @contextlib.contextmanager
-    def watching(self, forward: Callable[[], Tensor]) -> Iterator[Tensor]:
+    def first_forward(self, forward: Callable[[], Tensor]) -> Iterator[Tensor]:
         """Run the forward; run the backward of its loss inside the `with` block."""
         with self.recorder:  # also during the backward: checkpointing must recompute exactly the first forward
             with self.inputs.remembered():
                 loss = forward()
             try:
-                self._understand(Graph(self.recorder.trace(loss), self.model))
+                self._read_graph(Graph(self.recorder.trace(loss), self.model))
                 yield loss
             finally:
                 self.branch_inputs.unhook()
                 self.recorder.functions = ()
 
-    def _understand(self, graph: Graph) -> None:
+    def _read_graph(self, graph: Graph) -> None:
         need = needs(graph, edges_of_branches(graph, self.structure))
         edges = input_edges(graph, self.recorder.functions, need, len(self.structure.branches))
         self.own = _owned(graph, need, len(edges))
@@ -130,20 +130,20 @@ class OnePass:
         ]
         return STEP_SHARE * min(reach, default=0.0)
 
-    def comparing(self) -> contextlib.AbstractContextManager[None]:
+    def second_forward(self) -> contextlib.AbstractContextManager[None]:
         """Run the second forward inside this context."""
         return self.inputs.compared(self.branch_inputs.leaving)
 
     def observation(self, squares: Mapping[str, float], step: float) -> Observation:
         """The observations, given the squared norm of every gradient and the step of the second forward (0: none)."""
         own = tuple(math.fsum(squares.get(name, 0.0) / k**2 for name, k in names.items()) for names in self.own)
-        falls = tuple(self._fall(branch, step) for branch in range(len(own)))
-        return Observation(own, self._sums(squares), falls, self.branch_inputs.ratios())
+        inner_products = tuple(self._inner_product(branch, step) for branch in range(len(own)))
+        return Observation(own, self._sums(squares), inner_products, self.branch_inputs.ratios())
 
     def _sums(self, squares: Mapping[str, float]) -> tuple[float, ...]:
         return tuple(math.fsum(squares.get(name, 0.0) for name in names) for names in self.below)
 
-    def _fall(self, branch: int, step: float) -> float:
+    def _inner_product(self, branch: int, step: float) -> float:
         """<g, T d_l> from the observed inputs; weights of a mixture, changed in place, may be missing."""
         seen = [source for source in self.branch_inputs.sources[branch] if (branch, source) in self.inputs.products]
         if not step or not seen or not all(self.inputs.moved_little(source) for source in seen):
@@ -160,13 +160,13 @@ class _BranchInputs:
         self.branches: dict[Source, list[int]] = {}
         self.leaving: dict[tuple[int, Source], Tensor] = {}
         self.squares: dict[Source, Tensor] = {}
-        self.left: dict[tuple[int, Source], Tensor] = {}
-        self.kept: set[Source] = set()
+        self.remaining: dict[tuple[int, Source], Tensor] = {}
+        self.kept_sources: set[Source] = set()
         self.handles: list[RemovableHandle] = []
 
     def watch(self, branch_inputs: Sequence[Sequence[BranchInput]], kept: set[Source]) -> None:
         """Hook the nodes; the gradients leaving to `kept` sources stay in `leaving`, the others only as norms."""
-        self.kept = kept
+        self.kept_sources = kept
         for branch_input in (e for entering in branch_inputs for e in entering):
             if branch_input.source not in self.sources[branch_input.branch]:
                 self.sources[branch_input.branch].append(branch_input.source)
@@ -196,8 +196,8 @@ class _BranchInputs:
         self.squares[source] = _square(gradient)
         for branch in self.branches[source]:
             leaving = self.leaving.get((branch, source))
-            self.left[branch, source] = _square(gradient if leaving is None else gradient - leaving)
-            if source not in self.kept:
+            self.remaining[branch, source] = _square(gradient if leaving is None else gradient - leaving)
+            if source not in self.kept_sources:
                 self.leaving.pop((branch, source), None)
 
     def norm(self, source: Source) -> float:
@@ -210,7 +210,7 @@ class _BranchInputs:
 
     def _ratio(self, branch: int) -> float:
         arriving = math.fsum(float(self.squares.get(source, 0.0)) for source in self.sources[branch])
-        left = math.fsum(float(self.left.get((branch, source), 0.0)) for source in self.sources[branch])
+        left = math.fsum(float(self.remaining.get((branch, source), 0.0)) for source in self.sources[branch])
         return math.sqrt(left / arriving) if arriving else 1.0
 
 
@@ -221,18 +221,18 @@ class _Inputs:
         self.modules = {module.name: model.get_submodule(module.name) for module in structure.branch_modules}
         self.needs = {module.name: module.needs for module in structure.branch_modules}
         self.calls: dict[str, int] = {}
-        self.made: dict[Source, int] = {}
+        self.created_by: dict[Source, int] = {}
         self.seen: dict[Source, tuple[Place, Tensor, int]] = {}
-        self.at: dict[Place, Source] = {}
+        self.source_at: dict[Place, Source] = {}
         self.products: dict[tuple[int, Source], Tensor] = {}
-        self.moves: dict[Source, float] = {}
+        self.relative_moves: dict[Source, float] = {}
 
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
         """In the forward inside the context, keep the inputs of the modules (without copies)."""
-        with self._hooks(self._remember, self._note_made):
+        with self._hooks(self._remember, self._note_creator):
             yield
-        self.made = {}
+        self.created_by = {}
 
     @contextlib.contextmanager
     def compared(self, leaving: Mapping[tuple[int, Source], Tensor]) -> Iterator[None]:
@@ -271,27 +271,27 @@ class _Inputs:
     def _remember(self, place: Place, tensor: Tensor) -> None:
         """Keep a module's input unless another module of the same branch created it."""
         source = (tensor.grad_fn, tensor.output_nr)
-        if tensor.grad_fn is not None and self.made.get(source) != self._need(place[0], place[1]):
+        if tensor.grad_fn is not None and self.created_by.get(source) != self._need(place[0], place[1]):
             self.seen.setdefault(source, (place, tensor.detach(), tensor._version))
 
-    def _note_made(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _note_creator(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         need = self._need(name, self.calls[name] - 1)
-        self.made.update({(t.grad_fn, t.output_nr): need for t in tensors_in(output) if t.grad_fn is not None})
+        self.created_by.update({(t.grad_fn, t.output_nr): need for t in tensors_in(output) if t.grad_fn is not None})
 
     def _compare(self, by_source: Mapping[Source, Sequence[tuple[int, Tensor]]], place: Place, tensor: Tensor) -> None:
-        source = self.at.get(place)
+        source = self.source_at.get(place)
         if source is None or self.seen[source][1].shape != tensor.shape:
             return
         before = self.seen[source][1].float()
         movement = tensor.detach().float() - before
-        self.moves[source] = math.sqrt(float(_square(movement)) / max(float(_square(before)), 1e-300))
+        self.relative_moves[source] = math.sqrt(float(_square(movement)) / max(float(_square(before)), 1e-300))
         for branch, gradient in by_source.get(source, ()):
             self.products[branch, source] = (movement * gradient.float()).sum()
 
     def keep_only(self, sources: set[Source]) -> set[Source]:
         """Release all other tensors, and those changed in place since; return the sources that are left."""
         self.seen = {s: seen for s, seen in self.seen.items() if s in sources and seen[1]._version == seen[2]}
-        self.at = {place: source for source, (place, _, _) in self.seen.items()}
+        self.source_at = {place: source for source, (place, _, _) in self.seen.items()}
         return set(self.seen)
 
     def watches(self, source: Source) -> bool:
@@ -304,7 +304,7 @@ class _Inputs:
 
     def moved_little(self, source: Source) -> bool:
         """Whether the second forward equals the first one up to a small movement."""
-        return self.moves.get(source, math.inf) <= LARGEST_MOVE
+        return self.relative_moves.get(source, math.inf) <= LARGEST_MOVE
 
 
 def _square(tensor: Tensor) -> Tensor:
