@@ -51,10 +51,10 @@ class _Timeline(TorchDispatchMode):
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The small shapes at which steps are counted. `alone`: also one row, a special case in some kernels."""
+    """The small shapes at which steps are counted. `single_row`: also one row, a special case in some kernels."""
 
     lengths: tuple[int, ...]
-    alone: bool
+    single_row: bool
     rows: tuple[int, int] = (2, 3)
 
     @property
@@ -99,7 +99,7 @@ class Footprint:
                 }
             )
 
-        self._lines, self._alone = lines(probe.rows), lines((1,)) if probe.alone else None
+        self._lines, self._single_row = lines(probe.rows), lines((1,)) if probe.single_row else None
         self.trained = [n for n, p in workload.model.named_parameters() if p.grad is not None]
         workload.model.zero_grad(set_to_none=True)
 
@@ -113,8 +113,8 @@ class Footprint:
 
     def _at(self, shape: Shape) -> torch.Tensor:
         weights = dict(zip(self.probe.lengths, _lagrange(self.probe.lengths, shape.sequence_length), strict=True))
-        if self._alone is not None and shape.batch_size == 1:
-            return _sum(weights[length] * line for (_, length), line in self._alone.items())
+        if self._single_row is not None and shape.batch_size == 1:
+            return _sum(weights[length] * line for (_, length), line in self._single_row.items())
         first, second = self.probe.rows
         share = (shape.batch_size - first) / (second - first)
         parts = {first: 1 - share, second: share}

@@ -153,10 +153,10 @@ def _foot(found: Mapping[str, Any]) -> list[str]:
     timed = found["timed_at"]
     if timed is not None and tuple(timed) != (found["batch_size"], found["sequence_length"]):
         lines.append(f"Times were measured at {_size(*timed)} and scaled: plain steps of the planned size do not fit.")
-    return [*lines, *_of_the_cache(found)]
+    return [*lines, *_cache_lines(found)]
 
 
-def _of_the_cache(found: Mapping[str, Any]) -> list[str]:
+def _cache_lines(found: Mapping[str, Any]) -> list[str]:
     known = [entry for entry in found["rates"] if entry["spared_s"]]
     if not known:
         return []

@@ -29,10 +29,10 @@ from dropbp.estimate.stepcost import (
     MaskMix,
     Timing,
     counted_flops,
+    probe_recomputable_blocks,
     rescaled_flops,
-    see_what_recomputes,
 )
-from dropbp.estimate.workload import Loss, Workload, in_training, precision_of, shape_asked_for
+from dropbp.estimate.workload import Loss, Workload, in_training, planned_shape, precision_of
 from dropbp.flops import Shape
 from dropbp.handle import Handle
 from dropbp.masks.registry import Mask, sampler_kind
@@ -94,7 +94,7 @@ def plan(
     """
     given = None if example_inputs is None else example.as_inputs(example_inputs)
     text = given is None and example.takes_text(model)
-    shape = shape_asked_for(given, text, batch_size, sequence_length, _positions(model))
+    shape = planned_shape(given, text, batch_size, sequence_length, _positions(model))
     adapter, asked_rates = get_device(device, model), checked_drop_rates(drop_rates)
     check_callables(loss=loss, clock=clock, progress=progress)
     _check(model, accumulation, memory_limit)
@@ -144,7 +144,7 @@ class _Planner:
             plain = self._memory(handle, (False,) * len(handle.branches), None)
             timed_at, seconds, optimizer_s = None, None, None
             if clock is not None:
-                timed_at = self._affordable(plain)
+                timed_at = self._shape_to_time(plain)
                 seconds, optimizer_s = self._seconds(handle, timed_at, clock)
         rates = tuple(self._rate(rate, flops, seconds, optimizer_s) for rate in drop_rates)
         return rates, timed_at
@@ -155,7 +155,7 @@ class _Planner:
         model = self.workload.model
         with enable(model, drop_rate, **{**self.enabling, **options}) as handle:
             smallest = self.workload.batch(self.probe.smallest)
-            see_what_recomputes(handle, lambda: self.workload.step(smallest))
+            probe_recomputable_blocks(handle, lambda: self.workload.step(smallest))
             self.workload.step(smallest)
             model.zero_grad(set_to_none=True)
             yield handle
@@ -171,7 +171,7 @@ class _Planner:
         with self._enabled(drop_rate) as handle:
             mix = MaskMix(handle, self.shape, self.accumulation)
             memories = [memory for mask in mix.peak_memory_masks() for memory in self._memories(handle, mix, mask)]
-            moved = mix.moved_share()
+            moved = mix.updated_share()
             return RatePlan(
                 drop_rate,
                 mix.dropped_share,
@@ -213,11 +213,11 @@ class _Planner:
         sizes = {n: p.numel() * p.element_size() for n, p in handle.model.named_parameters() if p.requires_grad}
         held = self._footprint(handle, mask, held_gradients=True)
         found = []
-        for earlier in {mix.trained(masks, sizes) for masks in mix.before(mask)}:
+        for earlier in {mix.trained(masks, sizes) for masks in mix.earlier_masks(mask)}:
             both = earlier | mix.trained([mask], sizes)
             absent = sum(size for name, size in sizes.items() if name not in both)
-            limits = (Held(alone.footprint, sum(sizes[n] for n in earlier)), Held(held, -absent))
-            found.append(Memory(limits, alone.state_bytes, self.optimizer_bytes.step_bytes(both)))
+            bounds = (Bound(alone.footprint, sum(sizes[n] for n in earlier)), Bound(held, -absent))
+            found.append(Memory(bounds, alone.state_bytes, self.optimizer_bytes.step_bytes(both)))
         return found
 
     def _memory(self, handle: Handle, mask: Mask, mix: MaskMix | None) -> Memory:
@@ -225,7 +225,7 @@ class _Planner:
         footprint = self._footprint(handle, mask)
         ever = footprint.trained if mix is None else mix.trained(mix.every, self.optimizer_bytes.names)
         step_bytes = self.optimizer_bytes.step_bytes(footprint.trained)
-        return Memory((Held(footprint, 0),), self.optimizer_bytes.state_bytes(ever), step_bytes)
+        return Memory((Bound(footprint, 0),), self.optimizer_bytes.state_bytes(ever), step_bytes)
 
     def _footprint(self, handle: Handle, mask: Mask, held_gradients: bool = False) -> Footprint:
         def run(shape: Shape) -> None:
@@ -234,7 +234,7 @@ class _Planner:
 
         return Footprint(run, self.probe, self.workload, held_gradients)
 
-    def _affordable(self, plain: Memory) -> Shape:
+    def _shape_to_time(self, plain: Memory) -> Shape:
         """The shape to time: the planned one, or as many of its rows as fit in plain training."""
         length = self.shape.sequence_length
         fitting = self._largest(lambda rows: plain.peak_bytes(Shape(rows, length)), self.shape.batch_size)
@@ -273,7 +273,7 @@ class _Planner:
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class Bound:
     """A footprint, and the bytes of gradients held in addition to it."""
 
     footprint: Footprint
@@ -284,27 +284,27 @@ class Held:
 class Memory:
     """Peak memory of whole steps under one mask, the optimizer's part included.
 
-    The smallest of several `limits` holds. With gradients of earlier micro-batches the true peak is below two cases
+    The smallest of several `bounds` holds. With gradients of earlier micro-batches the true peak is below two cases
     that can be counted. Added to a step that starts without gradients, they count twice if the step computes them
     again. In a step that starts with all gradients, its own ones exist too early.
     """
 
-    limits: tuple[Held, ...]
+    bounds: tuple[Bound, ...]
     state_bytes: int
     optimizer_step_bytes: int
 
     @property
     def footprint(self) -> Footprint:
-        """The footprint of the first limit."""
-        return self.limits[0].footprint
+        """The footprint of the first bound."""
+        return self.bounds[0].footprint
 
     def peak_bytes(self, shape: Shape) -> int:
         """Peak tensor bytes."""
-        return self.state_bytes + min(self._peak_bytes(held, shape) for held in self.limits)
+        return self.state_bytes + min(self._peak_bytes(bound, shape) for bound in self.bounds)
 
-    def _peak_bytes(self, held: Held, shape: Shape) -> int:
-        updating = held.footprint.end_bytes(shape) + self.optimizer_step_bytes
-        return held.extra_bytes + max(held.footprint.peak_bytes(shape), updating)
+    def _peak_bytes(self, bound: Bound, shape: Shape) -> int:
+        updating = bound.footprint.end_bytes(shape) + self.optimizer_step_bytes
+        return bound.extra_bytes + max(bound.footprint.peak_bytes(shape), updating)
 
 
 def _peak(memories: Iterable[Memory], shape: Shape) -> int:

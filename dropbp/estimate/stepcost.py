@@ -122,7 +122,7 @@ class MaskMix:
         most = max(self.every, key=lambda mask: self.share(mask).kept)
         return tuple(dict.fromkeys([*held, most]))
 
-    def moved_share(self) -> float:
+    def updated_share(self) -> float:
         """Share of the trained parameters that an optimizer step moves, on average over the steps."""
         sizes = {n: p.numel() for n, p in self.handle.model.named_parameters() if p.requires_grad}
         moved = [sum(sizes[n] for n in self.trained(window, sizes)) for window in self.windows]
@@ -133,7 +133,7 @@ class MaskMix:
         dropped = [bits(mask) for mask in masks]
         return frozenset(n for n in names if any(_is_kept(self._needs.get(n, 0), d) for d in dropped))
 
-    def before(self, mask: Mask) -> set[tuple[Mask, ...]]:
+    def earlier_masks(self, mask: Mask) -> set[tuple[Mask, ...]]:
         """The masks of earlier micro-batches that may precede this mask in an optimizer step."""
         found = {window[:i] for window in self.windows for i, drawn in enumerate(window) if drawn == mask}
         return found or {()}
@@ -176,16 +176,16 @@ class Timing:
     def run(self, make: Optimizer, note: Callable[[str], None]) -> tuple[Costs, float]:
         """Seconds of forward and backward at this shape, and of an optimizer step that moves every parameter."""
         optimizer, share = _copied_optimizer(self.workload.model, make)
-        ways: dict[str, Callable[[], object]] = {
+        kinds: dict[str, Callable[[], object]] = {
             "kept": lambda: self._step(False),
             "dropped": lambda: self._step(True),
             "recomputing": self._unrecorded if self.checkpoints else self._recomputing_step,
             "optimizer": optimizer.step,
         }
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        seconds: dict[str, list[float]] = {name: [] for name in kinds}
         for index in range(ROUNDS + 1):  # the first round warms up
             note(f"timing steps, round {index} of {ROUNDS}")
-            for name, run in ways.items():
+            for name, run in kinds.items():
                 seconds[name].append(self._timed(run))
                 if name != "optimizer":
                     self.workload.model.zero_grad(set_to_none=True)
@@ -226,7 +226,7 @@ class Timing:
         return self.clock() - start
 
 
-def see_what_recomputes(handle: Handle, step: Callable[[], None]) -> None:
+def probe_recomputable_blocks(handle: Handle, step: Callable[[], None]) -> None:
     """Run a step that recomputes every block, if steps ever do, to find out which blocks can be recomputed."""
     if handle.engine.recomputes:
         with handle.engine.recomputing_all(), handle.fixed((False,) * len(handle.branches)):

@@ -54,7 +54,7 @@ class Workload:
             return _with_rows(self.given, shape.batch_size)
         built = example.build(self.model, shape.batch_size, max(1, shape.sequence_length))
         kwargs = dict(built.kwargs)
-        if self.loss is None and _makes_its_loss(self.model):
+        if self.loss is None and _computes_own_loss(self.model):
             kwargs["labels"] = kwargs.get("decoder_input_ids", kwargs["input_ids"])
         return example.Inputs(built.args, kwargs)
 
@@ -109,7 +109,7 @@ def precision_of(name: Any) -> torch.dtype | None:
     return None if name is None else AUTOCAST[name]
 
 
-def shape_asked_for(
+def planned_shape(
     given: example.Inputs | None, text: bool, rows: int | None, length: int | None, positions: int | None = None
 ) -> Shape:
     """The shape of the planned steps; text has 512 tokens per row, or as many as there are positions.
@@ -143,7 +143,7 @@ def in_training(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _makes_its_loss(model: Any) -> bool:
+def _computes_own_loss(model: Any) -> bool:
     """Whether the model has a language model head, and takes labels of the shape of its tokens."""
     if not example.takes_text(model) or not hasattr(model, "get_output_embeddings"):
         return False
