@@ -1,7 +1,7 @@
 """Finds out which branches a forward did not run: early exits, layers skipped at random, a tower without input.
 
 Every module of a branch counts its calls. After a forward, a branch none of whose modules was called is idle: it had no
-backward to skip. The schedule then takes back what it counted for this branch.
+backward to skip. The schedule then no longer counts this branch for the forward.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from dropbp.device import dynamo_graph_count
-from dropbp.masks.idle import Counted, take_back
+from dropbp.masks.idle import CountedForward, uncount_idle
 
 if TYPE_CHECKING:
     from dropbp.engine.runtime import Runtime
@@ -25,22 +25,22 @@ class IdleBranches:
 
     Args:
         modules: the modules of the branches.
-        schedule: takes back what it counted.
+        schedule: has counted the forward, and is corrected.
         runtime: tells whether a forward is shortened by a cache.
     """
 
     def __init__(self, modules: list[BranchModuleState], schedule: Schedule, runtime: Runtime) -> None:
         self._modules, self._schedule, self._runtime = modules, schedule, runtime
-        self._own = [None if module.per_call else _alone(module.need) for module in modules]
-        self._known = functools.reduce(operator.or_, (_alone(need) for each in modules for need in each.needs), 0)
-        self._begun: ContextVar[tuple[list[int], Counted] | None] = ContextVar("begun", default=None)
+        self._own = [None if module.per_call else _sole_branch(module.need) for module in modules]
+        self._observable = functools.reduce(operator.or_, (_sole_branch(n) for each in modules for n in each.needs), 0)
+        self._begun: ContextVar[tuple[list[int], CountedForward] | None] = ContextVar("begun", default=None)
 
     def begin(self) -> None:
         """Note the calls before the forward that the schedule has just counted."""
-        self._begun.set(([module.calls for module in self._modules], Counted.last(self._schedule)))
+        self._begun.set(([module.calls for module in self._modules], CountedForward.latest(self._schedule)))
 
     def end(self, outputs: Any, dropped: int) -> None:
-        """Take back the branches that the forward did not run.
+        """Correct the counters for the branches that the forward did not run.
 
         Compiled code counts no calls, and a cache replaces the branches that it spares.
         """
@@ -49,22 +49,22 @@ class IdleBranches:
             return
         self._begun.set(None)
         ran = self._ran(begun[0])
-        if ran != self._known and ran and self._runtime.cached_forward is None and not dynamo_graph_count():
-            take_back(self._schedule, begun[1], self._known & ~ran)
+        if ran != self._observable and ran and self._runtime.cached_forward is None and not dynamo_graph_count():
+            uncount_idle(self._schedule, begun[1], self._observable & ~ran)
 
     def _ran(self, before: list[int]) -> int:
         """The branches that ran, as bits. On the hot path: once for each module in each forward."""
         ran = 0
         for module, calls, own in zip(self._modules, before, self._own, strict=True):
             if module.calls != calls:
-                ran |= _of_first_calls(module, module.calls - calls) if own is None else own
+                ran |= _branches_of_first_calls(module, module.calls - calls) if own is None else own
         return ran
 
 
-def _of_first_calls(module: BranchModuleState, calls: int) -> int:
-    return functools.reduce(operator.or_, map(_alone, module.needs[:calls]), 0)
+def _branches_of_first_calls(module: BranchModuleState, calls: int) -> int:
+    return functools.reduce(operator.or_, map(_sole_branch, module.needs[:calls]), 0)
 
 
-def _alone(need: int) -> int:
+def _sole_branch(need: int) -> int:
     """The branch, as a bit, to which a call belongs alone; 0 if it serves several branches or is always needed."""
     return need if need > 0 and not need & (need - 1) else 0

@@ -1,4 +1,4 @@
-"""Takes back what a forward was counted for, as far as it did not run some of the branches.
+"""Corrects the counters after a forward that did not run all branches.
 
 A mask is counted before its forward, which may then leave branches out: an early exit, a tower without input. These
 have no backward, so they are no part of the budget, dropped or not. Annealed masks make up for it in later steps. With
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Counted:
+class CountedForward:
     """What a forward was counted for.
 
     Attributes:
@@ -35,19 +35,19 @@ class Counted:
     drawn: bool
 
     @classmethod
-    def last(cls, schedule: Schedule) -> Counted:
+    def latest(cls, schedule: Schedule) -> CountedForward:
         """What the latest forward was counted for."""
         at_draw_shape = None if schedule.multi_rank else schedule.at_draw_shape
         return cls(schedule.mask or (), schedule.at_batch_shape, at_draw_shape, schedule.mask_drawn)
 
 
-def take_back(schedule: Schedule, counted: Counted, idle: int) -> None:
-    """Take back what was counted for these branches, as bits."""
+def uncount_idle(schedule: Schedule, counted: CountedForward, idle: int) -> None:
+    """Subtract what was counted for these branches, given as bits."""
     schedule.idle |= idle
     schedule.statistics.note_idle(*_shares(counted.at_batch_shape, counted.mask, idle), counted.drawn)
     if counted.drawn and counted.at_draw_shape is not None:
-        planned, dropped, all_ = _shares(counted.at_draw_shape, counted.mask, idle)
-        schedule.pace.note(-planned, -dropped, -all_)
+        planned, dropped, total = _shares(counted.at_draw_shape, counted.mask, idle)
+        schedule.pace.note(-planned, -dropped, -total)
 
 
 def _shares(at: AtShape, mask: Mask, idle: int) -> tuple[float, float, float]:
