@@ -32,6 +32,7 @@ from dropbp.engine.distributed import (
 from dropbp.engine.idle import IdleBranches
 from dropbp.engine.install import install, install_boundaries, install_outputs
 from dropbp.engine.integrity import PatchCheck, last_modules
+from dropbp.engine.order import BlockOrder
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import ForwardPatch
 from dropbp.engine.recompute import Recomputation
@@ -135,8 +136,10 @@ class Engine:
             step_boundary=self.device.step_boundary,
         )
         modules = [self.model.get_submodule(entry.name) for entry in self.structure.branch_modules]
-        self._idle = IdleBranches([module.__dict__["_dropbp_branch"] for module in modules], schedule, self.runtime)
-        self.runtime.after_forward.append(self._idle.end)
+        states = [module.__dict__["_dropbp_branch"] for module in modules]
+        self._idle = IdleBranches(states, schedule, self.runtime)
+        self._order = BlockOrder(self.structure, states if self.prefixes else ())
+        self.runtime.after_forward += [self._idle.end, self._order.end]
         self._patch_check = PatchCheck(self.model, last_modules(self.structure))
         if self.recomputes:
             self.recomputation.warn()
@@ -169,6 +172,7 @@ class Engine:
                 self.schedule.agree(broadcast_from_rank_0(shape))
             plan = self.schedule.next(shape, conditions)
             self._idle.begin()
+            self._order.begin()
             self._refresh_sharding(self.schedule.mask or ())
         if self.fills_gradients and plan.dropped:
             boundary = self.device.step_boundary if self.boundary != "none" else None

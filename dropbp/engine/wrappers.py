@@ -32,13 +32,29 @@ is_grad_enabled, set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_en
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
+next_entry = itertools.count(1).__next__  # numbers the calls of all modules, in the order in which they begin
+
+
 class BranchModuleState(WrapperState):
     """A module that runs without recording if all branches in its need are dropped."""
 
-    __slots__ = ("calls", "flag", "name", "need", "needs", "output_places", "per_call", "running", "runtime", "users")
+    __slots__ = (
+        "calls",
+        "entered",
+        "flag",
+        "name",
+        "need",
+        "needs",
+        "output_places",
+        "per_call",
+        "running",
+        "runtime",
+        "users",
+    )
 
     def __init__(self, module: BranchModule, runtime: Runtime, outputs: Sequence[BranchOutput]) -> None:
         self.name, self.needs, self.per_call, self.calls = module.name, module.needs, module.per_call, 0
+        self.entered = 0
         self.runtime, self.need = runtime, functools.reduce(lambda a, b: a | b, module.needs)
         self.running, self.flag = runtime.running.get, runtime.flag(self.need)
         self.output_places = {(1 << entry.branch): entry.places for entry in outputs}
@@ -88,6 +104,7 @@ def branch_forward(original: Forward) -> Forward:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not state.flag.dropped):
                 return original(self, *args, **kwargs)
         state.calls += 1
+        state.entered = next_entry()
         plan = state.running()
         if plan is not None:
             if state.need & plan.trained:  # most calls have no keywords, and a call without them is faster
