@@ -108,6 +108,7 @@ class Handle:
         Raises:
             ConfigError: the mask does not have one entry per branch.
         """
+        self._check_enabled()
         self.schedule.fixed.append(self.schedule.checked(mask))
         try:
             yield self
@@ -122,6 +123,7 @@ class Handle:
         Raises:
             ConfigError: the number of rates is wrong, a rate is outside 0..1, or nothing would train at these rates.
         """
+        self._check_enabled()
         checked = checked_rates(rates)
         check_lengths("rates", checked, self.schedule.at_batch_shape.flops)
         self.schedule.check_trains(checked)
@@ -141,6 +143,7 @@ class Handle:
         Raises:
             ConfigError: the share is outside 0..1.
         """
+        self._check_enabled()
         checked = checked_share("share", share, "a share of the training from 0 to 1", lambda x: 0 <= x <= 1)
         self.schedule.progress(checked, dropping)
 
@@ -153,6 +156,7 @@ class Handle:
         Raises:
             ConfigError: every step would drop all parameters of the optimizer.
         """
+        self._check_enabled()
         self.engine.parameters.restrict_to(p for group in optimizer.param_groups for p in group["params"])
         self.schedule.clear_trains_cache()
         if self.cache is not None:
@@ -235,6 +239,7 @@ class Handle:
 
     def resample(self) -> None:
         """Draw a new mask at the next training forward. With `resample="step"`, call it once per optimizer step."""
+        self._check_enabled()
         self.schedule.resample()
 
     def reduce_kept(self, replica: DistributedDataParallel) -> None:
@@ -246,6 +251,7 @@ class Handle:
         Raises:
             StateError: the replica does not wrap this model.
         """
+        self._check_enabled()
         wrapped = isinstance(replica, DistributedDataParallel)
         if not wrapped or not any(module is self.model for module in replica.modules()):
             raise StateError(
@@ -336,6 +342,7 @@ class Handle:
             StateError: the state is damaged, or belongs to another version, model, mask sampler or seed; nothing is
                 changed.
         """
+        self._check_enabled()
         self.schedule.load(state)
 
     # -- internal

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dropbp
+from dropbp.errors import StateError
 from tests.common.engine_models import (
     assert_same_gradients,
     llama_loss,
@@ -311,3 +312,24 @@ def test_generation_works_while_enabled():
     with dropbp.enable(model.train()):
         got = model.eval().generate(tokens(), max_new_tokens=3, do_sample=False)
     assert torch.equal(got, expected)
+
+
+ON_A_HANDLE = {
+    "fixed": lambda handle: handle.fixed([True] * 6).__enter__(),
+    "set_rates": lambda handle: handle.set_rates([0.5] * 6),
+    "progress": lambda handle: handle.progress(0.5),
+    "note_optimizer": lambda handle: handle.note_optimizer(torch.optim.SGD(handle.model.parameters())),
+    "resample": lambda handle: handle.resample(),
+    "load_state_dict": lambda handle: handle.load_state_dict(handle.state_dict()),
+    "calibrate": lambda handle: handle.calibrate(lambda: plain_loss(handle.model)),
+    "observe": lambda handle: handle.observe(),
+}
+
+
+@pytest.mark.parametrize("call", ON_A_HANDLE.values(), ids=ON_A_HANDLE)
+def test_a_removed_handle_refuses_what_would_have_no_effect(call):
+    handle = dropbp.enable(plain_net(), 0.5, example_inputs=plain_batch())
+    handle.remove()
+    with pytest.raises(StateError, match=r"removed from its model. Call dropbp.enable"):
+        call(handle)
+    assert handle.report()["forwards"] == 0 and handle.summary()
