@@ -474,7 +474,7 @@ def test_page_and_plots_follow_from_files(measured: Path, tmp_path: Path) -> Non
     args = argparse.Namespace(output=measured, docs=tmp_path)
     assert tables.run(args) == 0
     first = (tmp_path / "results.md").read_text()
-    assert f"### {TINY}, full, fp32" in first and "exact-0.875" in first and "## Beside the paper" in first
+    assert f"### {TINY}, full, fp32" in first and "exact-0.875" in first and "## Compared with the paper" in first
     assert "## The largest micro-batch" in first and "## The longest sequence" in first
     assert {path.name for path in (tmp_path / "img").iterdir()} == {f"throughput-{TINY}.png", f"seqlen-{TINY}.png"}
     for image in (tmp_path / "img").iterdir():

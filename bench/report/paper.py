@@ -60,8 +60,8 @@ class Comparison:
     published: Published
     ours: float | None
     ours_on: str
-    beside: float | None
-    beside_on: str
+    otherwise: float | None
+    otherwise_on: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +90,8 @@ def _compare(published: Published, runs: Iterable[records.Record]) -> Comparison
     real = [run for run in same if run["device"]["name"] == published.device]
     other = [run for run in (*same, *alike) if run not in real]
     ours, ours_on = _best(published, real)
-    beside, beside_on = _best(published, other)
-    return Comparison(published, ours, ours_on or _reason(published), beside, beside_on)
+    otherwise, otherwise_on = _best(published, other)
+    return Comparison(published, ours, ours_on or _reason(published), otherwise, otherwise_on)
 
 
 def _plainly_trained(run: records.Record) -> bool:
@@ -157,7 +157,7 @@ _READERS: dict[str, Callable[[records.Record, str], float | None]] = {
 
 def table(rows: Iterable[Comparison]) -> str:
     """A Markdown table."""
-    head = ("what, p = .875", "published", "ours, same model", "on", "ours, beside", "on")
+    head = ("what, p = .875", "published", "ours, same model", "on", "ours, scaled or counted", "on")
     return "\n".join([markdown.table(head, map(_cells, rows), "lrrlrl"), "", *(f"- {line}" for line in ELSEWHERE)])
 
 
@@ -168,8 +168,8 @@ def _cells(row: Comparison) -> tuple[str, ...]:
         _shown(published.value, unit),
         _shown(row.ours, unit),
         row.ours_on,
-        _shown(row.beside, unit),
-        row.beside_on or "-",
+        _shown(row.otherwise, unit),
+        row.otherwise_on or "-",
     )
 
 

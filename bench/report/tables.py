@@ -135,7 +135,7 @@ def page(root: Path, runs: dict[str, list[records.Record]], images: Sequence[str
     sections = [
         INTRO,
         "## Targets\n\n" + targets_table(runs[KIND]),
-        "## Beside the paper\n\n" + paper.table(paper.compare(root)),
+        "## Compared with the paper\n\n" + paper.table(paper.compare(root)),
         "## Time and memory of a step\n\n" + HOW_TO_READ,
         *[f"![{Path(image).stem}](img/{image})" for image in images if image.startswith("throughput")],
         *[throughput_section(run) for run in runs[KIND]],

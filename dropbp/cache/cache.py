@@ -161,7 +161,7 @@ class ActivationCache:
         if rows is None:
             self._note_objection("an input is neither a tensor nor a number nor text")
             return whole
-        return self._way_of(CachedForward(self, call, args, kwargs, kind, rows, border, plan), observed)
+        return self._chosen_run(CachedForward(self, call, args, kwargs, kind, rows, border, plan), observed)
 
     def _border_now(self, plan: ForwardPlan, observed: bool) -> int:
         """The border of this forward, after states and optimizer states that it makes invalid or useless are freed."""
@@ -176,7 +176,7 @@ class ActivationCache:
         self.border = border
         return border
 
-    def _way_of(self, forward: CachedForward, observed: bool) -> Callable[[], Any]:
+    def _chosen_run(self, forward: CachedForward, observed: bool) -> Callable[[], Any]:
         """The way to run this forward: from the border if all its rows are known."""
         self.looked_up += len(forward.rows)
         if self._padding_untested and padded_on_the_left(forward.kwargs.get(MASK)):
