@@ -96,7 +96,7 @@ def write_as(rows: list[dict[str, str]], path: Path) -> None:
         ("a.json", '[{"messages": [{"role": "user", "role": "a"}]}]', "holds the key 'role' twice in one object"),
         ("a.jsonl", b'{"text": "caf\xe9"}', "is not text in UTF-8"),
         ("a.csv", "text\na\n".encode("utf-16"), "is not text in UTF-8"),
-        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "is not text in UTF-8"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), "is not text in UTF-8"),
         ("a.csv", "prompt,completion\na,b\nc\n", "line 3 has 1 fields for the 2 columns prompt, completion"),
         ("a.csv", "prompt,completion\na,b,c\n", "line 2 has 3 fields for the 2 columns"),
         ("a.csv", "text,text\na,b\n", "expected one field per column, and distinct column names"),
