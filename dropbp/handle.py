@@ -108,7 +108,6 @@ class Handle:
         Raises:
             ConfigError: the mask does not have one entry per branch.
         """
-        self._check_enabled()
         self.schedule.fixed.append(self.schedule.checked(mask))
         try:
             yield self
