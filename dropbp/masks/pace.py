@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+LINGER = 0.95  # the least share of an observed width that the next report keeps
 RECENT = 4  # weight of late draws in the mean FLOPs: about the last quarter counts
 
 
@@ -99,13 +100,15 @@ class Pace:
     def set_progress(self, share: float) -> None:
         """Take a report of the training loop about the share that is done.
 
-        Later draws are assumed to be as wide as those so far, or as the latest ones if these were wider. Then a burst
-        of narrow draws does not overstate how many are left, and what is owed is paid in time.
+        Later draws are assumed to be as wide as those so far, or as the latest ones if these were wider; where draws
+        get narrower, the width follows slowly. Then a burst of narrow draws does not overstate how many are left, and
+        what is owed is paid in time.
         """
         latest = (share - self.share) / self.draws if self.draws else 0.0
+        before = LINGER * self.width if self.counted and self.draws else 0.0
         self.counted, self.draws, self.share = self.counted + self.draws, 0, share
         if self.counted and share > self.base:
-            self.width = max((share - self.base) / self.counted, latest)
+            self.width = max((share - self.base) / self.counted, latest, before)
         elif not self.counted or share < self.base:
             self.base, self.counted = share, 0
 
