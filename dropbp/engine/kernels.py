@@ -22,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dropbp._torch import attention_mask, kernel_depends_on_weight
-from dropbp.engine.patch import Forward, WrapperState
+from dropbp.engine.patch import Forward, WrapperState, named_forward
 from dropbp.engine.runtime import EVERY, Runtime
 from dropbp.tensors import any_requires_grad, map_tensors
 
@@ -100,8 +100,7 @@ def kernel_forward(original: Forward) -> Forward:
         with torch.enable_grad():
             return map_tensors(original(self, *args, **kwargs), torch.Tensor.detach)
 
-    forward.__name__ = "forward"
-    return forward
+    return named_forward(forward)
 
 
 def mask_forward(original: Forward) -> Forward:
@@ -115,8 +114,7 @@ def mask_forward(original: Forward) -> Forward:
         with SameAttentionKernel():
             return original(self, *args, **kwargs)
 
-    forward.__name__ = "forward"
-    return forward
+    return named_forward(forward)
 
 
 class GroupNormState(WrapperState):
@@ -144,5 +142,4 @@ def group_norm_forward(original: Forward) -> Forward:
             return original(self, *args, **kwargs)
         return original(self, *map_tensors(args, state.connected), **map_tensors(kwargs, state.connected))
 
-    forward.__name__ = "forward"
-    return forward
+    return named_forward(forward)
