@@ -170,8 +170,8 @@ def _with_identities(model: nn.Module, given: example.Inputs) -> Structure | Non
     except DiscoveryError:
         return None
     ends = found.identities.intersection(end.module for end in found.branch_outputs)
-    again = any(len(entry.needs) > 1 for entry in found.branch_modules if entry.name in ends)
-    return found if ends and not again else None
+    repeated = any(len(entry.needs) > 1 for entry in found.branch_modules if entry.name in ends)
+    return found if ends and not repeated else None
 
 
 def _names(names: str | Sequence[str]) -> list[str]:
