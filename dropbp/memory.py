@@ -9,6 +9,7 @@ until its last owner frees it. The idea of following storages by weak references
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -23,31 +24,50 @@ from dropbp._torch import compiled_code_off
 TensorOwner: TypeAlias = "torch.Tensor | nn.Module | torch.optim.Optimizer"
 
 
+class _Reference(weakref.ref["torch.UntypedStorage"]):
+    """A weak reference that knows its storage's key after the storage is gone."""
+
+    key: int
+
+
 class TensorBytes:
     """Bytes of the tracked storages: the current total and its peak."""
 
     def __init__(self) -> None:
-        self.live_bytes = 0
         self.peak_bytes = 0
+        self._live_bytes = 0
         self._sizes: dict[int, int] = {}
-        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._references: dict[int, _Reference] = {}
+        self._freed: deque[_Reference] = deque()  # of storages that still count
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the tracked storages that are alive now."""
+        self._forget_freed()
+        return self._live_bytes
 
     def follow(self, storage: torch.UntypedStorage) -> None:
         """Count a storage until it is freed. A storage that is counted already gets its current size."""
+        self._forget_freed()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._references:
-            self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
-        self.live_bytes += size - self._sizes.get(key, 0)
+            # No Python may run when the storage is freed: Ctrl-C in such a callback would be lost.
+            self._references[key] = _Reference(storage, self._freed.append)
+            self._references[key].key = key
+        self._live_bytes += size - self._sizes.get(key, 0)
         self._sizes[key] = size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
 
     def follows(self, storage: torch.UntypedStorage) -> bool:
         """Whether the storage is counted."""
+        self._forget_freed()
         return storage._cdata in self._references
 
-    def _forget(self, key: int) -> None:
-        del self._references[key]
-        self.live_bytes -= self._sizes.pop(key)
+    def _forget_freed(self) -> None:
+        while self._freed:
+            key = self._freed.popleft().key
+            del self._references[key]
+            self._live_bytes -= self._sizes.pop(key)
 
 
 class _FollowNewStorages(TorchDispatchMode):

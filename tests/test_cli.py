@@ -33,6 +33,26 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
 
 
+def test_an_interrupt_inside_a_callback_that_cannot_raise_still_ends_the_command() -> None:
+    ended = run_python("""
+import signal, sys, time, weakref
+from dropbp.cli import main as cli
+
+def command(arguments):
+    thing = {1}
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    print("goes on", flush=True)
+    for _ in range(1000):
+        time.sleep(0.02)
+
+cli._dispatch = command
+sys.argv = ["dropbp"]
+sys.exit(cli.main())
+""")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "goes on\n", "dropbp: interrupted\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,17 @@ def test_storages_are_counted_from_their_making_to_their_end() -> None:
         del x, view
         assert tracked.live_bytes == 0
     assert tracked.peak_bytes == 200 * FLOAT_BYTES
+
+
+def test_no_python_runs_when_a_storage_is_freed() -> None:
+    """An exception there, such as that of Ctrl-C, would be printed and lost."""
+    ran: list[str] = []
+    with track_tensor_bytes() as tracked:
+        x = torch.zeros(100)
+        sys.setprofile(lambda frame, event, _: ran.append(frame.f_code.co_name) if event == "call" else None)
+        del x
+        sys.setprofile(None)
+        assert (ran, tracked.live_bytes) == ([], 0)
 
 
 def test_storages_made_before_count_only_when_they_are_named() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import json
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         leave_out_unused(arguments)
+        sys.unraisablehook = _interrupt_again
     try:
         return _dispatch(arguments)
     except DropBPError as error:
@@ -70,6 +73,14 @@ def _dispatch(arguments: list[str]) -> int:
         return int(COMMANDS[args.command].load().run(args))
     print(json.dumps(_about(), indent=2) if args.json else parser.format_help().rstrip())
     return 0
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Repeat a Ctrl-C that came while Python ran a destructor or the callback of a weak reference, where it is lost."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _explained(error: Exception) -> tuple[str | None, int]:
