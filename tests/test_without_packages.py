@@ -140,7 +140,8 @@ def test_what_needs_no_optional_package_works(tmp_path: Path, config: str, argum
         (("plan", "CONFIG", *SIZE), 2, "peft is required but not installed"),
         (("plan", "CONFIG", "--peft", "none", "--no-measure", *SIZE, "--plot", "a.png"), 2, "plots need matplotlib"),
         (("plan", "nobody/nothing"), 2, "nobody/nothing cannot be loaded"),
-        (("finetune",), 2, "gguf is required but not installed"),
+        (("finetune",), 2, "gguf is required but not installed"),  # and nothing was downloaded before
+        (("finetune", "--model", "MODEL"), 2, "accelerate is required but not installed"),
         (("finetune", "--model", "MODEL", "--dataset", "rows.jsonl", "--peft", "none"), 2, "accelerate"),
         (("finetune", "--model", "MODEL", "--dataset", "nobody/rows"), 2, "datasets is required but not installed"),
         (("bench", "throughput", "--smoke", "--only", "lora-fp32", "--output", "results"), 1, "lora needs peft"),

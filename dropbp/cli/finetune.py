@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: after Ctrl-C; its message says what is kept.
     """
     _check(args)
+    _check_packages(args)
     with quiet():
         program = importlib.import_module("dropbp.cli.demo" if args.dataset is None else "dropbp.cli.causal_lm")
         result, output = program.run(args)
@@ -126,6 +127,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--warmup-steps {args.warmup_steps} must be from 0 to {MOST:,}.")
     if args.output is not None:
         check_folder("--output", args.output)
+
+
+def _check_packages(args: argparse.Namespace) -> None:
+    """Name a package that the demo lacks before it downloads anything."""
+    for name in ("accelerate",) if args.model else ("gguf", "accelerate"):
+        if args.dataset is None and find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)  # the command explains it
 
 
 def _check_cache(args: argparse.Namespace) -> None:
