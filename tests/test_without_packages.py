@@ -25,7 +25,7 @@ BEYOND_CORE = (*OPTIONAL, "huggingface_hub", "numpy", "safetensors", "scipy", "t
 # Python imports a module of this name as it starts, in child processes too.
 SITE_MODULE = "sitecustomize.py"
 HIDING = """
-import importlib.machinery, sys
+import importlib.machinery, sys, time
 
 class Finder(importlib.machinery.PathFinder):
     @classmethod
@@ -42,6 +42,7 @@ def cut_off(event, args):
 
 sys.meta_path[:] = [Finder if each is importlib.machinery.PathFinder else each for each in sys.meta_path]
 sys.addaudithook(cut_off)
+time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.1))  # huggingface_hub waits between its tries
 """
 ONLINE = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}  # the network is tried, and is not there
 
