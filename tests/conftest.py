@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
@@ -10,6 +11,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if find_spec("hypothesis"):  # the environment for Gaudi has none
+    from hypothesis import settings
+
+    # Each run tries the same examples, so that no change fails by chance. Timing never decides a test.
+    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.register_profile("random", deadline=None)
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
 from dropbp.errors import ConfigError
 from dropbp.masks.rates import METHODS, PROFILES, allocate, depth_rates
 from tests.common.reference import ResidualNet, gradient_norm_sensitivities, greedy_rates
-
-settings.register_profile("untimed", deadline=None)  # timing never decides a test
-settings.load_profile("untimed")
 
 EPS = 1e-9
 

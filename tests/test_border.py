@@ -116,7 +116,7 @@ KINDS = st.builds(
 )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(KINDS)
 def test_every_gradient_is_a_plain_ones_or_none(kind: Kind) -> None:
     model = net(**dataclasses.asdict(kind))
@@ -229,7 +229,7 @@ def only(model: Net, *parts: str) -> Net:
     return model
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(KINDS, st.sampled_from([0.3, 0.5, 0.8]), st.booleans())
 def test_a_run_trains_all_that_is_trained_or_names_it(kind: Kind, drop_rate: float, annealed: bool) -> None:
     model = net(**dataclasses.asdict(kind))

@@ -80,7 +80,7 @@ class Stemmed(nn.Module):
         return self.net(self.stem(x_BD), mask)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(mask=st.lists(st.booleans(), min_size=4, max_size=4), seed=st.integers(0, 99))
 def test_equals_the_papers_formula_written_out(mask, seed):
     model = Stemmed(seed)

@@ -268,7 +268,7 @@ def test_whole_cycles_leave_nothing_behind():
 ACTIONS = st.sampled_from(["enable", "remove", "disable", "train", "fixed", "evaluate", "copy", "wrong"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(actions=st.lists(ACTIONS, max_size=12))
 def test_any_sequence_of_calls_leaves_a_right_model(actions):
     model, plain = MODEL, PLAIN

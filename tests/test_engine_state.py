@@ -158,7 +158,7 @@ KEYS = sorted(enabled()[1].state_dict())
 FUZZED = enabled()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(key=st.sampled_from(KEYS), value=JSONS)
 def test_any_damage_is_refused_or_harmless(key, value):
     model, handle = FUZZED

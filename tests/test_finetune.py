@@ -299,7 +299,7 @@ CHAT_TOKENIZER = make_tokenizer()
 CHAT_TOKENIZER.chat_template = CHAT_TEMPLATE
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.one_of(*map(rows_with, COLUMNS)), max_length=st.sampled_from([4, 64]))
 def test_whatever_the_rows_text_alone_is_trained_and_every_row_is_counted(
     tmp_path: Path, rows: list[dict[str, Any]], max_length: int

@@ -32,7 +32,7 @@ def test_input_is_refused_in_our_words_or_works(name: str, tmp_path: Path) -> No
     CHECKS[name].run(CHECKS[name].few, tmp_path)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)  # at random: `python -m tests.campaigns.reliability`
+@settings(max_examples=60)
 @given(name=st.sampled_from(sorted(fuzzing.TARGETS)), random=st.randoms(use_true_random=False))
 def test_hypothesis_finds_nothing_that_escapes(name: str, random: Random) -> None:
     fuzzing._survives(name, random, "hypothesis")

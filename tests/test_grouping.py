@@ -110,7 +110,7 @@ def test_frozen_parameters_are_left_out_unless_they_are_given() -> None:
 
 
 @given(mask=st.lists(st.booleans(), min_size=3, max_size=3))
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 def test_in_every_group_all_gradients_are_there_or_none_is(mask: list[bool]) -> None:
     model = Stack()
     backward(model, tuple(mask))

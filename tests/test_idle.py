@@ -100,7 +100,7 @@ def test_the_budget_is_that_of_the_branches_that_run(name: str, steps: int | Non
     assert abs(realised - 0.5) <= TOLERANCE or "did not run" in (shortfall(handle.schedule) or "")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     DROP_RATES,
     MASKS,

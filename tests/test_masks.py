@@ -18,7 +18,7 @@ from itertools import combinations, compress
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dropbp.errors import ConfigError
@@ -26,9 +26,6 @@ from dropbp.masks import Draws, Sampler, register_sampler, registry, sampler_kin
 from dropbp.masks import samplers as masks
 from dropbp.masks.rates import PROFILES, allocate, depth_rates
 from tests.common.reference import independent_mask
-
-settings.register_profile("untimed", deadline=None)  # timing never decides a test
-settings.load_profile("untimed")
 
 ALL = ["cyclic", "exact", "independent", "nested", "pool"]
 MIXED_RATES = (0.0, 1.0, 0.5, 0.25, 0.9, 0.05, 0.61, 0.61, 0.61, 0.999, 0.125, 0.7)

@@ -73,7 +73,7 @@ class Run:
         assert abs(self.rate - target) <= TOLERANCE + 1e-9 or shortfall(self.one) is not None
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(DROP_RATES, st.integers(1, 300), st.sampled_from(["forward", 3]))
 @example(0.875, 238, 3)
 def test_a_run_of_known_length_trains_deepest_first_and_meets_its_budget(drop_rate, steps, resample):
@@ -113,7 +113,7 @@ def told(run, steps):
                 run.forward()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     DROP_RATES,
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3)), min_size=30, max_size=120),
@@ -140,7 +140,7 @@ def test_a_trainer_that_tells_its_progress_meets_the_budget(drop_rate, steps, fo
             assert run.rate == pytest.approx(drop_rate, abs=TOLERANCE)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(DROP_RATES, st.integers(60, 200), st.sampled_from([0.25, 0.5, 1.5, 2.0, 4.0]), st.data())
 def test_a_loop_of_its_own_meets_the_budget_or_says_that_it_ended_early(drop_rate, steps, times, data):
     """Longer than `steps`: it continues at the target rate, not at the last mask."""
@@ -156,7 +156,7 @@ def test_a_loop_of_its_own_meets_the_budget_or_says_that_it_ended_early(drop_rat
         assert len(set(run.masks[int(steps * 1.1) :])) > 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     DROP_RATES,
     st.lists(st.integers(1, 60), min_size=1, max_size=5),
@@ -178,7 +178,7 @@ def test_lengths_that_fall_to_a_fraction_are_reported():
     run.assert_on_target(0.5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(DROP_RATES, MASKS, st.booleans(), st.integers(0, 60), st.integers(0, 2))
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(drop_rate, masks, told, stop, seed):
     whole, parts = (Run(schedule(drop_rate, masks, steps=64, seed=seed)) for _ in range(2))
@@ -194,7 +194,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(drop_rate, masks, tol
     assert whole.one.state() == parts.one.state()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(DROP_RATES, MASKS, st.lists(st.integers(1, 400), min_size=16, max_size=64))
 def test_ranks_that_see_different_lengths_draw_the_same_masks(drop_rate, masks, lengths):
     one, other = (Run(schedule(drop_rate, masks, steps=len(lengths))) for _ in range(2))
@@ -297,7 +297,7 @@ def test_a_run_that_begins_late_anneals_over_what_is_left():
 # -- branches without a backward, and masks that train nothing
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(DROP_RATES, MASKS, st.sets(st.integers(0, BRANCHES - 1), max_size=12), st.booleans())
 def test_branches_without_a_backward_are_no_part_of_the_budget(drop_rate, masks, dead, known):
     one = schedule(drop_rate, masks, weights=Alive(dead), steps=300 if known else None)
@@ -318,7 +318,7 @@ def test_a_model_without_any_backward_in_its_branches_drops_nothing_and_says_so(
     assert shortfall(one) is None
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.sampled_from([0.5, 0.875, 0.95]),
     MASKS,
@@ -366,7 +366,6 @@ def test_masks_of_a_graph_warm_up_train_something_too():
 # -- the curve
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=12), st.floats(-0.5, 1.5), st.integers(1, 50))
 @example([1 - 2**-53], 0.25, 1)
 def test_the_rest_of_a_run_has_the_mean_that_is_wanted(rates, wanted, left):
