@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import contextlib
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dropbp import __version__
@@ -38,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         leave_out_unused(arguments)
-        sys.unraisablehook = _interrupt_again
     try:
-        return _dispatch(arguments)
+        with _interrupts_repeated():
+            return _dispatch(arguments)
     except DropBPError as error:
         return _fail(str(error), EXIT_EXHAUSTED if isinstance(error, ResourceError) else EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
@@ -75,12 +76,25 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _interrupt_again(unraisable: Any) -> None:
-    """Repeat a Ctrl-C that came while Python ran a destructor or the callback of a weak reference, where it is lost."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()
-    else:
-        sys.__unraisablehook__(unraisable)
+@contextlib.contextmanager
+def _interrupts_repeated() -> Iterator[None]:
+    """Repeat a Ctrl-C that comes in a destructor or in the callback of a weak reference, where Python drops it."""
+    hook = sys.unraisablehook
+
+    def repeat(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+            return
+        again = threading.Timer(0.01, _thread.interrupt_main)
+        again.daemon = True
+        with contextlib.suppress(RuntimeError):  # at the end of the process no thread starts any more
+            again.start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _explained(error: Exception) -> tuple[str | None, int]:
