@@ -139,6 +139,11 @@ def uncompiled(function: Callable[[], T]) -> T:
         resume_compiler(callback)
 
 
+def next_sequence() -> int:
+    """The sequence number of the next autograd node of this thread."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
 def transforming() -> bool:
     """Whether a `torch.func` transform is active: it exposes no graph, and needs no connected one."""
     return bool(torch._C._are_functorch_transforms_active())

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from dropbp.branch_sets import containing
 from dropbp.discovery.backward_flops import backward_work
 from dropbp.discovery.branches import find_candidates, parallel_sets
 from dropbp.discovery.cuts import ALWAYS_NEEDED, Cut, UnrecordedCalls, needs
@@ -104,7 +105,7 @@ def structure_of(
 
 def _last(branch: int, parallel: Iterable[int]) -> int:
     """The last of the branches that are dropped together with this one, so that each has only its own weight."""
-    return next((bits.bit_length() - 1 for bits in parallel if bits >> branch & 1), branch)
+    return containing(parallel, 1 << branch).bit_length() - 1
 
 
 class _Builder:

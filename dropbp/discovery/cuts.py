@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from dropbp.discovery.graph import Edge, Graph
 from dropbp.discovery.trace import Call
+from dropbp.discovery.walks import reached
 
 ALWAYS_NEEDED = -1  # no set of branches is enough
 Cut = Sequence[Edge]  # the edges that are cut to drop one branch
@@ -95,23 +96,17 @@ class UnrecordedCalls:
 
     def glue(self, branch: int, heads: Iterable[int]) -> tuple[set[int], set[int], set[int]]:
         """Walk from the heads into the branch; return (recorded nodes, first silent nodes reached, leaking inputs)."""
-        dropped = 1 << branch
-        glue: set[int] = set()
-        first_unrecorded: set[int] = set()
-        leaks: set[int] = set()
-        pending = list(heads)
-        while pending:
-            number = pending.pop()
-            if number in glue or number in first_unrecorded or number in leaks:
-                continue
-            if self.is_unrecorded(number, dropped):
-                first_unrecorded.add(number)
-            elif self.need[number] & ~dropped:
-                leaks.add(number)
-            else:
-                glue.add(number)
-                pending.extend(self.graph.nodes[number].inputs)
-        return glue, first_unrecorded, leaks
+        dropped, glue = 1 << branch, set[int]()
+
+        def onward(number: int) -> tuple[int, ...]:
+            if self.is_unrecorded(number, dropped) or self.need[number] & ~dropped:
+                return ()
+            glue.add(number)
+            return self.graph.nodes[number].inputs
+
+        ends = set(reached(heads, onward)) - glue
+        first_unrecorded = {number for number in ends if self.is_unrecorded(number, dropped)}
+        return glue, first_unrecorded, ends - first_unrecorded
 
     def is_exact(self, branch: int, edges: Cut) -> bool:
         """Whether the cut makes dead only recorded glue without live inputs, and modules that run without recording."""

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from dropbp.discovery.trace import Call, Node, Trace
+from dropbp.discovery.walks import reached
 
 Edge = tuple[int, int]  # (consumer node, source node)
 
@@ -72,15 +73,10 @@ class Graph:
 
     def ancestors(self, start: int, floor: int) -> set[int]:
         """All nodes and leaves that `start` depends on, itself included, down to node `floor`."""
-        seen, pending = {start}, [start]
-        limit = self.nodes[floor].sequence
-        while pending:
-            for source in self.nodes[pending.pop()].inputs:
-                node = self.nodes[source]
-                if source not in seen and (node.is_leaf or node.sequence >= limit):
-                    seen.add(source)
-                    pending.append(source)
-        return seen
+        nodes, limit = self.nodes, self.nodes[floor].sequence
+        return set(
+            reached([start], lambda n: [s for s in nodes[n].inputs if nodes[s].is_leaf or nodes[s].sequence >= limit])
+        )
 
     def depends(self, start: int, on: int) -> bool:
         return start != on and on in self.ancestors(start, on)

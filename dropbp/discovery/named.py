@@ -13,6 +13,7 @@ from dropbp.discovery.cuts import Cut, exact_cuts
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.structure import Structure
 from dropbp.discovery.trace import Trace
+from dropbp.discovery.walks import reached
 from dropbp.errors import DiscoveryError
 
 
@@ -67,13 +68,5 @@ def _feeds(graph: Graph, inside: set[int], first: int) -> bool:
 
 
 def _reaches_below(graph: Graph, inside: set[int], first: int) -> bool:
-    seen = set(graph.trace.roots) - inside
-    pending = list(seen)
-    while pending:
-        node = graph.nodes[pending.pop()]
-        if not node.is_leaf and node.sequence < first:
-            return True
-        fresh = [s for s in node.inputs if s not in seen and s not in inside]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
+    around = reached(graph.trace.roots - inside, lambda n: set(graph.nodes[n].inputs) - inside)
+    return any(not graph.nodes[n].is_leaf and graph.nodes[n].sequence < first for n in around)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
-from dropbp._torch import attention_mask, kernel_depends_on_weight
+from dropbp._torch import attention_mask, kernel_depends_on_weight, next_sequence
 from dropbp.discovery.restore import (
     all_parameters_require_grad,
     is_unsharded,
@@ -105,7 +105,7 @@ class _FlopMode(TorchDispatchMode):
                 return result
         out = func(*args, **kwargs)
         if formula is not None:
-            self.records.append((_next_sequence() - 1, int(formula(*args, **kwargs, out_val=out))))
+            self.records.append((next_sequence() - 1, int(formula(*args, **kwargs, out_val=out))))
         return out
 
 
@@ -154,10 +154,10 @@ class _AdditionMode(TorchFunctionMode):
         self.added: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = _next_sequence()
+        before = next_sequence()
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in self.OPERATORS:
-            self.added.update(range(before, _next_sequence()))
+            self.added.update(range(before, next_sequence()))
         return result
 
 
@@ -166,10 +166,6 @@ def _leaf_ids(tensor: torch.Tensor) -> frozenset[int]:
         return frozenset([id(tensor)])
     nodes, _, _ = collect([tensor.grad_fn])
     return frozenset(id(node.leaf) for node in nodes if node.is_leaf)
-
-
-def _next_sequence() -> int:
-    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 class Recorder:
@@ -240,7 +236,7 @@ class Recorder:
             index = len(self.calls)
             self.calls.append(Call(index, name, 0, 0, self.stack[-1][2] if self.stack else -1))
             counted = len(self.flops.records)
-            self.stack.append((name, _next_sequence(), index, _first_shape((args, kwargs)), counted))
+            self.stack.append((name, next_sequence(), index, _first_shape((args, kwargs)), counted))
 
         return enter
 
@@ -267,7 +263,7 @@ class Recorder:
             if self.counts and len(self.flops.records) == counted:
                 self._count_opaque(module, output)
             made = _made_by(output if connected is None else connected)
-            end = _next_sequence()
+            end = next_sequence()
             self.calls[index] = dataclasses.replace(call, start=start, end=end, reshapes=reshapes, outputs=made)
             return connected
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
+from dropbp.branch_sets import containing, lowest
 from dropbp.discovery.cuts import ALWAYS_NEEDED, Cut, flows, needs
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.structure import BranchModule, ScopedParameter, Stem
@@ -116,15 +117,9 @@ def _uses(graph: Graph, cuts: Sequence[Cut], parallel: Sequence[int]) -> list[_U
         for user in graph.consumers[leaf.index] if name is not None else ():
             own = cut.get((user, leaf.index), 0)
             lowest_above = lowest(flow[user] | own)
-            covered = next((bits for bits in parallel if bits & lowest_above), lowest_above)
-            in_branch = not (own or need[user]) & ~covered
+            in_branch = not (own or need[user]) & ~containing(parallel, lowest_above)
             found[_Use(name or "", graph.trace.call_of[user], lowest_above, in_branch)] = None
     return list(found)
-
-
-def lowest(bits: int) -> int:
-    """The lowest set bit; 0 for 0."""
-    return bits & -bits
 
 
 class _FreezableModules:

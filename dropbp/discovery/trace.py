@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dropbp.discovery.walks import nodes_below, sources
+
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 IN_PLACE = "torch::autograd::CopySlices"  # an in-place write to a view; autograd does not tell which operator wrote
 ADDED_IN_PLACE = "AddBackwardInPlace"  # our name for such a write by an addition
@@ -95,21 +97,14 @@ def collect(
 
     `added` are the sequence numbers of in-place writes to a view that are additions.
     """
-    found: dict[Any, None] = dict.fromkeys(functions)
-    pending = list(found)
-    while pending:
-        for source, _ in pending.pop().next_functions:
-            if source is not None and source not in found:
-                found[source] = None
-                pending.append(source)
-    ordered = sorted(found, key=sequence_of)
+    ordered = sorted(nodes_below(functions), key=sequence_of)
     index = {function: i for i, function in enumerate(ordered)}
     nodes = tuple(_node(function, index, added) for function in ordered)
     return nodes, frozenset(index[function] for function in functions), tuple(ordered)
 
 
 def _node(function: Any, index: Mapping[Any, int], added: Collection[int]) -> Node:
-    inputs = tuple(index[source] for source, _ in function.next_functions if source is not None)
+    inputs = tuple(index[source] for source in sources(function))
     leaf = function.variable if _is_leaf(function) else None
     name, sequence = function.name(), sequence_of(function)
     name = ADDED_IN_PLACE if name == IN_PLACE and sequence in added else name

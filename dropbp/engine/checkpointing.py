@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from dropbp.discovery.structure import Structure
+from dropbp.discovery.walks import sources
 from dropbp.engine.frozen import run_frozen
 from dropbp.engine.patch import Forward, ForwardPatch, WrapperState, named_forward
 from dropbp.engine.recompute import Recomputation, RecomputedBlock, inside_checkpoint
@@ -70,8 +71,8 @@ def _only_added_to(stream: Any, output: Any) -> bool:
         return False
     node: Any = output.grad_fn
     while node is not None and node.name() == "AddBackward0" and node._saved_alpha == 1:
-        sources = [source for source, _ in node.next_functions if source is not None and not _leads_nowhere(source)]
-        node = sources[0] if len(sources) == 1 else None
+        terms = [source for source in sources(node) if not _leads_nowhere(source)]
+        node = terms[0] if len(terms) == 1 else None
     return node is not None and getattr(node, "variable", None) is stream
 
 

@@ -11,6 +11,7 @@ import operator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from dropbp.branch_sets import sole
 from dropbp.device import dynamo_graph_count
 from dropbp.masks.idle import CountedForward, uncount_idle
 
@@ -31,8 +32,8 @@ class IdleBranches:
 
     def __init__(self, modules: list[BranchModuleState], schedule: Schedule, runtime: Runtime) -> None:
         self._modules, self._schedule, self._runtime = modules, schedule, runtime
-        self._own = [None if module.per_call else _sole_branch(module.need) for module in modules]
-        self._observable = functools.reduce(operator.or_, (_sole_branch(n) for each in modules for n in each.needs), 0)
+        self._own = [None if module.per_call else sole(module.need) for module in modules]
+        self._observable = functools.reduce(operator.or_, (sole(n) for each in modules for n in each.needs), 0)
         self._begun: ContextVar[tuple[list[int], CountedForward] | None] = ContextVar("begun", default=None)
 
     def begin(self) -> None:
@@ -62,9 +63,4 @@ class IdleBranches:
 
 
 def _branches_of_first_calls(module: BranchModuleState, calls: int) -> int:
-    return functools.reduce(operator.or_, map(_sole_branch, module.needs[:calls]), 0)
-
-
-def _sole_branch(need: int) -> int:
-    """The branch, as a bit, to which a call belongs alone; 0 if it serves several branches or is always needed."""
-    return need if need > 0 and not need & (need - 1) else 0
+    return functools.reduce(operator.or_, map(sole, module.needs[:calls]), 0)

@@ -17,14 +17,15 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Reversible
+from collections.abc import Callable, Reversible
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
-from dropbp._torch import detached, transforming
+from dropbp import branch_sets
+from dropbp._torch import detached, next_sequence, transforming
 from dropbp.device import dynamo_graph_count, save_rng_state
 from dropbp.engine.autograd_functions import ConnectToAnchor
 from dropbp.engine.patch import Forward
@@ -108,7 +109,9 @@ class Runtime:
         """The flag for modules that are skipped if all these branches are dropped; it is kept up to date."""
         if need not in self._flags:
             self._flags[need] = Flag(need)
-            for branch in set_bits(max(need, 0)):  # a negative `need` is never dropped, so its flag never changes
+            for branch in branch_sets.each(
+                max(need, 0)
+            ):  # a negative `need` is never dropped, so its flag never changes
                 self._flags_by_branch[branch].append(self._flags[need])
         return self._flags[need]
 
@@ -300,7 +303,7 @@ class Runtime:
         if flags == self._flags_set or "torch._dynamo" not in sys.modules:
             return
         changed, self._flags_set = (flags[0] ^ self._flags_set[0]) | (flags[1] ^ self._flags_set[1]), flags
-        for branch in set_bits(changed):
+        for branch in branch_sets.each(changed):
             for flag in self._flags_by_branch[branch]:
                 flag.dropped = not flag.need & plan.kept
                 flag.detached = not (flag.dropped or flag.need & plan.trained)
@@ -353,22 +356,9 @@ def _latest(records: Reversible[ForwardRecord], sequence: int) -> ForwardRecord 
     return next((record for record in reversed(records) if record.made(sequence)), None)
 
 
-def set_bits(bits: int) -> Iterator[int]:
-    """The indices of the set bits, lowest first."""
-    while bits:
-        lowest = bits & -bits
-        yield lowest.bit_length() - 1
-        bits ^= lowest
-
-
 def current_node() -> Any:
     """The node that the autograd engine is executing in this thread; None outside a backward."""
     return torch._C._current_autograd_node()
-
-
-def next_sequence() -> int:
-    """The sequence number of the next autograd node of this thread."""
-    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def _outermost_call(model: nn.Module) -> str:

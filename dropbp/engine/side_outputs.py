@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dropbp.discovery.walks import nodes_below, reached, sources
 from dropbp.errors import StateError
 from dropbp.inputs import CallSignature, argument_names, call_signature
 from dropbp.masks.plan import ForwardPlan
@@ -31,7 +32,7 @@ _WITHOUT_SIDE_OUTPUTS = frozenset({
     "shift_labels", "num_items_in_batch", "logits_to_keep", "use_cache", "past_key_values", "decoder_input_ids",
     "decoder_attention_mask",
 })  # fmt: skip
-_CACHES = frozenset({"past_key_values", "cache_params", "mems", "past_buckets_states", "rnn_state", "state"})
+_KEPT_STATES = frozenset({"past_key_values", "cache_params", "mems", "past_buckets_states", "rnn_state", "state"})
 _MAX_PLANS = 512
 _EVERY = -1
 
@@ -224,7 +225,7 @@ class Observation:
         Raises:
             StateError: the output of a branch reaches an output of the model in another way than through the stream.
         """
-        requested = ((key, tensor) for key, tensor in outputs_by_key(outputs) if key not in _CACHES)
+        requested = ((key, tensor) for key, tensor in outputs_by_key(outputs) if key not in _KEPT_STATES)
         named = (*held_by_modules(model), *requested)
         roots = {tensor.grad_fn: name for name, tensor in named if tensor.grad_fn is not None}
         users = _users(roots)
@@ -254,37 +255,21 @@ class Observation:
                     "stream, so dropping its branch would lose that gradient. Do not ask for this output, or name the "
                     "branches to drop, without this one: dropbp.enable(model, branches=[...])."
                 )
-            if len(users[node]) != 1 or "Add" in users[node][0].name() or _operands(users[node][0]) != 1:
+            if len(users[node]) != 1 or "Add" in users[node][0].name() or len(sources(users[node][0])) != 1:
                 return
             node, expected = users[node][0], 1
 
 
 def _outputs_reached_by(nodes: Iterable[Any], users: Mapping[Any, list[Any]], roots: Mapping[Any, str]) -> set[str]:
     """Names of the outputs that nodes reach. If some of the nodes are no additions to the stream, only these count."""
-    pending = [node for node in nodes if "Add" not in node.name()] or list(nodes)
-    seen = set(pending)
-    while pending:
-        untried = set(users[pending.pop()]) - seen
-        seen |= untried
-        pending.extend(untried)
-    return {roots[node] for node in seen if node in roots}
-
-
-def _operands(node: Any) -> int:
-    return sum(source is not None for source, _ in node.next_functions)
+    starts = [node for node in nodes if "Add" not in node.name()] or list(nodes)
+    return {roots[node] for node in reached(starts, users.__getitem__) if node in roots}
 
 
 def _users(roots: Mapping[Any, str]) -> dict[Any, list[Any]]:
     """Every node that the roots reach, with the nodes that use its outputs."""
-    users: dict[Any, list[Any]] = {root: [] for root in roots}
-    pending = list(roots)
-    while pending:
-        node = pending.pop()
-        for source, _ in node.next_functions:
-            if source is None:
-                continue
-            if source not in users:
-                users[source] = []
-                pending.append(source)
+    users: dict[Any, list[Any]] = {node: [] for node in nodes_below(roots)}
+    for node in users:
+        for source in sources(node):
             users[source].append(node)
     return users

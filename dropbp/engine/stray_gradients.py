@@ -9,11 +9,12 @@ searched in every step that drops a branch for the first time and, once a stray 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dropbp._torch import transforming
 from dropbp.discovery.trace import sequence_of
+from dropbp.discovery.walks import nodes_below
 from dropbp.engine.parameters import Parameters
 from dropbp.tensors import tensors_in
 
@@ -47,15 +48,3 @@ class StrayGradients:
 
 def _without(places: Iterable[int], gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
     return tuple(None if place in places else gradient for place, gradient in enumerate(gradients))
-
-
-def nodes_below(roots: Iterable[Any]) -> Iterator[Any]:
-    """The roots, and every autograd node that they reach."""
-    pending = [root for root in roots if root is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        yield node
-        fresh = {source for source, _ in node.next_functions if source is not None} - seen
-        seen |= fresh
-        pending.extend(fresh)

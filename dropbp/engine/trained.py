@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from dropbp.branch_sets import containing, lowest
 from dropbp.config import Config
 from dropbp.discovery.structure import NO_BRANCH_ABOVE, Structure
 from dropbp.masks.registry import sampler_kind
@@ -99,8 +100,8 @@ class Trained:
 
     def _first(self, branch: int) -> int:
         """The first of the branches that are dropped together with this one."""
-        bits = next((bits for bits in self.structure.parallel if branch >= 0 and bits >> branch & 1), 0)
-        return (bits & -bits).bit_length() - 1 if bits else branch
+        together = containing(self.structure.parallel, 1 << branch) if branch >= 0 else 0
+        return lowest(together).bit_length() - 1 if together else branch
 
 
 def resolve_auto(config: Config, trained: Trained, rates: Callable[[Config], Sequence[float]]) -> Config:

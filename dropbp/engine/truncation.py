@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dropbp.device import dynamo_graph_count
+from dropbp.discovery.walks import nodes_below
 from dropbp.engine.runtime import Runtime
-from dropbp.engine.stray_gradients import nodes_below
 from dropbp.tensors import tensors_in
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dropbp._torch import detached, never_compile, uncompiled
+from dropbp._torch import detached, never_compile, next_sequence, uncompiled
 from dropbp.discovery.cuts import ALWAYS_NEEDED
 from dropbp.discovery.structure import BranchModule, BranchOutput
 from dropbp.engine.autograd_functions import ScaleGradient, StepBoundary
 from dropbp.engine.frozen import FrozenScopeState, run_frozen
 from dropbp.engine.patch import Forward, WrapperState, named_forward
-from dropbp.engine.runtime import Runtime, is_compiling, next_sequence
+from dropbp.engine.runtime import Runtime, is_compiling
 from dropbp.engine.side_outputs import CallPlan
 from dropbp.masks.plan import ForwardPlan
 from dropbp.tensors import TensorMap, any_requires_grad, is_differentiable, map_tensors, own_output

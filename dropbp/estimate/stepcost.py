@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dropbp import branch_sets
 from dropbp.device import Device
 from dropbp.estimate.footprint import Optimizer
 from dropbp.estimate.workload import Workload
@@ -147,7 +148,7 @@ class MaskMix:
         return share.kept - share.recomputed
 
     def _part(self, branches: int) -> float:
-        return sum(f for i, f in enumerate(self.flops) if branches >> i & 1) / sum(self.flops)
+        return branch_sets.total(branches, self.flops) / sum(self.flops)
 
 
 def _windows(schedule: Schedule, accumulation: int) -> list[Sequence[int]]:

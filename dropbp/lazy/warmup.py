@@ -15,6 +15,8 @@ import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+from dropbp import branch_sets
+
 logger = logging.getLogger(__name__)
 
 Variant = Hashable
@@ -101,8 +103,8 @@ class GraphWarmup:
         below = 0
         for layer in self.layers:
             mine = layer.branches & kept
-            lowest = _low(layer.branches)
-            for branch in _bits_of(mine):
+            lowest = branch_sets.lowest(layer.branches)
+            for branch in branch_sets.each(mine):
                 yield layer.kind, branch // lowest, bool(branch & self._trained)
             yield (
                 layer.kind,
@@ -113,13 +115,3 @@ class GraphWarmup:
             )
             below |= layer.branches
         yield bool(kept)
-
-
-def _low(bits: int) -> int:
-    return bits & -bits
-
-
-def _bits_of(bits: int) -> Iterator[int]:
-    while bits:
-        yield _low(bits)
-        bits &= bits - 1

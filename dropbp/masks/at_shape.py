@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import compress
 from typing import Any
 
+from dropbp import branch_sets
 from dropbp.config import Config
 from dropbp.masks.pace import Curve
 from dropbp.masks.plan import ForwardPlan
@@ -152,15 +153,11 @@ class AtShape:
             dropped: branches that keep nothing, as a bit mask.
         """
         flops = [f if droppable else 0 for f, droppable in zip(self.flops, self.droppable, strict=True)]
-        chosen, kept = 0, _flops_of(~dropped, flops)
+        chosen, kept = 0, branch_sets.total(~dropped, flops)
         allowed = limit * sum(flops) + max(flops)
         for branches in blocks:
             if kept <= allowed:
                 break
-            share = _flops_of(branches & ~dropped, flops)
+            share = branch_sets.total(branches & ~dropped, flops)
             chosen, kept = chosen | (branches if share else 0), kept - share
         return chosen
-
-
-def _flops_of(branches: int, flops: Sequence[float]) -> float:
-    return sum(f for i, f in enumerate(flops) if branches >> i & 1)

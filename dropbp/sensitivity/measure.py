@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dropbp import branch_sets
 from dropbp._torch import compiled_code_off
 from dropbp.device import save_rng_state
 from dropbp.discovery.structure import Structure
@@ -178,9 +179,9 @@ def own_squares(model: nn.Module, parameters: Mapping[str, int], count: int) -> 
     """Squared norm of the current gradients of each branch's own parameters."""
     squares = [0.0] * count
     for name, square in gradient_squares(model).items():
-        need = parameters.get(name, 0)
-        if need > 0 and not need & (need - 1):
-            squares[need.bit_length() - 1] += square
+        own = branch_sets.sole(parameters.get(name, 0))
+        if own:
+            squares[own.bit_length() - 1] += square
     return squares
 
 

@@ -28,11 +28,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dropbp import branch_sets
 from dropbp.discovery.branches import cuts_in
 from dropbp.discovery.cuts import needs
 from dropbp.discovery.graph import Edge, Graph
 from dropbp.discovery.record import Recorder
 from dropbp.discovery.structure import Structure
+from dropbp.discovery.walks import reached
 from dropbp.errors import StateError
 from dropbp.tensors import tensors_in
 
@@ -344,7 +346,7 @@ def input_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], cou
 
 
 def _only_branch(need: int) -> int | None:
-    return need.bit_length() - 1 if need > 0 and not need & (need - 1) else None
+    return branch_sets.sole(need).bit_length() - 1 if branch_sets.sole(need) else None
 
 
 def _owned(graph: Graph, need: Sequence[int], count: int) -> list[dict[str, int]]:
@@ -368,17 +370,7 @@ def _parameters_below(graph: Graph, starts: Sequence[Sequence[int]]) -> list[set
 
 
 def _reached(graph: Graph, start: int, known: Mapping[int, set[str]]) -> set[str]:
-    names: set[str] = set()
-    seen, pending = {start}, [start]
-    while pending:
-        number = pending.pop()
-        node = graph.nodes[number]
-        if number in known:
-            names |= known[number]
-        elif node.is_leaf:
-            names.add(graph.parameter_names.get(id(node.leaf), ""))
-        else:
-            fresh = [s for s in node.inputs if s not in seen]
-            seen.update(fresh)
-            pending.extend(fresh)
-    return names - {""}
+    numbers = reached([start], lambda n: () if n in known else graph.nodes[n].inputs)
+    leaves = (graph.nodes[n].leaf for n in numbers if graph.nodes[n].is_leaf)
+    names = {graph.parameter_names.get(id(leaf), "") for leaf in leaves}
+    return names.union(*(known.get(n, ()) for n in numbers)) - {""}

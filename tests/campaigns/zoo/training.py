@@ -31,7 +31,7 @@ from dropbp.discovery.cuts import needs
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.record import Recorder, differentiable
 from dropbp.discovery.trace import sequence_of
-from dropbp.engine.stray_gradients import nodes_below
+from dropbp.discovery.walks import nodes_below
 from dropbp.tensors import tensors_in
 from tests.campaigns.zoo.check import leave_inputs_alone, seed, zeros
 from tests.campaigns.zoo.tiny import Unbuildable, batches_to_train_on
