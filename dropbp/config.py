@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dropbp.checks import is_number, is_whole
@@ -87,22 +87,10 @@ class Config:
         return None if self.steps is None else -(-self.steps // kept_for)
 
     def __post_init__(self) -> None:
-        _check_drop_rate(self.drop_rate)
-        _check_choice("scaling", self.scaling, SCALINGS)
-        _check_choice("boundary", self.boundary, BOUNDARIES)
-        _check_choice("fill", self.fill, FILLS)
-        _check_choice("stem", self.stem, STEMS)
-        _check_choice("logits", self.logits, LOGITS)
-        _check_activations(self.max_activations)
-        _check_rates(self.rates)
-        _check_max_rate(self.max_rate)
-        _check_resample(self.resample)
-        _check_warmup(self.warmup)
-        _check_steps(self.steps)
-        _check_max_scale(self.max_scale)
-        _check_cache(self.activation_cache, self.activation_cache_limit)
-        _check_integer("seed", self.seed)
-        _check_bool("rehearse", self.rehearse)
+        for name, (is_allowed, message) in _ALLOWED.items():
+            value = getattr(self, name)
+            if not is_allowed(value):
+                raise ConfigError(f"{name} is {value!r}; {message}")
 
 
 def make_config(
@@ -115,7 +103,9 @@ def make_config(
     own = {field.name for field in dataclasses.fields(Config)} - {"mask_options"}
     known = {name: value for name, value in options.items() if name in own}
     extra = {name: value for name, value in options.items() if name not in own}
-    _check_choice("masks", masks, tuple(samplers))
+    is_known, names = _one_of(tuple(samplers))
+    if not is_known(masks):
+        raise ConfigError(f"masks is {masks!r}; {names}")
     _check_extra(masks, extra, sorted(own - {"drop_rate", "masks", "seed"}), samplers[masks])
     return Config(drop_rate=drop_rate, masks=masks, seed=seed, **known, mask_options=extra)
 
@@ -129,80 +119,61 @@ def _check_extra(masks: str, extra: Mapping[str, Any], own: Sequence[str], allow
         )
 
 
-def _check_drop_rate(drop_rate: Any) -> None:
-    if not is_number(drop_rate) or not 0 <= drop_rate < 1:
-        raise ConfigError(
-            f"drop_rate is {drop_rate!r}; it is the share of backward FLOPs to skip, 0 <= drop_rate < 1. "
-            "0.5 halves the blocks' backward; the paper uses 0.5, 0.75 and 0.875."
-        )
+def _one_of(choices: Sequence[str]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in choices, f"allowed: {', '.join(choices)}."
 
 
-def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 < value <= 1
 
 
-def _check_activations(value: Any) -> None:
-    if value is not None and value != "auto" and not (is_number(value) and 0 < value <= 1):
-        raise ConfigError(
-            f"max_activations is {value!r}; allowed: a share with 0 < share <= 1, None (no limit), or 'auto'."
-        )
+def _is_resample(value: Any) -> bool:
+    return is_whole(value, 1) or (isinstance(value, str) and value in ("forward", "step"))
 
 
-def _check_resample(resample: Any) -> None:
-    if resample in ("forward", "step") and isinstance(resample, str):
-        return
-    if not is_whole(resample, 1):
-        raise ConfigError(
-            f"resample is {resample!r}; allowed: 'forward', 'step' (with handle.resample() once per optimizer step), "
-            "or an integer of at least 1: the number of training forwards that share a mask."
-        )
+def _is_rates(value: Any) -> bool:
+    return value in RATES if isinstance(value, str) else isinstance(value, Iterable)
 
 
-def _check_rates(rates: Any) -> None:
-    if isinstance(rates, str):
-        _check_choice("rates", rates, RATES)
-    elif not isinstance(rates, Iterable):
-        raise ConfigError(f"rates is {rates!r}; allowed: one of {', '.join(RATES)}, or a rate from 0 to 1 per branch.")
+def _is_place(value: Any) -> bool:
+    return value is None or (value != "" and isinstance(value, (bool, str, os.PathLike)))
 
 
-def _check_max_rate(max_rate: Any) -> None:
-    if max_rate is not None and not (is_number(max_rate) and 0 <= max_rate <= 1):
-        raise ConfigError(f"max_rate is {max_rate!r}; it must be a number from 0 to 1, or None.")
-
-
-def _check_warmup(warmup: Any) -> None:
-    if not is_whole(warmup, 0):
-        raise ConfigError(f"warmup is {warmup!r}; it must be a whole number of training forwards, at least 0.")
-
-
-def _check_steps(steps: Any) -> None:
-    if steps is not None and not is_whole(steps, 1):
-        raise ConfigError(
-            f"steps is {steps!r}; it must be the number of training forwards of the run, at least 1, or None if it is "
-            "unknown."
-        )
-
-
-def _check_max_scale(max_scale: Any) -> None:
-    if not is_number(max_scale) or not max_scale >= 1:
-        raise ConfigError(f"max_scale is {max_scale!r}; it must be a number of at least 1.")
-
-
-def _check_cache(where: Any, limit: Any) -> None:
-    if where is not None and (where == "" or not isinstance(where, (bool, str, os.PathLike))):
-        raise ConfigError(
-            f"activation_cache is {where!r}; allowed: True (memory of the host), the path of a folder, or None (off)."
-        )
-    if limit is not None and not is_whole(limit, 1):
-        raise ConfigError(f"activation_cache_limit is {limit!r}; it must be a number of bytes of at least 1, or None.")
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if not is_whole(value):
-        raise ConfigError(f"{name} is {value!r}; it must be an integer.")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; it must be True or False.")
+# For each option, whether a value is allowed, and the end of the message about one that is not.
+_ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "drop_rate": (
+        lambda rate: is_number(rate) and 0 <= rate < 1,
+        "it is the share of backward FLOPs to skip, 0 <= drop_rate < 1; the paper uses 0.5, 0.75 and 0.875.",
+    ),
+    "scaling": _one_of(SCALINGS),
+    "boundary": _one_of(BOUNDARIES),
+    "fill": _one_of(FILLS),
+    "stem": _one_of(STEMS),
+    "logits": _one_of(LOGITS),
+    "max_activations": (
+        lambda limit: limit is None or (isinstance(limit, str) and limit == "auto") or _is_share(limit),
+        "allowed: a share with 0 < share <= 1, None (no limit), or 'auto'.",
+    ),
+    "rates": (_is_rates, f"allowed: one of {', '.join(RATES)}, or a rate from 0 to 1 per branch."),
+    "max_rate": (
+        lambda rate: rate is None or (is_number(rate) and 0 <= rate <= 1),
+        "it must be a number from 0 to 1, or None.",
+    ),
+    "resample": (
+        _is_resample,
+        "allowed: 'forward', 'step' (with handle.resample() at each step), or the number of forwards that share a mask.",
+    ),
+    "warmup": (lambda count: is_whole(count, 0), "it must be a whole number of training forwards, at least 0."),
+    "steps": (
+        lambda count: count is None or is_whole(count, 1),
+        "it must be the number of training forwards of the run, at least 1, or None if it is unknown.",
+    ),
+    "max_scale": (lambda scale: is_number(scale) and scale >= 1, "it must be a number of at least 1."),
+    "activation_cache": (_is_place, "allowed: True (memory of the host), the path of a folder, or None (off)."),
+    "activation_cache_limit": (
+        lambda limit: limit is None or is_whole(limit, 1),
+        "it must be a number of bytes of at least 1, or None.",
+    ),
+    "seed": (is_whole, "it must be an integer."),
+    "rehearse": (lambda value: isinstance(value, bool), "it must be True or False."),
+}

@@ -14,11 +14,13 @@ part outside the window does less.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
 
 TOKENS = ("input_ids", "inputs_embeds")
 SOUND = ("input_features", "input_values")
@@ -165,6 +167,13 @@ def _least_squares(per_row: Mapping[Shape, float], basis: Sequence[str]) -> dict
     noise = _ROUNDING * float(values.abs().max())
     each = zip(basis, solution.tolist(), scale.tolist(), strict=True)
     return {name: 0.0 if abs(value) <= noise else value / factor for name, value, factor in each}
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """FLOPs of everything that a function runs."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels hide theirs on CPU
+        step()
+    return int(counter.get_total_flops())
 
 
 def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:

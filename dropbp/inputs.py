@@ -129,8 +129,7 @@ def takes_text(model: nn.Module) -> bool:
 def build(model: nn.Module, batch_size: int = 1, sequence_length: int = 16) -> Inputs:
     """A small batch on the model's device, without labels.
 
-    Raises:
-        DiscoveryError: the model does not describe its inputs.
+    Raises DiscoveryError if the model does not describe its inputs.
     """
     if not can_build(model):
         raise DiscoveryError(

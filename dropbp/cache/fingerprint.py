@@ -31,11 +31,7 @@ class Fingerprints:
         self._chain = [self._of_code()]
 
     def at(self, border: int) -> str:
-        """The fingerprint of everything below a border.
-
-        Raises:
-            StateError: this process does not hold the weights.
-        """
+        """The fingerprint of everything below a border. Raises StateError if this process does not hold the weights."""
         while len(self._chain) <= border:
             place = len(self._chain) - 1
             hashed = blake2b(self._chain[-1] + self._prefix.names[place].encode(), digest_size=16)

@@ -62,8 +62,7 @@ def _callback(args: argparse.Namespace) -> DropBPCallback:
 def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Examples to train on and examples to evaluate on, drawn at random but the same for the same seed.
 
-    Raises:
-        ConfigError: there are too few examples to keep both.
+    Raises ConfigError if there are too few examples to keep both.
     """
     if not fraction:
         return examples, []

@@ -62,8 +62,7 @@ def choice_questions(held_out: int, seed: int, longest: int = 300) -> tuple[list
         seed: of the order and the split.
         longest: characters of a question with its options; longer ones are left out.
 
-    Raises:
-        ConfigError: the registry is not reached.
+    Raises ConfigError if the registry is not reached.
     """
     order = random.Random(seed)
     sets = []

@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     Returns:
         The result and the folder it belongs into.
 
-    Raises:
-        ConfigError: model or questions cannot be had.
+    Raises ConfigError if model or questions cannot be had.
     """
     recipe, output = _recipe(args), args.output or OUTPUT
     questions, held_out = choice_questions(recipe.held_out, recipe.seed, recipe.longest)

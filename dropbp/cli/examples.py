@@ -145,8 +145,8 @@ def encode_rows(
         progress: wraps the rows, for a progress bar.
         source: what errors call the data set.
 
-    Raises:
-        ConfigError: the columns fit no kind, a row cannot be used, or no row has a response that can be learned from.
+    Raises ConfigError if the columns fit no kind, a row cannot be used, or no row has a response that can be learned
+    from.
     """
     kind = kind_of(rows[0], source)
     if kind.name in ("chat", "sharegpt"):

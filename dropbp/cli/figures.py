@@ -9,15 +9,12 @@ from dropbp.errors import MissingDependencyError
 from dropbp.files import new_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """An empty figure of that size in inches. Raises MissingDependencyError if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -28,6 +25,15 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Name both axes, draw a grid, and a legend if the lines have names."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 130) -> None:

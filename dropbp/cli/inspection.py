@@ -28,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the branches.
-
-    Raises:
-        DropBPError: the model cannot be built, or its branches cannot be found.
-    """
+    """Print the branches. Raises DropBPError if the model cannot be built, or its branches cannot be found."""
     check_counts(args, ("batch_size", "sequence_length"))
     with quiet():
         found = inspect_model(args.model, args.batch_size, args.sequence_length)
@@ -43,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
 def inspect_model(source: str, batch_size: int, sequence_length: int) -> dict[str, Any]:
     """Branches, FLOPs of one forward and parameters of a model, as plain types.
 
-    Raises:
-        DropBPError: the model cannot be built, or its branches cannot be found.
+    Raises DropBPError if the model cannot be built, or its branches cannot be found.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -21,8 +21,7 @@ LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-l
 def load_config(source: str) -> PretrainedConfig:
     """The configuration of a model: a Hub id, a folder, or a path of a `config.json`.
 
-    Raises:
-        ConfigError: there is none, or it is of a kind that the installed transformers does not know.
+    Raises ConfigError if there is none, or it is of a kind that the installed transformers does not know.
     """
     from transformers import AutoConfig
 
@@ -33,8 +32,7 @@ def load_config(source: str) -> PretrainedConfig:
 def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model with its weights.
 
-    Raises:
-        ConfigError: there is no such model, or it is none for causal language modelling.
+    Raises ConfigError if there is no such model, or it is none for causal language modelling.
     """
     from transformers import AutoModelForCausalLM
 
@@ -45,8 +43,7 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; the end token pads where the tokenizer has none for padding.
 
-    Raises:
-        ConfigError: there is none, or it has no end token.
+    Raises ConfigError if there is none, or it has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -62,8 +59,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 def new_model(config: PretrainedConfig) -> PreTrainedModel:
     """A causal language model of this configuration; under a `FakeTensorMode` it has shapes and no weights.
 
-    Raises:
-        ConfigError: the installed transformers has no causal language model for it.
+    Raises ConfigError if the installed transformers has no causal language model for it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,8 +78,7 @@ def with_lora(model: Any, seed: int, *, adapters_in_fp32: bool = True, **options
         adapters_in_fp32: whether adapters of a model in 16 bits are in float32, and not in 16 bits, too.
         options: of `peft.LoraConfig`, in place of the paper's.
 
-    Raises:
-        ConfigError: the adapters do not fit the model.
+    Raises ConfigError if the adapters do not fit the model.
     """
     from peft import LoraConfig, get_peft_model
 

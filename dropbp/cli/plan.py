@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dropbp.cli.figures import new_figure, save_figure
+from dropbp.cli.figures import label_axes, new_figure, save_figure
 from dropbp.cli.libraries import quiet
 from dropbp.cli.options import MOST_MICRO_BATCHES, check_amounts, check_counts, check_file
 from dropbp.errors import ConfigError
@@ -107,29 +107,26 @@ def plan_model(args: argparse.Namespace, progress: Callable[[str], None] | None 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Time, memory and FLOPs against the drop rate, relative to the first rate, and the largest sizes, as a PNG file.
 
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
+    Raises MissingDependencyError if matplotlib is not installed.
     """
     figure = new_figure(10, 4)
     costs, sizes = figure.subplots(1, 2)
-    _draw(costs, found, {"step_s": "step time", "peak_bytes": "peak memory", "flops": "FLOPs"})
-    costs.set_ylabel(f"relative to drop rate {found['rates'][0]['drop_rate']:g}")
+    first, limit = found["rates"][0]["drop_rate"], found["memory_limit_bytes"] / GIB
+    lines = {"step_s": "step time", "peak_bytes": "peak memory", "flops": "FLOPs"}
+    _draw(costs, found, lines, f"relative to drop rate {first:g}")
     costs.set_ylim(bottom=0)
-    _draw(sizes, found, {"largest_batch": "largest batch", "largest_sequence": "longest sequence"})
-    sizes.set_ylabel(f"relative, in {found['memory_limit_bytes'] / GIB:.3g} GiB")
+    lines = {"largest_batch": "largest batch", "largest_sequence": "longest sequence"}
+    _draw(sizes, found, lines, f"relative, in {limit:.3g} GiB")
     save_figure(figure, path)
 
 
-def _draw(axes: Axes, found: dict[str, Any], lines: dict[str, str]) -> None:
+def _draw(axes: Axes, found: dict[str, Any], lines: dict[str, str], label: str) -> None:
     rates = [entry["drop_rate"] for entry in found["rates"]]
-    for key, label in lines.items():
+    for key, name in lines.items():
         values = [entry[key] for entry in found["rates"]]
         if all(value is not None for value in values) and values[0]:
-            axes.plot(rates, [value / values[0] for value in values], marker="o", label=label)
-    axes.set_xlabel("drop rate")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+            axes.plot(rates, [value / values[0] for value in values], marker="o", label=name)
+    label_axes(axes, "drop rate", label)
 
 
 def _model(args: argparse.Namespace) -> nn.Module:

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
 from dropbp.device import get_device, known_bytes
+from dropbp.flops import count_flops
 from dropbp.memory import track_tensor_bytes
 
 if TYPE_CHECKING:
@@ -46,13 +44,6 @@ def probe_step(trainer: Trainer, callback: DropBPCallback | None) -> dict[str, A
             dropped = count_flops(step)
         peak = max(peak_bytes(trainer, step) for _ in range(_MASKS))
     return _costs(tokens, plain, plain - callback.report()["realised_drop_rate"] * (plain - dropped), peak)
-
-
-def count_flops(step: Callable[[], None]) -> int:
-    """FLOPs of a function, matrix products of attention included."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels hide theirs on CPU
-        step()
-    return int(counter.get_total_flops())
 
 
 def peak_bytes(trainer: Trainer, step: Callable[[], None]) -> int:

@@ -38,8 +38,7 @@ def cache_folder() -> Path:
 def package_files(package: Package) -> dict[str, Path]:
     """The wanted files of a package by their names in it, from the cache or from the registry.
 
-    Raises:
-        ConfigError: the registry is not reached, or gives other files than those that are known.
+    Raises ConfigError if the registry is not reached, or gives other files than those that are known.
     """
     folder = cache_folder() / f"{package.name}-{package.version}"
     places = {name: folder / name for name in package.files}

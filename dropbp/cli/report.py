@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dropbp.cli.figures import new_figure, save_figure
+from dropbp.cli.figures import label_axes, new_figure, save_figure
 from dropbp.device import get_device
 from dropbp.files import write_text
 
@@ -99,8 +99,8 @@ def plot(result: Result, path: Path) -> None:
         losses = [point["loss"] for point in points]
         time_axes.plot([point["train_s"] for point in points], losses, marker="o", markersize=3, label=run["name"])
         flops_axes.plot([point["flops"] for point in points], losses, marker="o", markersize=3, label=run["name"])
-    _label(time_axes, "training time (s)", "validation loss")
-    _label(flops_axes, "training FLOPs", "validation loss")
+    label_axes(time_axes, "training time (s)", "validation loss")
+    label_axes(flops_axes, "training FLOPs", "validation loss")
     _draw_step_times(steps_axes, result["runs"])
     save_figure(figure, path)
 
@@ -220,15 +220,7 @@ def _draw_step_times(axes: Axes, runs: Sequence[Run]) -> None:
         shares = [rank / len(steps_s) for rank in accumulate([1] * len(steps_s))]
         axes.step(steps_s, shares, where="post", label=run["name"])
     axes.set_ylim(0, 1.02)
-    _label(axes, "step time (s)", "cumulative share of steps")
-
-
-def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+    label_axes(axes, "step time (s)", "cumulative share of steps")
 
 
 def _version(package: str) -> str | None:

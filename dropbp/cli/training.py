@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 
 from dropbp.cli.examples import Example, collate, collate_left
 from dropbp.cli.probe import probe_step
@@ -91,7 +91,8 @@ def train(
         DeviceError: the device that was asked for is not the one the trainer would use.
     """
     recorder = StepRecorder(job.name)
-    with _logits(job), closing(recorder), closing(callback) if callback else nullcontext():
+    logits = labelled_logits(job.model, evaluation=True) if job.labelled else nullcontext()
+    with logits, closing(recorder), closing(callback) if callback else nullcontext():
         trainer = _trainer(job, settings, [callback, recorder] if callback else [recorder], resume_from is None)
         with suppress(_NoStepLeftError):
             trainer.train(resume_from_checkpoint=resume_from)
@@ -130,9 +131,7 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.close()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved:
             for name, value in saved["attributes"].items():
@@ -142,36 +141,25 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._device = get_device(args.device)
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             raise _NoStepLeftError
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._begin_s = self._now_s()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.step_s.append(self._now_s() - self._begin_s)
         self.tokens.append(int(state.num_input_tokens_seen) - self._tokens_before)
         self._tokens_before += self.tokens[-1]
         self._bar.update(1)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.train_losses.append({"step": state.global_step, "loss": logs["loss"]})
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         loss = float(kwargs["metrics"]["eval_loss"])
         point = {"step": state.global_step, "train_s": sum(self.step_s), "tokens": sum(self.tokens), "loss": loss}
         earlier = [other for other in self.evaluations if other["step"] < state.global_step]
@@ -196,10 +184,6 @@ def _trainer(job: Job, settings: Settings, callbacks: list[TrainerCallback], fro
         )
     trainer.remove_callback(PrinterCallback)  # it prints every log line; the recorder's bar shows what matters
     return trainer
-
-
-def _logits(job: Job) -> AbstractContextManager[object]:
-    return labelled_logits(job.model, evaluation=True) if job.labelled else nullcontext()
 
 
 @contextmanager
@@ -238,7 +222,8 @@ def _arguments(settings: Settings, examples: int, evaluates: bool, from_scratch:
         **_checkpointing(settings.gradient_checkpointing),
         **_events(settings, max(1, steps // _EVALUATIONS), evaluates, from_scratch),
     )
-    _check_device(settings.device, arguments)
+    if settings.device is not None:
+        _check_device(settings.device, arguments)
     return arguments
 
 
@@ -266,9 +251,7 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
-def _check_device(asked: str | None, arguments: TrainingArguments) -> None:
-    if asked is None:
-        return
+def _check_device(asked: str, arguments: TrainingArguments) -> None:
     get_device(asked)
     if asked.partition(":")[0] != arguments.device.type:
         raise DeviceError(

@@ -34,8 +34,7 @@ COVERED_SHARE = 0.9
 def analyse(trace: Trace, model: nn.Module) -> Structure:
     """The residual branches of the traced model.
 
-    Raises:
-        DiscoveryError: no branch was found, or a block was not understood; the message names it.
+    Raises DiscoveryError if no branch was found, or a block was not understood; the message names it.
     """
     trace, side_outputs = restricted_to_main_output(trace, model)
     graph = Graph(trace, model)

@@ -46,8 +46,7 @@ def record(
         kwargs: its keyword arguments.
         identities: give modules that return their input, such as dropout in evaluation mode, a graph node, too.
 
-    Raises:
-        DiscoveryError: the forward failed, or no output depends on anything differentiable.
+    Raises DiscoveryError if the forward failed, or no output depends on anything differentiable.
     """
     recorder = Recorder(model, identities=identities)
     with module_attributes_restored(model), contextlib.ExitStack() as stack:

@@ -88,8 +88,7 @@ class DDPGuard:
     def check(self, mask: Sequence[bool]) -> None:
         """Check the mask of a training forward.
 
-        Raises:
-            StateError: the flags of the running DistributedDataParallel do not allow the mask.
+        Raises StateError if the flags of the running DistributedDataParallel do not allow the mask.
         """
         replica = _replica()
         if replica is None:

@@ -66,8 +66,7 @@ class Engine:
         config: the options of `enable`.
         device: the adapter of the model's device.
 
-    Raises:
-        ConfigError: `scaling` is set, but the gradient of a branch cannot be scaled exactly.
+    Raises ConfigError if `scaling` is set, but the gradient of a branch cannot be scaled exactly.
     """
 
     def __init__(

@@ -57,8 +57,7 @@ class PatchCheck:
     def check(self) -> None:
         """Compare the model with the last known state, and inspect what differs.
 
-        Raises:
-            StateError: a module was replaced, or its forward overwritten; the message names it.
+        Raises StateError if a module was replaced, or its forward overwritten; the message names it.
         """
         here = all(map(operator.is_, map(dict.get, self._tables, self._keys), self._children))
         if here and all(map(operator.is_, map(dict.get, self._owners, itertools.repeat("forward")), self._calls)):

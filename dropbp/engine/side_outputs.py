@@ -98,8 +98,8 @@ class CallKind:
     def update(self, plan: ForwardPlan, observation: Observation, outputs: Any, model: nn.Module) -> None:
         """Learn from an observed forward.
 
-        Raises:
-            StateError: what a dropped branch adds to the stream is an output itself, or reaches one in another way.
+        Raises StateError if what a dropped branch adds to the stream is an output itself, or reaches one in another
+        way.
         """
         leaking = observation.leaking(outputs, model)
         self.leaking |= leaking & plan.detached
@@ -222,8 +222,8 @@ class Observation:
     def leaking(self, outputs: Any, model: nn.Module) -> int:
         """The branches, as bits, whose inside reaches an output or a tensor that a module holds.
 
-        Raises:
-            StateError: the output of a branch reaches an output of the model in another way than through the stream.
+        Raises StateError if the output of a branch reaches an output of the model in another way than through the
+        stream.
         """
         requested = ((key, tensor) for key, tensor in outputs_by_key(outputs) if key not in _KEPT_STATES)
         named = (*held_by_modules(model), *requested)

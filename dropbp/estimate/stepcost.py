@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from dropbp import branch_sets
 from dropbp.device import Device
 from dropbp.estimate.footprint import Optimizer
 from dropbp.estimate.workload import Workload
-from dropbp.flops import Shape
+from dropbp.flops import Shape, count_flops
 from dropbp.masks.registry import Mask
 from dropbp.masks.samplers import bits
 from dropbp.masks.schedule import Schedule
@@ -249,10 +247,10 @@ def counted_flops(workload: Workload, handle: Handle, shape: Shape) -> Costs:
     batch, count = workload.batch(shape), len(handle.branches)
 
     def count_with(drop: bool) -> int:
-        with handle.fixed((drop,) * count), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            workload.step(batch)  # with the math kernels: fused ones hide their FLOPs on CPU
+        with handle.fixed((drop,) * count):
+            flops = count_flops(lambda: workload.step(batch))
         workload.model.zero_grad(set_to_none=True)
-        return int(counter.get_total_flops())
+        return flops
 
     kept, dropped = count_with(False), count_with(True)
     branches = sum(branch.flops for branch in handle.branches)

@@ -61,8 +61,7 @@ class Workload:
     def forward(self, batch: example.Inputs) -> torch.Tensor:
         """Run one forward; return the loss.
 
-        Raises:
-            ConfigError: the model has no positions for generated inputs of this length.
+        Raises ConfigError if the model has no positions for generated inputs of this length.
         """
         with self._precision():
             return self._loss_of(self._output(batch))
@@ -99,8 +98,7 @@ class Workload:
 def precision_of(name: Any) -> torch.dtype | None:
     """The autocast dtype of a precision: `bf16`, `fp16`, or None for no autocast.
 
-    Raises:
-        ConfigError: the precision is unknown.
+    Raises ConfigError if the precision is unknown.
     """
     if name is not None and (not isinstance(name, str) or name not in AUTOCAST):
         raise ConfigError(
@@ -114,8 +112,8 @@ def planned_shape(
 ) -> Shape:
     """The shape of the planned steps; text has 512 tokens per row, or as many as there are positions.
 
-    Raises:
-        ConfigError: a size is no integer of at least 1, or a length is given for inputs whose length cannot change.
+    Raises ConfigError if a size is no integer of at least 1, or a length is given for inputs whose length cannot
+    change.
     """
     for name, value in (("batch_size", rows), ("sequence_length", length)):
         if value is not None and not is_whole(value, 1):

@@ -51,8 +51,7 @@ class DropBPPlugin(BasePlugin):  # type: ignore[misc]
 def callback(asked: Any) -> DropBPCallback | None:
     """The callback that `dropbp:` asks for; None if it is empty or false, the defaults for `true`.
 
-    Raises:
-        ValueError: an argument is unknown to `DropBPCallback`, or its value is not allowed.
+    Raises ValueError if an argument is unknown to `DropBPCallback`, or its value is not allowed.
     """
     if not asked:
         return None

@@ -36,8 +36,7 @@ def first_batch(loader: Any, model: nn.Module) -> dict[str, Any]:
 
     No random state moves, and the loader's next batch does not change.
 
-    Raises:
-        ConfigError: the loader's batches are not dictionaries, or its data set has no rows.
+    Raises ConfigError if the loader's batches are not dictionaries, or its data set has no rows.
     """
     with fork_rng(model), _fork_python_rng():
         batch = _copied(loader.collate_fn)(_first_rows(loader))

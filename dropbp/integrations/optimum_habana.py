@@ -48,8 +48,7 @@ def with_dropbp(trainer_class: type) -> type:
 def refuse_graphs(arguments: Any) -> None:
     """Refuse training arguments that do not work with DropBP.
 
-    Raises:
-        ConfigError: HPU graphs are enabled for training.
+    Raises ConfigError if HPU graphs are enabled for training.
     """
     if getattr(arguments, "use_hpu_graphs_for_training", False):
         raise ConfigError(

@@ -40,8 +40,7 @@ class LossReplay:
     def closures(self) -> list[Closure]:
         """One function for each captured forward, which runs it again and returns a loss with the trainer's gradients.
 
-        Raises:
-            StateError: no training forward with a backward through its outputs was captured.
+        Raises StateError if no training forward with a backward through its outputs was captured.
         """
         closures = [partial(forward.loss, self._model) for forward in self._caught if forward.gradients]
         if not closures:

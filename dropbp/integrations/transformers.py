@@ -31,12 +31,7 @@ from dropbp.integrations.replay import LossReplay
 from dropbp.session import check_options, compile_blocks, enable
 
 try:
-    from transformers.trainer_callback import (
-        ExportableState,
-        TrainerCallback,
-        TrainerControl,
-        TrainerState,
-    )
+    from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
     from transformers.training_args import TrainingArguments
 except ModuleNotFoundError as error:
@@ -95,16 +90,10 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         check_schedule(resample, calibration_point(calibrate_at, masks), recalibrate_every, warmup_steps)
         check_options(drop_rate, masks, options)
-        self.drop_rate = drop_rate
-        self.masks = masks
-        self.resample = resample
-        self.calibrate_at = calibration_point(calibrate_at, masks)
-        self.recalibrate_every = recalibrate_every
-        self.warmup_steps = warmup_steps
-        self.compile_blocks = compile_blocks
-        self.group_parameters = group_parameters
-        self.log = log
-        self.options = options
+        self.drop_rate, self.masks, self.resample, self.options = drop_rate, masks, resample, options
+        self.calibrate_at, self.recalibrate_every = calibration_point(calibrate_at, masks), recalibrate_every
+        self.warmup_steps, self.log = warmup_steps, log
+        self.compile_blocks, self.group_parameters = compile_blocks, group_parameters
         self.snapshot: dict[str, Any] | None = None
         self.calibrated_steps: list[int] = []
         self.calibration_s = 0.0
@@ -166,9 +155,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """The state that the trainer writes into `trainer_state.json`."""
         return {"args": self._arguments(), "attributes": {"snapshot": self._snapshot()}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Enable DropBP on the model, in the state of the checkpoint if there is one."""
         self.close()  # in case an earlier training did not end properly
         put_first(self)
@@ -185,9 +172,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._clock = StepClock()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw a mask for the step if `resample` says so, and prepare a calibration if it is due."""
         if self._handle is None:
             return
@@ -199,34 +184,23 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._replay = LossReplay(_unwrapped(kwargs["model"]), CALIBRATION_BATCHES)
         self._clock.begin()
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Report the progress of the training between the micro-batches of a step."""
         self._position.end_micro_batch()
         self._tell_progress()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Calibrate if it is due: the gradients are no longer needed."""
         self._clock.end()
         if self._replay is not None:
             self._calibrate(state.global_step)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell the activation cache that every row was seen once."""
         if self._handle is not None and self._handle.cache is not None:
             self._handle.cache.end_epoch()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add DropBP's figures to the trainer's log."""
         if self._handle is None or not self.log or not logs or not ({"loss", "train_runtime"} & logs.keys()):
             return
@@ -235,28 +209,21 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.log_history:
             state.log_history[-1].update(figures)  # the trainer has stored a copy before calling its callbacks
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write a separate file into the checkpoint, for other readers."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self._handle is not None and state.is_world_process_zero and folder.is_dir():
             write_text(folder / STATE_FILE, json.dumps(self.state(), indent=1) + "\n")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Remove DropBP from the model."""
         self.close()
 
     def _enable(self, model: nn.Module, loader: Any) -> None:
         lazy = get_device(self.options.get("device"), model).is_lazy()
-        options: dict[str, Any] = {
-            "resample": self.resample,
-            "steps": max(
-                1, self._position.draws(self.resample) - self._position.draws(self.resample, self.warmup_steps)
-            ),
-            "rehearse": lazy,
-            **self.options,
-        }
+        draws = self._position.draws
+        steps = max(1, draws(self.resample) - draws(self.resample, self.warmup_steps))
+        options = {"resample": self.resample, "steps": steps, "rehearse": lazy, **self.options}
         self._handle = self._enabled(model, options, loader)
         self._train, self._thread = frame_of_train(self), threading.get_ident()
         self._handle.is_abandoned = self._closed_as_train_ended
@@ -324,11 +291,8 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _snapshot(self) -> dict[str, Any] | None:
         if self._handle is None:
             return self.snapshot
-        return {
-            "handle": self._handle.state_dict(),
-            "calibrated_steps": self.calibrated_steps,
-            "calibration_s": self.calibration_s,
-        }
+        counts = {"calibrated_steps": self.calibrated_steps, "calibration_s": self.calibration_s}
+        return {"handle": self._handle.state_dict(), **counts}
 
     def _arguments(self) -> dict[str, Any]:
         names = ("drop_rate", "masks", "resample", "calibrate_at", "recalibrate_every", "warmup_steps", "log")

@@ -70,8 +70,7 @@ def register_sampler(name: str, **traits: Any) -> Callable[[Callable[..., Draws]
     `rates` and `flops` arrive checked, as tuples of floats. `draw(step)` must be a pure function of its step. `traits`
     are the other fields of `SamplerKind`.
 
-    Raises:
-        ConfigError: the name is taken.
+    Raises ConfigError if the name is taken.
     """
 
     def register(build: Callable[..., Draws]) -> Callable[..., Draws]:

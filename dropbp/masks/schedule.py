@@ -59,8 +59,7 @@ class Schedule:
         trains: whether a step that drops these branches, as bits, trains anything.
         parallel: sets of neighbouring branches, as bits, that nested masks drop together.
 
-    Raises:
-        ConfigError: rates or options of the mask sampler have values that are not allowed.
+    Raises ConfigError if rates or options of the mask sampler have values that are not allowed.
     """
 
     def __init__(
@@ -260,8 +259,7 @@ class Schedule:
     def clear_trains_cache(self) -> None:
         """Discard what depends on which parameters are trained.
 
-        Raises:
-            ConfigError: every step would drop all of them.
+        Raises ConfigError if every step would drop all of them.
         """
         self._trains_cache.clear()
         for at in (*self._values_at.values(), self.at_batch_shape, self.at_draw_shape):
@@ -361,8 +359,7 @@ class Schedule:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue where another schedule of the same model stopped, with the options of this one.
 
-        Raises:
-            StateError: the state is damaged or has another version, model, sampler or seed; nothing is changed.
+        Raises StateError if the state is damaged or has another version, model, sampler or seed; nothing is changed.
         """
         saved = read(state, self)
         if self.statistics.forwards < saved.statistics.forwards:

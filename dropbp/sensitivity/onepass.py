@@ -316,8 +316,7 @@ def _square(tensor: Tensor) -> Tensor:
 def edges_of_branches(graph: Graph, structure: Structure) -> list[list[Edge]]:
     """The edges of each branch; a closure may run the model several times.
 
-    Raises:
-        StateError: the graph does not show every branch.
+    Raises StateError if the graph does not show every branch.
     """
     found, count = cuts_in(graph, structure), len(structure.branches)
     if not found or len(found) % count:
