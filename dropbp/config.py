@@ -161,7 +161,7 @@ _ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "resample": (
         _is_resample,
-        "allowed: 'forward', 'step' (with handle.resample() at each step), or the number of forwards that share a mask.",
+        "allowed: 'forward', 'step' (with handle.resample() in each step), or how many forwards share a mask, from 1.",
     ),
     "warmup": (lambda count: is_whole(count, 0), "it must be a whole number of training forwards, at least 0."),
     "steps": (

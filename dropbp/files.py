@@ -47,12 +47,9 @@ def _flush(path: Path) -> None:
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:
-    """The latest complete checkpoint, and what is wrong with the later ones.
+    """The latest complete checkpoint (None: there is none), and by folder name what is wrong with the later ones.
 
     A trainer that is killed during a save leaves a folder with missing or truncated files.
-
-    Returns:
-        The folder, or None if there is none; and the faults by folder name.
     """
     faults: dict[str, str] = {}
     for checkpoint in _checkpoints(folder):

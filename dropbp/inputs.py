@@ -101,13 +101,7 @@ def named_arguments(names: Sequence[str], args: Sequence[Any]) -> list[tuple[str
 
 
 def call_signature(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallSignature:
-    """A key for a call of a model: the names of the arguments given, and the values of its flags.
-
-    Args:
-        names: names of the positional arguments.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-    """
+    """A key for a call of a model: the names of the arguments given, and the values of its flags."""
     given = (*named_arguments(names, args), *kwargs.items())
     return frozenset((name, _flag(value)) for name, value in given if value is not None)
 

@@ -45,17 +45,10 @@ Kind = tuple[Any, ...]
 
 
 class ActivationCache:
-    """The cache of one enabled model.
+    """The cache of one enabled model, in host memory (`where` is True) or in a folder, up to `limit` bytes.
 
-    Args:
-        engine: the engine of the model; its schedule tells what will still train.
-        where: True (host memory), or a folder.
-        limit: bytes that may be stored; None: a share of the free memory or disk space.
-
-    Attributes:
-        refused: why the cache is off; None while it is on.
-        objections: why some forwards run without it.
-        difference: the largest difference found when a forward ran both ways, relative to the norm of a row's state.
+    `refused` says why the cache is off (None: it is on), and `objections` why some forwards run without it.
+    `difference` is the largest one found when a forward ran both ways, relative to the norm of a row's state.
     """
 
     def __init__(self, engine: Engine, where: bool | str | os.PathLike[str], limit: int | None = None) -> None:

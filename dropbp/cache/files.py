@@ -50,13 +50,7 @@ class RecordLocation:
 
 
 class FileStore:
-    """States in a folder, up to a limit in bytes.
-
-    Args:
-        folder: the folder; it is created if missing.
-        fingerprints: fingerprints of the model.
-        limit: bytes; None: a share of the free disk space.
-    """
+    """States in a folder, up to a limit in bytes; None: a share of the free disk space."""
 
     def __init__(self, folder: Path, fingerprints: Fingerprints, limit: int | None = None) -> None:
         self.folder, self._fingerprints = folder, fingerprints

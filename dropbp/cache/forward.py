@@ -28,18 +28,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, tor
 
 
 class CachedForward:
-    """One call of the root.
-
-    Args:
-        cache: the cache whose states are used.
-        call: the root's forward.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-        kind: kind of the call; observations of one call hold for its kind.
-        rows: rows of the batch.
-        border: the border at which states are stored now.
-        plan: plan of the forward.
-    """
+    """One call of the root; observations of it hold for its `kind`. States of its `rows` are stored at `border`."""
 
     def __init__(
         self,

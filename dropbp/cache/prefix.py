@@ -28,10 +28,7 @@ _get = cast(Any, dict.get)
 class Prefix:
     """The blocks of one model in the order in which they run, and the tensors below each border.
 
-    Args:
-        model: the root module.
-        structure: its branches and blocks.
-        freezes_stem: whether the stem is frozen in steps that drop a branch above it.
+    `freezes_stem` says whether the stem is frozen in steps that drop a branch above it.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, freezes_stem: bool) -> None:
@@ -96,13 +93,10 @@ class Prefix:
                 yield place, stem.lowest_above.get(name, 0), name in stem.names
 
     def changed(self, tensors: Sequence[Any], border: int) -> int | None:
-        """The block of the lowest tensor below a border that changed since the last call; None if none did.
+        """The block of the lowest of the `current_tensors` below a border that changed since the last call; None if
+        none did.
 
         A tensor checked for the first time counts as unchanged, since no state was stored above it before.
-
-        Args:
-            tensors: the result of `current_tensors`.
-            border: only tensors below it are checked.
         """
         storage_fixed = not hasattr(self.model, "set_unshard_in_backward")  # FSDP2 gathers what it holds at the root
         below = bisect_left(self._places, border)
@@ -113,11 +107,9 @@ class Prefix:
         return next((place for place, new, old in zip(self._places, now, before, strict=False) if new != old), None)
 
     def frozen_border(self, kept: int, freezes_stem: bool) -> int:
-        """The highest border below which nothing trains in steps that keep these branches.
+        """The highest border below which nothing trains in steps that keep the branches `kept` (bits).
 
-        Args:
-            kept: branches as bits.
-            freezes_stem: whether the stem below the lowest of them is frozen.
+        `freezes_stem` says whether the stem below the lowest of them is frozen.
         """
         for place, branch, in_stem in self._trained:
             if branch == NO_BRANCH_ABOVE or (in_stem and not freezes_stem) or kept >> branch & 1:

@@ -11,10 +11,8 @@ PAST_THE_MIDDLE = 0.55  # share of the run
 
 
 class Recurrence:
-    """Counts rows of training forwards since the first one, or since the last end of an epoch.
-
-    Attributes:
-        epochs: ends of epochs that a trainer has reported.
+    """Counts rows of training forwards since the first one, or since the last of the `epochs` that a trainer has
+    reported.
     """
 
     def __init__(self) -> None:
@@ -24,12 +22,8 @@ class Recurrence:
     def note(self, rows: int, stored: int, hits: int, share: float | None, full: bool) -> str | None:
         """Count the rows of a training forward. Return the reason if rows turn out not to come again.
 
-        Args:
-            rows: rows looked up.
-            stored: how many of them were stored.
-            hits: how many of them were found, so that the forward could start at the border.
-            share: finished share of the run; None if it is unknown.
-            full: whether rows were left out for lack of space.
+        `stored` of the rows had states, and `hits` started at the border. `share` is the finished share of the run
+        (None: unknown); `full` says whether rows were left out for lack of space.
         """
         self._rows, self._stored, self._hits = self._rows + rows, self._stored + stored, self._hits + hits
         if share is None or self.epochs:

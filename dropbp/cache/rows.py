@@ -30,13 +30,10 @@ LABELS = frozenset({
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One row.
+    """One row: the key of its content, and its real positions (None: all count, or it is unknown).
 
-    Attributes:
-        key: the key of its content.
-        real: its real positions; None if all count, or if that is unknown.
-        padding: the key of the padding just left of them, from whose state the first token is predicted; None if there
-            is none.
+    `padding` is the key of the padding just left of them, from whose state the first token is predicted; None if there
+    is none.
     """
 
     key: bytes
@@ -51,14 +48,10 @@ class Row:
 class Keys:
     """Makes the keys of rows.
 
-    Args:
-        names: names of the forward's positional arguments.
-        labels_matter: whether labels are inputs too, as for a decoder that reads them.
-        length_matters: whether a state depends on the length of the padded row.
-
-    Attributes:
-        trims: whether padding is left out; not if the stream has other positions than the mask.
-        offset_matters: whether a state may depend on the amount of padding to its left. Such rows are hashed with it.
+    `names` are those of the forward's positional arguments. `labels_matter` if labels are inputs too, as for a decoder
+    that reads them; `length_matters` if a state depends on the length of the padded row. `trims` says whether padding
+    is left out: not if the stream has other positions than the mask. While `offset_matters`, a state may depend on the
+    padding to its left, and rows are hashed with it.
     """
 
     def __init__(self, names: Sequence[str], labels_matter: bool, length_matters: bool) -> None:

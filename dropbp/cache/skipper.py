@@ -110,20 +110,13 @@ def _alike(value: Any, stream: Any) -> bool:
 
 
 class BlockSkipper:
-    """Runs or skips each block in one forward.
+    """Runs or skips each block in one forward, in which `rows` enter with their `states`, each at its border; without
+    states it runs in full. `padding` are the states of the padding to the left of rows.
 
-    Args:
-        interfaces: the interfaces of the blocks.
-        rows: rows of the batch.
-        states: states of the rows, each with its border; empty if the forward runs in full.
-        padding: states of the padding to the left of these rows.
-        store: called with the border and the stream where states are to be stored.
-        store_at: that border; 0 if none.
-        compare: called with a row, its state and the stream where the row would enter; the rows then do not enter.
-        seeks_leaks: whether to check what besides the stream comes out of skipped blocks.
-        requires_grad: whether the stream at the start requires a gradient.
-        begin: called before the first block runs.
-        watch: called with the index of each block that has run, and with -1 before the first.
+    `store` is called with the border `store_at` (0: none) and the stream there. `compare` is called with a row, its
+    state and the stream where the row would enter; rows then do not enter. `seeks_leaks` checks what comes out of
+    skipped blocks besides the stream. `requires_grad` is that of the stream at the start. `begin` is called before the
+    first block runs, `watch` with the index of each block that has run, and with -1 before the first.
     """
 
     def __init__(

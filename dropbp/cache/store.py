@@ -20,12 +20,9 @@ class RowState(NamedTuple):
 
 
 class Store(Protocol):
-    """Holds one state for each row.
+    """Holds one state for each row, up to `limit` bytes.
 
-    Attributes:
-        limit: in bytes.
-        full: whether a state was rejected for lack of space.
-        trouble: why nothing more can be stored; None if all is well.
+    `full`: a state was rejected for lack of space. `trouble`: why nothing more can be stored; None if all is well.
     """
 
     limit: int | None

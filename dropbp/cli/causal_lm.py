@@ -35,15 +35,10 @@ MICRO_BATCH, ACCUMULATION = 2, 64  # the paper's batch of 128
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
-    """Fine-tune, save and evaluate with the options of `dropbp finetune`.
+    """Fine-tune, save and evaluate with the options of `dropbp finetune`. Return the result and the model's folder.
 
-    Returns:
-        The result and the folder that holds the model.
-
-    Raises:
-        DropBPError: bad input.
-        ResourceError: memory or disk space ran out; the message names the checkpoint that is kept.
-        KeyboardInterrupt: after Ctrl-C; its message does so too.
+    Raises DropBPError for bad input. Where memory or disk space ran out (ResourceError) or Ctrl-C was pressed, the
+    message names the checkpoint that is kept.
     """
     output = args.output or OUTPUT
     checkpoint = _checkpoint(output, args.resume)

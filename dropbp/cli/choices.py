@@ -57,12 +57,8 @@ class Question:
 def choice_questions(held_out: int, seed: int, longest: int = 300) -> tuple[list[Question], list[Question]]:
     """The same number of questions from every set, shuffled: to train on, and `held_out` to evaluate on.
 
-    Args:
-        held_out: how many are kept for evaluation.
-        seed: of the order and the split.
-        longest: characters of a question with its options; longer ones are left out.
-
-    Raises ConfigError if the registry is not reached.
+    Questions of more than `longest` characters, options included, are left out. Raises ConfigError if the registry is
+    not reached.
     """
     order = random.Random(seed)
     sets = []

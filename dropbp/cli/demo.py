@@ -46,10 +46,7 @@ class Recipe:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
-    """Run the comparison with the options of `dropbp finetune`.
-
-    Returns:
-        The result and the folder it belongs into.
+    """Run the comparison with the options of `dropbp finetune`. Return the result and the folder it belongs into.
 
     Raises ConfigError if model or questions cannot be had.
     """

@@ -139,14 +139,8 @@ def encode_rows(
 ) -> Encoded:
     """Examples of all rows; rows that teach nothing, or not within `max_length`, are left out and counted.
 
-    Args:
-        rows: rows with the columns of one of `dropbp.cli.formats.KINDS`.
-        encoder: how text becomes tokens.
-        progress: wraps the rows, for a progress bar.
-        source: what errors call the data set.
-
-    Raises ConfigError if the columns fit no kind, a row cannot be used, or no row has a response that can be learned
-    from.
+    `progress` wraps the rows, for a progress bar; errors call the data set `source`. Raises ConfigError if the columns
+    fit no kind, a row cannot be used, or no row has a response that can be learned from.
     """
     kind = kind_of(rows[0], source)
     if kind.name in ("chat", "sharegpt"):

@@ -31,12 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command.
-
-    Raises:
-        DropBPError: bad input, in one line.
-        KeyboardInterrupt: after Ctrl-C; its message says what is kept.
-    """
+    """Run the command. Raises DropBPError for bad input; after Ctrl-C, KeyboardInterrupt says what is kept."""
     _check(args)
     _check_packages(args)
     with quiet():

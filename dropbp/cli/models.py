@@ -70,15 +70,11 @@ def new_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def with_lora(model: Any, seed: int, *, adapters_in_fp32: bool = True, **options: Any) -> Any:
-    """A causal language model with LoRA adapters, the paper's by default; the model itself is changed.
+    """A causal language model with LoRA adapters, the paper's unless `options` of `peft.LoraConfig` say otherwise.
 
-    Args:
-        model: the model; its own weights are frozen.
-        seed: of the adapters' first weights. The global random state is left as it is.
-        adapters_in_fp32: whether adapters of a model in 16 bits are in float32, and not in 16 bits, too.
-        options: of `peft.LoraConfig`, in place of the paper's.
-
-    Raises ConfigError if the adapters do not fit the model.
+    The model itself is changed, and its own weights are frozen. `seed` is that of the adapters' first weights; the
+    global random state stays. Without `adapters_in_fp32`, adapters of a model in 16 bits have 16 bits, too. Raises
+    ConfigError if the adapters do not fit.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -55,11 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, print, write.
-
-    Raises:
-        DropBPError: bad input, in one line.
-    """
+    """Plan, print, write. Raises DropBPError for bad input."""
     _check(args)
     with quiet():
         found = plan_model(args, progress_note())

@@ -75,20 +75,11 @@ class Job:
 def train(
     job: Job, settings: Settings, callback: DropBPCallback | None = None, resume_from: str | None = None
 ) -> dict[str, Any]:
-    """Train, evaluate and measure.
+    """Train the job's model in place, evaluate and measure; without a callback of DropBP, plainly.
 
-    Args:
-        job: model and data; the model is trained in place and left without DropBP.
-        settings: sizes, schedule, device.
-        callback: DropBP's; None trains plainly.
-        resume_from: the folder of a checkpoint.
-
-    Returns:
-        The record of the run: configuration, raw step times, evaluations, FLOPs, memory. Only JSON types.
-
-    Raises:
-        ConfigError: logits are wanted only where a label is, and the model cannot compute them so.
-        DeviceError: the device that was asked for is not the one the trainer would use.
+    The record holds the configuration, raw step times, evaluations, FLOPs and memory, in JSON types only. Raises
+    ConfigError if logits are wanted only where a label is and the model cannot compute them so, DeviceError if the
+    trainer would use another device than was asked for.
     """
     recorder = StepRecorder(job.name)
     logits = labelled_logits(job.model, evaluation=True) if job.labelled else nullcontext()

@@ -150,14 +150,10 @@ def _operands(node: Node) -> tuple[int, ...]:
 
 
 class BackwardFlops:
-    """The cost of each branch's backward at any shape, with the parameters that are trained now.
+    """The cost of each branch's backward at any shape, with the parameters that are trained now, in forward FLOPs.
 
-    The unit is forward FLOPs: a fully trained branch weighs as much as its forward.
-
-    Args:
-        works: work of the same branches at several shapes.
-        parameters: parameters of the model, by name.
-        truncated: whether steps train the top of the model down to a border, and nothing below it.
+    `works` is the work of the same branches at several shapes. A fully trained branch weighs as much as its forward.
+    `truncated`: steps train the top of the model down to a border, and nothing below it.
     """
 
     def __init__(

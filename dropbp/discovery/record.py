@@ -40,12 +40,7 @@ def record(
 ) -> Trace:
     """Run `model(*args, **kwargs)` once and return the trace; the model is unchanged afterwards.
 
-    Args:
-        model: the root module.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        identities: give modules that return their input, such as dropout in evaluation mode, a graph node, too.
-
+    With `identities`, modules that return their input, such as dropout in evaluation mode, get a graph node, too.
     Raises DiscoveryError if the forward failed, or no output depends on anything differentiable.
     """
     recorder = Recorder(model, identities=identities)
@@ -170,11 +165,8 @@ def _leaf_ids(tensor: torch.Tensor) -> frozenset[int]:
 class Recorder:
     """Hooks every module for the length of one forward. After `trace`, `functions` holds the nodes of the graph.
 
-    Args:
-        model: the root module.
-        count_flops: whether to record FLOPs and attention masks, too.
-        adds_in_place: whether the model may add in place to views.
-        identities: whether a module that returns its input gets a graph node.
+    `count_flops` also records FLOPs and attention masks. `adds_in_place` says whether the model may add in place to
+    views, `identities` whether a module that returns its input gets a graph node.
     """
 
     def __init__(

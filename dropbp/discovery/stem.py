@@ -39,12 +39,8 @@ class _Use:
 
 
 def find_stem(graph: Graph, cuts: Sequence[Cut], parallel: Sequence[int]) -> Stem:
-    """The modules and parameters that must be frozen in some steps.
-
-    Args:
-        graph: graph of the recorded forward.
-        cuts: for each branch, the edges that are cut to drop it.
-        parallel: sets of branches, as bit masks, that are only dropped together.
+    """The modules and parameters that must be frozen in some steps; `parallel` sets of branches are only dropped
+    together.
     """
     by_name: dict[str, list[_Use]] = {}
     for use in _uses(graph, cuts, parallel):

@@ -197,11 +197,8 @@ class UnshardControl:
 
     FSDP2 has one switch per module, not per forward. So the switch is set when the backward of a forward begins, for
     all forwards whose backwards run together, and reset when that backward ends. A block that is recomputed
-    nevertheless (because a checkpoint covers more than the block) gathers its parameters at that time.
-
-    Args:
-        model: the root module.
-        need_of: maps a parameter's name to the branches that must all be dropped for it not to be needed.
+    nevertheless (because a checkpoint covers more than the block) gathers its parameters at that time. `need_of` gives
+    the branches that must all be dropped for a parameter not to be needed.
     """
 
     def __init__(self, model: nn.Module, need_of: Callable[[str], int]) -> None:

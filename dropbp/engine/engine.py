@@ -300,16 +300,8 @@ def _install_all(
 ) -> list[ForwardPatch]:
     """Install all forward wrappers, innermost first, so that removal in reverse order is exact.
 
-    Args:
-        model: the root module.
-        structure: the modules to wrap.
-        runtime: the state that all wrappers share.
-        root: makes the state of the wrapper of the root or of a backbone.
-        recomputation: recomputes blocks in the backward.
-        scales: whether gradients of kept branches are scaled.
-        stem: modules and parameters outside the branches that are frozen in some steps.
-        boundary: where a lazy device is told that a step ends: `none`, `layer` or `sublayer`.
-        step_boundary: tells it.
+    `root` makes the state of the wrapper of the root or of a backbone. `boundary` is where a lazy device is told, by
+    `step_boundary`, that a step ends: `none`, `layer` or `sublayer`.
     """
     made = install(model, structure, runtime, stem)
     made += [ForwardPatch(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]

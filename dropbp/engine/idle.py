@@ -22,13 +22,7 @@ if TYPE_CHECKING:
 
 
 class IdleBranches:
-    """Compares the number of calls before and after a forward.
-
-    Args:
-        modules: the modules of the branches.
-        schedule: has counted the forward, and is corrected.
-        runtime: tells whether a forward is shortened by a cache.
-    """
+    """Compares the number of calls before and after a forward, and corrects the schedule that has counted it."""
 
     def __init__(self, modules: list[BranchModuleState], schedule: Schedule, runtime: Runtime) -> None:
         self._modules, self._schedule, self._runtime = modules, schedule, runtime

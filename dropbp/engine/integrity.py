@@ -40,12 +40,7 @@ def last_modules(structure: Structure) -> list[str]:
 
 
 class PatchCheck:
-    """Checks that the branches' last modules are still in place, with the forwards that `enable` gave them.
-
-    Args:
-        model: the root module.
-        names: names of the modules, whose forwards are already wrapped.
-    """
+    """Checks that the branches' last modules are still in place, with the forwards that `enable` gave them."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.model = model

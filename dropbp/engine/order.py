@@ -21,12 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class BlockOrder:
-    """Compares the order in which the blocks of each list were entered with that of the recorded forward.
-
-    Args:
-        structure: the branches.
-        modules: the modules of the branches, in the order of the recorded forward.
-    """
+    """Compares the order in which the blocks of each list were entered with that of the recorded forward."""
 
     def __init__(self, structure: Structure, modules: Sequence[BranchModuleState]) -> None:
         self._lists: dict[str, list[tuple[str, BranchModuleState]]] = {}

@@ -15,13 +15,7 @@ from dropbp.masks.plan import ForwardPlan
 
 
 class Parameters:
-    """Looks up parameters by name each time, because training engines replace them.
-
-    Args:
-        model: the root module.
-        structure: its branches.
-        stem: modules and parameters outside the branches that are frozen in some steps.
-    """
+    """Looks up parameters by name each time, because training engines replace them."""
 
     def __init__(self, model: nn.Module, structure: Structure, stem: Stem) -> None:
         self.model, self.structure, self.stem = model, structure, stem
@@ -99,11 +93,8 @@ class Parameters:
     def fill(self, dropped: int, with_stem: bool, boundary: Callable[[], None] | None) -> None:
         """Give zero gradients to parameters that this step skips, so that optimizers see the same set in every step.
 
-        Args:
-            dropped: the branches that the step drops, as bits.
-            with_stem: whether the parameters outside the branches are frozen in this step.
-            boundary: called after each branch, because a lazy device would otherwise record another graph for each
-                mask.
+        `boundary` is called after each branch, because a lazy device would otherwise record another graph for each
+        mask.
         """
         by_need: dict[int, list[nn.Parameter]] = {}
         stem = self.stem_parameters() if with_stem else {}

@@ -40,13 +40,8 @@ class WrapperState:
 
 
 class ForwardPatch:
-    """One wrapper around one module's forward.
-
-    Args:
-        module: the instance.
-        attribute: name of the instance attribute that holds `state`.
-        state: the data that the wrapper reads.
-        wrap: makes the wrapper from the original forward, a function of `(module, *args, **kwargs)`.
+    """One wrapper around one module's forward. The wrapper, which `wrap` makes from the original forward (a function of
+    `(module, *args, **kwargs)`), reads `state` from the instance attribute of this name.
     """
 
     def __init__(

@@ -110,13 +110,7 @@ class CallKind:
 
 
 class CallKinds:
-    """The kinds of calls of one model.
-
-    Args:
-        model: the root module.
-        structure: its branches.
-        recorded: what the call recorded for discovery asked for.
-    """
+    """The kinds of calls of one model; `recorded` is what the call recorded for discovery asked for."""
 
     def __init__(self, model: nn.Module, structure: Structure, recorded: CallSignature) -> None:
         self._names = argument_names(model)

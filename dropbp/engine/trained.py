@@ -35,10 +35,8 @@ _NUMBER = re.compile(r"^((?:\w*[A-Za-z_]\w*\.)*)(\d+)(\..*)?$")
 class Trained:
     """The trained parameters of a model, and the branches that their gradients pass through.
 
-    Args:
-        model: the root module.
-        structure: its branches.
-        freezes_stem: whether the parameters in `structure.stem` are frozen in some steps; otherwise they train in all.
+    `freezes_stem` says whether the parameters in `structure.stem` are frozen in some steps; otherwise they train in
+    all.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, freezes_stem: bool) -> None:

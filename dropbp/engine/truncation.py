@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 class Truncation:
     """Decides for each training forward whether to truncate its backward.
 
-    Args:
-        model: the root module.
-        runtime: tells whether a block ran without recording under a truncated backward.
-        bypass: knows the checkpoint functions of models in the style of transformers.
-        possible: whether the parameters that feed the stream are frozen and nothing known in advance forbids
-            truncation.
+    `possible` says whether the parameters that feed the stream are frozen and nothing known in advance forbids
+    truncation.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime, bypass: CheckpointBypass, possible: bool) -> None:

@@ -78,11 +78,8 @@ def probe_for(shape: Shape) -> Probe:
 class Footprint:
     """The memory of steps that all drop the same branches.
 
-    Args:
-        run: runs one step of a shape, forward and backward, under the mask.
-        probe: the small shapes at which it runs.
-        workload: the workload of the steps.
-        held_gradients: whether all gradients exist from the start, as in the second of several micro-batches.
+    `run` runs one step of a shape under the mask. With `held_gradients` all gradients exist from the start, as in the
+    second of several micro-batches.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class Share:
 class Costs:
     """Seconds, or FLOPs, of a step that drops nothing, of one that drops everything, and of recomputing every block.
 
-    If the model checkpoints its own blocks, `checkpoints` is true and `kept` includes the recomputation.
+    If the model checkpoints its own blocks (`checkpoints`), `kept` includes the recomputation.
     """
 
     kept: float
@@ -260,11 +260,7 @@ def counted_flops(workload: Workload, handle: Handle, shape: Shape) -> Costs:
 def rescaled_flops(costs: Costs, counted: Shape, wanted: Shape, branches: tuple[int, int]) -> Costs:
     """Rescale FLOPs from the counted shape to another: branches by their own growth, the rest by the tokens.
 
-    Args:
-        costs: FLOPs at the counted shape.
-        counted: the shape at which they were counted.
-        wanted: the other shape.
-        branches: FLOPs of one forward of all branches at either shape.
+    `branches` are the FLOPs of one forward of all branches at either shape.
     """
     tokens = [s.batch_size * max(1, s.sequence_length) for s in (counted, wanted)]
     before, after = branches

@@ -34,9 +34,8 @@ _NESTED = ("dataset", "data_collator", "collate_fn")  # attributes in which wrap
 def first_batch(loader: Any, model: nn.Module) -> dict[str, Any]:
     """The first rows of a data loader's data set as keyword arguments of the model, on its device.
 
-    No random state moves, and the loader's next batch does not change.
-
-    Raises ConfigError if the loader's batches are not dictionaries, or its data set has no rows.
+    No random state moves, and the loader's next batch does not change. Raises ConfigError if the batches are not
+    dictionaries, or the data set has no rows.
     """
     with fork_rng(model), _fork_python_rng():
         batch = _copied(loader.collate_fn)(_first_rows(loader))

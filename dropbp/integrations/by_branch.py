@@ -26,11 +26,8 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 class ByBranch:
-    """Splits a trainer's work between backward and the next forward; `remove` restores everything.
-
-    Args:
-        handle: handle of the model that is trained.
-        trainer: a trainer of transformers or optimum-habana that has created its optimizer.
+    """Splits the work between backward and the next forward, for a trainer that has created its optimizer; `remove`
+    restores everything.
     """
 
     def __init__(self, handle: Handle, trainer: Any) -> None:

@@ -14,10 +14,7 @@ RESAMPLE = ("forward", "step")
 class Position:
     """Where a trainer is: its optimizer step, and the micro-batch in that step.
 
-    Args:
-        max_steps: optimizer steps of the whole training.
-        accumulation: micro-batches per step.
-        epoch: micro-batches of an epoch, whose last step has the remainder; None if unknown.
+    An epoch has `epoch` micro-batches (None: unknown); its last step has the remainder.
     """
 
     def __init__(self, max_steps: int, accumulation: int, epoch: int | None) -> None:

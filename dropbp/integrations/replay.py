@@ -23,13 +23,9 @@ Closure: TypeAlias = Callable[[], torch.Tensor]
 
 
 class LossReplay:
-    """Captures the next training forwards of a model, and the gradients of their outputs.
+    """Captures the next training forwards of a model, at most `limit`, and the gradients of their outputs.
 
     Forwards in evaluation mode or without gradients are ignored. Call `release` when done.
-
-    Args:
-        model: the model whose forwards are captured.
-        limit: the largest number of captured forwards; later ones are ignored.
     """
 
     def __init__(self, model: nn.Module, limit: int = 1) -> None:

@@ -87,12 +87,8 @@ def step_by_group(
     """Run one step of an optimizer, a parameter group at a time, with a boundary after each.
 
     For optimizers that do not call a boundary between groups themselves, such as PyTorch's. The result is that of
-    `optimizer.step()` if groups do not depend on each other, as in all optimizers of PyTorch but LBFGS.
-
-    Args:
-        optimizer: an optimizer that goes through its groups one after another.
-        step_boundary: called after each group; `device.step_boundary` on a lazy device.
-        groups: used for this step instead of the optimizer's own.
+    `optimizer.step()` if groups do not depend on each other, as in all optimizers of PyTorch but LBFGS. `groups` are
+    used for this step instead of the optimizer's own.
     """
     with marked_groups(optimizer, step_boundary, groups):
         optimizer.step()

@@ -35,10 +35,8 @@ class Layer:
 class GraphWarmup:
     """Chooses masks, as bit masks of dropped branches, until all variants of the graphs have occurred.
 
-    Args:
-        layers: the blocks, from the input upwards.
-        everything: all branches.
-        recomputed: returns the kept branches that are recomputed in the backward, for given dropped branches.
+    `layers` are the blocks, from the input upwards; `recomputed` returns the kept branches that are recomputed, for
+    given dropped ones.
     """
 
     def __init__(self, layers: Sequence[Layer], everything: int, recomputed: Callable[[int], int]) -> None:
@@ -53,9 +51,7 @@ class GraphWarmup:
     def next(self, with_gradient: int, upcoming: Callable[[], Sequence[int]]) -> int | None:
         """The dropped branches of the next forward; None once every variant has occurred.
 
-        Args:
-            with_gradient: the branches whose parameters have gradients now.
-            upcoming: draws the dropped branches of the coming forwards.
+        `with_gradient` are the branches whose parameters have gradients now; `upcoming` draws the coming forwards.
         """
         if self.done:
             return None

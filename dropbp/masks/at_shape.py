@@ -22,20 +22,12 @@ Rates = tuple[float, ...]
 
 
 class AtShape:
-    """FLOPs, rates and sampler at one shape, and the plans made so far.
+    """FLOPs, rates and sampler at one shape, and the plans made so far, by the values they were made from.
 
-    Args:
-        flops: forward FLOPs of every branch.
-        weights: what the budget counts: the FLOPs of branches that have a backward, 0 for others.
-        rates: the name of a profile, or the rate of every branch.
-        trains: whether a step under a mask trains anything.
-        parallel: sets of neighbouring branches, as bits, that masks drop together.
-
-    Attributes:
-        total: sum of the weights.
-        rates: drop rates; 0 for a branch of weight 0.
-        planned: FLOPs that these rates drop on average.
-        plans: plans by the values they were made from.
+    The budget counts `weights`: the FLOPs of branches that have a backward, 0 for others; `total` is their sum. `rates`
+    may be given as the name of a profile; a branch of weight 0 has rate 0. `planned` are the FLOPs that the rates drop
+    on average. `trains` tells whether a step under a mask trains anything. Masks drop the sets of neighbouring branches
+    in `parallel` (bits) together.
     """
 
     def __init__(
@@ -146,11 +138,8 @@ class AtShape:
     def beyond_limit(self, blocks: Iterable[int], limit: float, dropped: int) -> int:
         """Branches of the lowest blocks whose activations exceed what a step may keep, as a bit mask.
 
-        Args:
-            blocks: for each block that may be recomputed, from the input upwards, its branches as a bit mask.
-            limit: share of all branches' activations that may be kept, plus one branch. Activations are assumed to be
-                proportional to FLOPs.
-            dropped: branches that keep nothing, as a bit mask.
+        `blocks` that may be recomputed come from the input upwards. The step may keep the share `limit` of all
+        branches' activations, plus one branch; activations are assumed to be proportional to FLOPs.
         """
         flops = [f if droppable else 0 for f, droppable in zip(self.flops, self.droppable, strict=True)]
         chosen, kept = 0, branch_sets.total(~dropped, flops)

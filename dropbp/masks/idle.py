@@ -20,13 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CountedForward:
-    """What a forward was counted for.
+    """What a forward was counted for: its mask, whether that was drawn, and the values at its shape.
 
-    Attributes:
-        mask: its mask.
-        at_batch_shape: the values at its shape.
-        at_draw_shape: the values that its mask was drawn from; None if all ranks draw the same ones.
-        drawn: whether its mask was drawn.
+    `at_draw_shape` holds the values that its mask was drawn from; None if all ranks draw the same ones.
     """
 
     mask: Mask

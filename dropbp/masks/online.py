@@ -57,10 +57,8 @@ class Online:
     ) -> tuple[float, ...] | None:
         """S_l; None while a branch was neither observed nor calibrated.
 
-        Args:
-            own: the averages, or their mean over ranks.
-            calibrated: sensitivities of the last calibration, if there was one.
-            calibrated_own: their parts from the branches' own parameters.
+        `own` are the averages, or their mean over ranks. `calibrated` are the sensitivities of the last calibration, if
+        there was one, and `calibrated_own` their parts from the branches' own parameters.
         """
         if calibrated is None or calibrated_own is None:
             return tuple(own) if all(map(math.isfinite, own)) else None

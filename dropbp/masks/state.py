@@ -63,8 +63,7 @@ def _plain(value: Any) -> Any:
 def read(state: Any, schedule: Schedule) -> State:
     """The state, if it is complete, of this version and of a run like the schedule's.
 
-    Raises:
-        StateError: it is not; the message says how they differ, or what is damaged.
+    Otherwise raises StateError, which says how they differ, or what is damaged.
     """
     found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
     if not isinstance(state, Mapping) or not isinstance(found, int) or found != STATE_VERSION:
