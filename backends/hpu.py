@@ -21,10 +21,7 @@ from dropbp.errors import DeviceError
 
 # Lazy: with step boundaries around each layer, and optimizer and clipping split by branch (`dropbp.lazy.grouping`), no
 # graph depends on the whole mask and skipped parameters do not move. Eager: nothing is recorded, so none is needed.
-DEFAULTS = {
-    "lazy": DeviceDefaults(boundary="layer", group_parameters=True),
-    "eager": DeviceDefaults(),
-}
+DEFAULTS = {"lazy": DeviceDefaults(boundary="layer", group_parameters=True), "eager": DeviceDefaults()}
 
 _GRAPHS_MODULE = "habana_frameworks.torch.hpu.graphs"
 _DRIVER_VERSION = Path("/sys/module/habanalabs/version")

@@ -34,10 +34,7 @@ class Encoder:
         prompt_ids: list[int] = self.tokenizer(prompt)["input_ids"]
         prompt_ids = _without_end(prompt_ids, self.tokenizer.eos_token_id)
         response_ids = self.plain_ids(response)
-        return {
-            "input_ids": prompt_ids + response_ids,
-            "labels": [IGNORED] * len(prompt_ids) + response_ids,
-        }
+        return {"input_ids": prompt_ids + response_ids, "labels": [IGNORED] * len(prompt_ids) + response_ids}
 
     def chat(self, turns: Sequence[Turn]) -> Example:
         """A conversation up to its last learned turn; the loss is on what the assistant answers.

@@ -95,10 +95,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--device", help="cpu, cuda, hpu, ...; an error if it is not available")
     group.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for all results (runs/finetune; demo: runs/demo)",
+        "--output", type=Path, metavar="DIR", help="folder for all results (runs/finetune; demo: runs/demo)"
     )
     group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
     group.add_argument("--save-steps", type=int, help="steps between checkpoints (a tenth of all)")
@@ -152,10 +149,5 @@ def _text(result: dict[str, Any], output: Path) -> str:
 
     plot = output / PLOT_FILE if find_spec("matplotlib") else "not drawn; needs matplotlib: pip install 'dropbp[bench]'"
     paths = [f"result  {output / RESULT_FILE}", f"plot    {plot}"]
-    parts = [
-        report.shown_answers(result),
-        report.table(result),
-        "\n".join(report.verdict(result)),
-        "\n".join(paths),
-    ]
+    parts = [report.shown_answers(result), report.table(result), "\n".join(report.verdict(result)), "\n".join(paths)]
     return "\n" + "\n\n".join(filter(None, parts)) + "\n"

@@ -83,11 +83,7 @@ def trained_outputs(trace: Trace) -> dict[str, bool]:
 
 
 def structure_of(
-    graph: Graph,
-    model: nn.Module,
-    cuts: Sequence[Cut],
-    unexplained: Iterable[int] = (),
-    parallel: tuple[int, ...] = (),
+    graph: Graph, model: nn.Module, cuts: Sequence[Cut], unexplained: Iterable[int] = (), parallel: tuple[int, ...] = ()
 ) -> Structure:
     """The structure of branches that are dropped by these cuts."""
     need = needs(graph, cuts)

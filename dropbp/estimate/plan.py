@@ -160,13 +160,7 @@ class _Planner:
             model.zero_grad(set_to_none=True)
             yield handle
 
-    def _rate(
-        self,
-        drop_rate: float,
-        flops: Costs,
-        seconds: Costs | None,
-        optimizer_s: float | None,
-    ) -> RatePlan:
+    def _rate(self, drop_rate: float, flops: Costs, seconds: Costs | None, optimizer_s: float | None) -> RatePlan:
         self.note(f"counting memory at drop rate {drop_rate:g}")
         with self._enabled(drop_rate) as handle:
             mix = MaskMix(handle, self.shape, self.accumulation)

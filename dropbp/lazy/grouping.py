@@ -80,9 +80,7 @@ def clip_grad_norm_grouped(
 
 
 def step_by_group(
-    optimizer: torch.optim.Optimizer,
-    step_boundary: Callable[[], None],
-    groups: Sequence[ParameterGroup] | None = None,
+    optimizer: torch.optim.Optimizer, step_boundary: Callable[[], None], groups: Sequence[ParameterGroup] | None = None
 ) -> None:
     """Run one step of an optimizer, a parameter group at a time, with a boundary after each.
 
@@ -96,9 +94,7 @@ def step_by_group(
 
 @contextmanager
 def marked_groups(
-    optimizer: torch.optim.Optimizer,
-    step_boundary: Callable[[], None],
-    groups: Iterable[ParameterGroup] | None = None,
+    optimizer: torch.optim.Optimizer, step_boundary: Callable[[], None], groups: Iterable[ParameterGroup] | None = None
 ) -> Iterator[None]:
     """Inside the context, a step goes through these groups, by default the optimizer's, with a boundary after each."""
     own = optimizer.param_groups

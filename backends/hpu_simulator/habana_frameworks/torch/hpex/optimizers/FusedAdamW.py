@@ -15,13 +15,7 @@ class FusedAdamW(torch.optim.Optimizer):
         _check(lr, betas, eps)
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "bias_correction": bias_correction,
-            },
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction},
         )
 
     @torch.no_grad()

@@ -57,11 +57,7 @@ def _cpu_fallback():
     return {"TotalNumber": 0}
 
 
-_READERS = {
-    "graph_compilation": _graph_compilation,
-    "recipe_cache": _recipe_cache,
-    "cpu_fallback": _cpu_fallback,
-}
+_READERS = {"graph_compilation": _graph_compilation, "recipe_cache": _recipe_cache, "cpu_fallback": _cpu_fallback}
 _global = {name: Metric(name, read) for name, read in _READERS.items()}
 
 
