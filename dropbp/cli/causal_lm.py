@@ -6,8 +6,9 @@ import argparse
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from dropbp.cli.examples import Encoder, Example, encode_rows
 from dropbp.cli.models import load_model, load_tokenizer, with_lora
 from dropbp.cli.report import new_result
-from dropbp.cli.rows import Row, read_rows
+from dropbp.cli.rows import read_rows
 from dropbp.cli.training import Job, Settings, train
 from dropbp.errors import ConfigError, ResourceError, as_resource_error
 from dropbp.files import last_whole_checkpoint, write_text
@@ -73,7 +74,8 @@ def split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Exa
 def _job(args: argparse.Namespace) -> Job:
     rows = read_rows(args.dataset)
     tokenizer = load_tokenizer(args.model)
-    encoded = encode_rows(rows, Encoder(tokenizer, args.max_length), _progress, f"--dataset {args.dataset}")
+    progress = partial(tqdm, desc="tokens", unit="row")
+    encoded = encode_rows(rows, Encoder(tokenizer, args.max_length), progress, f"--dataset {args.dataset}")
     for note in encoded.notes():
         logger.warning("--dataset %s: %s", args.dataset, note)
     examples, evaluation = split(encoded.examples, args.eval_fraction, args.seed)
@@ -144,8 +146,3 @@ def _save(job: Job, callback: DropBPCallback | None, output: Path) -> None:
     job.tokenizer.save_pretrained(output)
     if callback is not None:
         write_text(output / STATE_FILE, json.dumps(callback.state(), indent=1) + "\n")
-
-
-def _progress(rows: Iterable[Row]) -> Iterable[Row]:
-    bar: Iterable[Row] = tqdm(rows, desc="tokens", unit="row")
-    return bar

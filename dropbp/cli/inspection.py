@@ -68,12 +68,13 @@ def tree(found: dict[str, Any]) -> str:
         f"{found['class']}  {found['parameters']:,} parameters, {len(found['branches'])} branches; "
         f"batch {found['batch_size']} x {found['sequence_length']} tokens"
     )
-    rows = [(head, "FLOPs", "share", "parameters"), *_rows(found["branches"], found["branch_flops"])]
-    width = max(len(row[0]) for row in rows[1:])
-    cells = [f"{label:<{width}}  {flops:>9}  {share:>6}  {count:>14}" for label, flops, share, count in rows[1:]]
-    lines = [line.rstrip() for line in cells]
-    title = f"{'branch':<{width}}  {'FLOPs':>9}  {'share':>6}  {'parameters':>14}"
-    return "\n".join([head, "", title, *lines])
+    rows = list(_rows(found["branches"], found["branch_flops"]))
+    width = max(len(row[0]) for row in rows)
+    lines = [
+        f"{label:<{width}}  {flops:>9}  {share:>6}  {count:>14}".rstrip()
+        for label, flops, share, count in [("branch", "FLOPs", "share", "parameters"), *rows]
+    ]
+    return "\n".join([head, "", *lines])
 
 
 def _entry(branch: Branch) -> dict[str, Any]:

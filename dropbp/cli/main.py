@@ -72,7 +72,8 @@ def _dispatch(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.command is not None:
         return int(COMMANDS[args.command].load().run(args))
-    print(json.dumps(_about(), indent=2) if args.json else parser.format_help().rstrip())
+    about = {"version": __version__, "commands": {name: command.help for name, command in COMMANDS.items()}}
+    print(json.dumps(about, indent=2) if args.json else parser.format_help().rstrip())
     return 0
 
 
@@ -108,10 +109,6 @@ def _explained(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be read or written: {error.strerror}.", EXIT_BAD_INPUT
     return None, EXIT_BAD_INPUT
-
-
-def _about() -> dict[str, Any]:
-    return {"version": __version__, "commands": {name: command.help for name, command in COMMANDS.items()}}
 
 
 def _fail(message: str, status: int) -> int:

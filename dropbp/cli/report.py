@@ -68,9 +68,10 @@ def verdict(result: Result) -> list[str]:
     plain, dropped = runs[False], runs[True]
     sentences = [_cost_sentence(plain, dropped), *_busy_sentence(plain)]
     if plain["evaluations"] and dropped["evaluations"]:
+        amount_s = min(_last(plain, "train_s"), _last(dropped, "train_s"))
         sentences += [
             _loss_sentence(f"after the same {_last(plain, 'step'):.0f} steps", *_at_equal(plain, dropped, "step")),
-            _loss_sentence(f"after the same time{_amount(plain, dropped)}", *_at_equal(plain, dropped, "train_s")),
+            _loss_sentence(f"after the same time ({amount_s:.0f} s)", *_at_equal(plain, dropped, "train_s")),
             _loss_sentence("after the same FLOPs", *_at_equal(plain, dropped, "flops")),
         ]
     if "before" in result:
@@ -200,10 +201,6 @@ def _accuracy_sentence(result: Result, plain: Run, dropped: Run) -> str:
     before, count = result["before"]["accuracy"], result["config"]["recipe"]["held_out"]
     shares = f"{before:.0%} before, plain {plain['accuracy']:.0%}, DropBP {dropped['accuracy']:.0%}"
     return f"Right answers to {count} held-out questions: {shares}."
-
-
-def _amount(plain: Run, dropped: Run) -> str:
-    return f" ({min(_last(plain, 'train_s'), _last(dropped, 'train_s')):.0f} s)"
 
 
 def _last(run: Run, axis: str) -> float:

@@ -43,12 +43,8 @@ def _read_file(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [_json_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _json_row(path: Path, number: int, line: str) -> Row:
-    where = f"{path}, line {number}"
-    return _checked(_parsed(line, where, ""), where)
+    places = {f"{path}, line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    return [_checked(_parsed(line, where, ""), where) for where, line in places.items()]
 
 
 def _read_json(path: Path) -> list[Row]:
@@ -64,12 +60,8 @@ def _parsed(text: str, where: str, hint: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        place = (
-            f"{error.msg} at line {error.lineno}, column {error.colno}"
-            if hint
-            else f"{error.msg} at column {error.colno}"
-        )
-        raise ConfigError(f"--dataset {where} is not JSON: {place}{hint}.") from error
+        line = f"line {error.lineno}, " if hint else ""
+        raise ConfigError(f"--dataset {where} is not JSON: {error.msg} at {line}column {error.colno}{hint}.") from error
     except RecursionError as error:
         raise ConfigError(
             f"--dataset {where} is nested too deeply to be read; remove that row or flatten it."

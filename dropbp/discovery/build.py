@@ -12,7 +12,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from dropbp.branch_sets import containing
@@ -89,18 +88,13 @@ def structure_of(
     need = needs(graph, cuts)
     structure = _Builder(graph, model, cuts, need, UnrecordedCalls(graph, need), unexplained).build()
     stem = with_unused(find_stem(graph, cuts, parallel), model, structure.branch_modules)
-    lowest_above = {
-        name: _last(branch, parallel)
+    lowest_above = {  # the last of the branches that are dropped together, so that each has only its own weight
+        name: containing(parallel, 1 << branch).bit_length() - 1
         for name, branch in stem.lowest_above.items()
         if branch != NO_BRANCH_ABOVE and name not in stem.unused
     }
     work = backward_work(graph, need, len(cuts), lowest_above)
     return dataclasses.replace(structure, stem=stem, parallel=parallel, work=work)
-
-
-def _last(branch: int, parallel: Iterable[int]) -> int:
-    """The last of the branches that are dropped together with this one, so that each has only its own weight."""
-    return containing(parallel, 1 << branch).bit_length() - 1
 
 
 class _Builder:
@@ -123,13 +117,11 @@ class _Builder:
         self.flops_by_need, self.elements_by_need = _totals(graph, need)
 
     def build(self) -> Structure:
-        branch_modules = self._branch_modules()
-        branches = self._branches()
+        trace, branch_modules, branches = self.graph.trace, self._branch_modules(), self._branches()
         outputs, unscalable = self._outputs(branches)
         blocks = self._block_masks(branches)
-        coverage = self._coverage()
         self._check_blocks(branches)
-        found = Structure(
+        return Structure(
             branches,
             branch_modules,
             self._scoped_parameters(),
@@ -137,11 +129,7 @@ class _Builder:
             unscalable,
             blocks,
             self._parameter_needs(),
-            coverage,
-        )
-        trace = self.graph.trace
-        return dataclasses.replace(
-            found,
+            self._coverage(),
             repeated=self._repeated(blocks, branch_modules),
             adds_in_place=trace.adds_in_place,
             kernel_by_weight=trace.kernel_by_weight,
@@ -178,7 +166,7 @@ class _Builder:
         uncalled, ran = [], {prefix for name in calls for prefix in prefixes(name)}  # lists are never called
         for name, module in self.modules.items():
             needs = by_parent.get(container(name), set())
-            if name not in ran and needs and container(name) and _has_weights(module):
+            if name not in ran and needs and container(name) and any(True for _ in module.parameters()):
                 uncalled.append(BranchModule(name, self._common(name, needs)))
         return tuple(uncalled)
 
@@ -193,12 +181,13 @@ class _Builder:
     def _branches(self) -> tuple[Branch, ...]:
         branches: list[Branch] = []
         taken: dict[str, int] = {}
-        for i, _ in enumerate(self.cuts):
+        for i in range(len(self.cuts)):
             modules = self._modules_of(i)
             name = self._name(self._owners(i, modules))
             taken[name] = taken.get(name, 0) + 1
             label = name if taken[name] == 1 else f"{name}#{taken[name]}"
-            branches.append(Branch(label, modules, self._flops(i), 0.0, block_of(modules), self._parameters(i)))
+            flops, elements = self.flops_by_need[1 << i], self.elements_by_need[1 << i]
+            branches.append(Branch(label, modules, flops, 0.0, block_of(modules), elements))
         return tuple(branches)
 
     def _modules_of(self, branch: int) -> tuple[str, ...]:
@@ -225,12 +214,6 @@ class _Builder:
             lists = [n for n, m in self.modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential))]
             self._lists = {p for name in lists for p in prefixes(name)} | {""}
         return self._lists
-
-    def _flops(self, branch: int) -> int:
-        return self.flops_by_need.get(1 << branch, 0)
-
-    def _parameters(self, branch: int) -> int:
-        return self.elements_by_need.get(1 << branch, 0)
 
     def _parameter_needs(self) -> dict[str, int]:
         names = self.graph.parameter_names
@@ -298,20 +281,16 @@ class _Builder:
         inside = {n for call in calls for n in self.graph.nodes_in_call[call.index]}
         for number in first_unrecorded:
             for user in self.graph.consumers[number]:
-                if user in inside and not self._same_output(calls, number, user):
+                made = (self.graph.nodes_in_call[c.index] for c in calls)
+                if user in inside and not any(number in nodes and user in nodes for nodes in made):
                     return "one of its last modules feeds another"
         return ""
 
-    def _same_output(self, calls: Iterable[Call], a: int, b: int) -> bool:
-        made = self.graph.nodes_in_call
-        return any(a in made[c.index] and b in made[c.index] for c in calls)
-
     def _block_masks(self, branches: Sequence[Branch]) -> dict[str, int]:
-        masks: dict[str, int] = {}
+        masks = Counter[str]()
         for i, branch in enumerate(branches):
-            if branch.block:
-                masks[branch.block] = masks.get(branch.block, 0) | 1 << i
-        return masks
+            masks[branch.block] |= 1 << i
+        return {block: mask for block, mask in masks.items() if block}
 
     def _repeated(self, blocks: Iterable[str], branch_modules: Iterable[BranchModule]) -> dict[str, str]:
         """Blocks that ran more than once in the forward, or that contain a module shared by several branches."""
@@ -328,7 +307,7 @@ class _Builder:
     def _coverage(self) -> float:
         """Share of the counted FLOPs that lies in branches."""
         total = sum(self.graph.trace.flops.values())
-        return sum(self._flops(i) for i in range(len(self.cuts))) / total if total else 0.0
+        return sum(self.flops_by_need[1 << i] for i in range(len(self.cuts))) / total if total else 0.0
 
     def _check_blocks(self, branches: Sequence[Branch]) -> None:
         """Raises DiscoveryError if one block of a list has branches and another was not understood."""
@@ -355,27 +334,17 @@ class _Builder:
         return sum(p.numel() for p in weights if self.leaf_need[id(p)] != ALWAYS_NEEDED) / total if total else None
 
 
-def _totals(graph: Graph, need: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
+def _totals(graph: Graph, need: Sequence[int]) -> tuple[Counter[int], Counter[int]]:
     """FLOPs and parameter elements by the set of branches that must be dropped to save them."""
-    flops: dict[int, int] = {}
-    elements: dict[int, int] = {}
+    flops, elements = Counter[int](), Counter[int]()
     for node in graph.nodes:
-        own = need[node.index]
         if node.leaf is None:
-            flops[own] = flops.get(own, 0) + graph.trace.flops.get(node.sequence, 0)
+            flops[need[node.index]] += graph.trace.flops.get(node.sequence, 0)
         elif id(node.leaf) in graph.parameter_names:
-            elements[own] = elements.get(own, 0) + _elements(node.leaf)
+            # ds_numel: all elements, even if DeepSpeed ZeRO-3 holds only a part of them here
+            elements[need[node.index]] += int(getattr(node.leaf, "ds_numel", node.leaf.numel()))
     return flops, elements
 
 
 def _weight_elements(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
-
-
-def _elements(leaf: torch.Tensor) -> int:
-    """Elements of the whole parameter, even if DeepSpeed ZeRO-3 holds only a part of it here."""
-    return int(getattr(leaf, "ds_numel", leaf.numel()))
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None

@@ -76,7 +76,8 @@ def _find(model: nn.Module, given: example.Inputs, named: Names | None) -> Findi
     other_rows = _recorded(model, structure, named, example.with_other_rows(given))
     found = {**other_rows, shape: structure, **_at_other_lengths(model, given, structure, named)}
     if pads(_counts(found)):
-        found |= _at_chunks(model, given, structure, named)
+        chunks = example.longer(model, given, source=True, target=True, more=CHUNKS)
+        found |= _recorded(model, structure, named, chunks)
     flops = fitted(_counts(found))
     works = {shape: each.work for shape, each in found.items()}
     call_signature = example.call_signature(example.argument_names(model), given.args, given.kwargs)
@@ -113,13 +114,6 @@ def _at_other_lengths(
     if by_source and by_target:
         return {**by_source, **by_target, **recorded(longer(given, source=True, target=True))}
     return {**by_source, **by_target, **recorded(longer(more, source=False, target=bool(by_target)))}
-
-
-def _at_chunks(
-    model: nn.Module, given: example.Inputs, structure: Structure, named: Names | None
-) -> dict[Shape, Structure]:
-    """The same branches recorded at a length of several chunks, if the model accepts it."""
-    return _recorded(model, structure, named, example.longer(model, given, source=True, target=True, more=CHUNKS))
 
 
 def _recorded(

@@ -147,11 +147,12 @@ def _sums(graph: Graph) -> list[_Sum]:
 def unexplained_sums(graph: Graph, branches: Collection[Edge]) -> list[int]:
     """Additions with a term that is neither the stream nor a branch."""
     base_of = {join.node: join.base for join in residual_additions(graph)}
-    return [s.node for s in _sums(graph) if not _is_explained(graph, s, base_of.get(s.node), branches)]
 
+    def is_explained(total: _Sum) -> bool:
+        base = base_of.get(total.node)
+        return base is not None and all(edge in branches or graph.base_of(edge[1]) == base for edge in total.terms)
 
-def _is_explained(graph: Graph, total: _Sum, base: int | None, branches: Collection[Edge]) -> bool:
-    return base is not None and all(edge in branches or graph.base_of(edge[1]) == base for edge in total.terms)
+    return [total.node for total in _sums(graph) if not is_explained(total)]
 
 
 def is_sum(graph: Graph, node: Node) -> bool:

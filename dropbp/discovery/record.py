@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -303,11 +304,8 @@ class Recorder:
         keys = {key: frozenset(made) for key, made in by_key.items()}
         first = min((call.start for call in self.calls), default=0)
         holds = any(t.grad_fn is not None and sequence_of(t.grad_fn) >= first for _, t in held_by_modules(self.model))
-        kernels = frozenset(self.kernel_by_weight)
-        own = frozenset(self.returned)
-        return Trace(
-            nodes, tuple(self.calls), roots, flops, call_of, self.masked, kernels, self.stand_ins, keys, holds, own
-        )
+        rest = frozenset(self.kernel_by_weight), self.stand_ins, keys, holds, frozenset(self.returned)
+        return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, *rest)
 
 
 def _made_by(output: Any) -> tuple[int, ...]:
@@ -325,7 +323,7 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def _sum_by_key(records: Sequence[tuple[int, int]]) -> dict[int, int]:
-    total: dict[int, int] = {}
+    total = Counter[int]()
     for key, count in records:
-        total[key] = total.get(key, 0) + count
+        total[key] += count
     return total

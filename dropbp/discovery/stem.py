@@ -17,6 +17,7 @@ dropped.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
@@ -125,9 +126,7 @@ class _FreezableModules:
         self.graph = graph
         self.need, self.flow = needs(graph, cuts), flows(graph, cuts)
         self._frozen_with_by_call: dict[int, int] = {}
-        self._call_counts: dict[str, int] = {}
-        for call in graph.calls:
-            self._call_counts[call.name] = self._call_counts.get(call.name, 0) + 1
+        self._call_counts = Counter(call.name for call in graph.calls)
 
     def outermost(self, use: _Use) -> Call | None:
         """The outermost module around the use whose outputs are all frozen with it; None if there is none."""

@@ -170,7 +170,8 @@ class OptimizerBytes:
         self._mode = FakeTensorMode()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with self._mode, _explained(make):
-            self._parameters = {n: nn.Parameter(_empty_like(p), True) for n, p in trained.items()}
+            empty = {n: torch.empty(p.shape, dtype=p.dtype, device=p.device) for n, p in trained.items()}
+            self._parameters = {name: nn.Parameter(tensor) for name, tensor in empty.items()}
             self._optimizer = make(list(self._parameters.values()))
             self._give_gradients(self._parameters)
             self._optimizer.step()
@@ -203,10 +204,6 @@ class OptimizerBytes:
         chosen = set(names)
         for name, parameter in self._parameters.items():
             parameter.grad = torch.empty_like(parameter) if name in chosen else None
-
-
-def _empty_like(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 @contextlib.contextmanager

@@ -163,24 +163,25 @@ class _Planner:
     def _rate(self, drop_rate: float, flops: Costs, seconds: Costs | None, optimizer_s: float | None) -> RatePlan:
         self.note(f"counting memory at drop rate {drop_rate:g}")
         with self._enabled(drop_rate) as handle:
-            mix = MaskMix(handle, self.shape, self.accumulation)
+            mix, count = MaskMix(handle, self.shape, self.accumulation), self.accumulation
             memories = [memory for mask in mix.peak_memory_masks() for memory in self._memories(handle, mix, mask)]
-            moved = mix.updated_share()
-            return RatePlan(
+            length = self.shape.sequence_length
+            planned = RatePlan(
                 drop_rate,
                 mix.dropped_share,
-                None if seconds is None else self.accumulation * mix.mean(seconds.of),
-                None if optimizer_s is None else moved * optimizer_s,
+                None,
+                None if optimizer_s is None else mix.updated_share() * optimizer_s,
                 _peak(memories, self.shape),
-                self.accumulation * mix.mean(flops.of),
-                self._largest_batch(memories),
+                count * mix.mean(flops.of),
+                self._largest(lambda rows: _peak(memories, Shape(rows, length)), MOST_ROWS),
                 self._largest_sequence(memories) if self.workload.has_lengths else None,
-                None if seconds is None else self._forward_s(flops, seconds) * mix.cacheable_share(),
             )
-
-    def _forward_s(self, flops: Costs, seconds: Costs) -> float:
-        """Forward seconds of all branches, from their share of the FLOPs of a step that drops them all."""
-        return self.accumulation * seconds.dropped * flops.recomputing / flops.dropped
+            if seconds is None:
+                return planned
+            # the forward of all branches, from its share of the FLOPs of a step that drops them all
+            forward_s = count * seconds.dropped * flops.recomputing / flops.dropped
+            spared_s = forward_s * mix.cacheable_share()
+            return dataclasses.replace(planned, forward_backward_s=count * mix.mean(seconds.of), spared_s=spared_s)
 
     def row_bytes(self) -> int:
         """Bytes of the residual stream for one row."""
@@ -238,10 +239,6 @@ class _Planner:
         """The largest size up to `most` within the limit; 0 if none is."""
         return largest(lambda size: peak_bytes(size) <= self.limit_bytes, most=most)
 
-    def _largest_batch(self, memories: Sequence[Memory]) -> int:
-        length = self.shape.sequence_length
-        return self._largest(lambda rows: _peak(memories, Shape(rows, length)), MOST_ROWS)
-
     def _largest_sequence(self, memories: Sequence[Memory]) -> int | None:
         if len(self.probe.lengths) == 1:  # too short to tell how memory grows
             return None
@@ -255,15 +252,13 @@ class _Planner:
         self.note("counting FLOPs")
         counted = Shape(1, self.probe.lengths[-1])
         costs = counted_flops(self.workload, handle, counted)
-        return rescaled_flops(costs, counted, self.shape, (_branch_flops(handle, counted), self._wanted_flops(handle)))
+        branches = _branch_flops(handle, counted), _branch_flops(handle, self.shape)
+        return rescaled_flops(costs, counted, self.shape, branches)
 
     def _seconds(self, handle: Handle, at: Shape, clock: Clock) -> tuple[Costs, float]:
         timing = Timing(self.workload, handle, at, self.device, clock)
         seconds, optimizer_s = timing.run(self.optimizer, self.note)
-        return seconds.scaled(self._wanted_flops(handle) / _branch_flops(handle, at)), optimizer_s
-
-    def _wanted_flops(self, handle: Handle) -> int:
-        return _branch_flops(handle, self.shape)
+        return seconds.scaled(_branch_flops(handle, self.shape) / _branch_flops(handle, at)), optimizer_s
 
 
 @dataclasses.dataclass(frozen=True)

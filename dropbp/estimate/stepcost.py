@@ -117,8 +117,9 @@ class MaskMix:
 
     def peak_memory_masks(self) -> tuple[Mask, ...]:
         """Masks that include the one of highest peak memory: those that keep most activations, or train most."""
-        held = sorted(self.every, key=lambda mask: self._held(self.share(mask)), reverse=True)[:2]
-        most = max(self.every, key=lambda mask: self.share(mask).kept)
+        shares = {mask: self.share(mask) for mask in self.every}
+        held = sorted(self.every, key=lambda mask: shares[mask].recomputed - shares[mask].kept)[:2]
+        most = max(self.every, key=lambda mask: shares[mask].kept)
         return tuple(dict.fromkeys([*held, most]))
 
     def updated_share(self) -> float:
@@ -129,8 +130,9 @@ class MaskMix:
 
     def trained(self, masks: Sequence[Mask], names: Iterable[str]) -> frozenset[str]:
         """Those of these parameters that get a gradient from at least one of the masks."""
-        dropped = [bits(mask) for mask in masks]
-        return frozenset(n for n in names if any(_is_kept(self._needs.get(n, 0), d) for d in dropped))
+        kept = [~bits(mask) for mask in masks]
+        needs = {name: self._needs.get(name, 0) for name in names}
+        return frozenset(name for name, need in needs.items() if any(need <= 0 or need & each for each in kept))
 
     def earlier_masks(self, mask: Mask) -> set[tuple[Mask, ...]]:
         """The masks of earlier micro-batches that may precede this mask in an optimizer step."""
@@ -141,9 +143,6 @@ class MaskMix:
         if not self.checkpoints:
             return self.handle.engine.recomputed(~kept)
         return sum(need for need in self.handle.engine.structure.blocks.values() if need & kept)
-
-    def _held(self, share: Share) -> float:
-        return share.kept - share.recomputed
 
     def _part(self, branches: int) -> float:
         return branch_sets.total(branches, self.flops) / sum(self.flops)
@@ -189,20 +188,18 @@ class Timing:
                 if name != "optimizer":
                     self.workload.model.zero_grad(set_to_none=True)
         self.seconds = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-        return self._costs(), self.seconds["optimizer"] / share
-
-    def _costs(self) -> Costs:
-        kept, dropped = max(self.seconds["kept"], self.seconds["dropped"]), self.seconds["dropped"]
-        return Costs(kept, dropped, self._recomputing(kept), self.checkpoints)
+        dropped = self.seconds["dropped"]
+        kept = max(self.seconds["kept"], dropped)
+        costs = Costs(kept, dropped, self._recomputing(kept), self.checkpoints)
+        return costs, self.seconds["optimizer"] / share
 
     def _recomputing(self, kept: float) -> float:
         """Seconds of recomputing every block."""
         if self.checkpoints:
             return self.handle.engine.structure.coverage * self.seconds["recomputing"]
         with self.handle.engine.recomputing_all():
-            share = (
-                MaskMix(self.handle, self.handle.schedule.shape).share((False,) * len(self.handle.branches)).recomputed
-            )
+            mix = MaskMix(self.handle, self.handle.schedule.shape)
+            share = mix.share((False,) * len(self.handle.branches)).recomputed
         return max(0.0, self.seconds["recomputing"] - kept) / share if share else 0.0
 
     def _step(self, drop: bool) -> None:
@@ -274,7 +271,3 @@ def _sampled(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     total = sum(p.numel() * p.element_size() for p in parameters)
     stride = max(1, -(-total // SAMPLED_BYTES))
     return list(parameters[:: min(stride, len(parameters))])
-
-
-def _is_kept(need: int, dropped: int) -> bool:
-    return need <= 0 or bool(need & ~dropped)

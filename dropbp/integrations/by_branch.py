@@ -73,7 +73,8 @@ class ByBranch:
     @contextmanager
     def _parts(self) -> Iterator[Sequence[ParameterGroup]]:
         groups = self.optimizer.param_groups
-        cut = [(group, self.handle.group_parameters([_without_parts(group)])) for group in groups]
+        plain = [{key: value for key, value in group.items() if key != PARTS} for group in groups]
+        cut = [(group, self.handle.group_parameters([own])) for group, own in zip(groups, plain, strict=True)]
         for group, parts in cut:
             for part, own in zip(parts, _saved_parts(group, len(parts)), strict=True):
                 part.update(own)
@@ -107,10 +108,6 @@ def is_sharded(trainer: Any) -> bool:
     return str(trainer.accelerator.distributed_type).rpartition(".")[2] in SHARDED
 
 
-def _without_parts(group: ParameterGroup) -> ParameterGroup:
-    return {key: value for key, value in group.items() if key != PARTS}
-
-
 def _saved_parts(group: ParameterGroup, count: int) -> Sequence[Mapping[str, Any]]:
     saved = group.get(PARTS)
     if saved is None:
@@ -123,14 +120,11 @@ def _saved_parts(group: ParameterGroup, count: int) -> Sequence[Mapping[str, Any
 
 def _save_parts(group: ParameterGroup, parts: Sequence[ParameterGroup]) -> None:
     """Keep the values that the optimizer wrote into the parts; the group itself gets the highest step count."""
-    own = [{key: value for key, value in part.items() if _is_news(group, key, value)} for part in parts]
+    known = group.keys() - {"step"}
+    own = [{key: value for key, value in part.items() if key != "params" and key not in known} for part in parts]
     if not any(own):
         return
     group[PARTS] = own
     steps = [part["step"] for part in parts if "step" in part]
     if steps:
         group["step"] = max(steps)
-
-
-def _is_news(group: ParameterGroup, key: str, value: Any) -> bool:
-    return key != "params" and (key == "step" or key not in group)

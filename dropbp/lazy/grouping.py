@@ -26,11 +26,8 @@ _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 def split_groups(groups: Iterable[ParameterGroup], key: Callable[[torch.Tensor], Any]) -> list[ParameterGroup]:
     """Split each group into one per key of its parameters, in the order of the keys; options are kept."""
-    return [part for group in _checked_groups(groups) for part in _split_group(group, key)]
-
-
-def _checked_groups(groups: Iterable[ParameterGroup]) -> list[ParameterGroup]:
-    return [_checked_group(group) for group in listed("groups", groups)]
+    checked = [_checked_group(group) for group in listed("groups", groups)]
+    return [part for group in checked for part in _split_group(group, key)]
 
 
 def _checked_group(group: Any) -> ParameterGroup:
@@ -65,11 +62,12 @@ def clip_grad_norm_grouped(
     Returns:
         The norm of all gradients before clipping, a scalar tensor on the device of the first group.
     """
-    boundary = step_boundary or _no_boundary
+    boundary = step_boundary or (lambda: None)
     parts = [part for part in map(list, groups) if part]
     if not parts:
         return torch.zeros(())
-    dtype, device = _norm_dtype(parts), parts[0][0].device
+    wide = any(parameter.dtype is torch.float64 for part in parts for parameter in part)
+    dtype, device = torch.float64 if wide else torch.float32, parts[0][0].device
     total = _total_norm(parts, norm_type, dtype, device, boundary)
     scale = torch.clamp(max_norm / (total + _CLIP_EPSILON), max=1.0)
     boundary()
@@ -139,11 +137,6 @@ def _split_group(group: ParameterGroup, key: Callable[[torch.Tensor], Any]) -> l
     return [{**group, "params": parts[each]} for each in sorted(parts)]
 
 
-def _norm_dtype(parts: Sequence[Sequence[torch.Tensor]]) -> torch.dtype:
-    wide = any(parameter.dtype is torch.float64 for part in parts for parameter in part)
-    return torch.float64 if wide else torch.float32
-
-
 @torch.no_grad()
 def _total_norm(
     parts: Sequence[Sequence[torch.Tensor]],
@@ -179,7 +172,3 @@ def _scale_gradients(part: Sequence[torch.Tensor], scale: torch.Tensor) -> None:
     for parameter in part:
         if parameter.grad is not None:
             parameter.grad.mul_(scale.to(parameter.grad.device))
-
-
-def _no_boundary() -> None:
-    pass

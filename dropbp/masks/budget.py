@@ -58,7 +58,8 @@ def _cause(schedule: Schedule) -> str:
     if unmet is not None:
         return unmet
     at = schedule.at_draw_shape
-    if any(not schedule.trains(at.extend_mask(at.sampler.draw(i))) for i in range(_draws_to_check(schedule))):
+    drawn = range(min(schedule.draws, 256) if at.total and not schedule.anneals else 0)
+    if any(not schedule.trains(at.extend_mask(at.sampler.draw(i))) for i in drawn):
         return (
             "Some masks would have left nothing to train, and others replaced them. Use a lower drop rate, or train "
             "parameters of more branches."
@@ -75,10 +76,6 @@ def _cause(schedule: Schedule) -> str:
         "If batches grow shorter or longer toward the end, or rates change there, too few steps are left to make up "
         "for it."
     )
-
-
-def _draws_to_check(schedule: Schedule) -> int:
-    return min(schedule.draws, 256) if schedule.at_draw_shape.total and not schedule.anneals else 0
 
 
 def may_still_be_kept(schedule: Schedule) -> int:

@@ -7,7 +7,7 @@ takes a line here and a line in `Schedule.load`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dropbp.checks import check_lengths, checked_rates, is_number, is_whole, short
@@ -104,10 +104,6 @@ def _value(type_: str, name: str, value: Any, branches: int) -> Any:
     return values
 
 
-def _shape(sizes: Sequence[int]) -> Shape:
-    return Shape(*map(_count, sizes))
-
-
 def _mask(mask: Any) -> Mask:
     if not all(isinstance(drop, bool) for drop in mask):
         raise ValueError(f"a mask is {short(mask)}, not a list of bools")
@@ -131,7 +127,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "Mapping[str, Any]": dict,
     "Mask": _mask,
     "Rates": lambda values: tuple(map(float, values)),
-    "Shape": _shape,
+    "Shape": lambda sizes: Shape(*map(_count, sizes)),
     "float": _number,
     "int": _count,
     "list[float]": lambda values: list(map(_number, values)),
