@@ -36,7 +36,7 @@ from dropbp.engine.side_outputs import CallPlan
 from dropbp.inputs import argument_names
 from dropbp.masks.budget import kept_last, may_still_be_kept
 from dropbp.masks.plan import ForwardPlan
-from dropbp.tensors import any_requires_grad, tensors_in
+from dropbp.tensors import any_requires_grad
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ class ActivationCache:
         self.refused: str | None = None
         self.objections: dict[str, None] = {}
         self.difference = 0.0
-        self.looked_up = self.found = self.forwards_hit = self.border = 0
-        self._highest = 0  # the highest border so far: no state lies above it
+        self.looked_up = self.found = self.forwards_hit = self.border = self.freed_bytes = 0
         self.saved_s = 0.0
+        self._highest = 0  # the highest border so far: no state lies above it
         self._running: ContextVar[BlockSkipper | None] = ContextVar("skipper", default=None)
         self.takes_use_cache = "use_cache" in argument_names(self.model)
         self.verified: set[tuple[Kind, int | None]] = set()
@@ -75,7 +75,6 @@ class ActivationCache:
         self._trained = 0  # rows of training forwards that were found
         self._once = False  # whether each row is trained on once only
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self.freed_bytes = 0
         self._measured: list[float] = []
         self._padding_untested = True  # whether it is still unknown if the padding to the left of a row matters
         self._patches: list[ForwardPatch] = []
@@ -101,6 +100,7 @@ class ActivationCache:
 
     def report(self) -> dict[str, Any]:
         """The cache's figures as plain numbers and strings."""
+        full = "the limit in bytes is reached, so no further rows are stored" if self.store.full else None
         return {
             "rows": self.store.rows,
             "bytes": self.store.nbytes,
@@ -113,12 +113,8 @@ class ActivationCache:
             "optimizer_bytes_freed": self.freed_bytes,
             "refused": self.refused,
             "objections": list(self.objections),
-            "trouble": self._trouble(),
+            "trouble": self.store.trouble or full,
         }
-
-    def _trouble(self) -> str | None:
-        full = "the limit in bytes is reached, so no further rows are stored" if self.store.full else None
-        return self.store.trouble or full
 
     def figures(self) -> dict[str, float]:
         """The figures for a trainer's log."""
@@ -135,9 +131,7 @@ class ActivationCache:
     ) -> Callable[[], Any] | None:
         """The function that runs instead of the root's forward. If that is compiled, `call` is None and it is kept."""
         if call is None:
-            self._note_objection(
-                "the whole model is compiled: compile its blocks instead, dropbp.compile_blocks(handle)"
-            )
+            self._note_objection("the whole model is compiled: compile its blocks, dropbp.compile_blocks(handle)")
             return None
         whole = functools.partial(call, *args, **kwargs)
         if hasattr(next(self.model.parameters(), None), "ds_id"):
@@ -147,7 +141,7 @@ class ActivationCache:
         observed = isinstance(plan, CallPlan) and plan.observation is not None  # inspects what dropped branches record
         border = self._border_now(plan, observed)
         kind = self._kind(call, args, kwargs)
-        if border == 0 or self._has_objection(border, kind):
+        if border == 0 or self._note_objection(self._objection_to.get(kind) or self.prefix.objection(border)):
             return whole
         self.store.open_border(border)
         rows = self.keys.of(args, kwargs, self._salt(kind))
@@ -211,12 +205,11 @@ class ActivationCache:
         return run_with_skipper(self._running, skipper, self.prefix.blocks, forward)
 
     def _may_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        if transforming() or any_requires_grad(args, kwargs) or (self._once and self._trains()):
-            return False
-        return not self._wants_caches(kwargs)
+        excluded = transforming() or any_requires_grad(args, kwargs) or (self._once and self._trains())
+        return not excluded and not self._wants_caches(kwargs)
 
     def _wants_caches(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the key-value caches of all layers are wanted: in generation, or because the call says so."""
+        """Whether the key-value caches of all layers are wanted: for generation, or because the call asks."""
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
             return True
         loss = kwargs.get("labels") is not None or torch.is_grad_enabled()
@@ -229,11 +222,6 @@ class ActivationCache:
         every = (1 << len(self.engine.structure.branches)) - 1
         return self.prefix.frozen_border(plan.trained & every, plan.stem_frozen)
 
-    def _below(self, branches: int) -> int:
-        """The highest border below which none of these branches lies, because an output depends on their inside."""
-        needs = self.engine.structure.blocks.values()
-        return next((place for place, need in enumerate(needs) if need & branches), self.prefix.count)
-
     def _border(self, frozen_border: int, detached: int) -> int:
         """The border at which states are stored now: nothing below it trains in this forward or later; else 0."""
         frozen = self.prefix.frozen_border(may_still_be_kept(self.engine.schedule), self.engine.freezes_stem)
@@ -243,23 +231,21 @@ class ActivationCache:
                 "rates, raise drop_rate, or freeze the lower blocks"
             )
         border = min(frozen, self.interfaces.limit, self.prefix.count)
-        below = self._below(detached)
+        # the highest border below which no branch lies whose inside an output depends on
+        needs = enumerate(self.engine.structure.blocks.values())
+        below = next((place for place, need in needs if need & detached), self.prefix.count)
         if below < border <= frozen_border:
             self._note_objection(
                 f"an output was asked for, such as hidden_states, that {self.prefix.names[below]} produces"
             )
         return border if border <= min(frozen_border, below) else 0
 
-    def _has_objection(self, border: int, kind: Kind) -> bool:
-        reason = self._objection_to.get(kind) or self.prefix.objection(border)
-        if reason is not None:
-            self._note_objection(reason)
-        return reason is not None
-
-    def _note_objection(self, reason: str) -> None:
-        if reason not in self.objections:
+    def _note_objection(self, reason: str | None) -> bool:
+        """Warn once of each reason; return whether there is one."""
+        if reason is not None and reason not in self.objections:
             self.objections[reason] = None
             logger.warning("Forwards run without the activation cache, because %s.", reason)
+        return reason is not None
 
     def _salt(self, kind: Kind) -> str:
         name, asked, changed, modes, autocast = kind
@@ -312,13 +298,8 @@ class ActivationCache:
     def _free_optimizer_states(self, border: int) -> None:
         """Free optimizer states. If such a parameter did train again, its state would start afresh."""
         optimizer = self._optimizer() if self._optimizer is not None else None
-        if optimizer is None or type(optimizer).__module__.startswith("deepspeed"):  # states of many parameters in one
-            return
-        for place in range(border):
-            for _, tensor in self.prefix.tensors_at(place):
-                if tensor.requires_grad and tensor.grad is None and tensor in optimizer.state:
-                    state = optimizer.state.pop(tensor)
-                    self.freed_bytes += sum(value.nbytes for value in tensors_in(state))
+        if optimizer is not None and not type(optimizer).__module__.startswith("deepspeed"):  # one state for many
+            self.freed_bytes += self.prefix.free_states(optimizer, border)
 
     # -- observations
 
@@ -361,12 +342,13 @@ class ActivationCache:
 
     def _stop_in_training(self, reason: str) -> None:
         """Store no more rows of training forwards, and free the states. Evaluations go on if they found their rows."""
+        advice = f"{reason}. Pack rows once, before training, or do not pack"
         if isinstance(self.store, FileStore) and not self._recurrence.epochs:
             self._note_objection(f"{reason}. Rows are still stored for later runs")
         elif self.found == self._trained:
-            self.refuse(f"{reason}. Pack rows once, before training, or do not pack")
+            self.refuse(advice)
         else:
-            self._note_objection(f"{reason}. Pack rows once, before training, or do not pack. Evaluations still use it")
+            self._note_objection(f"{advice}. Evaluations still use it")
             self.store.drop_above(0)
             self._once = True
 

@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dropbp.discovery.structure import NO_BRANCH_ABOVE, Structure
 from dropbp.engine.purity import is_foreign_hook
+from dropbp.tensors import tensors_in
 
 _OF_ADAPTERS = ("_disable_adapters", "active_adapters", "scaling")  # layers of peft
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -75,6 +76,12 @@ class Prefix:
             tensor = table.get(key)
             if tensor is not None:
                 yield name or key, tensor
+
+    def free_states(self, optimizer: torch.optim.Optimizer, border: int) -> int:
+        """Free the states that an optimizer holds of the trained tensors below a border; return their bytes."""
+        below = (tensor for place in range(border) for _, tensor in self.tensors_at(place))
+        idle = [t for t in below if t.requires_grad and t.grad is None and t in optimizer.state]
+        return sum(value.nbytes for tensor in idle for value in tensors_in(optimizer.state.pop(tensor, {})))
 
     def current_tensors(self) -> list[Any]:
         """The current tensors before a forward, None for a missing one. Notes which of them train."""

@@ -31,7 +31,7 @@ from dropbp.masks.plan import Conditions, ForwardPlan
 from dropbp.masks.rates import allocate
 from dropbp.masks.registry import Mask, sampler_kind
 from dropbp.masks.samplers import bits
-from dropbp.masks.state import read, written
+from dropbp.masks.state import load, written
 from dropbp.masks.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -361,35 +361,7 @@ class Schedule:
 
         Raises StateError if the state is damaged or has another version, model, sampler or seed; nothing is changed.
         """
-        saved = read(state, self)
-        if self.statistics.forwards < saved.statistics.forwards:
-            self.graph_warmup = None  # the run being continued has done its own
-        self.draws, self.mask, self.current = saved.draws, saved.mask, saved.current
-        self.pace, self.statistics = saved.pace, saved.statistics
-        self.sensitivities, self.own, self.online = saved.sensitivities, saved.own, saved.online
-        self.agreed = saved.agreed or self.agreed
-        self.set_rates(saved.given)
-        self.set_shape(saved.shape, self.multi_rank)
-        self._take_over({name for name, mine in self.options.items() if saved.options.get(name) != mine})
-
-    def _take_over(self, changed: set[str]) -> None:
-        """Apply options that differ from those of the saved run; the finished share of the training stays the same."""
-        if changed & {"steps", "resample"}:
-            self.pace.set_width(1 / self.length)
-        if "resample" in changed:
-            self.current = None
-        if changed & {"drop_rate", "max_rate", "rates"}:
-            self.pace.owed = 0.0
-            self.set_rates(None)
-            if self.sensitivities is not None and isinstance(self.config.rates, str):
-                self.set_rates(self.allocated(self.sensitivities))
-        if changed:
-            rate = self.at_draw_shape.planned / max(self.at_draw_shape.total, 1.0)
-            logger.warning(
-                "Resumed at %.0f%% of the run with a different %s. The rest of the run follows the new options, at a "
-                "mean drop rate of %g; the steps before are not made up for.",
-                100 * min(1.0, self.pace.now), ", ".join(sorted(changed)), rate,
-            )  # fmt: skip
+        load(self, state)
 
 
 class _FixedMasks(threading.local):

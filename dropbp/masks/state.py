@@ -1,12 +1,13 @@
-"""The saved state of a schedule, written and read here: everything a resumed run needs to draw the same masks.
+"""The saved state of a schedule: everything a resumed run needs to draw the same masks, written, read and continued.
 
 Each field of `State` is an attribute of `Schedule`. It is written by its name and read by its type, so a new field
-takes a line here and a line in `Schedule.load`.
+takes a line in `State` and a word in `load`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +22,8 @@ from dropbp.masks.statistics import Statistics
 
 if TYPE_CHECKING:
     from dropbp.masks.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
 DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -83,6 +86,39 @@ def read(state: Any, schedule: Schedule) -> State:
     except DAMAGE as error:
         raise StateError(f"The DropBP state is damaged ({error}); nothing was loaded.") from error
     return saved
+
+
+def load(schedule: Schedule, state: Any) -> None:
+    """Continue in a schedule where the one that wrote the state stopped. See `read` for the errors."""
+    saved = read(state, schedule)
+    if schedule.statistics.forwards < saved.statistics.forwards:
+        schedule.graph_warmup = None  # the run being continued has done its own
+    for name in ("draws", "mask", "current", "pace", "statistics", "sensitivities", "own", "online"):
+        setattr(schedule, name, getattr(saved, name))
+    schedule.agreed = saved.agreed or schedule.agreed
+    schedule.set_rates(saved.given)
+    schedule.set_shape(saved.shape, schedule.multi_rank)
+    _take_over(schedule, {name for name, mine in schedule.options.items() if saved.options.get(name) != mine})
+
+
+def _take_over(schedule: Schedule, changed: set[str]) -> None:
+    """Apply options that differ from those of the saved run; the finished share of the training stays the same."""
+    if changed & {"steps", "resample"}:
+        schedule.pace.set_width(1 / schedule.length)
+    if "resample" in changed:
+        schedule.current = None
+    if changed & {"drop_rate", "max_rate", "rates"}:
+        schedule.pace.owed = 0.0
+        schedule.set_rates(None)
+        if schedule.sensitivities is not None and isinstance(schedule.config.rates, str):
+            schedule.set_rates(schedule.allocated(schedule.sensitivities))
+    if changed:
+        at = schedule.at_draw_shape
+        logger.warning(
+            "Resumed at %.0f%% of the run with a different %s. The rest of the run follows the new options, at a "
+            "mean drop rate of %g; the steps before are not made up for.",
+            100 * min(1.0, schedule.pace.now), ", ".join(sorted(changed)), at.planned / max(at.total, 1.0),
+        )  # fmt: skip
 
 
 def _of(kind: type[T], values: Mapping[str, Any], branches: int) -> T:
