@@ -71,13 +71,9 @@ def _only_added_to(stream: Any, output: Any) -> bool:
         return False
     node: Any = output.grad_fn
     while node is not None and node.name() == "AddBackward0" and node._saved_alpha == 1:
-        terms = [source for source in sources(node) if not _leads_nowhere(source)]
+        terms = [source for source in sources(node) if source.name() != "ConnectToAnchorBackward"]
         node = terms[0] if len(terms) == 1 else None
     return node is not None and getattr(node, "variable", None) is stream
-
-
-def _leads_nowhere(node: Any) -> bool:
-    return bool(node.name() == "ConnectToAnchorBackward")
 
 
 def checkpointed_module(function: Any) -> Any:

@@ -212,7 +212,7 @@ class UnshardControl:
 
     def refresh(self, blocks: Iterable[nn.Module]) -> None:
         """Find modules under `fully_shard`, which changes their class; does nothing if no class has changed since."""
-        if not _distributed():
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         classes = tuple(type(module) for module in blocks)
         if classes != self.seen:
@@ -284,10 +284,6 @@ def is_partitioned(model: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO holds the model's gradients."""
     parameters = model.parameters()
     return any(hasattr(p, "ds_id") or getattr(p, "_hp_mapping", None) is not None for p in parameters)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _shard_groups(model: nn.Module, need_of: Callable[[str], int]) -> list[_ShardGroup]:

@@ -123,17 +123,7 @@ class Engine:
     def start(self, schedule: Schedule, owner: object) -> None:
         """Install the forward wrappers; `owner` is the handle of the enabled model."""
         self.schedule = schedule
-        self._patches = _install_all(
-            self.model,
-            self.structure,
-            self.runtime,
-            lambda: RootState(self.begin, self.runtime, owner),
-            self.recomputation,
-            scales=self.config.scaling != "none",
-            stem=self.stem,
-            boundary=self.boundary,
-            step_boundary=self.device.step_boundary,
-        )
+        self._patches = self._installed(owner)
         modules = [self.model.get_submodule(entry.name) for entry in self.structure.branch_modules]
         states = [module.__dict__["_dropbp_branch"] for module in modules]
         self._idle = IdleBranches(states, schedule, self.runtime)
@@ -144,6 +134,21 @@ class Engine:
             self.recomputation.warn()
         if self.config.rehearse:
             schedule.graph_warmup = _graph_warmup(self.model, self.structure, self.stem, self.recomputed)
+
+    def _installed(self, owner: object) -> list[ForwardPatch]:
+        """Install all forward wrappers, innermost first, so that removal in reverse order is exact."""
+        model, structure, runtime, step_boundary = self.model, self.structure, self.runtime, self.device.step_boundary
+        made = install(model, structure, runtime, self.stem)
+        for module in _backbones(model, structure):
+            made.append(ForwardPatch(module, "_dropbp_root", RootState(self.begin, runtime, owner), root_forward))
+        made += install_blocks(model, structure.blocks, runtime, self.recomputation)
+        if self.config.scaling != "none":
+            made += install_outputs(model, structure, runtime)
+        if self.boundary != "none":
+            made += install_boundaries(model, _boundary_modules(structure, self.boundary), step_boundary)
+            made += install_boundaries(model, _last_blocks(structure), step_boundary, after=True)
+        self.recomputation.inspect()
+        return made
 
     def stop(self) -> None:
         """Remove the forward wrappers and restore the model exactly. A second call does nothing."""
@@ -241,7 +246,8 @@ class Engine:
     # -- a forward
 
     def _conditions(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Conditions:
-        freezes_stem = self._freezes_stem_now()
+        # A mask given by the user names only branches; everything else trains, unless `stem="rest"` was chosen.
+        freezes_stem = self.config.stem == "rest" or not self.schedule.fixed
         return Conditions(
             self._activations_limit(),
             freezes_stem,
@@ -252,10 +258,6 @@ class Engine:
             self.recomputation.never_recomputed,
             self._ddp_guard.has_pending,
         )
-
-    def _freezes_stem_now(self) -> bool:
-        """A mask given by the user names only branches; everything else trains, unless `stem="rest"` was chosen."""
-        return self.config.stem == "rest" or not self.schedule.fixed
 
     def _refuse_graphs(self) -> None:
         """Refuse CUDA graphs: a captured graph would replay the mask of its recording."""
@@ -284,35 +286,6 @@ def _check_scaling(structure: Structure, config: Config) -> None:
     if config.scaling != "none" and structure.unscalable:
         name, reason = next(iter(structure.unscalable.items()))
         raise ConfigError(f"scaling={config.scaling!r} is not exact for branch {name}: {reason}. Use scaling='none'.")
-
-
-def _install_all(
-    model: nn.Module,
-    structure: Structure,
-    runtime: Runtime,
-    root: Callable[[], RootState],
-    recomputation: Recomputation,
-    *,
-    scales: bool,
-    stem: Stem,
-    boundary: str,
-    step_boundary: Callable[[], None],
-) -> list[ForwardPatch]:
-    """Install all forward wrappers, innermost first, so that removal in reverse order is exact.
-
-    `root` makes the state of the wrapper of the root or of a backbone. `boundary` is where a lazy device is told, by
-    `step_boundary`, that a step ends: `none`, `layer` or `sublayer`.
-    """
-    made = install(model, structure, runtime, stem)
-    made += [ForwardPatch(module, "_dropbp_root", root(), root_forward) for module in _backbones(model, structure)]
-    made += install_blocks(model, structure.blocks, runtime, recomputation)
-    if scales:
-        made += install_outputs(model, structure, runtime)
-    if boundary != "none":
-        made += install_boundaries(model, _boundary_modules(structure, boundary), step_boundary)
-        made += install_boundaries(model, _last_blocks(structure), step_boundary, after=True)
-    recomputation.inspect()
-    return made
 
 
 def _backbones(model: nn.Module, structure: Structure) -> Iterator[nn.Module]:

@@ -20,7 +20,6 @@ from dropbp.engine.kernels import (
 from dropbp.engine.patch import ForwardPatch, WrapperState
 from dropbp.engine.runtime import Runtime
 from dropbp.engine.wrappers import (
-    AfterBoundaryState,
     BoundaryState,
     BranchModuleState,
     OutputState,
@@ -113,11 +112,7 @@ def install_boundaries(
     model: nn.Module, names: Iterable[str], boundary: Callable[[], None], *, after: bool = False
 ) -> list[ForwardPatch]:
     """Install the wrappers that tell a lazy device where steps end: before these modules, or after them."""
-    if after:
-        modules = map(model.get_submodule, names)
-        state, wrap = AfterBoundaryState, boundary_after_forward
-        return [ForwardPatch(module, "_dropbp_boundary_after", state(boundary), wrap) for module in modules]
-    return [
-        ForwardPatch(model.get_submodule(name), "_dropbp_boundary", BoundaryState(boundary), boundary_forward)
-        for name in names
-    ]
+    attribute = "_dropbp_boundary_after" if after else "_dropbp_boundary"
+    wrap = boundary_after_forward if after else boundary_forward
+    modules = map(model.get_submodule, names)
+    return [ForwardPatch(module, attribute, BoundaryState(boundary), wrap) for module in modules]

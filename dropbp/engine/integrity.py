@@ -115,12 +115,9 @@ def _steps_between(outer: nn.Module, inner: nn.Module) -> Iterator[Step]:
 
 def _passes_on(new: nn.Module, old: nn.Module) -> bool:
     """Whether the new module contains the old one and trains no parameters of its own."""
-    return any(module is old for module in new.modules()) and not _trains_more(new, old)
-
-
-def _trains_more(new: nn.Module, old: nn.Module) -> bool:
     known = set(old.parameters())
-    return any(parameter.requires_grad and parameter not in known for parameter in new.parameters())
+    trains_more = any(parameter.requires_grad and parameter not in known for parameter in new.parameters())
+    return not trains_more and any(module is old for module in new.modules())
 
 
 def _replacement_message(model: nn.Module, path: ModulePath, place: int, new: nn.Module | None) -> str:

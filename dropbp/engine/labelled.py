@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -67,9 +66,7 @@ class LabelledLogits:
     def __enter__(self) -> LabelledLogits:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 

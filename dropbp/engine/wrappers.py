@@ -300,14 +300,10 @@ def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 class BoundaryState(WrapperState):
-    """A module before which a lazy device is told that a step ends, in forward and backward."""
+    """A module before or after which a lazy device is told that a step ends, in forward and backward."""
 
     def __init__(self, boundary: Callable[[], None]) -> None:
         self.boundary = boundary
-
-
-class AfterBoundaryState(BoundaryState):
-    """A module after which a lazy device is told that a step ends."""
 
 
 def boundary_forward(original: Forward) -> Forward:
@@ -328,7 +324,7 @@ def boundary_after_forward(original: Forward) -> Forward:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state: AfterBoundaryState | None = self._dropbp_boundary_after
+        state: BoundaryState | None = self._dropbp_boundary_after
         output = original(self, *args, **kwargs)
         if state is None or state.original is not original or torch.compiler.is_compiling():
             return output

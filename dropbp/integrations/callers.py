@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -29,33 +30,32 @@ def put_first(callback: TrainerCallback) -> None:
 
 def calling_handler(callback: TrainerCallback) -> CallbackHandler | None:
     """The handler that runs the trainer's callbacks, this one among them."""
-    frame = sys._getframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler) and any(other is callback for other in caller.callbacks):
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    handlers = (each for each in _callers() if isinstance(each, CallbackHandler))
+    return next((each for each in handlers if any(other is callback for other in each.callbacks)), None)
 
 
 def frame_of_train(callback: TrainerCallback) -> FrameType | None:
     """The outermost frame of the trainer that is training: its `train()`."""
     trainer = calling_trainer(calling_handler(callback))
-    frame: FrameType | None = sys._getframe() if trainer is not None else None
-    found = None
-    while frame is not None:
-        if frame.f_locals.get("self") is trainer:
-            found = frame
-        frame = frame.f_back
-    return found
+    own = [frame for frame in _stack() if trainer is not None and frame.f_locals.get("self") is trainer]
+    return own[-1] if own else None
 
 
 def calling_trainer(handler: CallbackHandler | None) -> Any:
     """The trainer whose callbacks are running, found on the call stack."""
-    frame: FrameType | None = sys._getframe() if handler is not None else None
+    if handler is None:
+        return None
+    mine = (each for each in _callers() if getattr(each, "callback_handler", None) is handler)
+    return next((each for each in mine if hasattr(each, "accelerator")), None)
+
+
+def _callers() -> Iterator[Any]:
+    """The objects whose methods are on the call stack, innermost first; None for other functions."""
+    return (frame.f_locals.get("self") for frame in _stack())
+
+
+def _stack() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        caller = frame.f_locals.get("self")
-        if getattr(caller, "callback_handler", None) is handler and hasattr(caller, "accelerator"):
-            return caller
+        yield frame
         frame = frame.f_back
-    return None
