@@ -87,7 +87,7 @@ class Config:
         return None if self.steps is None else -(-self.steps // kept_for)
 
     def __post_init__(self) -> None:
-        for name, (is_allowed, message) in _ALLOWED.items():
+        for name, is_allowed, message in _ALLOWED:
             value = getattr(self, name)
             if not is_allowed(value):
                 raise ConfigError(f"{name} is {value!r}; {message}")
@@ -131,49 +131,56 @@ def _is_resample(value: Any) -> bool:
     return is_whole(value, 1) or (isinstance(value, str) and value in ("forward", "step"))
 
 
-def _is_rates(value: Any) -> bool:
-    return value in RATES if isinstance(value, str) else isinstance(value, Iterable)
-
-
 def _is_place(value: Any) -> bool:
     return value is None or (value != "" and isinstance(value, (bool, str, os.PathLike)))
 
 
 # For each option, whether a value is allowed, and the end of the message about one that is not.
-_ALLOWED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "drop_rate": (
+_ALLOWED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "drop_rate",
         lambda rate: is_number(rate) and 0 <= rate < 1,
         "it is the share of backward FLOPs to skip, 0 <= drop_rate < 1; the paper uses 0.5, 0.75 and 0.875.",
     ),
-    "scaling": _one_of(SCALINGS),
-    "boundary": _one_of(BOUNDARIES),
-    "fill": _one_of(FILLS),
-    "stem": _one_of(STEMS),
-    "logits": _one_of(LOGITS),
-    "max_activations": (
+    ("scaling", *_one_of(SCALINGS)),
+    ("boundary", *_one_of(BOUNDARIES)),
+    ("fill", *_one_of(FILLS)),
+    ("stem", *_one_of(STEMS)),
+    ("logits", *_one_of(LOGITS)),
+    (
+        "max_activations",
         lambda limit: limit is None or (isinstance(limit, str) and limit == "auto") or _is_share(limit),
         "allowed: a share with 0 < share <= 1, None (no limit), or 'auto'.",
     ),
-    "rates": (_is_rates, f"allowed: one of {', '.join(RATES)}, or a rate from 0 to 1 per branch."),
-    "max_rate": (
+    ("rates", lambda rates: not isinstance(rates, str) or rates in RATES, f"allowed: {', '.join(RATES)}."),
+    (
+        "rates",
+        lambda rates: isinstance(rates, Iterable),
+        f"allowed: one of {', '.join(RATES)}, or a rate from 0 to 1 per branch.",
+    ),
+    (
+        "max_rate",
         lambda rate: rate is None or (is_number(rate) and 0 <= rate <= 1),
         "it must be a number from 0 to 1, or None.",
     ),
-    "resample": (
+    (
+        "resample",
         _is_resample,
         "allowed: 'forward', 'step' (with handle.resample() in each step), or how many forwards share a mask, from 1.",
     ),
-    "warmup": (lambda count: is_whole(count, 0), "it must be a whole number of training forwards, at least 0."),
-    "steps": (
+    ("warmup", lambda count: is_whole(count, 0), "it must be a whole number of training forwards, at least 0."),
+    (
+        "steps",
         lambda count: count is None or is_whole(count, 1),
         "it must be the number of training forwards of the run, at least 1, or None if it is unknown.",
     ),
-    "max_scale": (lambda scale: is_number(scale) and scale >= 1, "it must be a number of at least 1."),
-    "activation_cache": (_is_place, "allowed: True (memory of the host), the path of a folder, or None (off)."),
-    "activation_cache_limit": (
+    ("max_scale", lambda scale: is_number(scale) and scale >= 1, "it must be a number of at least 1."),
+    ("activation_cache", _is_place, "allowed: True (memory of the host), the path of a folder, or None (off)."),
+    (
+        "activation_cache_limit",
         lambda limit: limit is None or is_whole(limit, 1),
         "it must be a number of bytes of at least 1, or None.",
     ),
-    "seed": (is_whole, "it must be an integer."),
-    "rehearse": (lambda value: isinstance(value, bool), "it must be True or False."),
-}
+    ("seed", is_whole, "it must be an integer."),
+    ("rehearse", lambda value: isinstance(value, bool), "it must be True or False."),
+)

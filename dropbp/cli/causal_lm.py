@@ -91,6 +91,12 @@ def _model(args: argparse.Namespace) -> PreTrainedModel:
     return with_lora(model, args.seed, **options) if args.peft == "lora" else model
 
 
+_SAME_SETTINGS = (
+    "epochs", "max_steps", "warmup_steps", "eval_steps", "save_steps", "gradient_checkpointing", "bf16", "seed",
+    "device", "report_to",
+)  # fmt: skip
+
+
 def _settings(args: argparse.Namespace, output: Path) -> Settings:
     return Settings(
         output=output,
@@ -98,16 +104,7 @@ def _settings(args: argparse.Namespace, output: Path) -> Settings:
         weight_decay=WEIGHT_DECAY[args.peft],
         batch_size=args.batch_size or MICRO_BATCH,
         gradient_accumulation=args.gradient_accumulation or ACCUMULATION,
-        epochs=args.epochs,
-        max_steps=args.max_steps,
-        warmup_steps=args.warmup_steps,
-        eval_steps=args.eval_steps,
-        save_steps=args.save_steps,
-        gradient_checkpointing=args.gradient_checkpointing,
-        bf16=args.bf16,
-        seed=args.seed,
-        device=args.device,
-        report_to=args.report_to,
+        **{name: getattr(args, name) for name in _SAME_SETTINGS},
     )
 
 

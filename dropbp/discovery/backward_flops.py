@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dropbp.discovery.module_paths import prefixes
 from dropbp.flops import Shape, fitted
 
 if TYPE_CHECKING:
@@ -103,9 +104,8 @@ class BackwardWork:
 
     def _products_of(self, name: str) -> list[int]:
         """The products with a parameter of the nearest module around this one."""
-        while name:
-            name = name.rpartition(".")[0]
-            found = [node for node, weight in self._weights.items() if f"{weight}.".startswith(f"{name}.")]
+        for path in reversed(prefixes(name)[:-1]):
+            found = [node for node, weight in self._weights.items() if f"{weight}.".startswith(f"{path}.")]
             if found:
                 return found
         return []

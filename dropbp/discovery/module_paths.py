@@ -20,14 +20,16 @@ def prefixes(name: str) -> list[str]:
 
 def element_of(modules: Sequence[str]) -> str:
     """The innermost numbered element that contains all modules of a branch, or is the only one."""
-    match = re.match(r"^(.*\.)?\d+(?=\.|$)", common_prefix(modules))
-    return match.group(0) if match else ""
+    return _innermost_element(common_prefix(modules))
 
 
 def block_of(modules: Sequence[str]) -> str:
     """The innermost numbered element that contains all modules of a branch without being one of them."""
-    shared = common_prefix(modules) if len(modules) > 1 else modules[0].rpartition(".")[0]
-    match = re.match(r"^(.*\.)?\d+(?=\.|$)", shared) if shared else None
+    return _innermost_element(common_prefix(modules) if len(modules) > 1 else modules[0].rpartition(".")[0])
+
+
+def _innermost_element(path: str) -> str:
+    match = re.match(r"^(.*\.)?\d+(?=\.|$)", path)
     return match.group(0) if match else ""
 
 

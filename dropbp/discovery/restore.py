@@ -33,7 +33,7 @@ def recording_mode(model: nn.Module) -> Iterator[None]:
         stack.enter_context(fork_rng(model))
         stack.enter_context(compiled_code_off())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_discard, _never_unpacked))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _never_unpacked))
         stack.enter_context(torch.enable_grad())
         try:
             torch.set_autocast_cache_enabled(False)
@@ -183,18 +183,11 @@ def zero3_state_released(model: nn.Module) -> Iterator[None]:
 
 def _restore_buffers(buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> None:
     for buffer, version, kept in buffers:
-        if buffer._version != version or _written_by_data(buffer, kept):
+        # a write to `buffer.data` leaves the version as it was
+        plain = type(buffer) is torch.Tensor and not buffer.is_meta
+        if buffer._version != version or (plain and not torch.equal(buffer, kept)):
             with torch.no_grad():
                 buffer.copy_(kept)
-
-
-def _written_by_data(buffer: torch.Tensor, kept: torch.Tensor) -> bool:
-    """Whether `buffer.data` was written to, which leaves the version as it was."""
-    return type(buffer) is torch.Tensor and not buffer.is_meta and not torch.equal(buffer, kept)
-
-
-def _discard(tensor: torch.Tensor) -> None:
-    return None
 
 
 def _never_unpacked(_: None) -> torch.Tensor:

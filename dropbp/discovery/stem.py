@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from dropbp.branch_sets import containing, lowest
 from dropbp.discovery.cuts import ALWAYS_NEEDED, Cut, flows, needs
 from dropbp.discovery.graph import Graph
+from dropbp.discovery.module_paths import prefixes
 from dropbp.discovery.structure import BranchModule, ScopedParameter, Stem
 from dropbp.discovery.trace import Call
 
@@ -85,7 +86,7 @@ def with_unused(found: Stem, model: nn.Module, branch_modules: Iterable[BranchMo
     for name, parameter in model.named_parameters():
         if name in lowest_above or not parameter.is_floating_point():
             continue
-        needs_of_module = next((by_module[path] for path in _upwards(name) if path in by_module), None)
+        needs_of_module = next((by_module[path] for path in reversed(prefixes(name)) if path in by_module), None)
         if needs_of_module is None:
             unused.append(ScopedParameter(name, name.rpartition(".")[0], 1))
         lowest_above[name] = min(lowest(need).bit_length() - 1 for need in needs_of_module or (1,))
@@ -97,12 +98,6 @@ def with_unused(found: Stem, model: nn.Module, branch_modules: Iterable[BranchMo
         names=found.names.union(names),
         unused=names,
     )
-
-
-def _upwards(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
 
 
 def _uses(graph: Graph, cuts: Sequence[Cut], parallel: Sequence[int]) -> list[_Use]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from dropbp.discovery.structure import Structure
 from dropbp.discovery.walks import sources
 from dropbp.engine.frozen import run_frozen
 from dropbp.engine.patch import Forward, ForwardPatch, WrapperState, named_forward
+from dropbp.engine.purity import assigned
 from dropbp.engine.recompute import Recomputation, RecomputedBlock, inside_checkpoint
 from dropbp.engine.runtime import Runtime, current_node, is_compiling
 
@@ -169,17 +170,10 @@ class CheckpointBypass:
             if isinstance(function, _Bypassing) and function.owner is self:
                 host[_FUNCTION] = function.inner
 
-    @contextlib.contextmanager
-    def non_reentrant(self) -> Iterator[None]:
+    def non_reentrant(self) -> contextlib.AbstractContextManager[None]:
         """Make reentrant checkpoint functions non-reentrant inside the context, since reentrant ones hide the graph."""
-        present = [(host, host[_FUNCTION]) for host in self.hosts if host.get(_FUNCTION) is not None]
-        try:
-            for host, function in present:
-                host[_FUNCTION] = _not_reentrant(function)
-            yield
-        finally:
-            for host, function in present:
-                host[_FUNCTION] = function
+        present = [host for host in self.hosts if host.get(_FUNCTION) is not None]
+        return assigned([(host, _FUNCTION, _not_reentrant(host[_FUNCTION])) for host in present])
 
     def drops_all_of(self, module: Any) -> bool:
         """Whether the module is a block whose branches are all dropped."""

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dropbp.discovery.cuts import ALWAYS_NEEDED
+from dropbp.discovery.module_paths import prefixes
 from dropbp.errors import StateError
 from dropbp.tensors import tensors_in
 
@@ -294,9 +295,10 @@ def _shard_groups(model: nn.Module, need_of: Callable[[str], int]) -> list[_Shar
         members.setdefault(_group_key(module), {})[name] = module
     needs = dict.fromkeys(members, 0)
     for name, _ in model.named_parameters():
-        owner = _owner(name, modules)
+        around = (*reversed(prefixes(name)[:-1]), "")
+        owner = next((modules[path] for path in around if path in modules), None)
         if owner is not None:
-            needs[_group_key(modules[owner])] |= need_of(name)
+            needs[_group_key(owner)] |= need_of(name)
     return [_ShardGroup(tuple(members[key].values()), need) for key, need in needs.items() if need > 0]
 
 
@@ -304,16 +306,6 @@ def _group_key(module: Any) -> int:
     """The identity of a module's FSDP state; modules passed to `fully_shard` as a list share one."""
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else module
     return id(state)
-
-
-def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The innermost of these modules that holds the parameter."""
-    prefix = parameter
-    while prefix:
-        prefix = prefix.rpartition(".")[0]
-        if prefix in modules:
-            return prefix
-    return None
 
 
 def is_multi_rank() -> bool:

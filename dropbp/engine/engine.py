@@ -59,14 +59,8 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Makes a model run as a schedule says, from `start` to `stop`.
 
-    Args:
-        model: the root module.
-        structure: its branches.
-        call_signature: the outputs that the forward recorded for discovery was asked for.
-        config: the options of `enable`.
-        device: the adapter of the model's device.
-
-    Raises ConfigError if `scaling` is set, but the gradient of a branch cannot be scaled exactly.
+    `call_signature` holds the outputs that the forward recorded for discovery was asked for. Raises ConfigError if
+    `scaling` is set, but the gradient of a branch cannot be scaled exactly.
     """
 
     def __init__(

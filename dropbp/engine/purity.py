@@ -15,7 +15,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -103,19 +103,13 @@ class Snapshot:
         their configuration.
         """
         changed = [
-            (now, name, now[name], was)
+            (now, name, was)
             for now, before in self._objects
             for name, was in before.items()
             if name in now and now[name] is not was and is_plain(now[name]) and is_plain(was)
         ]
-        try:
-            for now, name, _, was in changed:
-                now[name] = was
-            with reachable.rebound(self.bound):
-                yield
-        finally:
-            for now, name, new, _ in changed:
-                now[name] = new
+        with assigned(changed), reachable.rebound(self.bound):
+            yield
 
     def equals(self, other: Snapshot) -> bool:
         """Whether both states are equal, values of parameters included."""
@@ -174,23 +168,11 @@ class ReachableState:
         """The current values of the module attributes."""
         return [own.get(name) for own, names in self._own for name in names]
 
-    @contextmanager
-    def rebound(self, values: Sequence[Any]) -> Iterator[None]:
+    def rebound(self, values: Sequence[Any]) -> AbstractContextManager[None]:
         """Inside the context, the module attributes have other values, as `bound` returned them."""
         places = [(own, name) for own, names in self._own for name in names]
-        now = self.bound()
-        changed = [
-            (own, name, was, new)
-            for (own, name), was, new in zip(places, now, values, strict=True)
-            if was is not new and name in own
-        ]
-        try:
-            for own, name, _, new in changed:
-                own[name] = new
-            yield
-        finally:
-            for own, name, was, _ in changed:
-                own[name] = was
+        each = ((own, name, new) for (own, name), new in zip(places, values, strict=True))
+        return assigned([(own, name, new) for own, name, new in each if name in own and own[name] is not new])
 
     def values(self) -> Iterator[Any]:
         """The current values in all other places."""
@@ -202,6 +184,19 @@ class ReachableState:
             for name in names:
                 yield values.get(name)
         yield from map(_content, self._cells)
+
+
+@contextmanager
+def assigned(values: Sequence[tuple[dict[str, Any], str, Any]]) -> Iterator[None]:
+    """Inside the context, these dictionaries have other values under these keys, which they hold already."""
+    before = [(table, key, table[key]) for table, key, _ in values]
+    try:
+        for table, key, value in values:
+            table[key] = value
+        yield
+    finally:
+        for table, key, value in before:
+            table[key] = value
 
 
 class _Kinds(dict[type, Any]):

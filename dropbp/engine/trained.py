@@ -22,6 +22,7 @@ from torch import nn
 
 from dropbp.branch_sets import containing, lowest
 from dropbp.config import Config
+from dropbp.discovery.module_paths import common_prefix, prefixes
 from dropbp.discovery.structure import NO_BRANCH_ABOVE, Structure
 from dropbp.masks.registry import sampler_kind
 
@@ -235,23 +236,12 @@ def abbreviated(names: Iterable[str], among: Iterable[str]) -> str:
 
 def _labels(names: Iterable[str], among: Iterable[str]) -> list[str]:
     wanted = list(names)
-    mine = Counter(path for name in wanted for path in _paths(name))
-    total = Counter(path for name in among for path in _paths(name))
+    mine = Counter(path for name in wanted for path in prefixes(name))
+    total = Counter(path for name in among for path in prefixes(name))
     groups: dict[str, list[str]] = {}
     for name in wanted:
-        groups.setdefault(next((path for path in _paths(name) if mine[path] >= total[path]), name), []).append(name)
-    return _ranges(_common_path(group) for group in groups.values())
-
-
-def _paths(name: str) -> list[str]:
-    """The parameter and all modules around it, outermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-
-
-def _common_path(names: Sequence[str]) -> str:
-    shared = set(_paths(names[0])).intersection(*map(_paths, names))
-    return max(shared, key=len)
+        groups.setdefault(next((path for path in prefixes(name) if mine[path] >= total[path]), name), []).append(name)
+    return _ranges(map(common_prefix, groups.values()))
 
 
 def _ranges(labels: Iterable[str]) -> list[str]:
