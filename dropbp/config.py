@@ -123,10 +123,6 @@ def _one_of(choices: Sequence[str]) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in choices, f"allowed: {', '.join(choices)}."
 
 
-def _is_share(value: Any) -> bool:
-    return is_number(value) and 0 < value <= 1
-
-
 def _is_resample(value: Any) -> bool:
     return is_whole(value, 1) or (isinstance(value, str) and value in ("forward", "step"))
 
@@ -149,7 +145,7 @@ _ALLOWED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("logits", *_one_of(LOGITS)),
     (
         "max_activations",
-        lambda limit: limit is None or (isinstance(limit, str) and limit == "auto") or _is_share(limit),
+        lambda limit: limit in (None, "auto") or (is_number(limit) and 0 < limit <= 1),
         "allowed: a share with 0 < share <= 1, None (no limit), or 'auto'.",
     ),
     ("rates", lambda rates: not isinstance(rates, str) or rates in RATES, f"allowed: {', '.join(RATES)}."),

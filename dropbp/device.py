@@ -77,63 +77,48 @@ class Device(Protocol):
     @property
     def name(self) -> str:
         """The name that finds the adapter: `cpu`, `cuda`, `hpu`, another of PyTorch's, or that of another package."""
-        ...
 
     def is_available(self) -> Availability:
         """Whether the device can be used here; if not, the answer holds the reason."""
-        ...
 
     def synchronize(self) -> None:
         """Wait until all queued work of the device is done."""
-        ...
 
     def step_boundary(self) -> None:
         """Cut and launch the graph that a lazy device has recorded. Does nothing on other devices."""
-        ...
 
     def is_lazy(self) -> bool:
         """Whether operations are recorded and run only at a step boundary."""
-        ...
 
     def memory_allocated_bytes(self) -> int | None:
         """Bytes in use now; None if the device does not report it."""
-        ...
 
     def max_memory_allocated_bytes(self) -> int | None:
         """Peak bytes in use since `reset_peak_memory`; None if the device does not report it."""
-        ...
 
     def memory_limit_bytes(self) -> int | None:
         """Bytes that can be used; None if the device does not report it."""
-        ...
 
     def reset_peak_memory(self) -> None:
         """Start a new peak measurement."""
-        ...
 
     def describe(self) -> dict[str, JSON]:
         """Name, generation, software versions, limits: what a result file must say about the device."""
-        ...
 
     def compile_count(self) -> int:
         """Graphs compiled so far in this process; only differences are meaningful."""
-        ...
 
     def generator_state(self) -> torch.Tensor:
         """The state of this device's random generator, for `set_generator_state`; empty if it has none."""
-        ...
 
     def set_generator_state(self, state: torch.Tensor) -> None:
         """Restore a state that `generator_state` returned."""
-        ...
 
     def defaults(self) -> DeviceDefaults:
         """The defaults of this device in its present mode."""
-        ...
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a `DeviceError` with the reason if this device cannot train the model with dropped branches."""
-        ...
 
 
 DeviceLike: TypeAlias = "str | torch.device | Device"

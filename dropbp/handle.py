@@ -230,10 +230,8 @@ class Handle:
         if rates != self.rates:
             self.set_rates(rates)
 
-    @contextlib.contextmanager
-    def _measured(self, mask: Sequence[bool]) -> Iterator[None]:
-        with self.engine.measuring(self.schedule.checked(mask)):
-            yield
+    def _measured(self, mask: Sequence[bool]) -> contextlib.AbstractContextManager[None]:
+        return self.engine.measuring(self.schedule.checked(mask))
 
     def resample(self) -> None:
         """Draw a new mask at the next training forward. With `resample="step"`, call it once per optimizer step."""

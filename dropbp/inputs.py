@@ -103,11 +103,8 @@ def named_arguments(names: Sequence[str], args: Sequence[Any]) -> list[tuple[str
 def call_signature(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallSignature:
     """A key for a call of a model: the names of the arguments given, and the values of its flags."""
     given = (*named_arguments(names, args), *kwargs.items())
-    return frozenset((name, _flag(value)) for name, value in given if value is not None)
-
-
-def _flag(value: Any) -> Any:
-    return value if isinstance(value, (bool, str)) else None
+    flags = ((name, value if isinstance(value, (bool, str)) else None) for name, value in given if value is not None)
+    return frozenset(flags)
 
 
 def can_build(model: nn.Module) -> bool:
@@ -174,7 +171,8 @@ def _pixels(model: Any, batch_size: int) -> torch.Tensor:
 
 def _normal(model: nn.Module, *shape: int) -> torch.Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return values.to(device_of(model), _float_dtype(model))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return values.to(device_of(model), dtype)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -182,10 +180,6 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:

@@ -129,7 +129,7 @@ def saved_tensor_bytes(fn: Callable[[], Any], *, exclude: Iterable[TensorOwner] 
     saved: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if not _is_parameter(tensor):
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
             saved.update({storage._cdata: weakref.ref(storage) for storage in _storages(tensor)})
         return tensor
 
@@ -138,10 +138,6 @@ def saved_tensor_bytes(fn: Callable[[], Any], *, exclude: Iterable[TensorOwner] 
     alive = {key: storage for key, reference in saved.items() if (storage := reference()) is not None}
     del output
     return sum(storage.nbytes() for key, storage in alive.items() if key not in excluded)
-
-
-def _is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
 def _owned_storages(owners: Iterable[TensorOwner]) -> Iterator[torch.UntypedStorage]:

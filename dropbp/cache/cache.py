@@ -26,7 +26,7 @@ from dropbp.cache.skipper import (
     BlockSkipper,
     CachedBlockState,
     cached_block_forward,
-    run_with_skipper,
+    compiled_blocks_through,
     stack_of,
 )
 from dropbp.cache.store import MemoryStore, RowState, Store
@@ -202,7 +202,12 @@ class ActivationCache:
 
     def run_with_skipper(self, skipper: BlockSkipper, forward: Callable[[], Any]) -> Any:
         """Run a forward with this skipper."""
-        return run_with_skipper(self._running, skipper, self.prefix.blocks, forward)
+        token = self._running.set(skipper)
+        try:
+            with compiled_blocks_through(self.prefix.blocks, skipper):
+                return forward()
+        finally:
+            self._running.reset(token)
 
     def _may_use(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         excluded = transforming() or any_requires_grad(args, kwargs) or (self._once and self._trains())

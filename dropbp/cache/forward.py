@@ -105,9 +105,7 @@ class CachedForward:
             for kwargs in (plain, other):
                 skipper = BlockSkipper(cache.interfaces, self.rows, store=store, store_at=self.border, begin=begin)
                 with contextlib.suppress(Exception):  # for example more positions than the model has
-                    cache.runtime.run_no_grad(
-                        functools.partial(cache.run_with_skipper, skipper, functools.partial(call, **kwargs))
-                    )
+                    self._run_aside(skipper, functools.partial(call, **kwargs))
         if len(seen) != 2 or seen[1].shape[1] != seen[0].shape[1] + 1:
             return
         masks = self.kwargs[MASK].cpu()

@@ -11,9 +11,7 @@ PAST_THE_MIDDLE = 0.55  # share of the run
 
 
 class Recurrence:
-    """Counts rows of training forwards since the first one, or since the last of the `epochs` that a trainer has
-    reported.
-    """
+    """Counts rows of training forwards, from the last of the `epochs` on that a trainer has reported."""
 
     def __init__(self) -> None:
         self._rows = self._stored = self._hits = self.epochs = 0

@@ -115,11 +115,8 @@ class Keys:
 
 def keys_of(model: nn.Module) -> Keys:
     """What makes the keys of this model's rows."""
-    return Keys(argument_names(model), _reads_labels(model), _length_matters(model))
-
-
-def _reads_labels(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    reads_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return Keys(argument_names(model), reads_labels, _length_matters(model))
 
 
 def _length_matters(model: nn.Module) -> bool:

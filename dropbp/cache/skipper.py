@@ -134,12 +134,8 @@ class BlockSkipper:
         begin: Callable[[], None] | None = None,
         watch: Watch | None = None,
     ) -> None:
-        self.interfaces, self.rows, self.states, self.padding = (
-            interfaces,
-            rows,
-            dict(states or {}),
-            dict(padding or {}),
-        )
+        self.interfaces, self.rows = interfaces, rows
+        self.states, self.padding = dict(states or {}), dict(padding or {})
         self.start = min((state.border for state in self.states.values()), default=0) if compare is None else 0
         self.store, self.store_at, self.compare = store, store_at, compare
         self.seeks_leaks, self.requires_grad, self.begin, self.watch = seeks_leaks, requires_grad, begin, watch
@@ -152,15 +148,13 @@ class BlockSkipper:
         """The output of a block, run or skipped."""
         self._check_order(place)
         border = place + 1
-        if border < self.start:
+        if border <= self.start:
             stream = self.interfaces.input_stream(place, args, kwargs)
-            return self.interfaces.with_stream(place, self.interfaces.nan_stream(place, stream))
-        if border == self.start:
-            stream = self.interfaces.input_stream(place, args, kwargs)
+            if border < self.start:
+                return self.interfaces.with_stream(place, self.interfaces.nan_stream(place, stream))
             self.positions = stream[..., 0].numel()
-            return self.interfaces.with_stream(
-                place, self._with_states(border, torch.zeros_like(stream), self.requires_grad)
-            )
+            stream = self._with_states(border, torch.zeros_like(stream), self.requires_grad)
+            return self.interfaces.with_stream(place, stream)
         if self.begin is not None and not place:
             self.begin()
         if self.watch is not None and not place:
@@ -259,7 +253,7 @@ def cached_block_forward(original: Forward) -> Forward:
 
 
 @contextlib.contextmanager
-def _compiled_blocks_through(blocks: Sequence[nn.Module], skipper: BlockSkipper) -> Any:
+def compiled_blocks_through(blocks: Sequence[nn.Module], skipper: BlockSkipper) -> Any:
     """Route calls of separately compiled blocks through the skipper, which calls the compiled code."""
     calls = [(place, block, block._compiled_call_impl) for place, block in enumerate(blocks)]
     compiled = [(place, block, call) for place, block, call in calls if call is not None]
@@ -277,20 +271,3 @@ def _through_skipper(skipper: BlockSkipper, place: int, call: Callable[..., Any]
         return skipper.block(place, functools.partial(call, *args, **kwargs), args, kwargs)
 
     return called
-
-
-def run_with_skipper(
-    running: ContextVar[BlockSkipper | None],
-    skipper: BlockSkipper,
-    blocks: Sequence[nn.Module],
-    forward: Callable[[], Any],
-) -> Any:
-    """Run a forward with this skipper."""
-    token = running.set(skipper)
-    try:
-        if any(block._compiled_call_impl is not None for block in blocks):
-            with _compiled_blocks_through(blocks, skipper):
-                return forward()
-        return forward()
-    finally:
-        running.reset(token)

@@ -32,36 +32,28 @@ class Store(Protocol):
     @property
     def rows(self) -> int:
         """Number of rows."""
-        ...
 
     @property
     def nbytes(self) -> int:
         """Bytes that the states take."""
-        ...
 
     def open_border(self, border: int) -> None:
         """Note that states up to a border are valid now."""
-        ...
 
     def border(self, key: bytes) -> int:
         """The border of a row's state; 0 if there is none."""
-        ...
 
     def get(self, key: bytes) -> RowState | None:
         """A row's state; None if there is none, or if it is damaged."""
-        ...
 
     def put(self, key: bytes, state: RowState) -> None:
         """Store a state, replacing an earlier one."""
-        ...
 
     def drop_above(self, border: int) -> None:
         """Forget the states above a border, because a block below them has changed."""
-        ...
 
     def close(self) -> None:
         """Free everything."""
-        ...
 
 
 class MemoryStore:
@@ -73,48 +65,37 @@ class MemoryStore:
     def __init__(self, limit: int | None = None) -> None:
         free = psutil.virtual_memory().available
         self.limit: int | None = int(free * SHARE_OF_MEMORY) if limit is None else limit
-        self._bytes = 0
+        self.nbytes = 0
         self.full = False
         self.trouble: str | None = None
         self._states: dict[bytes, RowState] = {}
 
     @property
     def rows(self) -> int:
-        """Number of rows, without states of padding."""
-        return sum(len(key) == KEY_BYTES for key in self._states)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the states take."""
-        return self._bytes
+        return sum(len(key) == KEY_BYTES for key in self._states)  # without states of padding
 
     def open_border(self, border: int) -> None:
         """Does nothing: no other process stores states here."""
 
     def border(self, key: bytes) -> int:
-        """The border of a row's state; 0 if there is none."""
         state = self._states.get(key)
         return 0 if state is None else state.border
 
     def get(self, key: bytes) -> RowState | None:
-        """A row's state; None if there is none."""
         return self._states.get(key)
 
     def put(self, key: bytes, state: RowState) -> None:
-        """Store a state, replacing an earlier one, if there is space."""
         before = self._states.get(key)
         more = state.values.nbytes - (0 if before is None else before.values.nbytes)
-        if self.limit is not None and self._bytes + more > self.limit:
+        if self.limit is not None and self.nbytes + more > self.limit:
             self.full = True
             return
         self._states[key] = state
-        self._bytes += more
+        self.nbytes += more
 
     def drop_above(self, border: int) -> None:
-        """Forget the states above a border."""
         self._states = {key: state for key, state in self._states.items() if state.border <= border}
-        self._bytes = sum(state.values.nbytes for state in self._states.values())
+        self.nbytes = sum(state.values.nbytes for state in self._states.values())
 
     def close(self) -> None:
-        """Free everything."""
-        self._states, self._bytes = {}, 0
+        self._states, self.nbytes = {}, 0

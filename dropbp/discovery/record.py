@@ -115,9 +115,7 @@ def _formula(func: Any) -> Callable[..., int] | None:
 
 
 def _grouped_mm_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a grouped matrix product (stacked experts), for which PyTorch has no formula: each row of `a` is
-    multiplied by one of the matrices in `b`.
-    """
+    """FLOPs of a product of each row of `a` with one of the matrices in `b` (stacked experts)."""
     batch = a.shape[0] if a.dim() == b.dim() == 3 else 1
     return int(2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1])
 

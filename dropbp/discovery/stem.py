@@ -41,9 +41,7 @@ class _Use:
 
 
 def find_stem(graph: Graph, cuts: Sequence[Cut], parallel: Sequence[int]) -> Stem:
-    """The modules and parameters that must be frozen in some steps; `parallel` sets of branches are only dropped
-    together.
-    """
+    """The modules and parameters to freeze in some steps; `parallel` sets of branches are only dropped together."""
     by_name: dict[str, list[_Use]] = {}
     for use in _uses(graph, cuts, parallel):
         by_name.setdefault(use.name, []).append(use)

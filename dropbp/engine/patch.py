@@ -40,8 +40,9 @@ class WrapperState:
 
 
 class ForwardPatch:
-    """One wrapper around one module's forward. The wrapper, which `wrap` makes from the original forward (a function of
-    `(module, *args, **kwargs)`), reads `state` from the instance attribute of this name.
+    """A wrapper around one module's forward; it reads `state` from the instance attribute of this name.
+
+    `wrap` makes it from the original forward, a function of `(module, *args, **kwargs)`.
     """
 
     def __init__(

@@ -117,7 +117,9 @@ class RecomputedBlock:
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], again: bool) -> Any:
         """Run the block; `again` says that it ran before in the same forward of the root."""
-        effect = _missing_hooks() or known_side_effect(self.module)
+        effect = known_side_effect(self.module)
+        if _top_hooks is None:
+            effect = "PyTorch before 2.8 cannot keep saved tensors until the forward is done"
         if effect is not None:
             return self._refuse(effect, forward, args, kwargs, for_good=True)
         before = Snapshot(self.reachable)
@@ -155,10 +157,6 @@ class RecomputedBlock:
         pure = same_tensors and before.equals(Snapshot(self.reachable))
         self.shared.note(self.name, None if pure else "its forward changes more than its outputs", for_good=True)
         return pure
-
-
-def _missing_hooks() -> str | None:
-    return "PyTorch before 2.8 cannot keep saved tensors until the forward is done" if _top_hooks is None else None
 
 
 class _Run:

@@ -195,9 +195,7 @@ def _detachable(outputs: Sequence[BranchOutput]) -> int:
 
 
 class Observation:
-    """What one forward with recorded dropped branches shows: the sequence numbers of the nodes that each branch
-    created, and the outputs of the branches.
-    """
+    """What a forward with recorded dropped branches shows: the nodes and the outputs of each branch."""
 
     def __init__(self) -> None:
         self.observed = 0

@@ -26,9 +26,7 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 class ByBranch:
-    """Splits the work between backward and the next forward, for a trainer that has created its optimizer; `remove`
-    restores everything.
-    """
+    """Splits the work of a trainer with an optimizer between backward and the next forward, until `remove`."""
 
     def __init__(self, handle: Handle, trainer: Any) -> None:
         self.handle = handle

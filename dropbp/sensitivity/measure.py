@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from dropbp.sensitivity.restore import training_state_restored
 logger = logging.getLogger(__name__)
 
 Closure = Callable[[], torch.Tensor]
+Masking = Callable[[Sequence[bool]], contextlib.AbstractContextManager[Any]]  # runs forwards under a mask, uncounted
 METHODS = ("one-pass", "exact")
 
 
@@ -55,12 +56,6 @@ class Calibration:
     method: str
     passes: int
     seconds: float
-
-
-class Masking(Protocol):
-    """Runs training forwards under a given mask, uncounted."""
-
-    def __call__(self, mask: Sequence[bool]) -> contextlib.AbstractContextManager[Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
