@@ -26,7 +26,8 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
-        _flush(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -36,14 +37,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file completely or not at all."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:

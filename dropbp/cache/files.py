@@ -86,7 +86,6 @@ class FileStore:
                 self._scan_border(each)
 
     def border(self, key: bytes) -> int:
-        """The highest border at which a state of the row is stored; 0 if there is none."""
         found = self._border(key)
         if not found and time.monotonic() - self._scanned_s > RESCAN_AFTER_S:
             self._scanned_s = time.monotonic()
@@ -99,7 +98,6 @@ class FileStore:
         return max((border for border, index in self._index.items() if key in index), default=0)
 
     def get(self, key: bytes) -> RowState | None:
-        """A row's state; None if there is none, or if it is damaged."""
         border = self._border(key)
         place = self._index[border].get(key) if border else None
         values = None if place is None else _values(place)
@@ -134,7 +132,6 @@ class FileStore:
         self._read.clear()
 
     def close(self) -> None:
-        """Close the files."""
         self.drop_above(0)
 
     # -- files

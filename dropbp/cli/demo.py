@@ -67,12 +67,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    chosen = {
-        "steps": args.max_steps,
-        "batch_size": args.batch_size,
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
-    }
+    same = {name: getattr(args, name) for name in ("batch_size", "learning_rate", "seed")}
+    chosen = {"steps": args.max_steps, **same}
     return replace(Recipe(), **{name: value for name, value in chosen.items() if value is not None})
 
 

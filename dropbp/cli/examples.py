@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from dropbp.cli.formats import Chat, Content, Kind, NothingToLearnError, Pair, Text, Turn, kind_of
 from dropbp.cli.rows import Row
@@ -32,7 +32,8 @@ class Encoder:
     def pair(self, prompt: str, response: str) -> Example:
         """A prompt without loss and a response with loss, closed by the end token."""
         prompt_ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        prompt_ids = _without_end(prompt_ids, self.tokenizer.eos_token_id)
+        if prompt_ids[-1:] == [self.tokenizer.eos_token_id]:
+            prompt_ids = prompt_ids[:-1]
         response_ids = self.plain_ids(response)
         return {"input_ids": prompt_ids + response_ids, "labels": [IGNORED] * len(prompt_ids) + response_ids}
 
@@ -218,7 +219,3 @@ def _counted(example: Example, encoder: Encoder) -> Example:
 
 def _padded(ids: list[int], length: int, filling: int) -> list[int]:
     return ids + [filling] * (length - len(ids))
-
-
-def _without_end(ids: list[int], end_id: Any) -> list[int]:
-    return ids[:-1] if ids and ids[-1] == end_id else ids

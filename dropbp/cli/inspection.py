@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dropbp.cli.libraries import quiet
@@ -90,17 +91,12 @@ def _rows(branches: Sequence[dict[str, Any]], total: int) -> Iterator[tuple[str,
     shown: list[str] = []
     for branch in branches:
         *parents, leaf = branch["name"].split(".")
-        common = _common(shown, parents)
+        common = len([*takewhile(lambda pair: pair[0] == pair[1], zip(shown, parents, strict=False))])
         for depth in range(common, len(parents)):
             yield "  " * depth + parents[depth], "", "", ""
         shown = parents
         share = f"{branch['flops'] / total:.1%}"
         yield "  " * len(parents) + leaf, _short(branch["flops"]), share, f"{branch['parameters']:,}"
-
-
-def _common(left: Sequence[str], right: Sequence[str]) -> int:
-    pairs = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
 def _short(number: float) -> str:

@@ -8,6 +8,7 @@ is -1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -144,10 +145,8 @@ class _Builder:
         outermost = {call.index for call in self.unrecorded.outermost}
         branch_modules = []
         for name, made in calls.items():
+            needs = tuple(self.unrecorded.call_need[c.index] if c.index in outermost else ALWAYS_NEEDED for c in made)
             if any(call.index in outermost for call in made):
-                needs = tuple(
-                    self.unrecorded.call_need[c.index] if c.index in outermost else ALWAYS_NEEDED for c in made
-                )
                 branch_modules.append(BranchModule(name, needs, self._learned_mask(made)))
         return tuple(branch_modules) + self._uncalled_siblings(calls, branch_modules)
 
@@ -191,11 +190,8 @@ class _Builder:
         return tuple(branches)
 
     def _modules_of(self, branch: int) -> tuple[str, ...]:
-        return tuple(
-            dict.fromkeys(
-                c.name for c in self.unrecorded.outermost if self.unrecorded.call_need[c.index] == 1 << branch
-            )
-        )
+        own = (c.name for c in self.unrecorded.outermost if self.unrecorded.call_need[c.index] == 1 << branch)
+        return tuple(dict.fromkeys(own))
 
     def _owners(self, branch: int, modules: tuple[str, ...]) -> Sequence[str]:
         """The modules that name a branch: if it ends in an identity, those that hold parameters of it alone."""
@@ -205,15 +201,14 @@ class _Builder:
     def _name(self, modules: Sequence[str]) -> str:
         weighty = [m for m in modules if _weight_elements(self.modules[m])] or list(modules)
         shared = common_prefix(weighty)
-        if shared and shared != block_of(modules) and shared not in self._ancestors_of_lists():
+        if shared and shared != block_of(modules) and shared not in self._ancestors_of_lists:
             return shared
         return max(weighty, key=lambda m: _weight_elements(self.modules[m]))
 
+    @functools.cached_property
     def _ancestors_of_lists(self) -> set[str]:
-        if not hasattr(self, "_lists"):
-            lists = [n for n, m in self.modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-            self._lists = {p for name in lists for p in prefixes(name)} | {""}
-        return self._lists
+        lists = [n for n, m in self.modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        return {p for name in lists for p in prefixes(name)} | {""}
 
     def _parameter_needs(self) -> dict[str, int]:
         names = self.graph.parameter_names
@@ -255,9 +250,7 @@ class _Builder:
 
     def _outputs_of(self, branch: int, first_unrecorded: Iterable[int]) -> list[BranchOutput]:
         made = {self.graph.nodes[number].sequence for number in first_unrecorded}
-        users = max(
-            (self._users_outside(self._made_by(branch, number), number) for number in first_unrecorded), default=1
-        )
+        users = max((self._users_outside(self._made_by(branch, n), n) for n in first_unrecorded), default=1)
         by_module: dict[str, list[int]] = {}
         places: dict[str, set[int]] = {}
         for call in self._output_calls(branch, first_unrecorded):

@@ -11,6 +11,8 @@ Sets of branches are bit masks held in Python integers: bit `i` is branch `i`, `
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Sequence
 
 from dropbp.discovery.graph import Edge, Graph
@@ -68,15 +70,10 @@ class UnrecordedCalls:
     def __init__(self, graph: Graph, need: Sequence[int]) -> None:
         self.graph = graph
         self.need = need
-        self.call_need = [self._union(call) for call in graph.calls]
+        made = graph.nodes_in_call
+        self.call_need = [functools.reduce(operator.or_, (need[n] for n in made[c.index]), 0) for c in graph.calls]
         self.outermost = [call for call in graph.calls if self._is_top(call)]
         self.top_of = self._top_calls()
-
-    def _union(self, call: Call) -> int:
-        union = 0
-        for number in self.graph.nodes_in_call[call.index]:
-            union |= self.need[number]
-        return union
 
     def _is_top(self, call: Call) -> bool:
         own = self.call_need[call.index]

@@ -153,13 +153,11 @@ class KeptGradientsHook:
 
     def __call__(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        kept = [gradient for parameter, gradient in pairs if not self._is_missing(parameter)]
+        dropped = 0 if self.dropped is None else self.dropped
+        kept = [gradient for parameter, gradient in pairs if self.needs.get(parameter, ALWAYS_NEEDED) & ~dropped]
         if bucket.is_last():
             self.dropped = None
         return self._reduced(bucket.buffer(), kept, whole=len(kept) == len(bucket.parameters()))
-
-    def _is_missing(self, parameter: nn.Parameter) -> bool:
-        return self.dropped is not None and not self.needs.get(parameter, ALWAYS_NEEDED) & ~self.dropped
 
     def _reduced(
         self, buffer: torch.Tensor, kept: Sequence[torch.Tensor], whole: bool
@@ -187,10 +185,6 @@ class _ShardGroup:
 
     modules: tuple[Any, ...]
     need: int
-
-    def set_gathered(self, gathered: bool) -> None:
-        for module in self.modules:
-            module.set_unshard_in_backward(gathered)
 
 
 class UnshardControl:
@@ -255,7 +249,8 @@ class UnshardControl:
         for group in self.groups:
             gathered = bool(group.need & ~dropped)
             if gathered == (group.modules[0] in self.off):
-                group.set_gathered(gathered)
+                for module in group.modules:
+                    module.set_unshard_in_backward(gathered)
                 (self.off.difference_update if gathered else self.off.update)(group.modules)
 
     def _gather_again(self, module: Any, args: Any) -> None:

@@ -79,7 +79,8 @@ class PatchCheck:
             if new is child:
                 found.append((parent, key, child))
             elif new is not None and _passes_on(new, child):
-                found += [(parent, key, new), *_steps_between(new, child)]
+                inside = next(name for name, module in new.named_modules() if module is child)
+                found += [(parent, key, new), *_steps_to(new, inside)]
             else:
                 raise StateError(_replacement_message(self.model, path, place, new))
         return found
@@ -107,10 +108,6 @@ def _steps_to(root: nn.Module, name: str) -> Iterator[Step]:
 
 def _name(path: ModulePath) -> str:
     return ".".join(key for _, key, _ in path)
-
-
-def _steps_between(outer: nn.Module, inner: nn.Module) -> Iterator[Step]:
-    return _steps_to(outer, next(name for name, module in outer.named_modules() if module is inner))
 
 
 def _passes_on(new: nn.Module, old: nn.Module) -> bool:

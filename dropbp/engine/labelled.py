@@ -81,15 +81,12 @@ def _wrap(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         settings = self.__dict__.get(_ATTRIBUTE)
-        if settings is not None and settings.original is original and _is_wanted(self, settings):
+        on = settings is not None and settings.original is original
+        if on and (settings.evaluation or (self.training and torch.is_grad_enabled())):
             kwargs = {**kwargs, **_positions(settings.signature, args, kwargs)}
         return original(self, *args, **kwargs)
 
     return forward
-
-
-def _is_wanted(module: nn.Module, settings: _Settings) -> bool:
-    return settings.evaluation or (module.training and torch.is_grad_enabled())
 
 
 def _positions(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:

@@ -51,9 +51,6 @@ class Truncation:
         self._inspected = True
         roots = [tensor.grad_fn for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
         partitioned = any(hasattr(parameter, "ds_id") for parameter in self._model.parameters())  # DeepSpeed ZeRO-3
-        self._possible = bool(roots) and not partitioned and not _reentrant_checkpoint_in(roots)
-
-
-def _reentrant_checkpoint_in(roots: list[Any]) -> bool:
-    """Whether the graph has a node that recomputes part of the forward: a reentrant checkpoint or similar."""
-    return any(hasattr(node, "run_function") or "checkpoint" in node.name().lower() for node in nodes_below(roots))
+        # a node that recomputes part of the forward is a reentrant checkpoint, or similar
+        recomputes = any(hasattr(n, "run_function") or "checkpoint" in n.name().lower() for n in nodes_below(roots))
+        self._possible = bool(roots) and not partitioned and not recomputes

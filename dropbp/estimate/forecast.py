@@ -123,13 +123,13 @@ def plan_table(found: Mapping[str, Any]) -> str:
 def _head(found: Mapping[str, Any]) -> str:
     words = [
         f"micro-batch {_size(found['batch_size'], found['sequence_length'])}",
-        *([f"{found['accumulation']} of them per step"] if found["accumulation"] > 1 else []),
+        f"{found['accumulation']} of them per step" if found["accumulation"] > 1 else "",
         f"{found['masks']} masks",
         str(found["device"]["name"]),
-        *([f"{found['precision']} autocast"] if found["precision"] else []),
+        f"{found['precision']} autocast" if found["precision"] else "",
     ]
     trained = f"{found['trained_parameters']:,} of {found['parameters']:,} parameters trained"
-    return f"{', '.join(words)}; {trained}"
+    return f"{', '.join(filter(None, words))}; {trained}"
 
 
 def _cells(entry: Entry, first: Entry) -> tuple[str, ...]:

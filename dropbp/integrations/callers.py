@@ -16,9 +16,8 @@ logger = logging.getLogger(__name__)
 def put_first(callback: TrainerCallback) -> None:
     """Move the callback before the reporters, which would otherwise log before it adds its figures.
 
-    A trainer runs the callbacks of `callbacks=[…]` last and offers no other order. Its list is found on the call stack,
-    because an event passes neither the trainer nor the list. Moving an entry to the front while the list is being
-    iterated skips and repeats nothing: the entries before it shift to positions that have already run.
+    A trainer runs the callbacks of `callbacks=[…]` last and offers no other order. Moving an entry to the front while
+    the list is being iterated skips and repeats nothing: the entries before it have already run.
     """
     handler = calling_handler(callback)
     if handler is None:

@@ -55,7 +55,6 @@ class DropBPLightning(Callback):
         self._remove()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove DropBP from the model."""
         self._remove()
 
     def state_dict(self) -> dict[str, Any]:

@@ -102,12 +102,7 @@ class GraphWarmup:
             lowest = branch_sets.lowest(layer.branches)
             for branch in branch_sets.each(mine):
                 yield layer.kind, branch // lowest, bool(branch & self._trained)
-            yield (
-                layer.kind,
-                mine // lowest,
-                (mine & with_gradient) // lowest,
-                bool(again & layer.branches),
-                bool(below & kept),
-            )
+            held = (mine & with_gradient) // lowest
+            yield layer.kind, mine // lowest, held, bool(again & layer.branches), bool(below & kept)
             below |= layer.branches
         yield bool(kept)

@@ -242,19 +242,16 @@ def pool(rates: Rates, flops: Rates, seed: int, *, pool_size: int = 8, pool_of: 
         raise ConfigError(f"pool_size is {pool_size}; allowed is 1 and above. Pass how many masks to keep.")
     if pool_of == "pool":
         raise ConfigError("pool_of is 'pool'; allowed is balanced or another mask sampler. Pass one of these.")
-    balanced = pool_of == "balanced"
-    masks = _balanced(rates, flops, seed, size) if balanced else _first(pool_of, rates, flops, seed, size)
+    if pool_of == "balanced":
+        masks = _balanced(rates, flops, seed, size)
+    else:
+        masks = tuple(map(sampler_kind(pool_of).build(rates, flops, seed).draw, range(size)))
 
     def draw(step: int) -> Mask:
         lap, place = divmod(step, size)
         return _shuffled(masks, _generator(seed, "pool", lap).random)[place]
 
     return Draws(draw, masks)
-
-
-def _first(name: str, rates: Rates, flops: Rates, seed: int, size: int) -> tuple[Mask, ...]:
-    draw = sampler_kind(name).build(rates, flops, seed).draw
-    return tuple(draw(step) for step in range(size))
 
 
 def _balanced(rates: Rates, flops: Rates, seed: int, size: int) -> tuple[Mask, ...]:

@@ -91,10 +91,12 @@ def table(report: Mapping[str, Any]) -> str:
         + (f"{entry['rate']:>6.3f}  {entry['realised_rate']:>8.3f}" if entry["weight"] else "     no backward")
         for entry in branches
     ]
+    parts = report["not_recorded"]
+    without = f", which did not run {', '.join(parts)}: branches there are neither dropped nor counted" if parts else ""
     never = sum(entry["rate"] == 1 for entry in branches)
     foot = (
         f"{len(branches)} branches hold {report['branch_flops_share']:.1%} of the FLOPs of the forward that found "
-        f"them{_without(report['not_recorded'])}; target drop "
+        f"them{without}; target drop "
         f"rate {report['drop_rate']:g}, realised {report['realised_drop_rate']:.4f} in {report['forwards']} forwards"
     )
     idle = sum(not entry["weight"] for entry in branches)
@@ -107,7 +109,3 @@ def table(report: Mapping[str, Any]) -> str:
         name, reason = next(iter(kept.items()))
         foot += f"; {len(kept)} blocks keep all activations in deep steps: {name}, as {reason}"
     return "\n".join([head, *rows, foot])
-
-
-def _without(parts: Sequence[str]) -> str:
-    return f", which did not run {', '.join(parts)}: branches there are neither dropped nor counted" if parts else ""

@@ -17,8 +17,7 @@ from dropbp.tensors import buffers_restored
 @contextlib.contextmanager
 def training_state_restored(model: nn.Module) -> Iterator[None]:
     """Restore gradients, random state, buffers and the root's mode afterwards, even after an error."""
-    _refuse_partitioned(model)
-    _refuse_steps_in_backward(model)
+    _refuse_hidden_gradients(model)
     gradients = [(p, p.grad) for p in model.parameters()]
     training = model.training
     try:
@@ -33,15 +32,12 @@ def training_state_restored(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _refuse_partitioned(model: nn.Module) -> None:
+def _refuse_hidden_gradients(model: nn.Module) -> None:
     if is_partitioned(model):
         raise StateError(
             "DeepSpeed ZeRO keeps gradients inside its engine, where they cannot be read. Calibrate before building "
             "the engine, or set rates with handle.set_rates(...)."
         )
-
-
-def _refuse_steps_in_backward(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise StateError(
