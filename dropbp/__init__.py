@@ -32,23 +32,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_ERRORS = (
+    "ConfigError", "DeviceError", "DiscoveryError", "DropBPError", "MissingDependencyError", "ResourceError",
+    "StateError",
+)  # fmt: skip
 _HOMES = {
+    **dict.fromkeys(_ERRORS, "dropbp.errors"),
+    **dict.fromkeys(("compile_blocks", "disable", "enable"), "dropbp.session"),
     "allocate": "dropbp.masks.rates",
     "Branch": "dropbp.discovery.structure",
-    "ConfigError": "dropbp.errors",
-    "DeviceError": "dropbp.errors",
-    "DiscoveryError": "dropbp.errors",
-    "DropBPError": "dropbp.errors",
-    "MissingDependencyError": "dropbp.errors",
-    "ResourceError": "dropbp.errors",
-    "StateError": "dropbp.errors",
-    "plan": "dropbp.estimate.plan",
-    "compile_blocks": "dropbp.session",
     "Handle": "dropbp.handle",
-    "disable": "dropbp.session",
     "discover": "dropbp.discovery.discover",
-    "enable": "dropbp.session",
     "labelled_logits": "dropbp.engine.labelled",
+    "plan": "dropbp.estimate.plan",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -32,9 +32,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dropbp` with these arguments; None takes those of the process, which then is the command's own.
 
-    Returns:
-        The exit status: 0, and after one line on standard error 1 when memory or disk space ran out, 2 after bad input,
-        130 after Ctrl-C.
+    Return the exit status: 0; after one line on standard error 1 when memory or disk space ran out, 2 after bad input,
+    130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:

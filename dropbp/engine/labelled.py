@@ -80,7 +80,7 @@ class _Settings(WrapperState):
 def _wrap(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        settings = self.__dict__.get(_ATTRIBUTE)
+        settings: Any = self.__dict__.get(_ATTRIBUTE)
         on = settings is not None and settings.original is original
         if on and (settings.evaluation or (self.training and torch.is_grad_enabled())):
             kwargs = {**kwargs, **_positions(settings.signature, args, kwargs)}
@@ -105,11 +105,7 @@ def _positions(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
 
 
 def _with_head(model: nn.Module) -> nn.Module:
-    """The outermost module that computes the logits and their loss.
-
-    Raises:
-        ConfigError: there is none, or it uses another loss.
-    """
+    """The module that computes logits and loss. Raises ConfigError if there is none, or it uses another loss."""
     found = next((module for module in model.modules() if _takes_positions(module)), None)
     if found is None:
         raise ConfigError(

@@ -109,11 +109,7 @@ def _run_s(rate: RatePlan, epochs: int) -> float:
 
 
 def plan_table(found: Mapping[str, Any]) -> str:
-    """The predictions as text; ratios are to the first row. `batch` and `sequence` are the largest that fit.
-
-    Args:
-        found: a plan in the form of `TrainingPlan.as_dict`.
-    """
+    """A plan (as `TrainingPlan.as_dict` gives it) as text; ratios are to the first row."""
     lines = [_COLUMNS, *(_cells(entry, found["rates"][0]) for entry in found["rates"])]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
     rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]

@@ -23,9 +23,7 @@ RECENT = 4  # weight of late draws in the mean FLOPs: about the last quarter cou
 class Curve:
     """Share of the FLOPs that nested masks drop, by their number from 0 to 1: most at 0, least near 1.
 
-    Args:
-        edges: where one mask ends and the next begins, rising from 0; the last mask ends at 1.
-        dropped: the share that each mask drops, falling.
+    Each mask drops a share of `dropped`, falling, from its number in `edges`, rising from 0, to that of the next.
     """
 
     def __init__(self, edges: Sequence[float], dropped: Sequence[float]) -> None:
