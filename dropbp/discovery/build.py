@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -25,8 +24,6 @@ from dropbp.discovery.stem import find_stem, with_unused
 from dropbp.discovery.structure import NO_BRANCH_ABOVE, Branch, BranchModule, BranchOutput, ScopedParameter, Structure
 from dropbp.discovery.trace import Call, Trace
 from dropbp.errors import DiscoveryError
-
-logger = logging.getLogger(__name__)
 
 COVERED_SHARE = 0.9
 

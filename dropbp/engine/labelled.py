@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from dropbp.discovery.discover import checked_module, unwrapped
 from dropbp.engine.patch import Forward, ForwardPatch, WrapperState
 from dropbp.errors import ConfigError, StateError
+from dropbp.inputs import IGNORED
 
 _ATTRIBUTE = "_dropbp_labelled"
 _LOSS = "ForCausalLMLoss"
-_IGNORED = -100
 
 
 def labelled_logits(model: nn.Module, *, evaluation: bool = False) -> LabelledLogits:
@@ -98,7 +98,7 @@ def _positions(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
     if not isinstance(labels, Tensor) or labels.dim() != 2 or "logits_to_keep" in given:
         return {}
     following = labels[:, 1:]
-    wanted = (following != kwargs.get("ignore_index", _IGNORED)).any(0).nonzero().squeeze(1)
+    wanted = (following != kwargs.get("ignore_index", IGNORED)).any(0).nonzero().squeeze(1)
     if not 0 < len(wanted) < labels.shape[1] - 1:
         return {}
     return {"logits_to_keep": wanted, "shift_labels": following[:, wanted].contiguous()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +28,6 @@ from dropbp.engine.distributed import is_multi_rank
 from dropbp.errors import ConfigError, StateError
 from dropbp.sensitivity.onepass import Observation, OnePass
 from dropbp.sensitivity.restore import training_state_restored
-
-logger = logging.getLogger(__name__)
 
 Closure = Callable[[], torch.Tensor]
 Masking = Callable[[Sequence[bool]], contextlib.AbstractContextManager[Any]]  # runs forwards under a mask, uncounted

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,8 +36,6 @@ from dropbp.discovery.structure import Structure
 from dropbp.discovery.walks import reached
 from dropbp.errors import StateError
 from dropbp.tensors import tensors_in
-
-logger = logging.getLogger(__name__)
 
 Source = tuple[Any, int]  # an output of an autograd node: (node, index of the output)
 Place = tuple[str, int, int]  # a tensor passed to a module: (module, index of the call, index of the tensor)
