@@ -138,7 +138,7 @@ def test_a_shortened_step_has_the_gradients_of_a_whole_one(mode):
     assert_same_gradients(grads[True], grads[None])
 
 
-def test_a_row_is_carried_on_from_an_old_border():
+def test_a_row_moves_from_an_old_border_to_the_new_one():
     model = llama()
     with cached(model, drop_rate=0.5, steps=40) as handle:
         borders = []
@@ -150,7 +150,7 @@ def test_a_row_is_carried_on_from_an_old_border():
     assert report["rows"] == 2 and report["hits"] == 78 and report["refused"] is None
 
 
-def test_a_compiled_model_runs_whole_and_the_reason_is_said(fresh_compiler, caplog):
+def test_a_compiled_model_runs_in_full_and_says_why(fresh_compiler, caplog):
     model = llama()
     with cached(model) as handle:
         compiled = torch.compile(model, backend="eager")
@@ -195,7 +195,7 @@ def test_rows_of_one_batch_may_enter_at_different_borders():
     assert report["rows"] == 4 and report["refused"] is None and report["forwards_shortened"] > 10
 
 
-def test_optimizer_states_of_what_never_trains_again_are_set_free():
+def test_optimizer_states_of_parameters_that_never_train_again_are_freed():
     model, plain = llama(), llama()
     with cached(model, drop_rate=0.5, steps=40) as handle, cached(plain, 0.5, steps=40, activation_cache=None):
         optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, plain)]
@@ -229,7 +229,7 @@ def test_states_are_dropped_when_weights_below_the_border_change():
 
 
 @pytest.mark.parametrize("change", ["load_state_dict", "data", "embedding", "parameter", "bias"])
-def test_other_ways_to_change_weights_are_seen(change):
+def test_other_changes_of_weights_are_noticed(change):
     model, other = llama(), llama()
     up, other_up = model.model.layers[0].mlp.up_proj, other.model.layers[0].mlp.up_proj
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_weights_above_the_border_may_change_until_the_border_passes_them():
     assert changed(4) == 1 and changed(4) is None
 
 
-def test_below_the_floor_nothing_trains_and_at_it_something_does(monkeypatch):
+def test_nothing_trains_below_the_border_and_something_trains_at_it(monkeypatch):
     """Whatever is frozen in the meantime, and whatever a step drops."""
     model, chance, floors = llama(), random.Random(0), []
     with cached(model, steps=60) as handle:
@@ -295,7 +295,7 @@ def any_gradient(block: nn.Module, gradients: Any, model: nn.Module) -> bool:
     return any(gradients[name] is not None for name, p in model.named_parameters() if id(p) in inside)
 
 
-def test_a_given_mask_that_trains_the_bottom_runs_whole_and_with_its_gradients():
+def test_a_given_mask_that_trains_the_bottom_runs_in_full_with_its_gradients():
     model, plain = llama(), llama()
     with cached(model) as handle, cached(plain, activation_cache=None) as other:
         for _ in range(3):
@@ -307,7 +307,7 @@ def test_a_given_mask_that_trains_the_bottom_runs_whole_and_with_its_gradients()
     assert_same_gradients(got, expected)
 
 
-def test_rates_set_anew_lower_the_border():
+def test_new_rates_lower_the_border():
     model = llama()
     with cached(model, steps=None, rates=[1.0] * 8 + [0.0] * 4, drop_rate=2 / 3) as handle:
         for _ in range(3):
@@ -319,7 +319,7 @@ def test_rates_set_anew_lower_the_border():
         assert model.model.layers[2].mlp.up_proj.weight.grad is not None
 
 
-def test_a_part_frozen_by_the_user_is_below_the_border_and_thawing_lowers_it():
+def test_a_part_frozen_by_the_user_lies_below_the_border_until_it_is_unfrozen():
     model = llama()
     for module in (model.model.embed_tokens, *model.model.layers[:3]):
         module.requires_grad_(False)
@@ -377,7 +377,7 @@ def test_generation_is_as_without_the_cache():
     assert all(layer.keys.shape[-2] == prompt.shape[1] for layer in caches.layers)
 
 
-def test_hidden_states_asked_for_are_those_of_a_whole_forward(caplog):
+def test_requested_hidden_states_equal_those_of_a_full_forward(caplog):
     model = llama()
     batch = tokens()
     expected = llama()(input_ids=batch, output_hidden_states=True).hidden_states
@@ -461,7 +461,7 @@ def _filled(net: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_a_function_of_the_row_alone_is_refused_by_name(name, caplog):
+def test_a_model_whose_states_depend_on_more_than_the_row_is_refused_by_name(name, caplog):
     make, said = REFUSED[name]
     losses = {}
     for where in (None, True):
@@ -506,7 +506,7 @@ def test_a_hook_of_the_user_sees_every_forward():
     assert len(seen) == 3
 
 
-def test_an_input_that_asks_for_a_gradient_gets_it():
+def test_an_input_that_requires_a_gradient_gets_it():
     model = llama()
     embeds = model.model.embed_tokens(tokens()).detach()
     with cached(model) as handle:
@@ -590,7 +590,7 @@ def with_lora(model: nn.Module, dropout: float = 0.0) -> Any:
     return get_peft_model(model, LoraConfig(lora_dropout=dropout, **options)).train()
 
 
-def test_a_forward_without_the_adapters_is_not_one_with_them():
+def test_a_forward_without_adapters_does_not_use_states_of_one_with_them():
     model = with_lora(llama())
     with cached(model) as handle:
         for _ in range(4):
@@ -602,7 +602,7 @@ def test_a_forward_without_the_adapters_is_not_one_with_them():
     assert abs(plain[0] - known) > 1e-4 and plain == pytest.approx([plain[0]] * 4, rel=1e-6)
 
 
-def test_every_module_that_runs_below_the_border_is_looked_at():
+def test_every_module_that_runs_below_the_border_is_inspected():
     model, ran = with_lora(llama()), []
     hooks = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in model.modules()]
     llama_loss(model)
@@ -633,7 +633,7 @@ def test_dropout_of_adapters_is_refused_by_name(caplog):
     assert "lora_dropout=0" in caplog.text and "layers.0" in caplog.text
 
 
-def test_rows_under_autocast_are_others_than_those_without():
+def test_rows_under_autocast_have_states_of_their_own():
     model = llama()
     losses = {}
     with cached(model) as handle:
@@ -662,7 +662,7 @@ class NetOfTwo(PlainNet):
         return self.head(self.norm(x_BSD))
 
 
-def test_what_a_block_returns_beside_the_stream_may_go_unread():
+def test_a_block_may_return_unused_values_beside_the_stream():
     losses = {}
     for where in (None, True):
         torch.manual_seed(1)
@@ -676,7 +676,7 @@ def test_what_a_block_returns_beside_the_stream_may_go_unread():
 
 
 @pytest.mark.parametrize("kind", ["learnt", "rotary"])
-def test_padding_on_the_left_counts_where_positions_are_learnt(kind):
+def test_left_padding_matters_with_learned_positions(kind):
     """GPT-2 counts positions from the left edge, padding included."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -716,7 +716,7 @@ def loop(packed: bool, epochs: int, evaluations: bool = False, forwards: int = 6
 
 
 @pytest.mark.parametrize("epochs", [2, 3, 8])
-def test_rows_that_never_come_again_are_noticed_in_ones_own_loop(epochs, caplog):
+def test_rows_that_never_recur_are_noticed_in_a_custom_loop(epochs, caplog):
     report = loop(packed=True, epochs=epochs)
     assert "packs rows anew" in report["refused"] and report["bytes"] == 0
     assert caplog.text.count("packs rows anew") == 1
@@ -724,7 +724,7 @@ def test_rows_that_never_come_again_are_noticed_in_ones_own_loop(epochs, caplog)
     assert (report["refused"], report["objections"]) == (None, []) and report["hits"] == (epochs - 1) * 12
 
 
-def test_evaluations_keep_the_cache_where_training_rows_never_come_again():
+def test_evaluations_keep_the_cache_when_training_rows_never_recur():
     report = loop(packed=True, epochs=8, evaluations=True)
     assert report["refused"] is None and "packs rows anew" in report["objections"][0]
     assert report["hits"] == 2 * 6, "one of the eight finds nothing yet, one stores its rows anew"
@@ -737,14 +737,14 @@ def test_a_folder_keeps_the_rows_of_a_single_epoch_for_later_runs(tmp_path):
     assert second["hits"] == 12 and second["objections"] == []
 
 
-def test_a_limit_that_leaves_rows_out_is_not_taken_for_packing(caplog):
+def test_a_full_cache_is_not_mistaken_for_rows_packed_anew(caplog):
     report = loop(packed=False, epochs=3, activation_cache_limit=3000)
     assert report["refused"] is None
     assert "activation_cache_limit" in report["objections"][0] and caplog.text.count("activation_cache_limit") == 1
 
 
 @pytest.mark.parametrize("options", [{"masks": "exact"}, {"drop_rate": 0.0}, {"steps": None}])
-def test_a_run_in_which_nothing_stops_training_says_so(options, caplog):
+def test_a_run_in_which_every_block_may_still_train_says_so(options, caplog):
     report = loop(packed=False, epochs=2, **options)
     assert report["looked_up"] == 0 and "may train the lowest block" in report["objections"][0]
     assert caplog.text.count("may train the lowest block") == 1

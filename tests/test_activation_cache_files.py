@@ -50,7 +50,7 @@ def test_a_second_run_starts_warm(tmp_path: Path) -> None:
     assert first["losses"] == pytest.approx(plain(), rel=1e-6) and second["losses"] == pytest.approx(plain(), rel=1e-6)
 
 
-def test_two_runs_at_a_time_share_what_they_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_simultaneous_runs_share_what_they_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "RESCAN_AFTER_S", 0.0)
     one, other = llama(), llama()
     options = {"activation_cache": tmp_path, **ONE_BORDER}
@@ -113,7 +113,7 @@ def test_other_rows_are_not_found(tmp_path: Path, name: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("cut", [1, 40, 85, 500, 1000])
-def test_a_torn_file_loses_rows_only(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_file_loses_only_rows(tmp_path: Path, cut: int) -> None:
     run(tmp_path)
     (path,) = records(tmp_path)
     path.write_bytes(path.read_bytes()[:-cut])
@@ -124,7 +124,7 @@ def test_a_torn_file_loses_rows_only(tmp_path: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 9, 30, 45, 60, 75, 81, 90, 400, 700])
-def test_a_flipped_bit_loses_rows_only(tmp_path: Path, place: int) -> None:
+def test_a_flipped_bit_loses_only_rows(tmp_path: Path, place: int) -> None:
     run(tmp_path, epochs=1)
     (path,) = records(tmp_path)
     data = bytearray(path.read_bytes())
@@ -149,7 +149,7 @@ def test_a_state_that_is_not_finite_is_not_used_though_its_checksum_is_right(tmp
     assert after["hits"] == 6 and after["losses"] == pytest.approx(plain()[:4], rel=1e-6)
 
 
-def test_strange_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+def test_foreign_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     run(tmp_path, epochs=1)
     (path,) = records(tmp_path)
     (path.parent / "notes.txt").write_text("mine")
@@ -160,7 +160,7 @@ def test_strange_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     assert (path.parent / "notes.txt").read_text() == "mine"
 
 
-def test_a_file_that_vanishes_while_it_is_used_loses_rows_only(tmp_path: Path) -> None:
+def test_a_file_deleted_during_use_loses_only_rows(tmp_path: Path) -> None:
     model = llama()
     with cached(model, activation_cache=tmp_path, **ONE_BORDER) as handle:
         losses = [llama_loss(model, batch).item() for batch in BATCHES]
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_storing_and_nothing_else(
 
 
 @pytest.mark.parametrize("failing", ["mkdir", "open"])
-def test_a_folder_that_cannot_be_written_is_said_once(
+def test_an_unwritable_folder_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, failing: str
 ) -> None:
     if failing == "open":
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     assert (report["rows"] > 0) == (failing == "open"), "rows that are there are read"
 
 
-def test_a_limit_counts_all_that_the_folder_holds(tmp_path: Path) -> None:
+def test_the_limit_counts_everything_in_the_folder(tmp_path: Path) -> None:
     run(tmp_path)
     size = sum(path.stat().st_size for path in records(tmp_path))
     other = run(tmp_path, doubled(), activation_cache_limit=size + 1000)
@@ -232,7 +232,7 @@ with cached(model, activation_cache=sys.argv[1], drop_rate=0.8, rates="freeze", 
 """
 
 
-def test_a_process_that_is_killed_while_storing_leaves_rows_that_are_right(tmp_path: Path) -> None:
+def test_a_process_killed_while_storing_leaves_valid_rows(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD, str(tmp_path)]

@@ -138,7 +138,7 @@ class Shifting(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def test_rows_that_never_come_again_are_noticed_and_set_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_never_recur_are_noticed_and_freed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback = DropBPCallback(drop_rate=0.75, activation_cache=True, calibrate_at=None)
     rows = Shifting()
     trainer = Trainer(
@@ -178,7 +178,7 @@ def test_the_command_keeps_rows_in_memory_or_in_a_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("options", [["--activation-cache"], ["--plain", "--activation-cache"]])
-def test_the_command_says_where_the_cache_does_not_go(tmp_path: Path, options: list[str], capsys: Any) -> None:
+def test_the_command_says_where_the_cache_cannot_be_used(tmp_path: Path, options: list[str], capsys: Any) -> None:
     given = ["--model", "m", "--dataset", "d"] if "--plain" in options else []
     assert main(["finetune", *given, *options]) != 0
     assert "--activation-cache needs --model and --dataset" in capsys.readouterr().err

@@ -118,7 +118,7 @@ KINDS = st.builds(
 
 @settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(KINDS)
-def test_every_gradient_is_a_plain_ones_or_none(kind: Kind) -> None:
+def test_every_gradient_equals_that_of_plain_training_or_is_none(kind: Kind) -> None:
     model = net(**dataclasses.asdict(kind))
     handle = dropbp.enable(model, example_inputs=ids(), stem="rest", max_activations=None)
     counts = assert_exact_or_none(handle, model, loss)
@@ -145,7 +145,7 @@ def test_representative_architectures(name: str) -> None:
     )
 
 
-def test_a_tied_embedding_rests_as_the_head_too() -> None:
+def test_a_tied_embedding_is_frozen_as_the_head_too() -> None:
     model = net(tied=True)
     handle = dropbp.enable(model, example_inputs=ids(), stem="rest")
     counts = assert_exact_or_none(handle, model, loss)
@@ -153,7 +153,7 @@ def test_a_tied_embedding_rests_as_the_head_too() -> None:
     assert handle.report()["at_rest"]["embed.weight"] == 1 - handle.rates[0]
 
 
-def test_a_block_applied_again_and_again_gets_its_whole_gradient_and_nothing_is_saved(caplog: Any) -> None:
+def test_a_block_applied_repeatedly_gets_its_full_gradient_and_nothing_is_saved(caplog: Any) -> None:
     model = net(looped=True, blocks=4, positions=True)
     handle = dropbp.enable(model, example_inputs=ids(), steps=8, max_activations=None)
     assert "the gradient of positions, embed.weight, blocks.0 flows through every branch" in caplog.text
@@ -170,7 +170,7 @@ def test_a_block_applied_again_and_again_gets_its_whole_gradient_and_nothing_is_
 
 @pytest.mark.parametrize("name", ["GPTJForCausalLM", "FalconForCausalLM", "CohereForCausalLM", "GPTNeoXForCausalLM"])
 @pytest.mark.parametrize("options", [{}, {"steps": 40}, {"rates": [0.9, 0.8, 0.5, 0.5, 0.2, 0.1]}])
-def test_parallel_branches_fall_together(name: str, options: dict[str, Any]) -> None:
+def test_parallel_branches_are_dropped_together(name: str, options: dict[str, Any]) -> None:
     handle = dropbp.enable(tiny(name), **options)
     for draw in range(40):
         mask = handle.schedule.at_draw_shape.sampler.draw(draw)
@@ -185,7 +185,7 @@ def test_parallel_branches_fall_together(name: str, options: dict[str, Any]) -> 
     st.sampled_from(sorted(PROFILES)),
     st.data(),
 )
-def test_rates_of_branches_that_fall_together_are_one_and_the_budget_holds(
+def test_branches_dropped_together_have_one_rate_and_meet_the_budget(
     flops: list[float], drop_rate: float, profile: str, data: Any
 ) -> None:
     cuts = data.draw(st.lists(st.integers(1, 3), min_size=len(flops), max_size=len(flops)))
@@ -231,7 +231,7 @@ def only(model: Net, *parts: str) -> Net:
 
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(KINDS, st.sampled_from([0.3, 0.5, 0.8]), st.booleans())
-def test_a_run_trains_all_that_is_trained_or_names_it(kind: Kind, drop_rate: float, annealed: bool) -> None:
+def test_a_run_trains_every_trained_parameter_or_names_it(kind: Kind, drop_rate: float, annealed: bool) -> None:
     model = net(**dataclasses.asdict(kind))
     options = {"steps": 24} if annealed else {}
     handle = dropbp.enable(model, drop_rate, example_inputs=ids(), max_activations=None, **options)
@@ -244,7 +244,7 @@ def test_a_run_trains_all_that_is_trained_or_names_it(kind: Kind, drop_rate: flo
 
 @pytest.mark.parametrize("steps", [3, 7, 16, 40, 90])
 @pytest.mark.parametrize("rates", ["auto", "uniform", "decreasing"])
-def test_what_a_run_of_known_length_does_not_train_is_named_and_what_is_named_so_is_not(steps: int, rates: Any) -> None:
+def test_a_run_of_known_length_names_exactly_the_parameters_that_never_train(steps: int, rates: Any) -> None:
     model = net(blocks=12)
     rates = rates if rates != "decreasing" else [1 - (i + 1) / 80 for i in range(24)]
     handle = dropbp.enable(model, 0.5, example_inputs=ids(), max_activations=None, rates=rates, steps=steps)
@@ -282,7 +282,7 @@ def test_what_is_trained_below_beside_little_else_gets_whole_steps(
 @pytest.mark.parametrize("chosen", ["class_token", "projector", "positions", "embed"])
 @pytest.mark.parametrize("order", ["pre", "post", "parallel"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_where_nothing_else_trains_nothing_is_dropped_and_that_is_said(
+def test_if_nothing_else_trains_nothing_is_dropped_and_a_warning_says_so(
     chosen: str, order: str, tied: bool, caplog: Any
 ) -> None:
     model = only(net(order=order, class_token=True, projector=True, positions=True, tied=tied), chosen)
@@ -320,7 +320,7 @@ def input_gradient(model: nn.Module) -> Tensor:
     return torch.autograd.grad(loss_of(model(x_BSD)), x_BSD)[0]
 
 
-def test_an_input_that_asks_for_a_gradient_gets_its_own(caplog: Any) -> None:
+def test_an_input_that_requires_a_gradient_gets_its_exact_one(caplog: Any) -> None:
     model = Takes().train()
     handle = dropbp.enable(model, example_inputs=stream())
     with handle.fixed([False] * 6):
@@ -333,7 +333,7 @@ def test_an_input_that_asks_for_a_gradient_gets_its_own(caplog: Any) -> None:
     assert any(handle.mask) and handle.report()["forwards"] == 8
 
 
-def test_what_the_small_forward_did_not_use_rests_and_is_named(caplog: Any) -> None:
+def test_parameters_unused_by_the_small_forward_are_frozen_and_named(caplog: Any) -> None:
     model = Takes().train()
     handle = dropbp.enable(model, example_inputs=stream())
     assert "did not use tower" in caplog.text and "did not use tower" in handle.summary()
@@ -343,7 +343,7 @@ def test_what_the_small_forward_did_not_use_rests_and_is_named(caplog: Any) -> N
 
 
 @pytest.mark.parametrize("masks", ["nested", "exact"])
-def test_frozen_parts_that_were_not_seen_are_named_where_the_share_of_the_branches_is_said(masks: str) -> None:
+def test_frozen_parts_that_were_not_recorded_are_named_beside_the_share_of_the_branches(masks: str) -> None:
     model = Takes().train()
     model.tower.requires_grad_(False)
     with dropbp.enable(model, masks=masks, example_inputs=stream()) as handle:
@@ -376,7 +376,7 @@ class ClampedInTraining(nn.Module):
 
 
 @pytest.mark.parametrize("masks", ["nested", "exact"])
-def test_a_weight_used_past_its_module_in_training_only_is_skipped_as_well(masks: str) -> None:
+def test_a_weight_used_without_its_module_only_in_training_is_skipped_too(masks: str) -> None:
     plain, model = ClampedInTraining().train(), ClampedInTraining().train()
     batch = torch.randn(4, WIDTH)
     handle = dropbp.enable(model, 0.5, masks=masks, example_inputs=batch)
@@ -392,7 +392,7 @@ def test_a_weight_used_past_its_module_in_training_only_is_skipped_as_well(masks
                     assert_equal(name, handle.mask, gradient, expected)
 
 
-def test_a_weight_used_past_its_module_rests_where_the_call_asks_for_the_states_behind_it_as_well() -> None:
+def test_a_weight_used_without_its_module_is_frozen_even_if_later_states_are_requested() -> None:
     plain, model = ClampedInTraining().train(), ClampedInTraining().train()
     batch = torch.randn(4, WIDTH)
     handle = dropbp.enable(model, 0.5, example_inputs=batch)
@@ -407,7 +407,7 @@ def test_a_weight_used_past_its_module_rests_where_the_call_asks_for_the_states_
     assert rested > 6
 
 
-def test_a_recorded_forward_in_evaluation_mode_is_told_the_remedy_once(caplog: Any) -> None:
+def test_a_recorded_forward_in_evaluation_mode_warns_once_with_the_remedy(caplog: Any) -> None:
     model = net().eval()
     handle = dropbp.enable(model, example_inputs=ids())
     with torch.no_grad():
@@ -428,7 +428,7 @@ class Headed(nn.Module):
         return self.head(self.backbone(x_BSD))
 
 
-def test_a_backbone_called_instead_of_the_root_drops_as_well(caplog: Any) -> None:
+def test_a_backbone_called_instead_of_the_root_drops_too(caplog: Any) -> None:
     model = Headed().train()
     handle = dropbp.enable(model, example_inputs=stream())
     forwards = {name: module.__dict__["forward"] for name, module in model.named_modules() if "forward" in vars(module)}
@@ -440,7 +440,7 @@ def test_a_backbone_called_instead_of_the_root_drops_as_well(caplog: Any) -> Non
     assert forwards and not any("forward" in vars(module) for module in model.modules())
 
 
-def test_where_a_part_alone_is_called_the_module_to_enable_is_named(caplog: Any) -> None:
+def test_if_only_a_part_is_called_a_warning_names_the_module_to_enable(caplog: Any) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -455,7 +455,7 @@ def test_where_a_part_alone_is_called_the_module_to_enable_is_named(caplog: Any)
     assert "your training loop calls: call handle.remove(), then dropbp.enable(model.encoder, ...)" in caplog.text
 
 
-def test_names_are_said_in_few_words() -> None:
+def test_parameter_names_are_abbreviated() -> None:
     among = [f"layers.{i}.{part}.{leaf}" for i in range(8) for part in ("a", "b") for leaf in ("weight", "bias")]
     names = [name for name in among if name < "layers.5.b"] + ["embed.weight"]
     assert abbreviated(names, [*among, "embed.weight"]) == "layers.0-4, layers.5.a, embed.weight"
@@ -471,7 +471,7 @@ def test_names_are_said_in_few_words() -> None:
         ({"drop_rate": 0.0}, ""),
     ],
 )
-def test_what_is_known_about_learning_with_these_masks_is_told(options: Any, said: str, caplog: Any) -> None:
+def test_advice_on_learning_with_these_masks_is_given(options: Any, said: str, caplog: Any) -> None:
     _warn_once.cache_clear()
     handle = dropbp.enable(net(blocks=4), example_inputs=ids(), **options)
     for text in (caplog.text, handle.summary()):

@@ -108,7 +108,9 @@ def test_the_budget_is_that_of_the_branches_that_run(name: str, steps: int | Non
     st.lists(st.integers(0, (1 << BRANCHES) - 1), min_size=1, max_size=8),
     st.booleans(),
 )
-def test_the_books_hold_what_ran(rate: float, masks: str, steps: int | None, idle: list[int], ranks: bool) -> None:
+def test_the_statistics_count_what_ran(
+    rate: float, masks: str, steps: int | None, idle: list[int], ranks: bool
+) -> None:
     one, flops = schedule(rate, masks, steps=steps), FLOPS.at(Shape(2, 32))
     dropped = seen = 0.0
     for step in range(80):
@@ -128,7 +130,7 @@ def test_the_books_hold_what_ran(rate: float, masks: str, steps: int | None, idl
     ]
 
 
-def test_a_forward_that_runs_every_branch_takes_nothing_back() -> None:
+def test_a_forward_that_runs_every_branch_is_counted_in_full() -> None:
     torch.manual_seed(1)
     model = Tower().train()
     handle = dropbp.enable(model, 0.5, example_inputs=batch(0), steps=8)
@@ -152,7 +154,7 @@ def test_compiled_blocks_count_as_run() -> None:
     assert not handle.schedule.idle
 
 
-def test_what_runs_has_its_plain_gradient_or_none() -> None:
+def test_every_branch_that_runs_has_its_plain_gradient_or_none() -> None:
     torch.manual_seed(1)
     model = Tower().train()
     plain = copy.deepcopy(model)

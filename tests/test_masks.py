@@ -102,7 +102,7 @@ def test_mean_share_of_independent_masks_is_the_rate_within_its_error():
 
 
 @given(rates_and_flops, seeds, steps, st.sampled_from(ALL))
-def test_rates_of_zero_and_one_are_kept_always(branches, seed, step, how):
+def test_rates_of_zero_and_one_hold_in_every_step(branches, seed, step, how):
     mask = Sampler(how, *branches, seed).draw(step)
     assert all(type(dropped) is bool for dropped in mask)
     for dropped, rate in zip(mask, branches[0], strict=True):
@@ -136,7 +136,7 @@ def test_exact_masks_combine_any_two_branches_in_every_way():
             assert len({(mask[first], mask[second]) for mask in drawn}) == 4
 
 
-def test_independent_is_the_papers_coin_per_branch():
+def test_independent_flips_one_coin_per_branch_as_in_the_paper():
     sampler = Sampler("independent", MIXED_RATES, MIXED_FLOPS, 11)
     coins = masks._generator(11, "independent", 4)
     assert list(sampler.draw(4)) == independent_mask(MIXED_RATES, coins)
@@ -303,7 +303,7 @@ def test_masks_do_not_follow_the_global_seed(how):
     assert drawn[0] == drawn[1]
 
 
-def test_a_sampler_of_ones_own_can_be_added(monkeypatch):
+def test_a_custom_sampler_can_be_added(monkeypatch):
     monkeypatch.setattr(registry, "_SAMPLERS", dict(registry._SAMPLERS))
 
     @register_sampler("alternate")

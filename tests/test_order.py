@@ -43,7 +43,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture, routes: Iterable[Iterable[int]
 
 @pytest.mark.parametrize("route", [(1, 0, 2, 3), (0, 1, 3, 2), (3, 0), (3, 2, 1, 0)])
 @pytest.mark.parametrize("steps", [None, 24])
-def test_another_order_is_told_once_with_the_blocks(
+def test_another_order_warns_once_and_names_the_blocks(
     route: tuple[int, ...], steps: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = warnings_of(caplog, [range(4), *[route] * 12], steps=steps)
@@ -54,9 +54,11 @@ def test_another_order_is_told_once_with_the_blocks(
 
 
 @pytest.mark.parametrize("routes", [[range(4)], [(0, 2), (1, 3), (3,), (0,)], [(0, 1), (2, 3)]])
-def test_blocks_left_out_are_no_other_order(routes: list[Iterable[int]], caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_blocks_do_not_count_as_another_order(
+    routes: list[Iterable[int]], caplog: pytest.LogCaptureFixture
+) -> None:
     assert not warnings_of(caplog, routes * 6)
 
 
-def test_masks_that_drop_anywhere_do_not_count_on_the_order(caplog: pytest.LogCaptureFixture) -> None:
+def test_masks_that_drop_anywhere_do_not_depend_on_the_order(caplog: pytest.LogCaptureFixture) -> None:
     assert not warnings_of(caplog, [(3, 2, 1, 0)] * 8, masks="exact")

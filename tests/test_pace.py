@@ -120,7 +120,7 @@ def told(run, steps):
     st.integers(1, 400),
     st.data(),
 )
-def test_a_trainer_that_tells_its_progress_meets_the_budget(drop_rate, steps, foreseen, data):
+def test_a_trainer_that_reports_its_progress_meets_the_budget(drop_rate, steps, foreseen, data):
     """Micro-batches of each step and forwards of each micro-batch as they come; the hint may be wrong by any factor."""
     run = Run(schedule(drop_rate, steps=foreseen))
     stop = data.draw(st.none() | st.integers(0, len(steps) - 1))
@@ -142,7 +142,7 @@ def test_a_trainer_that_tells_its_progress_meets_the_budget(drop_rate, steps, fo
 
 @settings(max_examples=30)
 @given(DROP_RATES, st.integers(60, 200), st.sampled_from([0.25, 0.5, 1.5, 2.0, 4.0]), st.data())
-def test_a_loop_of_its_own_meets_the_budget_or_says_that_it_ended_early(drop_rate, steps, times, data):
+def test_a_custom_loop_meets_the_budget_or_says_that_it_ended_early(drop_rate, steps, times, data):
     """Longer than `steps`: it continues at the target rate, not at the last mask."""
     run = Run(schedule(drop_rate, steps=steps))
     resume, other = data.draw(st.integers(0, 50)), data.draw(st.sampled_from([0.5, 1, 2]))
@@ -163,7 +163,7 @@ def test_a_loop_of_its_own_meets_the_budget_or_says_that_it_ended_early(drop_rat
     st.integers(80, 300),
     st.sampled_from([1.0, 2.0, 4.0, 16.0]),
 )
-def test_lengths_that_drift_or_jump_are_made_good_for(drop_rate, lengths, steps, growth):
+def test_lengths_that_drift_or_jump_are_compensated(drop_rate, lengths, steps, growth):
     run = Run(schedule(drop_rate, steps=steps))
     for place in range(steps):
         run.forward(int(8 + lengths[place % len(lengths)] * (1 + growth * place / steps)))
@@ -212,7 +212,7 @@ def test_ranks_that_see_different_lengths_draw_the_same_masks(drop_rate, masks, 
 @pytest.mark.parametrize(("before", "after"), [(0.5, 0.875), (0.875, 0.5), (0.5, 0.0)])
 @pytest.mark.parametrize("masks", ["nested", "exact"])
 @pytest.mark.parametrize("stop", [60, 150])
-def test_another_drop_rate_holds_for_what_is_left(before, after, masks, stop, caplog):
+def test_a_new_drop_rate_holds_for_the_rest_of_the_run(before, after, masks, stop, caplog):
     run = Run(schedule(before, masks, steps=300))
     for _ in range(stop):
         run.forward()
@@ -226,7 +226,7 @@ def test_another_drop_rate_holds_for_what_is_left(before, after, masks, stop, ca
 
 
 @pytest.mark.parametrize("factor", [0.5, 2, 4])
-def test_another_accumulation_leaves_the_rest_of_the_run_what_it_was(factor):
+def test_another_accumulation_does_not_change_the_rest_of_the_run(factor):
     """The same training in more, or fewer, forwards: `steps` is another number and half of it is still to come."""
     run = Run(schedule(0.5, steps=200))
     for _ in range(100):
@@ -241,7 +241,7 @@ def test_another_accumulation_leaves_the_rest_of_the_run_what_it_was(factor):
 
 @pytest.mark.parametrize("masks", ["nested", "independent"])
 @pytest.mark.parametrize("steps", [None, 200])
-def test_a_budget_missed_as_masks_left_nothing_to_train_says_so(masks, steps):
+def test_a_budget_missed_because_masks_left_nothing_to_train_says_so(masks, steps):
     upper = (1 << BRANCHES) - (1 << BRANCHES // 2)
 
     def trains(dropped):  # only what lies in the upper half is trained, and a little of it
@@ -253,7 +253,7 @@ def test_a_budget_missed_as_masks_left_nothing_to_train_says_so(masks, steps):
     assert "nothing to train" in shortfall(run.one) and "come closer" not in shortfall(run.one)
 
 
-def test_a_budget_missed_by_few_draws_says_so():
+def test_a_budget_missed_because_of_few_draws_says_so():
     run = Run(schedule(0.5, masks="independent", seed=3))
     for _ in range(3):
         run.forward()
@@ -279,13 +279,13 @@ def test_other_options_may_change(change, caplog):
 
 
 @pytest.mark.parametrize(("change", "named"), [({"seed": 1}, "seed"), ({"masks": "exact"}, "masks")])
-def test_what_may_not_change_is_refused_by_name(change, named):
+def test_options_that_must_not_change_are_refused_by_name(change, named):
     state = schedule(0.5, steps=50).state()
     with pytest.raises(StateError, match=f"its {named} are"):
         schedule(0.5, **{"steps": 50, **change}).load(state)
 
 
-def test_a_run_that_begins_late_anneals_over_what_is_left():
+def test_a_run_that_begins_late_anneals_over_the_rest():
     """A checkpoint was written without DropBP."""
     run = Run(schedule(0.5, steps=200))
     for place in range(80, 200):
@@ -345,7 +345,7 @@ def test_every_drawn_mask_trains_something(drop_rate, masks, trained, known):
     assert abs(one.statistics.drop_rate - drop_rate) <= TOLERANCE or shortfall(one)
 
 
-def test_a_redrawn_mask_keeps_each_rate_but_for_what_it_must():
+def test_a_redrawn_mask_changes_rates_no_more_than_it_must():
     """Half of the branches are trained: all of them are dropped together once in 2000 draws at most."""
     rates = [0.0] * BRANCHES
     one = schedule(0.5, "independent", trains=lambda dropped: dropped & 0xFFF != 0xFFF)
@@ -355,7 +355,7 @@ def test_a_redrawn_mask_keeps_each_rate_but_for_what_it_must():
     assert all(rate == pytest.approx(0.5, abs=0.05) for rate in rates)
 
 
-def test_masks_of_a_graph_warm_up_train_something_too():
+def test_masks_of_a_graph_warm_up_also_train_something():
     one = schedule(0.875, "independent", trains=lambda dropped: dropped & 0b11 != 0b11)
     layers = [Layer("block", 3 << i) for i in range(0, BRANCHES, 2)]
     one.graph_warmup = GraphWarmup(layers, (1 << BRANCHES) - 1, lambda _: 0)
@@ -368,7 +368,7 @@ def test_masks_of_a_graph_warm_up_train_something_too():
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=12), st.floats(-0.5, 1.5), st.integers(1, 50))
 @example([1 - 2**-53], 0.25, 1)
-def test_the_rest_of_a_run_has_the_mean_that_is_wanted(rates, wanted, left):
+def test_the_rest_of_a_run_has_the_wanted_mean(rates, wanted, left):
     edges = sorted({0.0, *rates} - {1.0})
     dropped = [sum(rate > edge for rate in rates) / len(rates) for edge in edges]
     curve = Curve(edges, dropped)
