@@ -164,7 +164,7 @@ def test_without_dropping_there_is_neither_bias_nor_variance():
     assert (found.bias, found.variance, found.error) == pytest.approx((0.0, 0.0, 0.0), abs=1e-3)
 
 
-def test_the_model_is_as_before():
+def test_the_analysis_leaves_the_model_as_it_was():
     model = trained.llama(layers=2, width=16).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = [vars(module).keys() for module in model.modules()]

@@ -133,7 +133,7 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("block", [Gate, GatedBranch, Scaled])
-def test_residuals_of_a_users_own_kind_are_found_and_exact(block: type[nn.Module]) -> None:
+def test_custom_residual_blocks_are_found_and_exact(block: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ModuleList([block(), block()])[0], block(), nn.Linear(8, 2))
     verdict = check_model("own", "own", model, example.Inputs(args=(torch.randn(3, 4),)))
@@ -489,7 +489,7 @@ class Short(nn.Module):
         return x_BSD + self.mixer(x_BSD)
 
 
-def test_a_model_that_exchanges_modules_for_made_up_inputs_gets_them_back() -> None:
+def test_a_model_that_replaces_modules_for_generated_inputs_gets_them_back() -> None:
     model, ids = Short(), torch.arange(32).reshape(1, 32)
     mixer, before = model.mixer, _everything(model)
     with pytest.raises(DiscoveryError, match=r"Short replaced the module mixer.*example_inputs"):

@@ -41,7 +41,7 @@ def looked_at(model, loss, **options):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("count", range(1, 2 * BLOCKS + 1))
-def test_what_is_kept_has_the_gradient_of_a_plain_step(name, count):
+def test_kept_parameters_have_the_gradient_of_a_plain_step(name, count):
     make, loss = MODELS[name]
     plain, model = make(), make()
     expected = take_gradients(plain, loss(plain))
@@ -133,7 +133,7 @@ class FromLatents(torch.nn.Module):
 
 @pytest.mark.parametrize("query", [False, True])
 @pytest.mark.parametrize("way", GIVEN_OUT)
-def test_a_module_that_gives_out_a_parameter_asks_for_no_gradient_where_it_rests(way, query):
+def test_a_frozen_module_that_returns_a_parameter_requires_no_gradient(way, query):
     model = FromLatents(way, query).train()
     handle = looked_at(model, plain_loss)
     assert not stream_asks_for_gradients(model, handle)
@@ -163,7 +163,7 @@ def test_checkpointing_switched_on_between_steps(reentrant):
     assert_same_gradients({n: found[n] for n in kept}, {n: expected[n] for n in kept})
 
 
-def test_a_users_reentrant_checkpoint_switched_on_late_is_told_and_costs_one_step(caplog):
+def test_a_reentrant_checkpoint_switched_on_late_warns_and_costs_one_step(caplog):
     model = plain_net(blocks=BLOCKS)
     handle = looked_at(model, plain_loss)
     model.kind = "reentrant"
@@ -207,7 +207,7 @@ def test_a_compiled_model_keeps_its_number_of_graphs():
     torch._dynamo.reset()
 
 
-def test_a_stream_that_asks_for_gradients_itself_is_left_alone():
+def test_a_stream_that_requires_gradients_itself_is_left_alone():
     model = tiny_llama(BLOCKS)
     model.enable_input_require_grads()
     handle = looked_at(model, llama_loss)

@@ -198,7 +198,7 @@ def test_nothing_is_dropped_during_the_warmup(resample):
     assert any(handle.mask)
 
 
-def test_set_rates_rules_the_next_mask():
+def test_set_rates_determines_the_next_mask():
     model, handle = enabled()
     handle.set_rates([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
     plain_loss(model)
@@ -254,7 +254,7 @@ def test_the_length_of_the_run_changes_nothing_for_other_masks():
     assert drawn[0] == drawn[1]
 
 
-def test_a_sampler_of_ones_own_that_drops_prefixes_is_treated_as_nested_is(monkeypatch):
+def test_a_custom_sampler_that_drops_prefixes_is_treated_like_nested(monkeypatch):
     """What `nested` asks of the engine and the schedule it says itself; no one asks for its name."""
     monkeypatch.setattr(registry, "_SAMPLERS", dict(registry._SAMPLERS))
     register_sampler("twin", rates="shelf", annealed_rates="band", prefixes=True)(samplers.nested)

@@ -128,7 +128,7 @@ def test_a_foreign_or_damaged_state_is_refused_and_changes_nothing(change, messa
 
 
 @pytest.mark.parametrize("state", [None, 3, [], {}, "state"])
-def test_what_is_no_state_at_all_is_refused(state):
+def test_a_value_that_is_no_state_is_refused(state):
     _, handle = enabled()
     with pytest.raises(StateError, match="has version"):
         handle.load_state_dict(state)

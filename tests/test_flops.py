@@ -71,7 +71,7 @@ def test_labels_alone_tell_the_length_of_the_decoder() -> None:
     assert shape_of((), {"inputs_embeds": torch.zeros(3, 9, 64), "labels": ids(9, 3)}) == Shape(3, 9)
 
 
-def test_sound_and_images_are_seen() -> None:
+def test_sound_and_images_are_counted() -> None:
     sound, image = torch.zeros(2, 80, 300), torch.zeros(2, 3, 8, 8)
     assert shape_of((), {"input_features": sound, "labels": ids(12)}) == Shape(2, 300, 12)
     assert shape_of((), {"input_values": torch.zeros(2, 4000)}) == Shape(2, 4000)

@@ -41,7 +41,7 @@ def run(one: GraphWarmup, upcoming: list[int], accumulation: int = 1) -> list[in
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.5, 0.875])
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
-def test_it_ends_soon_and_takes_masks_of_the_sampler_only(drop_rate: float, accumulation: int):
+def test_the_warm_up_ends_soon_and_uses_only_masks_of_the_sampler(drop_rate: float, accumulation: int):
     upcoming = masks(0, drop_rate)
     one = warmup()
     chosen = run(one, upcoming, accumulation)
@@ -50,7 +50,7 @@ def test_it_ends_soon_and_takes_masks_of_the_sampler_only(drop_rate: float, accu
     assert one.done and one.next(0, lambda: upcoming) is None
 
 
-def test_nothing_that_comes_later_is_new():
+def test_no_later_variant_is_new():
     upcoming = masks(1)
     one = warmup()
     run(one, upcoming)
@@ -68,7 +68,7 @@ def test_blocks_of_one_kind_share_and_others_do_not():
     assert len(others.seen) > 2 * len(same.seen)
 
 
-def test_one_mask_for_ever_needs_the_second_step_and_no_more():
+def test_a_single_mask_needs_only_the_second_step():
     """The first training of a branch makes its moments; from the second on nothing is new."""
     assert run(warmup(), [0b1010_1010] * 400) == [0b1010_1010] * 2
 
@@ -92,7 +92,7 @@ def masks_of_a_run(stop: int | None = None, **options: object) -> tuple[list[tup
 
 
 @pytest.mark.parametrize("stop", [None, 3, 20])
-def test_a_run_of_known_length_makes_good_for_what_it_takes_in_advance(stop: int | None):
+def test_a_run_of_known_length_compensates_for_masks_taken_in_advance(stop: int | None):
     expected, rate = masks_of_a_run()
     found, rate_warmed = masks_of_a_run(stop, rehearse=True)
     assert found != expected

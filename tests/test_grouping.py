@@ -76,7 +76,7 @@ def test_each_branch_gets_a_group_and_the_rest_gets_one() -> None:
     ]
 
 
-def test_what_feeds_the_stream_gets_a_group_of_its_own_where_it_is_frozen_at_times() -> None:
+def test_the_stem_gets_a_group_of_its_own_if_it_is_frozen_at_times() -> None:
     model = plain_net(blocks=1)
     assert parameters_in(model, "stem") in grouped_names(model, masks="nested")
 

@@ -56,7 +56,7 @@ def allocator_peak_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return peak
 
 
-def test_storages_are_counted_from_their_making_to_their_end() -> None:
+def test_storages_are_counted_from_creation_to_release() -> None:
     with track_tensor_bytes() as tracked:
         x = torch.zeros(100)
         y = x + 1

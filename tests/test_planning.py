@@ -102,7 +102,7 @@ def test_peak_memory_at_other_rates_is_within_5_percent():
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.75, 0.875])
-def test_states_of_what_never_trains_in_the_run_are_not_counted(rate):
+def test_states_of_parameters_that_never_train_are_not_counted(rate):
     found = dropbp.plan(MODELS["llama"](), ROWS, LENGTH, drop_rates=(rate,), measure=False, steps=16)
     model = MODELS["llama"]()
     dropbp.enable(model, rate, steps=16)
@@ -148,7 +148,7 @@ def test_the_largest_batch_and_sequence_fit_and_the_next_do_not():
     assert max(peaks[0], peaks[2]) <= 1.01 * limit and min(peaks[1], peaks[3]) > limit
 
 
-def test_more_fits_the_more_is_dropped_and_nothing_fits_no_memory():
+def test_higher_drop_rates_fit_larger_batches_and_nothing_fits_no_memory():
     found = dropbp.plan(MODELS["llama"](), 2, 64, drop_rates=RATES, memory_limit=12 << 20, measure=False).rates
     assert [entry.largest_batch for entry in found] == sorted({entry.largest_batch for entry in found})
     none = dropbp.plan(MODELS["llama"](), 2, 64, drop_rates=(0.5,), memory_limit=1, measure=False).at(0.5)
@@ -269,7 +269,7 @@ def test_without_measuring_there_are_no_times():
 # -- no trace
 
 
-def test_the_model_is_as_before():
+def test_planning_leaves_the_model_as_it_was():
     model = MODELS["gpt2"]().train()
     model.transformer.h[0].eval()
     next(model.parameters()).grad = gradient = torch.ones_like(next(model.parameters()))
@@ -284,7 +284,7 @@ def test_the_model_is_as_before():
     assert sum(p.grad is not None for p in model.parameters()) == 1
 
 
-def test_all_is_as_before_when_planning_fails():
+def test_a_failed_plan_leaves_everything_as_it_was():
     model = MODELS["llama"]().eval()
     with pytest.raises(RuntimeError, match="no loss today"):
         dropbp.plan(model, 2, 32, loss=failing_loss)
@@ -299,7 +299,7 @@ def failing_loss(output: Any) -> Tensor:
 # -- what can be planned
 
 
-def test_a_model_of_ones_own_is_planned_from_example_inputs():
+def test_a_custom_model_is_planned_from_example_inputs():
     found = dropbp.plan(plain_net(), 6, example_inputs=torch.randn(2, 4, 8), memory_limit=1 << 22)
     assert found.batch_size == 6 and found.sequence_length is None
     assert found.at(0.5).largest_sequence is None and found.at(0.5).largest_batch > 6
@@ -393,7 +393,7 @@ def test_the_command_refuses_in_one_line(folder, arguments, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_plan_tells_what_the_activation_cache_spares() -> None:
+def test_a_plan_says_what_the_activation_cache_saves() -> None:
     model = trained.llama(layers=6, width=48)
     planned = dropbp.plan(model, 2, 16, steps=100, clock=Ticks(model))
     whole, half, most = (planned.at(rate) for rate in (0.0, 0.5, 0.875))

@@ -446,7 +446,7 @@ def test_the_memory_is_that_of_recomputed_blocks_from_the_first_step_on():
     assert peaks["auto"] < 0.6 * peaks[None]
 
 
-def test_blocks_that_cannot_be_recomputed_are_made_up_for_by_others():
+def test_other_blocks_make_up_for_those_that_cannot_be_recomputed():
     torch.manual_seed(1)
     model = Net().train()
     model.blocks[0] = BatchNormed()
@@ -492,7 +492,7 @@ def test_cached_parametrizations_are_not_recomputed():
     assert_same_gradients(*found)
 
 
-def test_where_hooks_on_saved_tensors_are_disabled_nothing_is_recomputed():
+def test_nothing_is_recomputed_where_hooks_on_saved_tensors_are_disabled():
     plain, model = made("Pure"), made("Pure")
     handle = enabled(model)
     found = []
@@ -533,7 +533,7 @@ def test_the_kernels_of_the_forward_serve_in_the_recomputation():
     assert_same_gradients(found[1], found[0])
 
 
-def test_a_change_between_forward_and_backward_is_an_error_and_no_wrong_gradient():
+def test_a_change_after_the_forward_raises_instead_of_giving_a_wrong_gradient():
     model = Net(WithBuffer).train()
     handle = enabled(model)
     with handle.fixed((False,) * DEPTH):
@@ -570,7 +570,7 @@ def gradients_if_changed_before_the_backward(block, change):
 
 
 @pytest.mark.parametrize("new", [[3.0], (0.5, 1), torch.tensor([4.0])], ids=["list", "tuple", "tensor"])
-def test_an_attribute_bound_anew_between_forward_and_backward_is_as_it_was_in_the_recomputation(new):
+def test_an_attribute_rebound_after_the_forward_has_its_old_value_in_the_recomputation(new):
     def change(block):
         block.scale = new
 
@@ -595,7 +595,7 @@ class Configured(nn.Module):
         return x + self.mlp(self.norm(x)) * self.config.scale
 
 
-def test_a_setting_changed_between_forward_and_backward_is_as_it_was_in_the_recomputation():
+def test_a_setting_changed_after_the_forward_has_its_old_value_in_the_recomputation():
     def change(block):
         block.config.scale, block.config.problem_type = 3.0, "single_label_classification"
 
@@ -616,7 +616,7 @@ def other(model):
 
 
 @pytest.mark.parametrize("reference", [off, other])
-def test_a_reference_by_the_same_weights_between_forward_and_backward_leaves_blocks_recomputed(reference):
+def test_a_reference_forward_of_the_same_weights_leaves_blocks_recomputed(reference):
     """As preference trainers do with adapters: without them, or with others, the model is its own reference."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian", task_type="CAUSAL_LM")
@@ -678,7 +678,7 @@ def test_two_backwards_of_one_forward():
     assert_same_gradients(found[1], found[0])
 
 
-def test_in_place_changes_of_kept_activations_are_refused_as_they_are_without_us():
+def test_in_place_changes_of_kept_activations_are_refused_as_without_dropbp():
     class Spoils(Net):
         def call(self, block, x_BD):
             out = block(x_BD)
