@@ -153,16 +153,11 @@ def _owned_storages(owners: Iterable[TensorOwner]) -> Iterator[torch.UntypedStor
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
-            yield from _storages_of(leaf)
-
-
-def _storages_of(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        yield from _storages([getattr(tensor, name) for name in names])
-    elif tensor.layout is torch.strided:
-        yield tensor.untyped_storage()
-    elif tensor.layout is torch.sparse_coo:
-        yield from _storages((tensor._indices(), tensor._values()))
+    for tensor in [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]:
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            yield from _storages([getattr(tensor, name) for name in names])
+        elif tensor.layout is torch.strided:
+            yield tensor.untyped_storage()
+        elif tensor.layout is torch.sparse_coo:
+            yield from _storages((tensor._indices(), tensor._values()))

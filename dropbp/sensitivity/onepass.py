@@ -361,12 +361,8 @@ def _parameters_below(graph: Graph, starts: Sequence[Sequence[int]]) -> list[set
     """For every branch, the parameters that its inputs depend on; nodes are numbered in the order of creation."""
     known: dict[int, set[str]] = {}
     for start in sorted({start for each in starts for start in each}):
-        known[start] = _reached(graph, start, known)
+        numbers = reached([start], lambda n: () if n in known else graph.nodes[n].inputs)
+        leaves = (graph.nodes[n].leaf for n in numbers if graph.nodes[n].is_leaf)
+        names = {graph.parameter_names.get(id(leaf), "") for leaf in leaves}
+        known[start] = names.union(*(known.get(n, ()) for n in numbers)) - {""}
     return [set().union(*(known[start] for start in each)) for each in starts]
-
-
-def _reached(graph: Graph, start: int, known: Mapping[int, set[str]]) -> set[str]:
-    numbers = reached([start], lambda n: () if n in known else graph.nodes[n].inputs)
-    leaves = (graph.nodes[n].leaf for n in numbers if graph.nodes[n].is_leaf)
-    names = {graph.parameter_names.get(id(leaf), "") for leaf in leaves}
-    return names.union(*(known.get(n, ()) for n in numbers)) - {""}
