@@ -7,9 +7,10 @@ import os
 import re
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LAST_WRITTEN = "trainer_state.json"  # transformers writes it last: if it is complete, so is the checkpoint
@@ -39,14 +40,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def last_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:
+def last_whole_checkpoint(
+    folder: Path, required: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Path | None, dict[str, str]]:
     """The latest complete checkpoint (None: there is none), and by folder name what is wrong with the later ones.
 
-    A trainer that is killed during a save leaves a folder with missing or truncated files.
+    A trainer that is killed during a save leaves a folder with missing or truncated files. `required` holds names and
+    patterns of files that a checkpoint must have, unless it has a sharded engine's subfolders.
     """
     faults: dict[str, str] = {}
     for checkpoint in _checkpoints(folder):
-        fault = _fault_in(checkpoint)
+        fault = _fault_in(checkpoint, required)
         if fault is None:
             return checkpoint, faults
         faults[checkpoint.name] = fault
@@ -72,12 +76,20 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def _fault_in(checkpoint: Path) -> str | None:
+def _fault_in(checkpoint: Path, required: Mapping[str, str]) -> str | None:
     if not (checkpoint / LAST_WRITTEN).is_file():
         return f"{LAST_WRITTEN}, which is written last, is missing"
-    if not any(_holds_weights(path) for path in checkpoint.iterdir()):
+    paths = sorted(checkpoint.iterdir())
+    if not any(map(_holds_weights, paths)):
         return "the weights are missing"
-    return next(filter(None, map(fault_of, sorted(checkpoint.iterdir()))), None)
+    missing = [name for name, pattern in required.items() if not any(_is_or_replaces(path, pattern) for path in paths)]
+    if missing:
+        return f"{missing[0]} is missing"
+    return next(filter(None, map(fault_of, paths)), None)
+
+
+def _is_or_replaces(path: Path, pattern: str) -> bool:
+    return path.match(pattern) or path.is_dir()
 
 
 def _holds_weights(path: Path) -> bool:
@@ -85,8 +97,13 @@ def _holds_weights(path: Path) -> bool:
     return path.is_dir() or (path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin")
 
 
-def _json_fault(path: Path) -> None:
-    json.loads(path.read_text(encoding="utf-8"))
+def _json_fault(path: Path) -> str | None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if path.name == LAST_WRITTEN and (type(content["global_step"]) is not int or content["global_step"] < 1):
+        return f"{path.name} does not say which step it is of"
+    if path.name == "adapter_config.json" and not isinstance(content, dict):
+        return f"{path.name} is damaged: it is not a JSON object"
+    return None
 
 
 def _zip_fault(path: Path) -> str | None:

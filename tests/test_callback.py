@@ -300,6 +300,19 @@ def test_a_with_block_removes_dropbp_after_an_exception(tmp_path: Path) -> None:
     assert not any("forward" in module.__dict__ for module in trainer.model.modules())
 
 
+def test_a_few_forwards_after_the_training_are_no_run_with_a_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = DropBPCallback(calibrate_at=None)
+    trainer, _ = trained(tmp_path, callback)
+    caplog.clear()
+    with callback.enabled(trainer.model.train()) as handle:
+        batch = torch.ones(2, 8, dtype=torch.long)
+        trainer.model(input_ids=batch, labels=batch).loss.backward()
+        assert handle.report()["forwards"] == 1
+    assert "budget" not in caplog.text
+
+
 def test_training_again_after_an_exception_starts_anew(tmp_path: Path) -> None:
     callback = DropBPCallback(calibrate_at=None)
     watcher = Watcher(callback, fail_at=2)

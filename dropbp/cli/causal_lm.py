@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 OUTPUT = Path("runs/finetune")
 LEARNING_RATE = {"lora": 1e-4, "none": 2e-5}
 WEIGHT_DECAY = {"lora": 0.01, "none": 0.02}
+# names and patterns; a trainer silently starts anew what is missing of these
+RESUMED_FILES = {"optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*.pth"}
 MICRO_BATCH, ACCUMULATION = 2, 64  # the paper's batch of 128
 
 
@@ -109,7 +111,7 @@ def _settings(args: argparse.Namespace, output: Path) -> Settings:
 
 
 def _checkpoint(output: Path, resume: bool) -> str | None:
-    last, faults = last_whole_checkpoint(output)
+    last, faults = last_whole_checkpoint(output, RESUMED_FILES)
     if not resume and (last or faults):
         raise ConfigError(f"{output} holds checkpoints of an earlier run; pass --resume, or another --output.")
     for name, fault in faults.items():
@@ -125,17 +127,18 @@ def _says_what_is_kept(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted{_kept(output)}") from None
+        raise KeyboardInterrupt(f"interrupted{_kept(output) or ' before the first checkpoint'}") from None
     except Exception as error:
         exhausted = as_resource_error(error)
         if exhausted is None:
             raise
-        raise ResourceError(f"{str(exhausted).rstrip('.')}{_kept(output)}") from error
+        kept = _kept(output) or ". No checkpoint was written before."
+        raise ResourceError(f"{str(exhausted).rstrip('.')}{kept}") from error
 
 
 def _kept(output: Path) -> str:
-    last, _ = last_whole_checkpoint(output)
-    return " before the first checkpoint" if last is None else f"; {last} is kept: add --resume to continue"
+    last, _ = last_whole_checkpoint(output, RESUMED_FILES)
+    return "" if last is None else f"; {last} is kept: add --resume to continue"
 
 
 def _save(job: Job, callback: DropBPCallback | None, output: Path) -> None:

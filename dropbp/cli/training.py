@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 
 from dropbp.cli.examples import Example, collate, collate_left
 from dropbp.cli.probe import probe_step
+from dropbp.cli.resuming import ResumeCheck, check_weights, refusing_damage
 from dropbp.device import Device, get_device
 from dropbp.engine.labelled import labelled_logits
 from dropbp.errors import ConfigError, DeviceError, DropBPError
@@ -79,13 +80,17 @@ def train(
 
     The record holds the configuration, raw step times, evaluations, FLOPs and memory, in JSON types only. Raises
     ConfigError if logits are wanted only where a label is and the model cannot compute them so, DeviceError if the
-    trainer would use another device than was asked for.
+    trainer would use another device than was asked for, StateError if the checkpoint is damaged or of another run.
     """
     recorder = StepRecorder(job.name)
+    callbacks: list[TrainerCallback] = [*([callback] if callback else []), recorder]
+    if resume_from is not None:
+        check_weights(Path(resume_from), job.model)
+        callbacks.insert(0, ResumeCheck(resume_from, callback is not None))
     logits = labelled_logits(job.model, evaluation=True) if job.labelled else nullcontext()
     with logits, closing(recorder), closing(callback) if callback else nullcontext():
-        trainer = _trainer(job, settings, [callback, recorder] if callback else [recorder], resume_from is None)
-        with suppress(_NoStepLeftError):
+        trainer = _trainer(job, settings, callbacks, resume_from is None)
+        with suppress(_NoStepLeftError), refusing_damage(resume_from):
             trainer.train(resume_from_checkpoint=resume_from)
         return _record(trainer, job, settings, recorder, callback)
 

@@ -120,10 +120,12 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def enabled(self, model: nn.Module) -> Iterator[Handle]:
-        """Enable a model as in the last training, with the rates it ended with."""
+        """Enable a model as in the last training, with the rates it ended with, for forwards that are no run."""
         with enable(model, self.drop_rate, masks=self.masks, **self.options) as handle:
             handle.set_rates([branch["rate"] for branch in self.report()["branches"]])
+            untouched = handle.state_dict()
             yield handle
+            handle.load_state_dict(untouched)  # so that a few forwards do not count as a run that misses its budget
 
     def close(self) -> None:
         """Remove DropBP from the model. Does nothing if it is not enabled."""

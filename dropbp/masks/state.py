@@ -73,9 +73,10 @@ def read(state: Any, schedule: Schedule) -> State:
         raise StateError(f"The DropBP state has version {short(found)}; this library reads version {STATE_VERSION}.")
     for key, mine in schedule.identity.items():
         if type(state.get(key)) is not type(mine) or state[key] != mine:
+            verb = "is" if key == "seed" else "are"
             raise StateError(
-                f"The DropBP state belongs to another run: its {key} are {short(state.get(key))}, this model's are "
-                f"{short(mine)}. Enable the same model with the same options before loading."
+                f"The DropBP state belongs to another run: its {key} {verb} {short(state.get(key))}, this model's "
+                f"{verb} {short(mine)}. Enable the same model with the same options before loading."
             )
     try:
         saved = _of(State, state, len(schedule.names))
@@ -83,6 +84,7 @@ def read(state: Any, schedule: Schedule) -> State:
             schedule.check_trains(checked_rates(saved.given))
         if not saved.pace.width > 0:
             raise ValueError(f"a width of {saved.pace.width:g}")
+        _check_shares(saved.statistics)
     except DAMAGE as error:
         raise StateError(f"The DropBP state is damaged ({error}); nothing was loaded.") from error
     return saved
@@ -119,6 +121,14 @@ def _take_over(schedule: Schedule, changed: set[str]) -> None:
             "mean drop rate of %g; the steps before are not made up for.",
             100 * min(1.0, schedule.pace.now), ", ".join(sorted(changed)), at.planned / max(at.total, 1.0),
         )  # fmt: skip
+
+
+def _check_shares(done: Statistics) -> None:
+    """Raises ValueError if more was dropped than run, up to rounding."""
+    runs, drawn, slack = done.flops_seen, done.drawn_seen, 1 + 1e-6 * abs(done.flops_seen)
+    for part, whole in ((done.flops_dropped, runs), (done.drawn_dropped, drawn), (done.drawn_planned, drawn)):
+        if not -slack <= part <= whole + slack:
+            raise ValueError(f"{part:g} of {whole:g} FLOPs were dropped")
 
 
 def _of(kind: type[T], values: Mapping[str, Any], branches: int) -> T:
