@@ -73,10 +73,9 @@ def read(state: Any, schedule: Schedule) -> State:
         raise StateError(f"The DropBP state has version {short(found)}; this library reads version {STATE_VERSION}.")
     for key, mine in schedule.identity.items():
         if type(state.get(key)) is not type(mine) or state[key] != mine:
-            verb = "is" if key == "seed" else "are"
             raise StateError(
-                f"The DropBP state belongs to another run: its {key} {verb} {short(state.get(key))}, this model's "
-                f"{verb} {short(mine)}. Enable the same model with the same options before loading."
+                f"The DropBP state belongs to another run: its {key} are {short(state.get(key))}, this model's are "
+                f"{short(mine)}. Enable the same model with the same options before loading."
             )
     try:
         saved = _of(State, state, len(schedule.names))
