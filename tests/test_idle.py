@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dropbp
+from dropbp.device import dynamo_graph_count
 from dropbp.masks.budget import TOLERANCE, shortfall
 from dropbp.masks.idle import CountedForward, uncount_idle
 from dropbp.masks.plan import Conditions
@@ -98,6 +99,12 @@ def test_the_budget_is_that_of_the_branches_that_run(name: str, steps: int | Non
     assert handle.report()["realised_drop_rate"] == pytest.approx(realised, abs=TOLERANCE)
     assert steps is None or abs(realised - 0.5) <= TOLERANCE
     assert abs(realised - 0.5) <= TOLERANCE or "did not run" in (shortfall(handle.schedule) or "")
+
+
+def test_what_was_compiled_before_hides_no_idle_branches(fresh_compiler: None) -> None:
+    torch.compile(torch.sin, backend="eager")(torch.ones(2))
+    assert dynamo_graph_count()
+    test_the_budget_is_that_of_the_branches_that_run("exit half way", STEPS)
 
 
 @settings(max_examples=60)

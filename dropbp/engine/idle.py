@@ -28,6 +28,7 @@ class IdleBranches:
         self._modules, self._schedule, self._runtime = modules, schedule, runtime
         self._own = [None if module.per_call else sole(module.need) for module in modules]
         self._observable = functools.reduce(operator.or_, (sole(n) for each in modules for n in each.needs), 0)
+        self._graphs = dynamo_graph_count()
         self._begun: ContextVar[tuple[list[int], CountedForward] | None] = ContextVar("begun", default=None)
 
     def begin(self) -> None:
@@ -37,14 +38,16 @@ class IdleBranches:
     def end(self, outputs: Any, dropped: int) -> None:
         """Correct the counters for the branches that the forward did not run.
 
-        Compiled code counts no calls, and a cache replaces the branches that it spares.
+        Compiled code counts no calls, and what was compiled since `enable` may be a part of the model. A cache replaces
+        the branches that it spares.
         """
         begun = self._begun.get()
         if begun is None:
             return
         self._begun.set(None)
         ran = self._ran(begun[0])
-        if ran != self._observable and ran and self._runtime.cached_forward is None and not dynamo_graph_count():
+        counted = self._runtime.cached_forward is None and dynamo_graph_count() == self._graphs
+        if ran != self._observable and ran and counted:
             uncount_idle(self._schedule, begun[1], self._observable & ~ran)
 
     def _ran(self, before: list[int]) -> int:
