@@ -534,6 +534,24 @@ def test_the_demo_shows_answers_costs_losses_and_accuracy(
     assert len(result["before"]["answers"]) == len(plain["answers"]) == len(dropped["answers"]) == 3
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_the_demo_without_options_trains_on_any_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    demo_of_tiny_things(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
+    assert main(["finetune"]) == 0
+    assert len(result_of(tmp_path / demo.OUTPUT)["runs"]) == 2
+
+
+def test_bf16_needs_no_device_on_a_machine_that_has_a_cpu_only(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    given = {"model": model_folder, "dataset": data, "output": tmp_path, "batch-size": 2, "max-length": 128}
+    options = [f"--{name}={value}" for name, value in given.items()]
+    assert main(["finetune", *options, "--gradient-accumulation=1", "--max-steps=2", "--bf16"]) == 0
+    assert result_of(tmp_path)["runs"][0]["steps"] == 2
+
+
 def test_the_demo_takes_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo_of_tiny_things(monkeypatch)
     monkeypatch.setattr(demo, "load_smollm", None)

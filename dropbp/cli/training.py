@@ -190,10 +190,8 @@ def _refusing_what_does_not_fit() -> Iterator[None]:
     except (DropBPError, ImportError):
         raise
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"the options contradict each other, or do not suit this machine: {str(error).strip()} On a machine "
-            "without an accelerator, pass --device cpu."
-        ) from error
+        reason = str(error).strip()
+        raise ConfigError(f"the options contradict each other, or do not suit this machine: {reason}") from error
 
 
 def _arguments(settings: Settings, examples: int, evaluates: bool, from_scratch: bool) -> TrainingArguments:
@@ -212,7 +210,8 @@ def _arguments(settings: Settings, examples: int, evaluates: bool, from_scratch:
         optim="adamw_torch",
         bf16=settings.bf16,
         seed=settings.seed,
-        use_cpu=settings.device == "cpu",
+        # a trainer refuses bf16 on the CPU unless it is told that the CPU is meant
+        use_cpu=(settings.device or TrainingArguments().device.type) == "cpu",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         **_checkpointing(settings.gradient_checkpointing),
