@@ -330,6 +330,65 @@ def test_an_adapter_that_was_inactive_when_enabling_meets_the_budget(turn, layer
     assert skipped / whole == pytest.approx(0.5, abs=0.02)
 
 
+def add_second(model, layers=None):
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2, layers_to_transform=layers)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    return model
+
+
+def add_weighted(model):
+    model.add_adapter("other", FIRST)
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="linear")
+    model.set_adapter("both")
+    return model
+
+
+FIRST = peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=2)
+ADDED = {
+    "a second adapter": (True, add_second),
+    "a second adapter in some layers": (True, lambda model: add_second(model, [3, 4, 5, 6, 7])),
+    "a weighted adapter": (True, add_weighted),
+    "the first adapter": (False, lambda model: peft.get_peft_model(model, FIRST)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "masks"),
+    [*((name, "nested") for name in ADDED), ("a second adapter", "exact"), ("the first adapter", "exact")],
+)
+def test_an_adapter_that_is_added_after_enabling_meets_the_budget(name, masks):
+    before, add = ADDED[name]
+    wide = tiny_llama(8, hidden_size=64, intermediate_size=128)
+    model = peft.get_peft_model(wide, FIRST) if before else wide
+    plain = copy.deepcopy(model)
+    handle = dropbp.enable(model, 0.5, steps=32, masks=masks, max_activations=None)
+    llama_loss(model)  # the first forward keeps the gradient of the stream
+    model, plain = add(model), add(plain)
+    skipped = whole = 0
+    for _ in range(24):
+        loss, of_all = llama_loss(model), flops_of_backward(llama_loss(plain))
+        with handle.engine.measuring((True,) * len(handle.branches)):
+            rest = flops_of_backward(llama_loss(model))
+        skipped, whole = skipped + of_all - flops_of_backward(loss), whole + of_all - rest
+    realised = handle.report()["realised_drop_rate"]
+    assert skipped / whole == pytest.approx(realised, abs=0.03)
+    assert masks == "nested" or skipped / whole == pytest.approx(0.5, abs=0.03)
+
+
+def test_zeros_in_the_gradients_of_an_added_adapter_do_not_train_it():
+    model = peft.get_peft_model(tiny_llama(4), FIRST)
+    handle = dropbp.enable(model)
+    add_second(model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    llama_loss(model).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    with handle.fixed((True,) * 8):
+        llama_loss(model).backward()
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "second" in name)
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_adapters_under_gradient_checkpointing(kind, reentrant):

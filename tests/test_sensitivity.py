@@ -689,3 +689,41 @@ def test_agreement_is_with_the_exact_objective():
     assert same["objective_ratio"] == 1.0 and same["rates"] == pytest.approx([0.75, 0.25])
     assert same["uniform_ratio"] == pytest.approx(1.0 / 0.75)
     assert bench.agreement([3.0, 1.0], exact, flops, 0.5)["objective_ratio"] > same["uniform_ratio"]
+
+
+class EarlyExits(nn.Module):
+    """Runs the lowest `depth` blocks of a net, or all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain_net(blocks=4)
+
+    def forward(self, x_BSD, depth=None):
+        x_BSD = self.net.stem(x_BSD)
+        for block in self.net.blocks[:depth]:
+            x_BSD = block(x_BSD)
+        return self.net.head(self.net.norm(x_BSD))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_branches_that_a_closure_does_not_run_have_no_sensitivity(method, caplog):
+    model = EarlyExits().train()
+    with dropbp.enable(model, masks="exact", example_inputs=plain_batch()) as handle:
+        closure = lambda: model(plain_batch(), depth=3).square().mean()  # noqa: E731
+        alone = handle.calibrate(closure, method=method)
+        assert alone.sensitivities[6:] == (0, 0) and min(alone.sensitivities[:6]) > 0
+        reference = handle.calibrate(closure, method="exact", set_rates=False)
+        assert alone.sensitivities == pytest.approx(reference.sensitivities, rel=0.5)
+        together = handle.calibrate([closure, lambda: model(plain_batch(3)).square().mean()], method=method)
+        assert min(together.sensitivities) > 0
+        model(plain_batch()).square().mean().backward()
+    told = [message for message in caplog.messages if "did not run" in message]
+    assert method == "exact" or "net.blocks.3.mix, net.blocks.3.mlp" in told[0]
+
+
+def test_a_branch_that_runs_unseen_by_one_pass_is_named():
+    model = EarlyExits().train()
+    model.net.stem = nn.Identity()
+    named = pytest.raises(StateError, match=r"1 of them ran without being shown, first net\.blocks\.0\.mix")
+    with dropbp.enable(model, masks="exact", example_inputs=plain_batch()) as handle, named:
+        handle.calibrate(lambda: model(plain_batch(), depth=3).square().mean())

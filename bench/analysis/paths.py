@@ -25,8 +25,9 @@ from dropbp.discovery.cuts import needs
 from dropbp.discovery.graph import Graph
 from dropbp.discovery.record import Recorder
 from dropbp.discovery.structure import Structure
+from dropbp.sensitivity.edges import edges_of_branches
 from dropbp.sensitivity.measure import checked_loss
-from dropbp.sensitivity.onepass import BranchInput, Source, edges_of_branches, input_edges
+from dropbp.sensitivity.onepass import BranchInput, Source, input_edges
 
 Closure = Callable[[], Tensor]
 

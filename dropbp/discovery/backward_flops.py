@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
+from torch import nn
 
 from dropbp.discovery.module_paths import prefixes
 from dropbp.flops import Shape, fitted
@@ -87,28 +87,31 @@ class BackwardWork:
     def _ends(self, trained: Collection[str], end_of: Callable[[str], int]) -> list[int]:
         """For each node, the branch whose dropping ends the last gradient into it; `NEVER` if no gradient flows.
 
-        The recorded forward did not use adapters that were inactive. If one is trained now, a gradient flows through
-        the product that it belongs to.
+        The recorded forward did not use adapters that were inactive, nor those that were added since. If one is trained
+        now, a gradient flows through the product that it belongs to, or from the parameter beside it.
         """
         ends, unused = [NEVER] * len(self.inputs), set(trained).difference(self.parameters.values())
-        through = {
-            node: end_of(name) for name in unused.intersection(self.lowest_above) for node in self._products_of(name)
-        }
+        through: dict[int, int] = {}
+        for name in unused:
+            for node, beside in self._nodes_of(name).items():
+                end = end_of(name if name in self.lowest_above else beside)
+                through[node] = max(end, through.get(node, NEVER))
         for node, inputs in enumerate(self.inputs):
-            name = self.parameters.get(node)
-            if name is not None:
-                ends[node] = end_of(name) if name in trained else NEVER
+            parameter = self.parameters.get(node)
+            if parameter is not None:
+                ends[node] = max(end_of(parameter) if parameter in trained else NEVER, through.get(node, NEVER))
             else:
                 ends[node] = max((*(ends[i] for i in inputs), through.get(node, NEVER)))
         return ends
 
-    def _products_of(self, name: str) -> list[int]:
-        """The products with a parameter of the nearest module around this one."""
+    def _nodes_of(self, name: str) -> dict[int, str]:
+        """The products with a parameter of the nearest module around this one, or its parameters, with their names."""
         for path in reversed(prefixes(name)[:-1]):
-            found = [node for node, weight in self._weights.items() if f"{weight}.".startswith(f"{path}.")]
-            if found:
-                return found
-        return []
+            for nodes in (self._weights, self.parameters):
+                found = {node: beside for node, beside in nodes.items() if f"{beside}.".startswith(f"{path}.")}
+                if found:
+                    return found
+        return {}
 
     @functools.cached_property
     def _weights(self) -> dict[int, str]:
@@ -152,37 +155,50 @@ def _operands(node: Node) -> tuple[int, ...]:
 class BackwardFlops:
     """The cost of each branch's backward at any shape, with the parameters that are trained now, in forward FLOPs.
 
-    `works` is the work of the same branches at several shapes. A fully trained branch weighs as much as its forward.
-    `truncated`: steps train the top of the model down to a border, and nothing below it.
+    `works` is the work of the same branches at several shapes of inputs to `model`. A fully trained branch weighs as
+    much as its forward. `truncated`: steps train the top of the model down to a border, and nothing below it.
     """
 
-    def __init__(
-        self, works: Mapping[Shape, BackwardWork], parameters: Mapping[str, torch.Tensor], truncated: bool = False
-    ) -> None:
-        self._works, self._parameters, self._truncated = works, parameters, truncated
-        self._each = list(parameters.values())
-        self._stamp: bytes | None = None
+    def __init__(self, works: Mapping[Shape, BackwardWork], model: nn.Module, truncated: bool = False) -> None:
+        self._works, self._model, self._truncated = works, model, truncated
+        self._tables: list[Mapping[str, nn.Module | None]] = []
+        self._each: list[nn.Parameter] = []
+        self._stamp: tuple[bytes, list[int]] | None = None
         self.refresh()
 
     def of_truncated_backward(self) -> BackwardFlops:
         """The same for masks that train the top of the model down to a border."""
-        return BackwardFlops(self._works, self._parameters, truncated=True)
+        return BackwardFlops(self._works, self._model, truncated=True)
 
     def refresh(self) -> bool:
-        """Recount if other parameters are trained than before; return whether that is so."""
-        stamp = bytes(map(_is_trained, self._each))
-        if stamp == self._stamp:
+        """Recount if other parameters are trained than before; return whether that is so.
+
+        Adapters that are added to the model change the number of modules somewhere in it, or what is trained.
+        """
+        if self._stamp == self._stamp_now():
             return False
-        trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
+        parameters = dict(self._model.named_parameters())
+        self._tables = [module._modules for module in self._model.modules() if module._modules]
+        self._each = list(parameters.values())
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         count = BackwardWork.truncated if self._truncated else BackwardWork.full
         counts = {shape: count(work, trained) for shape, work in self._works.items()}
         self._places = sorted({place for costs in counts.values() for place, cost in costs.items() if cost})
-        self._stamp, self._model = stamp, fitted({shape: [c[p] for p in self._places] for shape, c in counts.items()})
+        self._fitted = fitted({shape: [c[p] for p in self._places] for shape, c in counts.items()})
+        self._stamp = self._stamp_now()
         return True
+
+    def _stamp_now(self) -> tuple[bytes, list[int]]:
+        return bytes(map(_is_trained, self._each)), list(map(len, self._tables))
 
     def at(self, shape: Shape) -> tuple[float, ...]:
         """The weight of every branch; 0 if no gradient flows through it."""
-        found = [0] * next(iter(self._works.values())).branches
-        for (branch, _), count in zip(self._places, self._model.at(shape), strict=True):
-            found[branch] += count
-        return tuple(count / BACKWARD for count in found)
+        found = [0.0] * next(iter(self._works.values())).branches
+        for end, _, weight in self.parts(shape):
+            found[end] += weight
+        return tuple(found)
+
+    def parts(self, shape: Shape) -> tuple[tuple[int, int, float], ...]:
+        """The branch whose dropping saves a part of the backward, the branch that the part lies in, and its weight."""
+        each = zip(self._places, self._fitted.at(shape), strict=True)
+        return tuple((end, own, count / BACKWARD) for (end, own), count in each)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from dropbp.flops import TOKENS, FlopsModel, Shape, fitted, pads, shape_of
 logger = logging.getLogger(__name__)
 
 Names = Sequence[str | Sequence[str]]
+AtInputs = Callable[[example.Inputs], dict[Shape, Structure]]
 SHORT = 16
 CHUNKS = 240  # additional tokens
 
@@ -73,15 +74,23 @@ def find(model: nn.Module, example_inputs: Any, named: Names | None) -> Findings
 
 def _find(model: nn.Module, given: example.Inputs, named: Names | None) -> Findings:
     shape, structure = shape_of(given.args, given.kwargs), _structure(model, given, named)
-    other_rows = _recorded(model, structure, named, example.with_other_rows(given))
-    found = {**other_rows, shape: structure, **_at_other_lengths(model, given, structure, named)}
+    every = [structure]
+    recorded = partial(_recorded, model, structure, named, every)
+    found = {**recorded(example.with_other_rows(given)), shape: structure, **_at_other_lengths(model, given, recorded)}
     if pads(_counts(found)):
-        chunks = example.longer(model, given, source=True, target=True, more=CHUNKS)
-        found |= _recorded(model, structure, named, chunks)
+        found |= recorded(example.longer(model, given, source=True, target=True, more=CHUNKS))
     flops = fitted(_counts(found))
     works = {shape: each.work for shape, each in found.items()}
+    structure = replace(structure, calls_follow_shape=_calls_follow_shape(every))
     call_signature = example.call_signature(example.argument_names(model), given.args, given.kwargs)
-    return Findings(structure, flops, BackwardFlops(works, dict(model.named_parameters())), shape, call_signature)
+    return Findings(structure, flops, BackwardFlops(works, model), shape, call_signature)
+
+
+def _calls_follow_shape(found: Iterable[Structure]) -> frozenset[str]:
+    """The modules of branches that are not called equally often at all shapes."""
+    calls: dict[str, int] = {}
+    modules = (module for structure in found for module in structure.branch_modules)
+    return frozenset(m.name for m in modules if calls.setdefault(m.name, len(m.needs)) != len(m.needs))
 
 
 def checked_module(model: Any) -> nn.Module:
@@ -97,11 +106,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _at_other_lengths(
-    model: nn.Module, given: example.Inputs, structure: Structure, named: Names | None
-) -> dict[Shape, Structure]:
+def _at_other_lengths(model: nn.Module, given: example.Inputs, recorded: AtInputs) -> dict[Shape, Structure]:
     """The same branches recorded at other lengths, the longest last: as many as the fit of their FLOPs needs."""
-    recorded = partial(_recorded, model, structure, named)
     if not shape_of(given.args, given.kwargs).sequence_length:
         return {}
     longer = partial(example.longer, model)
@@ -117,15 +123,16 @@ def _at_other_lengths(
 
 
 def _recorded(
-    model: nn.Module, structure: Structure, named: Names | None, given: example.Inputs
+    model: nn.Module, structure: Structure, named: Names | None, every: list[Structure], given: example.Inputs
 ) -> dict[Shape, Structure]:
-    """The same branches in another forward; empty if that forward fails or has other branches."""
+    """The same branches in another forward, noted in `every`; empty if that forward fails or has other branches."""
     shape = shape_of(given.args, given.kwargs)
     try:
         found = _structure(model, given, named)
     except DiscoveryError as error:
         logger.debug("FLOPs are not counted at %s: %s", shape, error)
         return {}
+    every.append(found)
     return {shape: found} if len(found.branches) == len(structure.branches) else {}
 
 

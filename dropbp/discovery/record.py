@@ -56,7 +56,9 @@ def record(
             stack.enter_context(guard)
         outputs = _run(model, *differentiable(args, kwargs or {}))
         stack.close()
-        return recorder.trace(outputs)
+        trace = recorder.trace(outputs)
+        recorder.functions = ()  # the recorder refers to itself, and would keep the graph until garbage is collected
+        return trace
 
 
 def differentiable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -126,6 +126,7 @@ class Structure:
         group_norms: the modules whose own forward computes a group norm.
         cut_inside: number of branches that can only be dropped in part, or not at all.
         identities: the modules that may return their input (dropout), where it must not count as their output.
+        calls_follow_shape: the modules that are called a different number of times at other shapes, as for chunks.
     """
 
     branches: tuple[Branch, ...]
@@ -148,3 +149,4 @@ class Structure:
     group_norms: frozenset[str] = frozenset()
     cut_inside: int = 0
     identities: frozenset[str] = frozenset()
+    calls_follow_shape: frozenset[str] = frozenset()

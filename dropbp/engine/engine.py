@@ -40,6 +40,7 @@ from dropbp.engine.root import RootState, root_forward
 from dropbp.engine.runtime import Runtime
 from dropbp.engine.side_outputs import CallKinds
 from dropbp.engine.stray_gradients import StrayGradients
+from dropbp.engine.stream_check import StreamCheck
 from dropbp.engine.trained import Trained
 from dropbp.engine.truncation import Truncation
 from dropbp.engine.zero_gradients import ZeroGradients
@@ -86,7 +87,8 @@ class Engine:
         self.trained_set_changed: Callable[[], bool] = bool  # whether the set of trained parameters changed
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._ddp_guard, self._unshard_control = DDPGuard(), UnshardControl(model, self.parameters.need_of)
-        self.runtime.cut_stray_gradients = StrayGradients(self.parameters).cut
+        self._stray = StrayGradients(self.parameters)
+        self.runtime.cut_stray_gradients = self._stray.cut
         self.runtime.after_forward += [self._unshard_control.watch, self._ddp_guard.watch]
         if not self.fills_gradients:
             self.runtime.watch_backward = self._zeros.watch
@@ -120,9 +122,12 @@ class Engine:
         self._patches = self._installed(owner)
         modules = [self.model.get_submodule(entry.name) for entry in self.structure.branch_modules]
         states = [module.__dict__["_dropbp_branch"] for module in modules]
-        self._idle = IdleBranches(states, schedule, self.runtime)
         self._order = BlockOrder(self.structure, states if self.prefixes else ())
+        self._idle = IdleBranches(
+            states, schedule, self.runtime, self.structure.calls_follow_shape, self.prefixes, self._order.note_repeated
+        )
         self.runtime.after_forward += [self._idle.end, self._order.end]
+        self._stream_check = StreamCheck(self.model, modules)
         self._patch_check = PatchCheck(self.model, last_modules(self.structure))
         if self.recomputes:
             self.recomputation.warn()
@@ -162,7 +167,11 @@ class Engine:
         if self._measuring is not None:
             return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
-            if self.trained_set_changed():
+            stream_changed, trained_set_changed = self._stream_check.changed(), self.trained_set_changed()
+            if stream_changed or trained_set_changed:
+                self.parameters.refresh()
+                self._zeros.refresh()
+                self._stray.inspect_anew()
                 self.schedule.recount_weights()
             self.bypass.refresh()
             shape, conditions = shape_of(args, kwargs), self._conditions(args, kwargs)

@@ -1,7 +1,8 @@
 """Notices blocks that run in another order than at `enable`, as with random routes through the layers.
 
 Masks that drop the bottom of the model count on that order. In another one, a kept block may lie below a dropped one
-and get the gradient of the residual stream alone.
+and get the gradient of the residual stream alone. So may one of two branches that run in turn, again and again, if the
+recorded forward ran each only once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class BlockOrder:
     def __init__(self, structure: Structure, modules: Sequence[BranchModuleState]) -> None:
         self._lists: dict[str, list[tuple[str, BranchModuleState]]] = {}
         self._since: int | None = None
+        self._modules = modules
+        self._warned_of_repeats = False
         first = {module.need: module for module in reversed(modules) if not module.per_call}
         for index, branch in enumerate(structure.branches):
             module = first.get(1 << index)
@@ -49,6 +52,27 @@ class BlockOrder:
             if swapped is not None:
                 self._warn(*(name for _, name in swapped))
                 return
+
+    def note_repeated(self, calls: Sequence[int], dropped: int) -> None:
+        """Warn once if a kept branch ran below a dropped one, in a forward that called a module more than recorded.
+
+        If none did, all calls of kept branches come after the last call of a dropped one, and no others.
+        """
+        ended, each = next_entry(), list(zip(self._modules, calls, strict=False))
+        last = max((m.entered for m, count in each if count and not m.per_call and not m.need & ~dropped), default=0)
+        kept = [(m, count) for m, count in each if not m.per_call and m.need & ~dropped]
+        if not dropped or self._warned_of_repeats or not last or ended - last > sum(count for _, count in kept):
+            return
+        self._warned_of_repeats = True
+        repeated = [(m, count) for m, count in each if count > len(m.needs)]
+        module, times = next((pair for pair in repeated if not pair[0].need & ~dropped), repeated[0])
+        logger.warning(
+            "%s was called %d times in a forward, and %d times when dropbp was enabled. Kept branches that ran before "
+            "its last call get the gradient of the residual stream alone there. Enable with a forward that calls it at "
+            "least twice (example_inputs=...): then each of these calls is a branch of its own. masks='exact' accepts "
+            "such gradients, as the paper does.",
+            module.name, times, len(module.needs),
+        )  # fmt: skip
 
     def _warn(self, lower: str, upper: str) -> None:
         self._lists = {}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from dropbp.discovery.cuts import ALWAYS_NEEDED
-from dropbp.discovery.structure import Stem, Structure
+from dropbp.discovery.structure import NO_BRANCH_ABOVE, Stem, Structure
 from dropbp.lazy.grouping import ParameterGroup, split_groups, zero_fill_gradients
 from dropbp.masks.plan import ForwardPlan
 
@@ -20,14 +20,44 @@ class Parameters:
     def __init__(self, model: nn.Module, structure: Structure, stem: Stem) -> None:
         self.model, self.structure, self.stem = model, structure, stem
         self.optimized: frozenset[str] | None = None
+        self._first = frozenset(self._present())
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find the parameters that were added since `enable`: to the branches' modules, as adapters are, or elsewhere.
+
+        `unplaced` are those of which it is unknown which branches lie above them.
+        """
+        present = self._present()
+        known = {id(present[name]) for name in self._first.intersection(present)}
+        around = {module.name: functools.reduce(operator.or_, module.needs) for module in self.structure.branch_modules}
+        each = {name: _around(name, around) for name, parameter in present.items() if id(parameter) not in known}
+        self.added = {name: need for name, need in each.items() if need is not None}
+        others = [name for name, need in each.items() if need is None]
+        frozen = self.stem_parameters() if others else {}
+        self.unplaced = [name for name in others if name not in frozen and not self._is_above_all(name)]
+
+    def _is_above_all(self, name: str) -> bool:
+        """Whether no branch lies above the recorded parameters of the nearest module that has any."""
+        while name:
+            name = name.rpartition(".")[0]
+            prefix = f"{name}." if name else ""
+            beside = [branch for n, branch in self.structure.stem.lowest_above.items() if n.startswith(prefix)]
+            if beside:
+                return all(branch == NO_BRANCH_ABOVE for branch in beside)
+        return False
 
     def need_of(self, name: str) -> int:
         """The branches that a parameter belongs to, as bits; `ALWAYS_NEEDED` if none."""
-        return self.structure.parameters.get(name, ALWAYS_NEEDED)
+        return self.structure.parameters.get(name, self.added.get(name, ALWAYS_NEEDED))
 
     def needs(self) -> dict[nn.Parameter, int]:
-        """The branches, as bits, that each branch parameter belongs to."""
+        """The branches, as bits, that each branch parameter belongs to, without those added since `enable`."""
         return self._named(self.structure.parameters)
+
+    def needs_now(self) -> dict[str, int]:
+        """The branches, as bits, that each present parameter of a branch belongs to, by name."""
+        return {**self.structure.parameters, **self.added}
 
     def branches_with_gradient(self) -> int:
         """The branches, as bits, whose parameters already have gradients from an earlier micro-batch of this step."""
@@ -35,13 +65,17 @@ class Parameters:
         return functools.reduce(operator.or_, held, 0)
 
     def skipped(self, plan: ForwardPlan) -> tuple[set[int], set[int]]:
-        """Ids of the parameters that get no gradient under this plan: all, and those in no dropped branch."""
+        """Ids of the parameters that get no gradient under this plan: all, and those in no dropped branch.
+
+        An unplaced parameter gets none if any branch is dropped, unless it is used after the blocks.
+        """
         present = self._present()
+        unplaced = {id(present[name]) for name in self.unplaced if plan.stem_frozen and name in present}
         stem = self.stem_parameters().items() if plan.stem_frozen else ()
         frozen = {id(present[name]) for name, branch in stem if not branch & plan.trained and name in present}
-        dropped = self.structure.parameters.items()
+        dropped = self.needs_now().items()
         inside = {id(present[name]) for name, need in dropped if not need & ~plan.dropped and name in present}
-        return inside | frozen, frozen
+        return inside | frozen | unplaced, frozen
 
     def _present(self) -> dict[str, nn.Parameter]:
         """Every parameter by each of its names: inside a wrapper it has a different one."""
@@ -98,9 +132,18 @@ class Parameters:
         """
         by_need: dict[int, list[nn.Parameter]] = {}
         stem = self.stem_parameters() if with_stem else {}
-        for parameter, need in self._named(self.structure.parameters, stem).items():
+        for parameter, need in self._named(self.needs_now(), stem).items():
             if not need & ~dropped and not hasattr(parameter, "ds_id"):
                 by_need.setdefault(need, []).append(parameter)
         for parameters in by_need.values():
             if zero_fill_gradients(parameters) and boundary is not None:
                 boundary()
+
+
+def _around(name: str, modules: Mapping[str, int]) -> int | None:
+    """The branches of the innermost of these modules around a parameter; None if there is none."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            return modules[name]
+    return None

@@ -42,15 +42,19 @@ class ZeroGradients:
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
-        probes = _smallest(parameters)
-        self._needs = list(probes)
-        self._tables, self._names = ([place[i] for place in probes.values()] for i in (0, 1))
-        self._types = [nn.Parameter] * len(probes)
-        self._found: list[Any] | None = None  # the probes found last; None if an engine has replaced one
+        self.refresh()
         self._running = weakref.WeakValueDictionary[int, _Backward]()
         self._steps = _Steps()
         self._noted: tuple[list[weakref.ref[Tensor]], list[int], int] = [], [], 0
         self._counting: RemovableHandle | None = None
+
+    def refresh(self) -> None:
+        """Choose the probes among the parameters that are trained now."""
+        probes = _smallest(self._parameters)
+        self._needs = list(probes)
+        self._tables, self._names = ([place[i] for place in probes.values()] for i in (0, 1))
+        self._types = [nn.Parameter] * len(probes)
+        self._found: list[Any] | None = None  # the probes found last; None if an engine has replaced one
 
     def release(self) -> None:
         """Remove the optimizer hook."""
@@ -117,7 +121,9 @@ class ZeroGradients:
 
     def _forget(self, needs: set[int]) -> None:
         """Reset these sets of branches where all gradients are zero; one transfer from the device tells for all."""
-        own = [(need, p, p.grad) for p, need in self._parameters.needs().items() if need in needs]
+        each, model = self._parameters.needs_now().items(), self._parameters.model
+        present = dict(model.named_parameters(remove_duplicate=False))
+        own = [(need, present[name], present[name].grad) for name, need in each if need in needs and name in present]
         held = [(need, p, grad) for need, p, grad in own if grad is not None]
         alive = {need for (need, *_), any_ in zip(held, _any([grad for *_, grad in held]), strict=True) if any_}
         for need, parameter, _ in held:
@@ -155,10 +161,12 @@ def _present(gradients: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _smallest(parameters: Parameters) -> dict[int, ParameterSlot]:
     found: dict[int, tuple[int, ParameterSlot]] = {}
-    for name, need in parameters.structure.parameters.items():
+    present = dict(parameters.model.named_parameters(remove_duplicate=False))
+    for name, need in parameters.needs_now().items():
         path, _, attribute = name.rpartition(".")
-        table = parameters.model.get_submodule(path)._parameters
-        parameter = parameters.model.get_parameter(name)
+        if name not in present:  # an adapter has renamed it
+            continue
+        table, parameter = parameters.model.get_submodule(path)._parameters, present[name]
         smaller = need not in found or parameter.numel() < found[need][0]
         if parameter.requires_grad and smaller and not hasattr(parameter, "ds_id"):
             found[need] = parameter.numel(), (table, attribute)

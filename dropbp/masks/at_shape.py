@@ -6,10 +6,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import compress
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from dropbp import branch_sets
 from dropbp.config import Config
+from dropbp.flops import Shape
 from dropbp.masks.pace import Curve
 from dropbp.masks.plan import ForwardPlan
 from dropbp.masks.rates import average_over_parallel, depth_rates
@@ -19,6 +20,20 @@ from dropbp.masks.samplers import Sampler
 REDRAWS = 64
 
 Rates = tuple[float, ...]
+Part = tuple[int, int, float]  # the branch whose dropping saves it, the branch that it lies in, FLOPs
+
+
+class CountsFlops(Protocol):
+    """FLOPs of every branch at a shape."""
+
+    def at(self, shape: Shape) -> tuple[float, ...]: ...
+
+
+@runtime_checkable
+class CountsParts(Protocol):
+    """Weights by the branch whose dropping saves them and the branch that they lie in."""
+
+    def parts(self, shape: Shape) -> tuple[Part, ...]: ...
 
 
 class AtShape:
@@ -27,7 +42,7 @@ class AtShape:
     The budget counts `weights`: the FLOPs of branches that have a backward, 0 for others; `total` is their sum. `rates`
     may be given as the name of a profile; a branch of weight 0 has rate 0. `planned` are the FLOPs that the rates drop
     on average. `trains` tells whether a step under a mask trains anything. Masks drop the sets of neighbouring branches
-    in `parallel` (bits) together.
+    in `parallel` (bits) together. `parts` are the weights by the branch that they lie in; empty: each in its own.
     """
 
     def __init__(
@@ -38,8 +53,10 @@ class AtShape:
         rates: str | Rates,
         trains: Callable[[Mask], bool],
         parallel: Iterable[int] = (),
+        parts: tuple[Part, ...] = (),
     ) -> None:
         self.config, self.flops, self.weights = config, tuple(map(int, flops)), tuple(weights)
+        self.parts = parts or tuple((i, i, weight) for i, weight in enumerate(self.weights))
         self.total = sum(self.weights)
         self.droppable = tuple(weight > 0 for weight in self.weights)
         self.trains = trains

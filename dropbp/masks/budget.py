@@ -64,11 +64,15 @@ def _cause(schedule: Schedule) -> str:
             "Some masks would have left nothing to train, and others replaced them. Use a lower drop rate, or train "
             "parameters of more branches."
         )
-    if schedule.idle:
-        names = [name for i, name in enumerate(schedule.names) if schedule.idle >> i & 1]
+    uneven = [
+        what.format(f"{names[0]}{f' and {len(names) - 1} other branches' if names[1:] else ''}")
+        for what, found in (("did not run {}", schedule.idle), ("ran {} more or less often", schedule.recurring))
+        if (names := [name for i, name in enumerate(schedule.names) if found >> i & 1])
+    ]
+    if uneven:
         return (
-            f"Some forwards did not run {names[0]}{f' and {len(names) - 1} other branches' if names[1:] else ''}, and "
-            "masks count on all branches. In a run of known length (steps=...) later masks make up for it."
+            f"Some forwards {' or '.join(uneven)}, and masks count on every branch as in the forward that found it. In "
+            "a run of known length (steps=...) later masks make up for it."
         )
     if schedule.draws * TOLERANCE < 1:
         return f"Only {schedule.draws} masks were drawn; longer runs come closer to the target."

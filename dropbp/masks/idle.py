@@ -1,14 +1,14 @@
-"""Corrects the counters after a forward that did not run all branches.
+"""Corrects the counters after a forward that did not run every branch as often as the recorded forward did.
 
-A mask is counted before its forward, which may then leave branches out: an early exit, a tower without input. These
-have no backward, so they are no part of the budget, dropped or not. Annealed masks make up for it in later steps. With
-several ranks they do not, because each rank may leave out others, and all must draw the same masks.
+A mask is counted before its forward, which may then leave branches out (an early exit, a tower without input) or run
+some repeatedly. The budget is that of the backward of what ran, dropped or not. Annealed masks make up for it in later
+steps. With several ranks they do not, because each rank may run others, and all must draw the same masks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import compress
 from typing import TYPE_CHECKING
 
 from dropbp.masks.at_shape import AtShape
@@ -39,15 +39,24 @@ class CountedForward:
 
 def uncount_idle(schedule: Schedule, counted: CountedForward, idle: int) -> None:
     """Subtract what was counted for these branches, given as bits."""
-    schedule.idle |= idle
-    schedule.statistics.note_idle(*_shares(counted.at_batch_shape, counted.mask, idle), counted.drawn)
+    recount(schedule, counted, {i: 0.0 for i in range(len(schedule.names)) if idle >> i & 1})
+
+
+def recount(schedule: Schedule, counted: CountedForward, ran: Mapping[int, float]) -> None:
+    """Count some branches anew by how often they ran, as a multiple of the recorded forward; 0: not at all."""
+    for branch, times in ran.items():
+        if times:
+            schedule.recurring |= 1 << branch
+        else:
+            schedule.idle |= 1 << branch
+    schedule.statistics.note_idle(*_surplus(counted.at_batch_shape, counted.mask, ran), counted.drawn)
     if counted.drawn and counted.at_draw_shape is not None:
-        planned, dropped, total = _shares(counted.at_draw_shape, counted.mask, idle)
+        planned, dropped, total = _surplus(counted.at_draw_shape, counted.mask, ran)
         schedule.pace.note(-planned, -dropped, -total)
 
 
-def _shares(at: AtShape, mask: Mask, idle: int) -> tuple[float, float, float]:
-    """The FLOPs of the idle branches: those that a mask drops on average, those that this mask drops, and all."""
-    left_out = [weight if idle >> i & 1 else 0.0 for i, weight in enumerate(at.weights)]
-    total = sum(left_out)
-    return at.planned * total / max(at.total, 1.0), sum(compress(left_out, mask)), total
+def _surplus(at: AtShape, mask: Mask, ran: Mapping[int, float]) -> tuple[float, float, float]:
+    """FLOPs counted too much: those that a mask drops on average, those that this mask drops, and all."""
+    each = [(end, weight * (1 - ran[own])) for end, own, weight in at.parts if own in ran]
+    total = sum(weight for _, weight in each)
+    return at.planned * total / max(at.total, 1.0), sum(weight for end, weight in each if mask[end]), total

@@ -17,14 +17,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any
 
 from dropbp.checks import check_lengths, checked_mask, checked_rates
 from dropbp.config import Config
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape
 from dropbp.lazy.warmup import LOOKAHEAD, GraphWarmup
-from dropbp.masks.at_shape import AtShape, Rates
+from dropbp.masks.at_shape import AtShape, CountsFlops, CountsParts, Rates
 from dropbp.masks.online import Online
 from dropbp.masks.pace import Pace
 from dropbp.masks.plan import Conditions, ForwardPlan
@@ -38,12 +38,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SHAPES = 32  # number of shapes whose rates, sampler and plans are remembered
 MAX_PLANS = 512  # per shape
-
-
-class CountsFlops(Protocol):
-    """FLOPs of every branch at a shape."""
-
-    def at(self, shape: Shape) -> tuple[float, ...]: ...
 
 
 class Schedule:
@@ -86,7 +80,7 @@ class Schedule:
         self._trains_cache: dict[int, bool] = {}
         self._fixed = _FixedMasks()
         self.dropping, self.draws = True, 0
-        self.idle = 0  # branches, as bits, that some forward did not run
+        self.idle = self.recurring = 0  # branches, as bits, that some forward did not run, or ran more or less often
         self.mask: Mask | None = None
         self.current: Mask | None = None
         self.graph_warmup: GraphWarmup | None = None
@@ -152,8 +146,9 @@ class Schedule:
             if len(self._values_at) >= MAX_SHAPES:
                 self._values_at.clear()
             flops, weights = self._flops.at(shape), self._weights.at(shape)
-            rates = self.profile or self.given or ()
-            found = self._values_at[shape] = AtShape(self.config, flops, weights, rates, self.trains, self._parallel)
+            parts = self._weights.parts(shape) if isinstance(self._weights, CountsParts) else ()
+            rates, own = self.profile or self.given or (), (self.trains, self._parallel, parts)
+            found = self._values_at[shape] = AtShape(self.config, flops, weights, rates, *own)
         return found
 
     # -- rates

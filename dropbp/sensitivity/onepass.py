@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dropbp import branch_sets
-from dropbp.discovery.branches import cuts_in
 from dropbp.discovery.cuts import needs
-from dropbp.discovery.graph import Edge, Graph
+from dropbp.discovery.graph import Graph
 from dropbp.discovery.record import Recorder
 from dropbp.discovery.structure import Structure
 from dropbp.discovery.walks import reached
-from dropbp.errors import StateError
+from dropbp.sensitivity.edges import edges_of_branches
 from dropbp.tensors import tensors_in
 
 Source = tuple[Any, int]  # an output of an autograd node: (node, index of the output)
@@ -108,7 +107,7 @@ class OnePass:
                 self.recorder.functions = ()
 
     def _read_graph(self, graph: Graph) -> None:
-        need = needs(graph, edges_of_branches(graph, self.structure))
+        need = needs(graph, edges_of_branches(graph, self.structure, self.inputs.calls.keys()))
         edges = input_edges(graph, self.recorder.functions, need, len(self.structure.branches))
         self.own = _owned(graph, need, len(edges))
         self.below = _parameters_below(graph, [[edge.number for edge in entering] for entering in edges])
@@ -308,21 +307,6 @@ class _Inputs:
 
 def _square(tensor: Tensor) -> Tensor:
     return tensor.detach().float().square().sum()
-
-
-def edges_of_branches(graph: Graph, structure: Structure) -> list[list[Edge]]:
-    """The edges of each branch; a closure may run the model several times.
-
-    Raises StateError if the graph does not show every branch.
-    """
-    found, count = cuts_in(graph, structure), len(structure.branches)
-    if not found or len(found) % count:
-        raise StateError(
-            f"The closure's graph shows {len(found)} branches, but the model has {count}. Reentrant gradient "
-            "checkpointing hides branches, and so does a closure that runs only a part of the model. Use "
-            "checkpointing with use_reentrant=False, or calibrate with method='exact'."
-        )
-    return [[edge for group in found[branch::count] for edge in group] for branch in range(count)]
 
 
 def input_edges(graph: Graph, functions: Sequence[Any], need: Sequence[int], count: int) -> list[list[BranchInput]]:

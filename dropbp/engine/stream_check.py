@@ -1,0 +1,62 @@
+"""Notices modules and parameters outside the branches that were added, replaced or tied after `enable`.
+
+Such a parameter may feed the residual stream below dropped branches, where no wrapper freezes it. The next step that
+drops a branch then searches its graph for it (`dropbp.engine.stray_gradients`). The check is two loops in C over the
+modules outside the branches.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from torch import nn
+
+_get = cast(Any, dict.get)
+MOST_CHANGES = 16  # an engine that replaces parameters in every step is not followed any further
+
+
+class StreamCheck:
+    """Compares the modules and parameters outside the branches with those of the last check.
+
+    Args:
+        model: the root module.
+        branch_modules: the modules of the branches, whose insides may change.
+    """
+
+    def __init__(self, model: nn.Module, branch_modules: Iterable[nn.Module]) -> None:
+        self._model, self._branch_modules = model, frozenset(branch_modules)
+        self._left = MOST_CHANGES
+        self._note()
+
+    def changed(self) -> bool:
+        """Whether something changed since the last call. Parameters substituted by `torch.func` do not count."""
+        same = list(map(len, self._tables)) == self._sizes
+        if same and all(map(operator.is_, map(_get, self._owners, self._keys), self._values)):
+            return False
+        if not self._left or any(_is_substituted(module) for module in self._outside()):
+            return False
+        self._left -= 1
+        self._note()
+        return True
+
+    def _note(self) -> None:
+        self._tables: list[dict[str, Any]] = [t for m in self._outside() for t in (m._modules, m._parameters)]
+        self._sizes = list(map(len, self._tables))
+        entries = [(table, key, value) for table in self._tables for key, value in table.items()]
+        self._owners, self._keys, self._values = ([entry[i] for entry in entries] for i in range(3))
+
+    def _outside(self) -> Iterator[nn.Module]:
+        pending, seen = [self._model], {self._model}
+        while pending:
+            module = pending.pop()
+            yield module
+            fresh = {child for child in module._modules.values() if child is not None}
+            fresh -= seen | self._branch_modules
+            seen |= fresh
+            pending.extend(fresh)
+
+
+def _is_substituted(module: nn.Module) -> bool:
+    return any(value is not None and not isinstance(value, nn.Parameter) for value in module._parameters.values())
