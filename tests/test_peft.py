@@ -362,7 +362,7 @@ def test_an_adapter_that_is_added_after_enabling_meets_the_budget(name, masks):
     wide = tiny_llama(8, hidden_size=64, intermediate_size=128)
     model = peft.get_peft_model(wide, FIRST) if before else wide
     plain = copy.deepcopy(model)
-    handle = dropbp.enable(model, 0.5, steps=32, masks=masks, max_activations=None)
+    handle = dropbp.enable(model, 0.5, steps=25, masks=masks, max_activations=None)
     llama_loss(model)  # the first forward keeps the gradient of the stream
     model, plain = add(model), add(plain)
     skipped = whole = 0
@@ -372,8 +372,10 @@ def test_an_adapter_that_is_added_after_enabling_meets_the_budget(name, masks):
             rest = flops_of_backward(llama_loss(model))
         skipped, whole = skipped + of_all - flops_of_backward(loss), whole + of_all - rest
     realised = handle.report()["realised_drop_rate"]
-    assert skipped / whole == pytest.approx(realised, abs=0.03)
-    assert masks == "nested" or skipped / whole == pytest.approx(0.5, abs=0.03)
+    # The embedding is frozen, so the lowest kept branch needs no gradient for its input: this saving is not counted.
+    more = 0.02 if masks == "nested" else 0.04
+    assert -0.02 < skipped / whole - realised < more
+    assert realised == pytest.approx(0.5, abs=0.02)
 
 
 def test_zeros_in_the_gradients_of_an_added_adapter_do_not_train_it():
