@@ -1,7 +1,8 @@
-"""What every test stands on: one thread, no network, a fixed seed."""
+"""What every test stands on: one thread, no network, a fixed seed, Ctrl-C at work."""
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, also for what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if find_spec("hypothesis"):  # the environment for Gaudi has none
     from hypothesis import settings
