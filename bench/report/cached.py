@@ -40,10 +40,11 @@ def section(root: Path) -> str:
 def _size(run: records.Record) -> str:
     c = run["configuration"]
     batch = f"sequence {c['sequence_length']}, micro-batch {c['batch_size']}, {c['steps']} steps per epoch"
-    if "model" in c:
-        return f"{c['model']} in bfloat16 on one {run['device']['generation']}, {batch}; wall-clock time."
-    llama = f"Llama {c['layers']} x {c['width']}, float32"
-    return f"{llama}, {batch}; CPU time on one thread."
+    device = run["device"]
+    named = f"{c['model']} in bfloat16" if "model" in c else f"Llama {c['layers']} x {c['width']}, float32"
+    if device["name"] != "cpu":
+        return f"{named} on one {device['generation']}, {batch}; wall-clock time."
+    return f"{named} on {device['generation']} ({device['capability']}), {batch}; CPU time on one thread."
 
 
 def _table(size: str, runs: Sequence[records.Record]) -> str:
@@ -51,7 +52,7 @@ def _table(size: str, runs: Sequence[records.Record]) -> str:
 
 
 def _row(run: records.Record) -> Sequence[str]:
-    found, target = figures(run), TARGETS.get(run["name"])
+    found, target = figures(run), None if run["device"]["name"] != "cpu" else TARGETS.get(run["name"].split("--")[-1])
     met = "-" if target is None else f"{target:.2f} ({'met' if found['shortened_step'] <= target else 'missed'})"
     return (
         f"{run['configuration']['tuning']}, p = {run['configuration']['drop_rate']:g}",
