@@ -35,7 +35,7 @@ define install
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed; $(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...")'
 	@echo "Setting up $(1): some minutes, once"
 	test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1)
-	$(1)/bin/python -m pip install $(PIP_OPTIONS) --quiet -c $(2) setuptools wheel
+	$(1)/bin/python -m pip install $(PIP_OPTIONS) --quiet --upgrade -c $(2) setuptools wheel
 	$(1)/bin/python -m pip install $(PIP_OPTIONS) --no-build-isolation -c $(2) $(3)
 endef
 

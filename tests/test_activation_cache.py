@@ -11,6 +11,7 @@ from dropbp.backends.cpu import CpuDevice
 from torch import nn
 
 import dropbp
+from dropbp.memory import track_tensor_bytes
 from dropbp.session import Handle
 from tests.common.engine_models import (
     Block,
@@ -210,6 +211,34 @@ def test_optimizer_states_of_parameters_that_never_train_again_are_freed():
     assert report["optimizer_bytes_freed"] > 0 and held[0] + report["optimizer_bytes_freed"] == held[1]
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rows_take_the_bytes_that_plan_foretold(dtype):
+    model = llama().to(dtype)
+    row_bytes = dropbp.plan(model, 2, 24, drop_rates=(0.75,), measure=False).cache_row_bytes
+    with cached(model) as handle:
+        for ids in tokens(rows=ROWS, length=24).split(2):
+            llama_loss(model, ids).backward()
+        report = found(handle)
+    assert report["rows"] == ROWS and report["bytes"] == pytest.approx(ROWS * row_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_step_needs_more_device_memory_than_without_the_cache(lora, tmp_path):
+    peaks: dict[bool, list[int]] = {False: [], True: []}
+    for uses_cache, each in peaks.items():
+        model = with_lora(llama()) if lora else llama()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        with cached(model, activation_cache=tmp_path if uses_cache else None):  # a file is no memory of the device
+            for order in map(epoch_order, range(3)):
+                for ids in tokens(rows=ROWS, length=24)[order].split(2):
+                    with track_tensor_bytes(model, optimizer) as tracked:
+                        llama_loss(model, ids).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    each.append(tracked.peak_bytes)
+    assert all(here <= there for here, there in zip(peaks[True], peaks[False], strict=True))
 
 
 # -- what changes below the border

@@ -130,3 +130,4 @@ def test_the_makefile_sets_up_each_environment_with_whole_commands(target: str, 
     script = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     subprocess.run(["sh", "-n"], input=script, check=True, text=True)
     assert f"-e '.[{extras}]'" in script
+    assert "--upgrade" in next(line for line in script.splitlines() if " setuptools " in line)  # venv has an old one
