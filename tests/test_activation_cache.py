@@ -519,6 +519,29 @@ def test_dropout_is_refused_in_training_only():
     torch.testing.assert_close(outputs[-1], outputs[0])
 
 
+def test_a_forward_that_exits_below_the_border_runs_whole(caplog):
+    class EarlyExit(PlainNet):
+        depth = BLOCKS
+
+        def forward(self, x_BSD):
+            x_BSD = self.stem(x_BSD)
+            for block in self.blocks[: self.depth]:
+                x_BSD = block(x_BSD)
+            return self.head(self.norm(x_BSD))
+
+    net, batch = EarlyExit(blocks=BLOCKS).train(), batches_of_rows()[0]
+    net.depth = 1
+    exited = net(batch)
+    net.depth = BLOCKS
+    with cached(net, example_inputs=batch) as handle:
+        for _ in range(4):
+            net(batch)
+        assert found(handle)["forwards_shortened"] >= 2 and found(handle)["border"] > 1
+        net.depth = 1
+        torch.testing.assert_close(net(batch), exited)
+    assert "in an early exit" in caplog.text
+
+
 def test_a_hook_of_the_user_sees_every_forward():
     model = llama()
     seen = []
@@ -629,6 +652,32 @@ def test_a_forward_without_adapters_does_not_use_states_of_one_with_them():
             plain = [llama_loss(model).item() for _ in range(4)]
         assert llama_loss(model).item() == pytest.approx(known, rel=1e-6)
     assert abs(plain[0] - known) > 1e-4 and plain == pytest.approx([plain[0]] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LNTuningConfig", "HRAConfig"])
+def test_adapters_of_every_kind_have_states_of_their_own(kind):
+    """Some kinds have no `scaling`."""
+    import peft
+
+    targets = ["input_layernorm"] if kind == "LNTuningConfig" else ["k_proj", "down_proj"]
+    options = {"IA3Config": {"feedforward_modules": ["down_proj"]}, "HRAConfig": {"r": 2}}
+    config = getattr(peft, kind)(target_modules=targets, **options.get(kind, {}))
+    model = peft.get_peft_model(llama(), config).train()
+    model.add_adapter("second", config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    with cached(model, steps=16) as handle:
+        losses = {}
+        for step in range(12):
+            name = "second" if step % 3 == 2 else "default"
+            model.set_adapter(name)
+            losses.setdefault(name, []).append(llama_loss(model).item())
+        with model.disable_adapter():
+            losses["none"] = [llama_loss(model).item() for _ in range(4)]
+        assert found(handle)["refused"] is None and found(handle)["forwards_shortened"] > 6
+    assert len({round(each[0], 4) for each in losses.values()}) == 3
+    for each in losses.values():
+        assert each == pytest.approx([each[0]] * len(each), rel=1e-6)
 
 
 def test_every_module_that_runs_below_the_border_is_inspected():

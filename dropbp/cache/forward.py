@@ -75,6 +75,7 @@ class CachedForward:
         checking = (self._seen, skipper.start) not in cache.verified
         try:
             outputs = cache.run_with_skipper(skipper, self._call_without_caches())
+            skipper.check_reached()
         except CacheMismatchError as mismatch:
             cache.refuse(str(mismatch))
             return self.call(*self.args, **self.kwargs)

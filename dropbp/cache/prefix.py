@@ -21,7 +21,7 @@ from dropbp.discovery.structure import NO_BRANCH_ABOVE, Structure
 from dropbp.engine.purity import is_foreign_hook
 from dropbp.tensors import tensors_in
 
-_OF_ADAPTERS = ("_disable_adapters", "active_adapters", "scaling")  # layers of peft
+_OF_ADAPTERS = ("_disable_adapters", "active_adapters")  # layers of peft; only some kinds have a `scaling`
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _get = cast(Any, dict.get)
 
@@ -125,7 +125,7 @@ class Prefix:
 
     def modes(self) -> bytes:
         """Which modules are in training mode and which adapters are on, since a call may switch these temporarily."""
-        adapters = [(layer._disable_adapters, layer.active_adapters, layer.scaling) for layer in self._adapted]
+        adapters = [(x._disable_adapters, x.active_adapters, getattr(x, "scaling", None)) for x in self._adapted]
         return bytes([module.training for module in self._modules]) + repr(adapters).encode()
 
     def objection(self, border: int) -> str | None:

@@ -166,6 +166,11 @@ class BlockSkipper:
             return output
         return self._after(place, args, kwargs, output)
 
+    def check_reached(self) -> None:
+        """Raises CacheMismatchError if the forward ended below the border, as in an early exit: its outputs are NaN."""
+        if self.next < self.start:
+            raise CacheMismatchError(f"a forward ended before {self.interfaces.names[self.start - 1]}, in an early exit")
+
     def _check_order(self, place: int) -> None:
         if place != self.next:
             self.trouble = f"{self.interfaces.names[place]} runs more than once in a forward, or not in its turn"
