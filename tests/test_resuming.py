@@ -61,7 +61,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("lora", "deeper", (), "layers.2.mlp.down_proj.lora_A.weight is missing there and [8, 64] here"),
         ("none", "model", (), "holds a whole model. Pass --peft none"),
         ("lora", "model", ("--peft", "none"), "holds adapters. Pass --peft lora"),
-        ("none", "deeper", ("--peft", "none"), "cannot be loaded"),
+        ("none", "deeper", ("--peft", "none"), "cannot be loaded: model.layers.2.input_layernorm.weight is missing"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -146,17 +146,47 @@ def test_damaged_content_is_refused(
     assert message in last_line(capsys)
 
 
-def without_intervals(checkpoint: Path) -> None:
-    path = checkpoint / "trainer_state.json"
-    state = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**state, "eval_steps": None}), encoding="utf-8")
+def with_entry(name: str, value: Any, *path: str) -> Callable[[Path], None]:
+    """Change an entry of trainer_state.json, or of the dictionary at `path` in it."""
+
+    def change(checkpoint: Path) -> None:
+        file = checkpoint / "trainer_state.json"
+        state = entries = json.loads(file.read_text(encoding="utf-8"))
+        for key in path:
+            entries = entries[key]
+        entries[name] = value
+        file.write_text(json.dumps(state), encoding="utf-8")
+
+    return change
 
 
-def test_a_trainer_state_without_its_numbers_is_refused(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+RECORD = ("stateful_callbacks", "StepRecorder", "attributes")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "path"),
+    [
+        ("eval_steps", None, ()),
+        ("save_steps", 10**400, ()),
+        ("total_flos", "x", ()),
+        ("num_input_tokens_seen", None, ()),
+        ("train_batch_size", [], ()),
+        ("log_history", "x", ()),
+        ("best_model_checkpoint", {}, ()),
+        ("stateful_callbacks", 5, ()),
+        ("StepRecorder", 5, RECORD[:1]),
+        ("step_s", ["x"], RECORD),
+    ],
+)
+def test_a_trainer_state_with_an_entry_of_another_type_is_refused(
+    inputs: Path, tmp_path: Path, name: str, value: Any, path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert resumed(inputs, tmp_path, change=without_intervals) == 2
+    assert resumed(inputs, tmp_path, change=with_entry(name, value, *path)) == 2
     assert "trainer_state.json" in last_line(capsys)
+
+
+def test_a_trainer_state_without_the_state_of_callbacks_is_resumed(inputs: Path, tmp_path: Path) -> None:
+    assert resumed(inputs, tmp_path, "--plain", change=with_entry("stateful_callbacks", {})) == 0
 
 
 def test_what_a_resumed_run_takes_from_its_checkpoint_is_said(
@@ -167,6 +197,17 @@ def test_what_a_resumed_run_takes_from_its_checkpoint_is_said(
     assert "between evaluations stays 1" in caplog.text
     assert "is of a run with DropBP; the rest of it runs without" in caplog.text
     assert f"were trained on {inputs / 'model'}, and --model is {inputs / 'twin'}" in caplog.text
+
+
+def test_other_data_and_other_batches_of_a_resumed_run_are_said(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = "--dataset", str(write_jsonl(tmp_path / "other.jsonl", sums(12))), "--gradient-accumulation", "2"
+    assert resumed(inputs, tmp_path / "run", *options, "--batch-size", "1") == 0
+    assert "the training data changes from 16 examples (hash " in caplog.text
+    assert " to 12 examples (hash " in caplog.text
+    assert "the number of examples per micro-batch changes from 2 to 1 for the rest of the run" in caplog.text
+    assert "the number of micro-batches per step changes from 1 to 2 for the rest of the run" in caplog.text
 
 
 def test_a_run_resumed_with_its_own_options_says_nothing(

@@ -169,7 +169,8 @@ class BlockSkipper:
     def check_reached(self) -> None:
         """Raises CacheMismatchError if the forward ended below the border, as in an early exit: its outputs are NaN."""
         if self.next < self.start:
-            raise CacheMismatchError(f"a forward ended before {self.interfaces.names[self.start - 1]}, in an early exit")
+            last = self.interfaces.names[self.start - 1]
+            raise CacheMismatchError(f"a forward ended before {last}, in an early exit")
 
     def _check_order(self, place: int) -> None:
         if place != self.next:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dropbp.checks import is_number
 from dropbp.errors import DropBPError, StateError, as_resource_error
+from dropbp.files import LAST_WRITTEN
 from dropbp.integrations.transformers import DropBPCallback
 
 logger = logging.getLogger(__name__)
@@ -27,15 +29,33 @@ _READ_BY = {  # functions of transformers.Trainer that read a checkpoint
     "load_from_json": "its trainer_state.json",
     "_load_optimizer_and_scheduler": "its optimizer.pt or scheduler.pt",
     "_load_rng_state": "its rng_state.pth",
+    "_load_callback_state": "its trainer_state.json",
+    "continue_record": "its trainer_state.json",
 }
+_NUMBERS = (
+    "global_step", "max_steps", "num_train_epochs", "eval_steps", "save_steps", "logging_steps",
+    "num_input_tokens_seen", "total_flos", "train_batch_size",
+)  # fmt: skip
+_OPTIONAL = {"stateful_callbacks": dict, "log_history": list, "best_model_checkpoint": str}
+_NUMBER = re.compile(r"\d+")
 _OPTIONS = "Resume with the options of the run that wrote it, or start a new run with another --output."
 _DELETE = "If the options are those of the run that wrote it, delete this folder to resume from the one before it."
+
+
+def check_trainer_state(checkpoint: Path) -> None:
+    """Raises StateError if an entry of trainer_state.json that the trainer uses is not of its type."""
+    state = json.loads((checkpoint / LAST_WRITTEN).read_text(encoding="utf-8"))
+    whole = all(isinstance(state.get(name), (kind, type(None))) for name, kind in _OPTIONAL.items())
+    numbers = (state.get(name, 0) for name in _NUMBERS)
+    if not whole or not all(is_number(value) and abs(value) < 1e300 for value in numbers):
+        raise _damaged(LAST_WRITTEN, checkpoint)
 
 
 def check_weights(checkpoint: Path, model: nn.Module) -> None:
     """Compare the names and shapes of the weights in a checkpoint with those of the model.
 
-    Names are compared for adapters only: transformers may save a whole model under other names than its own.
+    transformers may save a whole model under other names than its own. So there, a missing name counts only if it
+    differs from a common one by numbers alone, as those of further layers do.
 
     Raises:
         StateError: the checkpoint is that of another model, or of a run with another `--peft`.
@@ -48,7 +68,8 @@ def check_weights(checkpoint: Path, model: nn.Module) -> None:
         raise StateError(f"--resume: {checkpoint} holds {held}. Pass --peft {peft}, or another --output for a new run.")
     mine = _adapter_shapes(model) if adapted else {name: list(t.shape) for name, t in model.state_dict().items()}
     saved = _saved_shapes([checkpoint / ADAPTERS] if adapted else _files(checkpoint))
-    _refuse_other_shapes(checkpoint, mine, saved, mine.keys() | saved.keys() if adapted else mine.keys() & saved.keys())
+    names = mine.keys() | saved.keys() if adapted else _comparable(model.state_dict(), saved)
+    _refuse_other_shapes(checkpoint, mine, saved, names)
     if adapted:
         _warn_of_another_base(checkpoint, model)
 
@@ -86,6 +107,7 @@ class ResumeCheck(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        state.stateful_callbacks.setdefault("TrainerControl", control.state())  # the trainer saves it by this key
         self._check_finite("weight", kwargs["model"].named_parameters())
         states = getattr(kwargs.get("optimizer"), "state", {}).values()
         self._check_finite("optimizer state", (item for parts in states for item in dict(parts).items()))
@@ -95,7 +117,6 @@ class ResumeCheck(TrainerCallback):  # type: ignore[misc]
         self._check_numbers(
             "scheduler.pt", rates, getattr(scheduler, "last_epoch", 0), getattr(scheduler, "_step_count", 0)
         )
-        self._check_numbers("trainer_state.json", [state.eval_steps, state.save_steps, state.logging_steps])
         self._say_what_stays("learning rate", rates[0], args.learning_rate)
         self._say_what_stays("number of steps between evaluations", state.eval_steps, args.eval_steps)
         self._say_what_stays("number of steps between checkpoints", state.save_steps, args.save_steps)
@@ -109,7 +130,7 @@ class ResumeCheck(TrainerCallback):  # type: ignore[misc]
 
     def _check_numbers(self, file: str, values: Any, *more: Any) -> None:
         if not isinstance(values, list) or not all(map(is_number, (*values, *more))):
-            raise StateError(f"--resume: {file} of {self._checkpoint} is damaged. {_DELETE}")
+            raise _damaged(file, self._checkpoint)
 
     def _check_finite(self, kind: str, values: Iterable[tuple[str, Any]]) -> None:
         for name, value in values:
@@ -118,6 +139,18 @@ class ResumeCheck(TrainerCallback):  # type: ignore[misc]
                     f"--resume: {self._checkpoint} holds the {kind} {name} with values that are not finite. Delete "
                     "this folder to resume from the one before it, or start a new run with a lower --learning-rate."
                 )
+
+
+def _damaged(file: str, checkpoint: Path | str) -> StateError:
+    return StateError(f"--resume: {file} of {checkpoint} is damaged. {_DELETE}")
+
+
+def _comparable(mine: Mapping[str, Tensor], saved: Mapping[str, Any]) -> set[str]:
+    """The common names, and those that differ from one of them by numbers alone. A tied weight is saved once."""
+    common = mine.keys() & saved.keys()
+    held, kinds = {mine[name].data_ptr() for name in common}, {_NUMBER.sub("#", name) for name in common}
+    missing = {name for name in mine.keys() - common if mine[name].data_ptr() not in held} | (saved.keys() - common)
+    return common | {name for name in missing if _NUMBER.sub("#", name) in kinds}
 
 
 def _files(checkpoint: Path) -> list[Path]:
@@ -145,7 +178,8 @@ def _refuse_other_shapes(
         if mine.get(name) != saved.get(name):
             there, here = (shapes.get(name, "missing") for shapes in (saved, mine))
             raise StateError(
-                f"--resume: {checkpoint} is of another model: {name} is {there} there and {here} here. {_OPTIONS}"
+                f"--resume: {checkpoint} is of another model and cannot be loaded: {name} is {there} there and {here} "
+                f"here. {_OPTIONS}"
             )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +21,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 
 from dropbp.cli.examples import Example, collate, collate_left
 from dropbp.cli.probe import probe_step
-from dropbp.cli.resuming import ResumeCheck, check_weights, refusing_damage
+from dropbp.cli.resuming import ResumeCheck, check_trainer_state, check_weights, refusing_damage
 from dropbp.device import Device, get_device
 from dropbp.engine.labelled import labelled_logits
 from dropbp.errors import ConfigError, DeviceError, DropBPError
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dropbp.integrations.transformers import DropBPCallback
+
+logger = logging.getLogger(__name__)
 
 _EVALUATIONS = 10
 
@@ -82,9 +88,10 @@ def train(
     ConfigError if logits are wanted only where a label is and the model cannot compute them so, DeviceError if the
     trainer would use another device than was asked for, StateError if the checkpoint is damaged or of another run.
     """
-    recorder = StepRecorder(job.name)
+    recorder = StepRecorder(job.name, _inputs(job, settings))
     callbacks: list[TrainerCallback] = [*([callback] if callback else []), recorder]
     if resume_from is not None:
+        check_trainer_state(Path(resume_from))
         check_weights(Path(resume_from), job.model)
         callbacks.insert(0, ResumeCheck(resume_from, callback is not None))
     logits = labelled_logits(job.model, evaluation=True) if job.labelled else nullcontext()
@@ -103,11 +110,12 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Time, tokens and losses of each step, kept over a resume; a progress bar on standard error.
 
     The time of a step is that of forward, backward, optimizer and whatever the callbacks before this one do, a
-    calibration for example; the next batch and evaluations are outside.
+    calibration for example; the next batch and evaluations are outside. `inputs` says what each step takes; where a
+    resumed run takes something else, a warning says so.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, inputs: Mapping[str, str]) -> None:
+        self.name, self.inputs = name, dict(inputs)
         self.step_s: list[float] = []
         self.tokens: list[int] = []
         self.train_losses: list[dict[str, float]] = []
@@ -119,8 +127,8 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint saves."""
-        names = ("step_s", "tokens", "train_losses", "evaluations")
-        return {"args": {"name": self.name}, "attributes": {name: list(getattr(self, name)) for name in names}}
+        names = ("step_s", "tokens", "train_losses", "evaluations", "inputs")
+        return {"args": {"name": self.name}, "attributes": {name: copy(getattr(self, name)) for name in names}}
 
     def close(self) -> None:
         """End the progress bar."""
@@ -130,12 +138,21 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and saved:
-            for name, value in saved["attributes"].items():
-                setattr(self, name, value)
-            self._tokens_before = sum(self.tokens)
+            self.continue_record(saved)
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._device = get_device(args.device)
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+
+    def continue_record(self, saved: Mapping[str, Any]) -> None:
+        """Continue the record of a checkpoint, and warn of inputs that differ from those of its run."""
+        record, inputs = saved["attributes"], saved["attributes"].get("inputs", {})
+        self.step_s, self.tokens = list(map(float, record["step_s"])), list(map(int, record["tokens"]))
+        self.train_losses, self.evaluations = (list(map(dict, record[n])) for n in ("train_losses", "evaluations"))
+        self._tokens_before = sum(self.tokens)
+        for name, now in self.inputs.items():
+            before = inputs.get(name, now)
+            if before != now:
+                logger.warning("--resume: the %s changes from %s to %s for the rest of the run.", name, before, now)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -165,6 +182,18 @@ class StepRecorder(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._device is not None:
             self._device.synchronize()
         return time.perf_counter()
+
+
+def _inputs(job: Job, settings: Settings) -> dict[str, str]:
+    hashed = blake2b(digest_size=4)
+    for example in job.train:
+        for ids in (example["input_ids"], example["labels"]):
+            hashed.update(array("q", ids))
+    return {
+        "training data": f"{len(job.train)} examples (hash {hashed.hexdigest()})",
+        "number of examples per micro-batch": str(settings.batch_size),
+        "number of micro-batches per step": str(settings.gradient_accumulation),
+    }
 
 
 def _trainer(job: Job, settings: Settings, callbacks: list[TrainerCallback], from_scratch: bool) -> Trainer:
