@@ -62,7 +62,7 @@ class Handle:
         self.is_abandoned: Callable[[], bool] | None = None
         self._labelled = LabelledLogits(model) if config.logits == "labelled" else None  # the engine wraps around it
         engine.is_abandoned = self.abandoned
-        engine.trained_set_changed = self._weights.refresh
+        engine.recount = self._weights.refresh
         engine.start(self.schedule, owner=self)
         self.cache: ActivationCache | None = None
         where = self.config.activation_cache

@@ -16,7 +16,9 @@ from dropbp.engine.stream_check import StreamCheck
 from tests.common.engine_models import (
     VOCABULARY,
     Block,
+    assert_same_gradients,
     llama_loss,
+    paper_gradients,
     plain_batch,
     plain_loss,
     plain_net,
@@ -125,6 +127,68 @@ def test_weights_tied_after_enabling_have_their_plain_gradient_or_none(steps_bef
     for each in (model, plain):
         each.lm_head.weight = each.model.embed_tokens.weight
     assert_exact_or_none(model, plain, llama_loss)
+
+
+def with_weights_of_two_layers_tied(model: Any) -> None:
+    model.model.layers[2].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+
+
+def with_other_weights_of_two_layers_tied(model: Any) -> None:
+    model.model.layers[2].mlp.gate_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+
+def with_the_head_tied_to_a_layer(model: Any) -> None:
+    model.lm_head.weight = model.model.layers[1].mlp.up_proj.weight
+
+
+TIED = {
+    with_weights_of_two_layers_tied: "model.layers.1-2.mlp.up_proj.weight",
+    with_other_weights_of_two_layers_tied: "model.layers.0.mlp.up_proj.weight",
+    with_the_head_tied_to_a_layer: "lm_head",
+}
+
+
+@pytest.mark.parametrize("steps_before", [0, 20])
+@pytest.mark.parametrize("tie", TIED)
+def test_weights_of_branches_tied_after_enabling_have_their_plain_gradient_or_none(tie, steps_before, caplog):
+    model = tiny_llama(3)
+    plain = copy.deepcopy(model)
+    dropbp.enable(model, 0.5)
+    for _ in range(steps_before):
+        llama_loss(model).backward()
+    tie(model)
+    tie(plain)
+    assert_exact_or_none(model, plain, llama_loss)
+    told = [message for message in caplog.messages if "share a parameter since dropbp.enable" in message]
+    assert len(told) == 1 and TIED[tie] in told[0] and "handle.remove()" in told[0]
+
+
+@pytest.mark.parametrize("tie", TIED)
+def test_weights_tied_after_enabling_get_the_gradient_of_every_kept_branch(tie):
+    """Under masks that name branches only."""
+    model = tiny_llama(3)
+    plain = copy.deepcopy(model)
+    handle = dropbp.enable(model, 0.5, masks="exact")
+    names = [branch.name for branch in handle.branches]
+    tie(model)
+    tie(plain)
+    for _ in range(STEPS):
+        got = take_gradients(model, llama_loss(model))
+        assert_same_gradients(got, paper_gradients(plain, names, handle.mask, llama_loss))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_parameter_of_a_branch_replaced_after_enabling_counts_as_it_trains(frozen):
+    model = plain_net()
+    plain = copy.deepcopy(model)
+    handle = dropbp.enable(model, 0.5, example_inputs=plain_batch())
+    weights = handle.report()["branches"][3]["weight"]
+    plain_loss(model).backward()
+    linear = model.blocks[1].mlp[0]
+    linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=not frozen)
+    model.zero_grad()
+    assert assert_exact_or_none(model, plain, plain_loss) >= {"blocks.2.mlp.2.weight"}
+    assert (handle.report()["branches"][3]["weight"] < weights) == frozen
 
 
 @pytest.mark.parametrize("change", [*NAMED, *UNNAMED])

@@ -170,12 +170,12 @@ class BackwardFlops:
         """The same for masks that train the top of the model down to a border."""
         return BackwardFlops(self._works, self._model, truncated=True)
 
-    def refresh(self) -> bool:
-        """Recount if other parameters are trained than before; return whether that is so.
+    def refresh(self, changed: bool = False) -> bool:
+        """Recount if the model has `changed`, or other parameters are trained than before; return whether that is so.
 
         Adapters that are added to the model change the number of modules somewhere in it, or what is trained.
         """
-        if self._stamp == self._stamp_now():
+        if not changed and self._stamp == self._stamp_now():
             return False
         parameters = dict(self._model.named_parameters())
         self._tables = [module._modules for module in self._model.modules() if module._modules]

@@ -84,7 +84,7 @@ class Engine:
         self.bypass = CheckpointBypass(model, structure, self.runtime)
         self.truncation = Truncation(model, self.runtime, self.bypass, self.may_truncate)
         self.is_abandoned: Callable[[], bool] = bool
-        self.trained_set_changed: Callable[[], bool] = bool  # whether the set of trained parameters changed
+        self.recount: Callable[[bool], bool] = bool  # given whether parameters were replaced; whether others train now
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._ddp_guard, self._unshard_control = DDPGuard(), UnshardControl(model, self.parameters.need_of)
         self._stray = StrayGradients(self.parameters)
@@ -167,8 +167,7 @@ class Engine:
         if self._measuring is not None:
             return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
-            stream_changed, trained_set_changed = self._stream_check.changed(), self.trained_set_changed()
-            if stream_changed or trained_set_changed:
+            if self.recount(self._stream_check.changed()):
                 self.parameters.refresh()
                 self._zeros.refresh()
                 self._stray.inspect_anew()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -26,9 +26,11 @@ class Parameters:
     def refresh(self) -> None:
         """Find the parameters that were added since `enable`: to the branches' modules, as adapters are, or elsewhere.
 
-        `unplaced` are those of which it is unknown which branches lie above them.
+        `unplaced` are those of which it is unknown which branches lie above them. `tied` are the names that share a
+        parameter since then, each with the branches that all use it, and the lowest above any of these places, as bits.
         """
         present = self._present()
+        self.tied = dict(self._tied(present))
         known = {id(present[name]) for name in self._first.intersection(present)}
         around = {module.name: functools.reduce(operator.or_, module.needs) for module in self.structure.branch_modules}
         each = {name: _around(name, around) for name, parameter in present.items() if id(parameter) not in known}
@@ -36,6 +38,18 @@ class Parameters:
         others = [name for name, need in each.items() if need is None]
         frozen = self.stem_parameters() if others else {}
         self.unplaced = [name for name in others if name not in frozen and not self._is_above_all(name)]
+
+    def _tied(self, present: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, tuple[int, int]]]:
+        """A parameter that had several names at `enable` is recorded by one of them."""
+        lowest_above, names_of = self.structure.stem.lowest_above, dict[int, list[str]]()
+        for name in filter(present.__contains__, lowest_above):
+            names_of.setdefault(id(present[name]), []).append(name)
+        for names in filter(lambda names: len(names) > 1, names_of.values()):
+            needs = [self.structure.parameters.get(name, ALWAYS_NEEDED) for name in names]
+            above = [1 << lowest_above[name] for name in names if lowest_above[name] != NO_BRANCH_ABOVE]
+            if len(set(needs)) > 1 or len(set(above)) > 1:
+                both = functools.reduce(operator.or_, needs), min(above, default=0)
+                yield from dict.fromkeys(names, both).items()
 
     def _is_above_all(self, name: str) -> bool:
         """Whether no branch lies above the recorded parameters of the nearest module that has any."""
@@ -49,6 +63,8 @@ class Parameters:
 
     def need_of(self, name: str) -> int:
         """The branches that a parameter belongs to, as bits; `ALWAYS_NEEDED` if none."""
+        if name in self.tied:
+            return self.tied[name][0]
         return self.structure.parameters.get(name, self.added.get(name, ALWAYS_NEEDED))
 
     def needs(self) -> dict[nn.Parameter, int]:
@@ -57,7 +73,8 @@ class Parameters:
 
     def needs_now(self) -> dict[str, int]:
         """The branches, as bits, that each present parameter of a branch belongs to, by name."""
-        return {**self.structure.parameters, **self.added}
+        tied = {name: need for name, (need, _) in self.tied.items()}
+        return {**self.structure.parameters, **self.added, **tied}
 
     def branches_with_gradient(self) -> int:
         """The branches, as bits, whose parameters already have gradients from an earlier micro-batch of this step."""
@@ -109,7 +126,8 @@ class Parameters:
 
         Adapters that were added to such a module after `enable` are frozen with it.
         """
-        found = self.stem.bits()
+        tied = {name: branch for name, (_, branch) in self.tied.items() if branch and name in self.stem.lowest_above}
+        found = self.stem.bits() | tied
         for path, branch in self.stem.modules.items():
             inside = (f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_parameters())
             found |= {name: branch for name in inside if name not in self.stem.lowest_above}

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ADDED = (
+    "came into the model after dropbp.enable, so it is unknown which branches lie above. Such parameters train only in "
+    "steps that drop nothing."
+)
+_TIED = "share a parameter since dropbp.enable, which trains only in steps that keep all branches above each of them."
+_REMEDY = "Add all parameters first and enable last: handle.remove(), then dropbp.enable(model, ...)."
+
 
 class StrayGradients:
     """Cuts the gradients of parameters that a step skips, in the graph of its forward."""
@@ -43,7 +50,8 @@ class StrayGradients:
         """Inspect a recorded forward and cut the gradients of skipped parameters."""
         plan = record.plan
         untrained = ~plan.trained
-        if not untrained or not (self._found or untrained & ~self._inspected) or transforming():
+        search = self._found or self._parameters.tied or untrained & ~self._inspected
+        if not untrained or not search or transforming():
             return
         self._inspected |= untrained
         skipped, frozen_stem = self._parameters.skipped(plan)
@@ -59,17 +67,16 @@ class StrayGradients:
         self._tell(cut)
 
     def _tell(self, found: set[int]) -> None:
-        """Warn once of parameters of which it is unknown which branches lie above them."""
-        model = self._parameters.model
-        new = [n for n in self._parameters.unplaced if n not in self._told and id(model.get_parameter(n)) in found]
-        if new:
-            self._told.update(new)
-            logger.warning(
-                "%s: %s came into the model after dropbp.enable, so it is unknown which branches lie above. Such "
-                "parameters train only in steps that drop nothing. Add all parameters first and enable last: "
-                "handle.remove(), then dropbp.enable(model, ...).",
-                type(model).__name__, abbreviated(new, [name for name, _ in model.named_parameters()]),
-            )  # fmt: skip
+        """Warn once of parameters that train in fewer steps, because they were added or tied after `enable`."""
+        parameters = self._parameters
+        for names, what in ((parameters.unplaced, _ADDED), (parameters.tied, _TIED)):
+            model = parameters.model
+            new = {n for n in names if n not in self._told and id(model.get_parameter(n)) in found}
+            if new:
+                self._told |= new
+                each = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+                named = abbreviated((name for name in each if name in new), each)
+                logger.warning("%s: %s %s %s", type(model).__name__, named, what, _REMEDY)
 
 
 def _without(places: Iterable[int], gradients: tuple[Any, ...], _: Any) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
-"""Notices modules and parameters outside the branches that were added, replaced or tied after `enable`.
+"""Notices modules and parameters outside the branches that were added after `enable`, and replaced or tied ones.
 
-Such a parameter may feed the residual stream below dropped branches, where no wrapper freezes it. The next step that
-drops a branch then searches its graph for it (`dropbp.engine.stray_gradients`). The check is two loops in C over the
-modules outside the branches.
+Such a parameter may feed the residual stream below dropped branches, where no wrapper freezes it, or lie in two
+branches. The next step that drops a branch then searches its graph for it (`dropbp.engine.stray_gradients`). The check
+is two loops in C over the modules outside the branches and over the parameters of all modules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class StreamCheck:
 
     Args:
         model: the root module.
-        branch_modules: the modules of the branches, whose insides may change.
+        branch_modules: the modules of the branches, which may get new modules and parameters.
     """
 
     def __init__(self, model: nn.Module, branch_modules: Iterable[nn.Module]) -> None:
@@ -35,7 +35,7 @@ class StreamCheck:
         same = list(map(len, self._tables)) == self._sizes
         if same and all(map(operator.is_, map(_get, self._owners, self._keys), self._values)):
             return False
-        if not self._left or any(_is_substituted(module) for module in self._outside()):
+        if not self._left or any(map(_is_substituted, self._model.modules())):
             return False
         self._left -= 1
         self._note()
@@ -44,7 +44,8 @@ class StreamCheck:
     def _note(self) -> None:
         self._tables: list[dict[str, Any]] = [t for m in self._outside() for t in (m._modules, m._parameters)]
         self._sizes = list(map(len, self._tables))
-        entries = [(table, key, value) for table in self._tables for key, value in table.items()]
+        inside = (m._parameters for branch in self._branch_modules for m in branch.modules() if m._parameters)
+        entries = [(table, key, value) for table in (*self._tables, *inside) for key, value in table.items()]
         self._owners, self._keys, self._values = ([entry[i] for entry in entries] for i in range(3))
 
     def _outside(self) -> Iterator[nn.Module]:
