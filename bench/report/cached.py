@@ -10,6 +10,7 @@ from ..common.markdown import table
 from ..throughput.cached import EPOCHS, KIND, figures
 
 TARGETS = {"full-0.75": 0.30, "full-0.875": 0.17, "lora-0.75": 0.30}  # of a shortened step
+SIZE_OF_TARGETS = "llama-8x1024--cpu--"  # and of the small models, which have no prefix
 COLUMNS = (
     "run",
     "steps that start at the border",
@@ -40,11 +41,11 @@ def section(root: Path) -> str:
 def _size(run: records.Record) -> str:
     c = run["configuration"]
     batch = f"sequence {c['sequence_length']}, micro-batch {c['batch_size']}, {c['steps']} steps per epoch"
+    named = f"{c['model']} in bfloat16" if "model" in c else f"Llama {c['layers']} x {c['width']}, float32,"
     device = run["device"]
-    named = f"{c['model']} in bfloat16" if "model" in c else f"Llama {c['layers']} x {c['width']}, float32"
-    if device["name"] != "cpu":
-        return f"{named} on one {device['generation']}, {batch}; wall-clock time."
-    return f"{named} on {device['generation']} ({device['capability']}), {batch}; CPU time on one thread."
+    if device["name"] == "cpu":
+        return f"{named} on one {device['generation']} ({device['capability']}), {batch}; CPU time on one thread."
+    return f"{named} on one {device['generation']}, {batch}; wall-clock time."
 
 
 def _table(size: str, runs: Sequence[records.Record]) -> str:
@@ -52,7 +53,7 @@ def _table(size: str, runs: Sequence[records.Record]) -> str:
 
 
 def _row(run: records.Record) -> Sequence[str]:
-    found, target = figures(run), None if run["device"]["name"] != "cpu" else TARGETS.get(run["name"].split("--")[-1])
+    found, target = figures(run), TARGETS.get(run["name"].removeprefix(SIZE_OF_TARGETS))
     met = "-" if target is None else f"{target:.2f} ({'met' if found['shortened_step'] <= target else 'missed'})"
     return (
         f"{run['configuration']['tuning']}, p = {run['configuration']['drop_rate']:g}",
