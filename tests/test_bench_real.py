@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dropbp.bench.learning import rivals
 from dropbp.bench.real import command, gains, tables, tasks, training
 from dropbp.bench.real.training import Run, Source, batches, decayed
 
@@ -197,6 +199,46 @@ def test_gains_are_shares_of_what_plain_training_takes_off_the_untrained_loss(tm
     assert "| default | 0.5 | 70.0 ± 20.0 | 0.70 |" in text
     assert "| method | p | steps | FLOPs of a step |" in text and "| default | 0.5 | 40 | 0.70 |" in text
     assert (tmp_path / "img" / "real.png").stat().st_size > 1000
+
+
+def test_at_equal_flops_of_three_epochs_the_gain_is_a_share_of_that_of_the_same_plain_steps() -> None:
+    task = "choices whole"
+    plain = [Run("plain", 0.0, 1e-4, task, plain_steps=0), Run("plain", 0.0, 1e-4, task, epochs=3, equal="steps")]
+    runs = [record_of(run, loss, device="cuda") for run, loss in zip(plain, (4.0, 2.0), strict=True)]
+    assert gains.gains(runs, "flops", 3) == {}
+    runs.append(record_of(Run("default, cache", 0.5, 1e-4, task, epochs=3), 1.5, ratio=0.6))
+    (gain,) = gains.gains(runs, "flops", 3)["default, cache", 0.5].values()
+    assert gain.shares == [1.25] and gain.flops == 0.6
+    assert "default, cache" not in str(gains.gains(runs, "flops"))
+    assert "FLOPs of three epochs" in gains.section(runs)
+
+
+class CountedActivation(torch.nn.SiLU):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CountedActivation.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", ["default", "freezing"])
+def test_what_a_cache_saves_pays_for_more_steps_at_equal_flops(method: str, source: Source) -> None:
+    layers = source.fresh(PLAIN).model.layers
+    for layer in layers:
+        layer.mlp.act_fn = CountedActivation()
+    calls: list[int] = []
+    settings = {"plain_steps": 48, "epochs": 3}
+    without = training.train(Run(method, 0.5, 1e-3, **settings), source)
+    found = training.train(
+        Run(f"{method}, cache", 0.5, 1e-3, **settings), source, lambda step: calls.append(CountedActivation.calls)
+    )
+    assert found["steps"] > 1.1 * without["steps"]
+    # the forward that checks the cache runs three times; otherwise a step runs each block once at most
+    ran = [min(len(layers), after - before) for before, after in itertools.pairwise(calls)]
+    saved = 1 - sum(ran) / len(ran) / len(layers)
+    whole = training.Costs.counted(source.fresh(PLAIN), source.batch("solutions", source.data("solutions").train[:8]))
+    promised = (without["flops_ratio"] - found["flops_ratio"]) * whole.of(rivals.Work()) / whole.forward
+    assert promised == pytest.approx(saved, abs=0.04)
 
 
 def test_shards_share_the_runs_of_a_preset_out(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

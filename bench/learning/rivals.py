@@ -56,6 +56,10 @@ class Method:
         """The work of the latest micro-batch."""
         return Work()
 
+    def resting(self) -> Sequence[float]:
+        """At each step the share of the blocks' FLOPs that no longer trains, if a cache skips it; else empty."""
+        return ()
+
     def report(self) -> dict[str, Any]:
         """Further entries for a run's record, in JSON types."""
         return {}

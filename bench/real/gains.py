@@ -17,13 +17,19 @@ from dropbp.cli.figures import new_figure
 from ..common import markdown
 from ..common.records import Record
 
-TITLES = {"flops": "one epoch, at equal FLOPs", "steps": "three epochs, as many steps as plain training"}
+COMPARISONS = (  # epochs of plain training, the quantity held equal
+    (1, "flops", "one epoch, at equal FLOPs"),
+    (3, "steps", "three epochs, as many steps as plain training"),
+    (3, "flops", "FLOPs of three epochs of plain training"),
+)
 LINES = (
     ("plain, checkpointed", 0.0),
     ("default", 0.25),
     ("default", 0.5),
     ("default", 0.75),
+    ("default, cache", 0.5),
     ("freezing", 0.5),
+    ("freezing, cache", 0.5),
     ("freezing", 0.75),
     ("nested shelf", 0.5),
     ("exact", 0.5),
@@ -58,23 +64,26 @@ class Gain:
         return f"{100 * self.mean:.1f}{spread}"
 
 
-def gains(runs: Iterable[Record], equal: str, suffix: str = " whole") -> dict[Line, dict[Setting, Gain]]:
-    """Gains by method and setting, for tasks with that suffix whose untrained loss is known."""
+def gains(runs: Iterable[Record], equal: str, epochs: int = 1) -> dict[Line, dict[Setting, Gain]]:
+    """Gains by method and setting, for whole tasks whose untrained loss is known.
+
+    Plain training takes its plain steps, so its runs serve either comparison.
+    """
     found: dict[Setting, dict[Line, dict[float, dict[int, Record]]]] = defaultdict(lambda: defaultdict(dict))
     untrained: dict[str, float] = {}
     for run in runs:
         c = run["configuration"]
-        if not c["task"].endswith(suffix):
+        line = c["method"], c["drop_rate"]
+        if not c["task"].endswith(" whole"):
             continue
         if not c["plain_steps"]:
             untrained[c["task"]] = run["loss"]
-        elif c["equal"] == equal:
-            line = c["method"], c["drop_rate"]
+        elif c["epochs"] == epochs and (c["equal"] == equal or line == PLAIN):
             found[c["task"], c["tuning"]][line].setdefault(c["learning_rate"], {})[c["seed"]] = run
     result: dict[Line, dict[Setting, Gain]] = defaultdict(dict)
     for setting, lines in found.items():
         before, plain = untrained.get(setting[0]), _best(lines.get(PLAIN, {}))
-        for line, rates in lines.items() if before is not None and plain else ():
+        for line, rates in lines.items() if before is not None and plain and len(lines) > 1 else ():
             best = _best(rates)
             shares = [(before - run["loss"]) / (before - plain[seed]["loss"]) for seed, run in best.items()]
             result[line][setting] = Gain(shares, next(iter(best.values()))["flops_ratio"])
@@ -88,8 +97,8 @@ def _best(rates: Mapping[float, Mapping[int, Record]]) -> Mapping[int, Record]:
 def section(runs: Sequence[Record]) -> str:
     """One table per comparison."""
     parts = []
-    for equal, title in TITLES.items():
-        found = gains(runs, equal)
+    for epochs, equal, title in COMPARISONS:
+        found = gains(runs, equal, epochs)
         settings = _settings(found)
         if not settings:
             continue
@@ -130,10 +139,10 @@ def _named(tuning: str) -> str:
 def figure(runs: Sequence[Record]) -> Any:
     """One panel per comparison, one line per method, one point per setting."""
     drawn = new_figure(10.0, 3.6)
-    panels = drawn.subplots(1, len(TITLES), sharey=True)
+    panels = drawn.subplots(1, len(COMPARISONS), sharey=True)
     lines = [line for line in LINES if line[1] != 0.75 and line[0] != "nested shelf"]
-    for ax, (equal, title) in zip(panels, TITLES.items(), strict=True):
-        found = gains(runs, equal)
+    for ax, (epochs, equal, title) in zip(panels, COMPARISONS, strict=True):
+        found = gains(runs, equal, epochs)
         settings = _settings(found)
         for place, setting in enumerate(settings):
             points = [(row, found[line][setting]) for row, line in enumerate(lines) if setting in found.get(line, {})]

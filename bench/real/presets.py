@@ -116,8 +116,11 @@ WHOLE = (
     *_whole("full", "choices whole", 2),
     *_others("solutions whole", 2),
     *_others("choices whole", 0),
-    Run("default", 0.5, 3e-5, "solutions whole", plain_steps=228, epochs=3),
-    Run("default", 0.5, 1e-4, "choices whole", plain_steps=228, epochs=3),
+    *(
+        Run(method, 0.5, rate, task, plain_steps=228, epochs=3)
+        for method in ("default, cache", "default", "freezing, cache")
+        for task, rate in (("solutions whole", 3e-5), ("choices whole", 1e-4))
+    ),
 )
 
 ALL = ("default", "freezing", "default reversed", "default narrow", "nested shelf", "exact")

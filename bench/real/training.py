@@ -9,6 +9,7 @@ is a different run, so each has its own.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import time
@@ -33,6 +34,7 @@ WARMUP_SHARE = 0.1
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 SORTED_BATCHES = 8  # batches whose rows are sorted by length together
+ROUNDS = 8  # until the number of steps at equal FLOPs is found
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 
 
@@ -44,7 +46,8 @@ class Run:
         task: of `tasks.TASKS`.
         epochs: passes of plain training over its rows. One: every step of every run has fresh rows.
         tuning: `full` or `lora`.
-        equal: `flops`, as many steps as the FLOPs of the plain steps allow; or `steps`, as many as plain training.
+        equal: `flops`, as many steps as the FLOPs of the plain steps allow, without those that a cache saves; or
+            `steps`, as many as plain training.
     """
 
     method: str
@@ -225,16 +228,32 @@ class Checkpointed(rivals.Method):
         return rivals.Work(forward=2.0)
 
 
+class DefaultCached(rivals.DropBP):
+    """The default with the cache: of a row seen before, only the blocks run that may still train."""
+
+    def __init__(self, model: nn.Module, drop_rate: float, seed: int, steps: int) -> None:
+        super().__init__(model, drop_rate, seed=seed, steps=steps, resample="step", activation_cache=True)
+
+    def resting(self) -> Sequence[float]:
+        schedule, flops = self.handle.fresh_schedule(), [branch.flops for branch in self.handle.branches]
+        lowest = [schedule.expected_mask(step).index(False) for step in range(schedule.length)]
+        ends = reversed(list(itertools.accumulate(reversed(lowest), min)))  # the lowest branch of this step or a later
+        return [sum(flops[:end]) / sum(flops) for end in ends]
+
+
 class FreezingCached(rivals.Method):
     """Freezing with this library's cache: the frozen part does not run again for rows it has seen."""
 
     def __init__(self, model: nn.Module, drop_rate: float, seed: int, steps: int) -> None:
         super().__init__(model)
-        self.inner = rivals.Freezing(model, drop_rate)
+        self.inner, self._steps = rivals.Freezing(model, drop_rate), steps
         self._cache = rivals.DropBP(model, 0.0, seed=seed, steps=steps, activation_cache=True)
 
     def work(self) -> rivals.Work:
         return self.inner.work()
+
+    def resting(self) -> Sequence[float]:
+        return [1 - self.inner.work().activations] * self._steps
 
     def report(self) -> dict[str, Any]:
         return self._cache.report()
@@ -259,9 +278,7 @@ VARIANTS: dict[str, Callable[..., rivals.Method]] = {
     "plain, checkpointed": lambda model, drop_rate, seed, steps: Checkpointed(model),
     "default, head trains": _head_trains("default"),
     "freezing, head trains": _head_trains("freezing"),
-    "default, cache": lambda model, drop_rate, seed, steps: rivals.DropBP(
-        model, drop_rate, seed=seed, steps=steps, resample="step", activation_cache=True
-    ),
+    "default, cache": DefaultCached,
     "freezing, cache": FreezingCached,
 }
 
@@ -275,7 +292,7 @@ def method_of(run: Run, model: nn.Module, steps: int) -> rivals.Method:
 
 
 def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
-    """The average work of a step; masks of this library keep their budget."""
+    """The average work of a step without a cache; masks of this library keep their budget."""
     if isinstance(getattr(method, "inner", method), rivals.DropBP):
         return rivals.Work(1.0, 1 - drop_rate, 1 - drop_rate)
     method.begin_step(0)
@@ -283,13 +300,29 @@ def expected_work(method: rivals.Method, drop_rate: float) -> rivals.Work:
 
 
 def equal_steps(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, float]:
-    """The number of steps of the run, and the mean cost of a step without a cache, relative to a plain step."""
+    """The number of steps of the run, and the mean cost of a step relative to a plain step."""
     with method_of(run, model, run.plain_steps) as method:
-        work = expected_work(method, run.drop_rate)
+        work, resting = expected_work(method, run.drop_rate), method.resting()
     with dropbp.labelled_logits(model):
         whole = Costs.counted(model, batch)
-    ratio = whole.of(work) / whole.of(rivals.Work())
-    return run.plain_steps if run.equal == "steps" else round(run.plain_steps / ratio), ratio
+    steps, ratio = run.plain_steps, 1.0
+    for _ in range(ROUNDS if run.equal == "flops" else 1):  # more steps are more epochs, of which a cache saves more
+        forward = 1 - saved_forward(resting, run.epochs * steps / max(1, run.plain_steps))
+        ratio = whole.of(work._replace(forward=work.forward * forward)) / whole.of(rivals.Work())
+        steps = round(run.plain_steps / ratio) if run.equal == "flops" else run.plain_steps
+    return steps, ratio
+
+
+def saved_forward(resting: Sequence[float], epochs: float) -> float:
+    """The share of the blocks' forward that a cache saves in a run of this many epochs.
+
+    In its first epoch all rows are new. Later a row starts where the blocks ended that no longer trained when it was
+    seen last, one epoch before. `resting` has their share of the FLOPs, from the first step of the run to its last.
+    """
+    if not resting or epochs <= 1:
+        return 0.0
+    seen_before = int(len(resting) * (1 - 1 / epochs))
+    return sum(resting[:seen_before]) / len(resting)
 
 
 @torch.no_grad()
