@@ -27,6 +27,16 @@ def test_a_run_compares_four_ways_to_train_step_by_step(folder: Path) -> None:
     assert cached.figures(record)["loss_difference"] < 1e-4
 
 
+def test_a_machine_that_slows_down_changes_no_ratio_of_steps(folder: Path) -> None:
+    record = json.loads((folder / cached.KIND / "full-0.75.json").read_text())
+    before = cached.figures(record)
+    for times in record["step_s"].values():
+        times[:] = [time_s * (1 + place) for place, time_s in enumerate(times)]
+    after = cached.figures(record)
+    for name in ("shortened_step", "uncached_step"):
+        assert after[name] == pytest.approx(before[name])
+
+
 def test_the_page_shows_each_run_beside_its_target(folder: Path) -> None:
     section = report.section(folder)
     assert "| full, p = 0.75 |" in section and "0.30 (" in section

@@ -103,16 +103,23 @@ def measure(sizes: Sizes, tuning: str, drop_rate: float, steps: int, device: Dev
 
 
 def figures(record: dict[str, Any]) -> dict[str, float]:
-    """Figures relative to plain: steps that used the cache, and whole runs. Also the largest difference of losses."""
+    """Figures relative to plain: steps that used the cache, and whole runs. Also the largest difference of losses.
+
+    A step is compared with the plain step of the same number, which ran beside it. The figure is the median over steps,
+    so that a machine that slows down in the course of a run changes nothing.
+    """
     step_s = record["step_s"]
     kept = [place for place, is_short in enumerate(record["shortened"]) if is_short]
-    plain_s = statistics.median(step_s["plain"])
     first = int(record["device"]["name"] != "cpu")  # an accelerator loads its kernels in the first step
     total = {name: sum(times[first:]) / sum(step_s["plain"][first:]) for name, times in step_s.items()}
     losses = zip(record["losses"]["dropbp"], record["losses"]["dropbp, cached"], strict=True)
+
+    def relative(name: str) -> float:
+        return float(statistics.median(step_s[name][place] / step_s["plain"][place] for place in kept))
+
     return {
-        "shortened_step": statistics.median(step_s["dropbp, cached"][i] for i in kept) / plain_s,
-        "uncached_step": statistics.median(step_s["dropbp"][i] for i in kept) / plain_s,
+        "shortened_step": relative("dropbp, cached"),
+        "uncached_step": relative("dropbp"),
         "run": total["dropbp, cached"],
         "uncached_run": total["dropbp"],
         "frozen_run": total["frozen"],
