@@ -172,6 +172,8 @@ class Engine:
                 self._zeros.refresh()
                 self._stray.inspect_anew()
                 self.schedule.recount_weights()
+            elif self._stream_check.has_other_hooks():
+                self._stray.inspect_anew()
             self.bypass.refresh()
             shape, conditions = shape_of(args, kwargs), self._conditions(args, kwargs)
             if conditions.multi_rank and not self.schedule.agreed:

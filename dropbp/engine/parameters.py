@@ -81,10 +81,9 @@ class Parameters:
         held = (need for parameter, need in self.needs().items() if parameter.grad is not None)
         return functools.reduce(operator.or_, held, 0)
 
-    def skipped(self, plan: ForwardPlan) -> tuple[set[int], set[int]]:
-        """Ids of the parameters that get no gradient under this plan: all, and those in no dropped branch.
-
-        An unplaced parameter gets none if any branch is dropped, unless it is used after the blocks.
+    def skipped(self, plan: ForwardPlan) -> tuple[set[int], set[int], set[int]]:
+        """Ids of the parameters that get no gradient under this plan: all, those in no dropped branch, and those that
+        get none if they are used before a dropped branch.
         """
         present = self._present()
         unplaced = {id(present[name]) for name in self.unplaced if plan.stem_frozen and name in present}
@@ -92,7 +91,7 @@ class Parameters:
         frozen = {id(present[name]) for name, branch in stem if not branch & plan.trained and name in present}
         dropped = self.needs_now().items()
         inside = {id(present[name]) for name, need in dropped if not need & ~plan.dropped and name in present}
-        return inside | frozen | unplaced, frozen
+        return inside | frozen, frozen, unplaced
 
     def _present(self) -> dict[str, nn.Parameter]:
         """Every parameter by each of its names: inside a wrapper it has a different one."""

@@ -56,6 +56,7 @@ class ForwardRecord:
     plan: ForwardPlan
     end: float = math.inf
     blocks_end: float = math.inf  # end of the module that contains the blocks, if that is not the root
+    dropped_end: float = 0  # end of the last module that ran without recording
 
     def made(self, sequence: int) -> bool:
         return self.start <= sequence < self.end
@@ -103,6 +104,7 @@ class Runtime:
         self._anchor: torch.Tensor | None = None
         self._warned = self._evaluated = False
         self.unrecorded_block = False
+        self.dropped_end = 0  # the autograd node that came after the latest dropped module
         self.cached_forward: CachedForwardFactory | None = None
 
     def flag(self, need: int) -> Flag:
@@ -259,6 +261,7 @@ class Runtime:
             outputs = self._run_with(forward, plan)
         finally:
             record.end = next_sequence()
+        record.dropped_end = record.blocks_end if dynamo_graph_count() else self.dropped_end  # compiled code notes none
         if dynamo_graph_count():
             self._set_flags_in_backward(outputs, plan)
         self.cut_stray_gradients(outputs, record)

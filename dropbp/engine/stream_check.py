@@ -1,8 +1,9 @@
 """Notices modules and parameters outside the branches that were added after `enable`, and replaced or tied ones.
 
 Such a parameter may feed the residual stream below dropped branches, where no wrapper freezes it, or lie in two
-branches. The next step that drops a branch then searches its graph for it (`dropbp.engine.stray_gradients`). The check
-is two loops in C over the modules outside the branches and over the parameters of all modules.
+branches. So may one that a new forward hook uses. The next step that drops a branch then searches its graph for it
+(`dropbp.engine.stray_gradients`). The check is a few loops in C over the modules outside the branches and over the
+parameters of all modules.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class StreamCheck:
 
     def __init__(self, model: nn.Module, branch_modules: Iterable[nn.Module]) -> None:
         self._model, self._branch_modules = model, frozenset(branch_modules)
-        self._left = MOST_CHANGES
+        self._left, self._hooks = MOST_CHANGES, list[int]()
         self._note()
 
     def changed(self) -> bool:
@@ -41,7 +42,19 @@ class StreamCheck:
         self._note()
         return True
 
+    def has_other_hooks(self) -> bool:
+        """Whether a module outside the inside of branches has more or fewer forward hooks than at the last call."""
+        before = self._hooks
+        self._hooks = self._count_hooks()
+        return before != self._hooks
+
+    def _count_hooks(self) -> list[int]:
+        return list(map(len, self._hook_tables))
+
     def _note(self) -> None:
+        modules = (*self._outside(), *self._branch_modules)
+        self._hook_tables = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = self._count_hooks()
         self._tables: list[dict[str, Any]] = [t for m in self._outside() for t in (m._modules, m._parameters)]
         self._sizes = list(map(len, self._tables))
         inside = (m._parameters for branch in self._branch_modules for m in branch.modules() if m._parameters)

@@ -110,7 +110,9 @@ def branch_forward(original: Forward) -> Forward:
             if state.need & plan.trained:  # most calls have no keywords, and a call without them is faster
                 return original(self, *args, **kwargs) if kwargs else original(self, *args)
             if not state.need & plan.detached:
-                return _unrecorded(original, self, args, kwargs)
+                output = _unrecorded(original, self, args, kwargs)
+                state.runtime.dropped_end = next_sequence()
+                return output
         return _run_under_plan(state, original, self, args, kwargs)
 
     return named_forward(forward)
@@ -176,10 +178,13 @@ def _run_under_plan(state: BranchModuleState, original: Forward, module: nn.Modu
     """Run under the plan of the running forward, or of the one that is recomputed."""
     plan, need = uncompiled(state.this_call)
     if not need & plan.kept:
-        return state.runtime.with_graph(_unrecorded(original, module, args, kwargs))
-    if need & plan.trained:
+        output = state.runtime.with_graph(_unrecorded(original, module, args, kwargs))
+    elif need & plan.trained:
         return original(module, *args, **kwargs)
-    return state.run_detached(plan, need, functools.partial(original, module, *args, **kwargs))
+    else:
+        output = state.run_detached(plan, need, functools.partial(original, module, *args, **kwargs))
+    state.runtime.dropped_end = next_sequence()
+    return output
 
 
 never_compile(_run_under_plan)
