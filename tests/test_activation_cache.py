@@ -826,3 +826,65 @@ def test_a_run_in_which_every_block_may_still_train_says_so(options, caplog):
     report = loop(packed=False, epochs=2, **options)
     assert report["looked_up"] == 0 and "may train the lowest block" in report["objections"][0]
     assert caplog.text.count("may train the lowest block") == 1
+
+
+def two_numbers(model: Any) -> list[tuple[Any, str]]:
+    return [(model.model.layers[0].input_layernorm, "variance_epsilon"), (model.model.layers[0].self_attn, "scaling")]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_number_of_a_module_that_is_changed_by_hand_has_states_of_its_own(which):
+    model, losses = llama(), {}
+    module, name = two_numbers(model)[which]
+    before = getattr(module, name)
+    with cached(model, steps=16) as handle:
+        for step in range(12):
+            setattr(module, name, before * (1 + 3 * (step % 3 == 2)))
+            losses.setdefault(step % 3 == 2, []).append(llama_loss(model).item())
+        assert found(handle)["refused"] is None and found(handle)["forwards_shortened"] > 6
+    assert abs(losses[True][0] - losses[False][0]) > 1e-6
+    for each in losses.values():
+        assert each == pytest.approx([each[0]] * len(each), rel=1e-6)
+
+
+def test_a_number_of_an_adapter_has_states_of_its_own():
+    import peft
+
+    options = {"n_frequency": 8, "target_modules": ["v_proj"], "init_weights": False}
+    model = peft.get_peft_model(llama(), peft.FourierFTConfig(**options)).train()
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    losses: dict[int, list[float]] = {}
+    with cached(model, steps=16) as handle:
+        for step in range(12):
+            layer.fourierft_scaling["default"] = 150.0 * (1 + step % 2)
+            losses.setdefault(step % 2, []).append(llama_loss(model).item())
+        assert found(handle)["refused"] is None and found(handle)["forwards_shortened"] > 6
+    assert abs(losses[0][0] - losses[1][0]) > 1e-6
+    for each in losses.values():
+        assert each == pytest.approx([each[0]] * len(each), rel=1e-6)
+
+
+def test_a_counter_that_the_forward_changes_itself_does_not_hinder():
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    attention.calls, plain = 0, attention.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        attention.calls += 1
+        attention.last = {"call": attention.calls}
+        return plain(*args, **kwargs)
+
+    attention.forward = counting
+    with cached(model) as handle:
+        for _ in range(6):
+            llama_loss(model)
+        assert found(handle)["forwards_shortened"] >= 3
+
+
+def test_a_number_that_keeps_changing_rules_the_cache_out_by_name(caplog):
+    model = llama()
+    with cached(model, steps=64) as handle:
+        for step in range(40):
+            model.model.layers[0].self_attn.scaling = 1 / (step + 1)
+            llama_loss(model)
+        assert any("model.layers.0.self_attn.scaling keeps changing" in x for x in found(handle)["objections"])

@@ -62,6 +62,7 @@ class CachedForward:
             watch=watch,
         )
         outputs = cache.run_with_skipper(skipper, whole)
+        cache.prefix.attributes.leave_out_changed()
         if skipper.trouble is not None:
             cache.refuse(skipper.trouble)
         return outputs

@@ -17,11 +17,12 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from dropbp.cache.attributes import PlainAttributes
+from dropbp.discovery.module_paths import prefixes
 from dropbp.discovery.structure import NO_BRANCH_ABOVE, Structure
 from dropbp.engine.purity import is_foreign_hook
 from dropbp.tensors import tensors_in
 
-_OF_ADAPTERS = ("_disable_adapters", "active_adapters")  # layers of peft; only some kinds have a `scaling`
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _get = cast(Any, dict.get)
 
@@ -41,8 +42,9 @@ class Prefix:
         self._tensors = sorted(self._found(), key=lambda entry: entry[0])
         self._places = [entry[0] for entry in self._tensors]
         self._tables, self._keys = ([entry[i] for entry in self._tensors] for i in (1, 2))
-        self._modules = list(_called(model))
-        self._adapted: list[Any] = [m for m in self._modules if all(hasattr(m, name) for name in _OF_ADAPTERS)]
+        called = {name: module for name, module in model.named_modules() if type(module) not in _CONTAINERS}
+        around = {"", *(path for name in self.names for path in prefixes(name)[:-1])}
+        self.attributes = PlainAttributes(called, around)
         self._seen: list[Any] = []
         self._requires_grad: list[bool] = []
         self._trained: list[tuple[int, int, bool]] = []
@@ -124,12 +126,13 @@ class Prefix:
         return self.count
 
     def modes(self) -> bytes:
-        """Which modules are in training mode and which adapters are on, since a call may switch these temporarily."""
-        adapters = [(x._disable_adapters, x.active_adapters, getattr(x, "scaling", None)) for x in self._adapted]
-        return bytes([module.training for module in self._modules]) + repr(adapters).encode()
+        """A mark of what a call may switch temporarily: training modes, adapters, and other plain attributes."""
+        return self.attributes.mark()
 
     def objection(self, border: int) -> str | None:
         """Why states at a border must not be used; None if no reason is known."""
+        if self.attributes.scheduled:
+            return f"{self.attributes.scheduled} keeps changing, so that a row's state may differ each time"
         for name, modules, norms in zip(self.names[:border], self._inside, self._norms, strict=False):
             for norm in norms:
                 if norm.training:
