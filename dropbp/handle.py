@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,11 +59,8 @@ class Handle:
         self._weights = weights.of_truncated_backward() if engine.prefixes and engine.may_truncate else weights
         self.config = resolve_auto(config, engine.trained, lambda config: self._scheduled(config).rates)
         self.schedule = self._scheduled(self.config, trains=engine.parameters.trains_any)
-        self.is_abandoned: Callable[[], bool] | None = None
         self._labelled = LabelledLogits(model) if config.logits == "labelled" else None  # the engine wraps around it
-        engine.is_abandoned = self.abandoned
-        engine.recount = self._weights.refresh
-        engine.start(self.schedule, owner=self)
+        engine.start(self.schedule, owner=self, refresh_weights=self._weights.refresh)
         self.cache: ActivationCache | None = None
         where = self.config.activation_cache
         if where:
@@ -340,10 +337,6 @@ class Handle:
         self.schedule.load(state)
 
     # -- internal
-
-    def abandoned(self) -> bool:
-        """Whether the owner of this handle reports (`is_abandoned`) that its run ended without `remove`."""
-        return False if self.is_abandoned is None else self.is_abandoned()
 
     def _check_enabled(self) -> None:
         if not self.enabled:

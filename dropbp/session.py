@@ -121,7 +121,7 @@ def _checked_model(model: Any) -> nn.Module:
     refuse_wrapper(checked_module(model))
     model = unwrapped(model)
     earlier = handle_of(model)
-    enabled = earlier is not None and not earlier.abandoned()
+    enabled = earlier is not None and not earlier.engine.is_abandoned()
     if enabled or any(m.__dict__.get("_dropbp_branch") is not None for m in model.modules()):
         raise StateError(
             f"{type(model).__name__} is already enabled. Change it through its handle (set_rates, fixed), or call "

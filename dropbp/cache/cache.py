@@ -34,8 +34,8 @@ from dropbp.engine.engine import Engine
 from dropbp.engine.patch import Forward, ForwardPatch
 from dropbp.engine.side_outputs import CallPlan
 from dropbp.inputs import argument_names
-from dropbp.masks.budget import kept_last, may_still_be_kept
 from dropbp.masks.plan import ForwardPlan
+from dropbp.masks.upcoming import may_keep_at_the_end, may_keep_from_now_on
 from dropbp.tensors import any_requires_grad
 
 logger = logging.getLogger(__name__)
@@ -133,21 +133,21 @@ class ActivationCache:
         if call is None:
             self._note_objection("the whole model is compiled: compile its blocks, dropbp.compile_blocks(handle)")
             return None
-        whole = functools.partial(call, *args, **kwargs)
+        uncached = functools.partial(call, *args, **kwargs)
         if hasattr(next(self.model.parameters(), None), "ds_id"):
             self.refuse("DeepSpeed ZeRO-3 moves weights in a way that hides changes to them")
         if self.refused is not None or not self._may_use(args, kwargs):
-            return whole
+            return uncached
         observed = isinstance(plan, CallPlan) and plan.observation is not None  # inspects what dropped branches record
         border = self._border_now(plan, observed)
         kind = self._kind(call, args, kwargs)
         if border == 0 or self._note_objection(self._objection_to.get(kind) or self.prefix.objection(border)):
-            return whole
+            return uncached
         self.store.open_border(border)
         rows = self.keys.of(args, kwargs, self._salt(kind))
         if rows is None:
             self._note_objection("an input is neither a tensor nor a number nor text")
-            return whole
+            return uncached
         return self._chosen_run(CachedForward(self, call, args, kwargs, kind, rows, border, plan), observed)
 
     def _border_now(self, plan: ForwardPlan, observed: bool) -> int:
@@ -181,7 +181,7 @@ class ActivationCache:
         forward.rows = self.keys.of(forward.args, forward.kwargs, self._salt(forward.kind)) or forward.rows
 
     def _kind(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
-        """A key for forwards whose outputs come from the same places: what is called, and what is asked for."""
+        """A key for forwards whose outputs come from the same places: what is called, and the outputs it selects."""
         module = getattr(call, "args", (self.model,))[0]
         return (type(module).__name__, *self.engine.calls.key(args, kwargs), self.prefix.modes(), self.autocast_now())
 
@@ -189,7 +189,7 @@ class ActivationCache:
         """Note the autocast that the blocks of a call run under, and look its rows up.
 
         A wrapper around the forward, such as accelerate's, may set another than the caller's, and no state of one
-        precision serves the other. So the first forward of each kind of call runs whole.
+        precision serves the other. So the first forward of each kind of call runs in full.
         """
         if forward.kind not in self.autocast:
             self.autocast[forward.kind] = self.autocast_now()
@@ -214,7 +214,7 @@ class ActivationCache:
         return not excluded and not self._wants_caches(kwargs)
 
     def _wants_caches(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the key-value caches of all layers are wanted: for generation, or because the call asks."""
+        """Whether the key-value caches of all layers are wanted: for generation, or because the call says so."""
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
             return True
         loss = kwargs.get("labels") is not None or torch.is_grad_enabled()
@@ -229,8 +229,9 @@ class ActivationCache:
 
     def _border(self, frozen_border: int, detached: int) -> int:
         """The border at which states are stored now: nothing below it trains in this forward or later; else 0."""
-        frozen = self.prefix.frozen_border(may_still_be_kept(self.engine.schedule), self.engine.freezes_stem)
-        if not frozen and not self.prefix.frozen_border(kept_last(self.engine.schedule), self.engine.freezes_stem):
+        schedule, freezes_stem = self.engine.schedule, self.engine.freezes_stem
+        frozen = self.prefix.frozen_border(may_keep_from_now_on(schedule), freezes_stem)
+        if not frozen and not self.prefix.frozen_border(may_keep_at_the_end(schedule), freezes_stem):
             self._note_objection(
                 "any step of this run may train the lowest block. Pass steps=... to enable, keep the default masks and "
                 "rates, raise drop_rate, or freeze the lower blocks"
@@ -301,7 +302,7 @@ class ActivationCache:
         self._optimizer = weakref.ref(optimizer)
 
     def _free_optimizer_states(self, border: int) -> None:
-        """Free optimizer states. If such a parameter did train again, its state would start afresh."""
+        """Free optimizer states. If such a parameter did train again, its state would start from zero."""
         optimizer = self._optimizer() if self._optimizer is not None else None
         if optimizer is not None and not type(optimizer).__module__.startswith("deepspeed"):  # one state for many
             self.freed_bytes += self.prefix.free_states(optimizer, border)
@@ -346,7 +347,7 @@ class ActivationCache:
             self._stop_in_training(reason)
 
     def _stop_in_training(self, reason: str) -> None:
-        """Store no more rows of training forwards, and free the states. Evaluations go on if they found their rows."""
+        """Store no more rows of training forwards, and free the states. Evaluations still use theirs."""
         advice = f"{reason}. Pack rows once, before training, or do not pack"
         if isinstance(self.store, FileStore) and not self._recurrence.epochs:
             self._note_objection(f"{reason}. Rows are still stored for later runs")
@@ -357,7 +358,7 @@ class ActivationCache:
             self.store.drop_above(0)
             self._once = True
 
-    def note_whole(self, forward: CachedForward, border: int, stream: torch.Tensor) -> None:
+    def note_full(self, forward: CachedForward, border: int, stream: torch.Tensor) -> None:
         """Note that a forward run in full has reached the border."""
         self.stream_type = stream.dtype
         if torch.is_grad_enabled() and not forward.plan.truncated:

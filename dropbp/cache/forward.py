@@ -49,7 +49,7 @@ class CachedForward:
 
     def run_full(self, states: Mapping[int, RowState] | None = None) -> Any:
         """Run all blocks, and store states missing at the border. Compare the given states with the results."""
-        cache, whole = self.cache, functools.partial(self.call, *self.args, **self.kwargs)
+        cache = self.cache
         watch = _RandomnessCheck(cache, self.kind) if cache.model.training else None
         skipper = BlockSkipper(
             cache.interfaces,
@@ -61,7 +61,7 @@ class CachedForward:
             begin=functools.partial(cache.note_autocast, self),
             watch=watch,
         )
-        outputs = cache.run_with_skipper(skipper, whole)
+        outputs = cache.run_with_skipper(skipper, functools.partial(self.call, *self.args, **self.kwargs))
         cache.prefix.attributes.leave_out_changed()
         if skipper.trouble is not None:
             cache.refuse(skipper.trouble)
@@ -170,9 +170,7 @@ class CachedForward:
         self._compare_outputs(skipper, short, _figures(outputs))
         return outputs
 
-    def _compare_outputs(
-        self, skipper: BlockSkipper, short: Mapping[str, Any] | None, whole: Mapping[str, Any]
-    ) -> None:
+    def _compare_outputs(self, skipper: BlockSkipper, short: Mapping[str, Any] | None, full: Mapping[str, Any]) -> None:
         cache = self.cache
         cache.difference = max(cache.difference, self._worst)
         allowed = self._tolerance()
@@ -183,7 +181,7 @@ class CachedForward:
                 "below are not deterministic, or mix the rows of a batch"
             )
             return
-        lost = [name for name, value in whole.items() if short is None or not _equal(short.get(name), value, allowed)]
+        lost = [name for name, value in full.items() if short is None or not _equal(short.get(name), value, allowed)]
         if lost:
             cache.limit_border(
                 self.kind, skipper.start, skipper.leak or f"its output {lost[0].split()[0]} comes from there"
@@ -220,7 +218,7 @@ class CachedForward:
         if spans and not self._fits(stream):
             cache.keys.trims = False  # from the next forward on, whole rows are hashed and stored
             return
-        cache.note_whole(self, border, stream)
+        cache.note_full(self, border, stream)
         for place, row in enumerate(self.rows):
             if cache.store.border(row.key) < border:
                 _put(cache, row.key, border, stream[place] if row.real is None else stream[place, row.real])
@@ -294,7 +292,7 @@ def _figures(outputs: Any) -> dict[str, Any]:
     return found
 
 
-def _equal(short: Any, whole: Any, allowed: float) -> bool:
-    if isinstance(whole, bool):
-        return bool(whole) or not short
-    return math.isnan(whole) or (short is not None and abs(short - whole) <= allowed * max(abs(whole), 1.0))
+def _equal(short: Any, full: Any, allowed: float) -> bool:
+    if isinstance(full, bool):
+        return full or not short
+    return math.isnan(full) or (short is not None and abs(short - full) <= allowed * max(abs(full), 1.0))

@@ -83,8 +83,7 @@ class Engine:
         self.calls = CallKinds(model, structure, call_signature)
         self.bypass = CheckpointBypass(model, structure, self.runtime)
         self.truncation = Truncation(model, self.runtime, self.bypass, self.may_truncate)
-        self.is_abandoned: Callable[[], bool] = bool
-        self.recount: Callable[[bool], bool] = bool  # given whether parameters were replaced; whether others train now
+        self.is_abandoned: Callable[[], bool] = lambda: False  # set where a run may end without `Handle.remove`
         self._blocks = [model.get_submodule(name) for name in structure.blocks]
         self._ddp_guard, self._unshard_control = DDPGuard(), UnshardControl(model, self.parameters.need_of)
         self._stray = StrayGradients(self.parameters)
@@ -116,9 +115,12 @@ class Engine:
         """Whether the forward wrappers are in place."""
         return bool(self._patches)
 
-    def start(self, schedule: Schedule, owner: object) -> None:
-        """Install the forward wrappers; `owner` is the handle of the enabled model."""
-        self.schedule = schedule
+    def start(self, schedule: Schedule, owner: object, refresh_weights: Callable[[bool], bool]) -> None:
+        """Install the forward wrappers; `owner` is the handle of the enabled model.
+
+        `refresh_weights` is told whether parameters were replaced, and returns whether others train now.
+        """
+        self.schedule, self._refresh_weights = schedule, refresh_weights
         self._patches = self._installed(owner)
         modules = [self.model.get_submodule(entry.name) for entry in self.structure.branch_modules]
         states = [module.__dict__["_dropbp_branch"] for module in modules]
@@ -167,7 +169,7 @@ class Engine:
         if self._measuring is not None:
             return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
-            if self.recount(self._stream_check.changed()):
+            if self._refresh_weights(self._stream_check.changed()):
                 self.parameters.refresh()
                 self._zeros.refresh()
                 self._stray.inspect_anew()

@@ -2,7 +2,7 @@
 
 Every module of a branch counts its calls. After a forward whose calls differ from those of the recorded forward, a
 branch none of whose modules was called is idle: it had no backward to skip. One whose main module was called more or
-less often had as much more or less. The schedule then counts these branches anew.
+less often had as much more or less. The counters are then corrected for these branches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from dropbp.branch_sets import sole
 from dropbp.device import dynamo_graph_count
 from dropbp.flops import Shape
-from dropbp.masks.idle import CountedForward, recount
+from dropbp.masks.idle import CountedForward, correct_counters
 
 if TYPE_CHECKING:
     from dropbp.engine.runtime import Runtime
@@ -81,7 +81,8 @@ class IdleBranches:
         self._compare_at_shape(calls)
         ran = self._ran(calls)
         if any(ran.values()):
-            recount(self._schedule, begun[1], {branch: times for branch, times in ran.items() if times != 1})
+            others = {branch: times for branch, times in ran.items() if times != 1}
+            correct_counters(self._schedule, begun[1], others)
             if any(times > 1 for times in ran.values()):
                 self._repeated(calls, dropped)
 

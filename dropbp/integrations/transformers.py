@@ -177,7 +177,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._handle is None:
             return
         self._position.begin_step(state.global_step)
-        self._tell_progress()
+        self._report_progress()
         if self.resample == "step":
             self._handle.resample()
         if self._calibration_due(state.global_step + 1, state.max_steps):
@@ -187,7 +187,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Report the progress of the training between the micro-batches of a step."""
         self._position.end_micro_batch()
-        self._tell_progress()
+        self._report_progress()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Calibrate if it is due: the gradients are no longer needed."""
@@ -226,13 +226,13 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         options = {"resample": self.resample, "steps": steps, "rehearse": lazy, **self.options}
         self._handle = self._enabled(model, options, loader)
         self._train, self._thread = frame_of_train(self), threading.get_ident()
-        self._handle.is_abandoned = self._closed_as_train_ended
+        self._handle.engine.is_abandoned = self._closed_as_train_ended
         if self.compile_blocks is not None:
             names = compile_blocks(self._handle, **self.compile_blocks)
             self._compiled = [self._handle.model.get_submodule(name) for name in names]
 
     def _closed_as_train_ended(self) -> bool:
-        """Whether `train()` is no longer on the call stack, so an exception ended it. Asked before each forward."""
+        """Before each forward: close if `train()` is no longer on the call stack, because an exception ended it."""
         if self._train is None or self._thread != threading.get_ident():
             return False
         frame: FrameType | None = sys._getframe()
@@ -254,7 +254,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             options = {**options, "example_inputs": batch_for(loader, model, failure)}
         return enable(model, self.drop_rate, masks=self.masks, **options)
 
-    def _tell_progress(self) -> None:
+    def _report_progress(self) -> None:
         """Report the finished share of the training, without the warm-up, to the handle."""
         if self._handle is not None:
             share = self._position.share_after(self.warmup_steps)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from dropbp.masks.samplers import bits
-
 if TYPE_CHECKING:
     from dropbp.masks.schedule import Schedule
 
@@ -80,29 +78,3 @@ def _cause(schedule: Schedule) -> str:
         "If batches grow shorter or longer toward the end, or rates change there, too few steps are left to make up "
         "for it."
     )
-
-
-def may_still_be_kept(schedule: Schedule) -> int:
-    """The branches, as bits, that coming training forwards may keep, as far as known.
-
-    An annealed run moves from its current mask toward shallower ones. With batches of unequal lengths it may fall back
-    a little; one mask is assumed.
-    """
-    at, every = schedule.at_draw_shape, (1 << len(schedule.names)) - 1
-    if not schedule.dropping or schedule.statistics.forwards < schedule.config.warmup or not at.total:
-        return every
-    never = [bits(tuple(rate >= 1 for rate in values.rates)) for values in (at, schedule.at_batch_shape)]
-    warming_up = schedule.graph_warmup is not None and not schedule.graph_warmup.done
-    if not schedule.anneals or schedule.pace.over or warming_up or schedule.current is None:
-        return every & ~(never[0] & never[1])
-    masks = at.annealing[1]
-    place = masks.index(schedule.current) if schedule.current in masks else len(masks) - 1
-    return every & ~bits(masks[min(place + 1, len(masks) - 1)])
-
-
-def kept_last(schedule: Schedule) -> int:
-    """The branches, as bits, that training forwards at the end of the run may keep, as far as known."""
-    at, every = schedule.at_draw_shape, (1 << len(schedule.names)) - 1
-    if not at.total:
-        return every
-    return every & ~bits(at.annealing[1][0] if schedule.anneals else tuple(rate >= 1 for rate in at.rates))

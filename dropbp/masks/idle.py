@@ -37,19 +37,14 @@ class CountedForward:
         return cls(schedule.mask or (), schedule.at_batch_shape, at_draw_shape, schedule.mask_drawn)
 
 
-def uncount_idle(schedule: Schedule, counted: CountedForward, idle: int) -> None:
-    """Subtract what was counted for these branches, given as bits."""
-    recount(schedule, counted, {i: 0.0 for i in range(len(schedule.names)) if idle >> i & 1})
-
-
-def recount(schedule: Schedule, counted: CountedForward, ran: Mapping[int, float]) -> None:
-    """Count some branches anew by how often they ran, as a multiple of the recorded forward; 0: not at all."""
+def correct_counters(schedule: Schedule, counted: CountedForward, ran: Mapping[int, float]) -> None:
+    """Correct the counters for branches that ran more or less often: multiples of the recorded forward, or 0."""
     for branch, times in ran.items():
         if times:
             schedule.recurring |= 1 << branch
         else:
             schedule.idle |= 1 << branch
-    schedule.statistics.note_idle(*_surplus(counted.at_batch_shape, counted.mask, ran), counted.drawn)
+    schedule.statistics.subtract(*_surplus(counted.at_batch_shape, counted.mask, ran), counted.drawn)
     if counted.drawn and counted.at_draw_shape is not None:
         planned, dropped, total = _surplus(counted.at_draw_shape, counted.mask, ran)
         schedule.pace.note(-planned, -dropped, -total)

@@ -58,8 +58,8 @@ class Statistics:
             self.drawn_dropped += dropped
             self.drawn_seen += total
 
-    def note_idle(self, planned: float, dropped: float, seen: float, drawn: bool) -> None:
-        """Take back FLOPs of branches that the latest forward did not run; `drawn` tells whether its mask was drawn."""
+    def subtract(self, planned: float, dropped: float, seen: float, drawn: bool) -> None:
+        """Subtract FLOPs counted for a forward that did not run them; `drawn` tells whether its mask was drawn."""
         self.flops_dropped -= dropped
         self.flops_seen -= seen
         if drawn:
