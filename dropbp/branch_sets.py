@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+EVERY = -1  # every branch, however many there are
+
 
 def lowest(branches: int) -> int:
     """The lowest branch, as a bit; 0 if there is none."""

@@ -20,26 +20,26 @@ class Candidate:
     """A term of an addition to the stream. `cut` drops it exactly; None if that is impossible."""
 
     edge: Edge
-    join: ResidualAddition
+    addition: ResidualAddition
     cut: Cut | None
 
     @property
-    def whole(self) -> bool:
-        """Whether cutting the edge into the addition drops it exactly."""
+    def is_cut_at_addition(self) -> bool:
+        """Whether the edge into the addition is the cut that drops it exactly."""
         return self.cut == [self.edge]
 
 
 def find_candidates(graph: Graph) -> list[Candidate]:
     """All branches, in the order in which their outputs were created."""
-    pairs = [(edge, join) for join in outermost(graph, residual_additions(graph)) for edge in join.edges]
+    pairs = [(edge, addition) for addition in outermost(graph, residual_additions(graph)) for edge in addition.edges]
     pairs.sort(key=lambda pair: graph.nodes[pair[0][1]].sequence)
     cuts = exact_cuts(graph, [[edge] for edge, _ in pairs])
-    return [Candidate(edge, join, cut) for (edge, join), cut in zip(pairs, cuts, strict=True)]
+    return [Candidate(edge, addition, cut) for (edge, addition), cut in zip(pairs, cuts, strict=True)]
 
 
 def parallel_sets(found: Sequence[Candidate]) -> tuple[int, ...]:
-    """Neighbouring branches that leave the stream at the same point and join it at the same point, as bits."""
-    places = [(branch.join.node, dict(branch.join.branches)[branch.edge]) for branch in found]
+    """Neighbouring branches that leave the stream at the same point and are added to it at the same point, as bits."""
+    places = [(branch.addition.node, dict(branch.addition.branches)[branch.edge]) for branch in found]
     runs = [list(run) for _, run in itertools.groupby(range(len(found)), key=places.__getitem__)]
     return tuple(sum(1 << branch for branch in run) for run in runs if len(run) > 1)
 

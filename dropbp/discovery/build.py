@@ -44,8 +44,10 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
         )
     unexplained = unexplained_sums(graph, {branch.edge for branch in found})
     structure = structure_of(graph, model, [branch.cut or () for branch in found], unexplained, parallel_sets(found))
-    inside = sum(not branch.whole for branch in every)
-    return dataclasses.replace(structure, outputs=trained_outputs(trace), side_outputs=side_outputs, cut_inside=inside)
+    others = sum(not branch.is_cut_at_addition for branch in every)
+    return dataclasses.replace(
+        structure, outputs=trained_outputs(trace), side_outputs=side_outputs, not_cut_at_addition=others
+    )
 
 
 def restricted_to_main_output(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:
@@ -55,18 +57,18 @@ def restricted_to_main_output(trace: Trace, model: nn.Module) -> tuple[Trace, bo
     that lead to it are still recorded if a call asks for it: see `dropbp.engine.side_outputs`.
     """
     keys = trace.outputs if len(trace.outputs) > 1 else {}
-    best, most = trace, _whole_branches(trace, model) if keys else 0
+    best, most = trace, _cut_at_additions(trace, model) if keys else 0
     for roots in keys.values():
         alone = dataclasses.replace(trace, roots=roots)
-        whole = _whole_branches(alone, model)
-        if whole > most:
-            best, most = alone, whole
-    return best, best is not trace or trace.holds
+        count = _cut_at_additions(alone, model)
+        if count > most:
+            best, most = alone, count
+    return best, best is not trace or trace.modules_hold_tensors
 
 
-def _whole_branches(trace: Trace, model: nn.Module) -> int:
+def _cut_at_additions(trace: Trace, model: nn.Module) -> int:
     """Number of branches that are dropped exactly by cutting the edge into their addition."""
-    return sum(found.whole for found in find_candidates(Graph(trace, model)))
+    return sum(found.is_cut_at_addition for found in find_candidates(Graph(trace, model)))
 
 
 def trained_outputs(trace: Trace) -> dict[str, bool]:
@@ -243,7 +245,7 @@ class _Builder:
     def _made_by(self, branch: int, number: int) -> Call:
         """The module call that created the node and belongs to this branch alone; an outer call may serve several."""
         own = 1 << branch
-        return next(c for c in self.unrecorded.top_of[number] if not self.unrecorded.call_need[c.index] & ~own)
+        return next(c for c in self.unrecorded.outermost_of[number] if not self.unrecorded.call_need[c.index] & ~own)
 
     def _outputs_of(self, branch: int, first_unrecorded: Iterable[int]) -> list[BranchOutput]:
         made = {self.graph.nodes[number].sequence for number in first_unrecorded}

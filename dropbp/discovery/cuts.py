@@ -72,27 +72,27 @@ class UnrecordedCalls:
         self.need = need
         made = graph.nodes_in_call
         self.call_need = [functools.reduce(operator.or_, (need[n] for n in made[c.index]), 0) for c in graph.calls]
-        self.outermost = [call for call in graph.calls if self._is_top(call)]
-        self.top_of = self._top_calls()
+        self.outermost = [call for call in graph.calls if self._is_outermost(call)]
+        self.outermost_of = self._outermost_by_node()
 
-    def _is_top(self, call: Call) -> bool:
+    def _is_outermost(self, call: Call) -> bool:
         own = self.call_need[call.index]
         above = self.call_need[call.parent] if call.parent >= 0 else ALWAYS_NEEDED
         return own not in (0, ALWAYS_NEEDED) and above != own
 
-    def _top_calls(self) -> dict[int, list[Call]]:
-        outermost: dict[int, list[Call]] = {}
+    def _outermost_by_node(self) -> dict[int, list[Call]]:
+        calls: dict[int, list[Call]] = {}
         for call in self.outermost:
             for number in self.graph.nodes_in_call[call.index]:
-                outermost.setdefault(number, []).append(call)
-        return outermost
+                calls.setdefault(number, []).append(call)
+        return calls
 
     def is_unrecorded(self, number: int, dropped: int) -> bool:
         """Whether the node lies in a module that runs without recording if exactly `dropped` are dropped."""
-        return any(not self.call_need[c.index] & ~dropped for c in self.top_of.get(number, ()))
+        return any(not self.call_need[c.index] & ~dropped for c in self.outermost_of.get(number, ()))
 
     def glue(self, branch: int, heads: Iterable[int]) -> tuple[set[int], set[int], set[int]]:
-        """Walk from the heads into the branch; return (recorded nodes, first silent nodes reached, leaking inputs)."""
+        """Walk from the heads into the branch: its recorded nodes, the first unrecorded nodes, and the live inputs."""
         dropped, glue = 1 << branch, set[int]()
 
         def onward(number: int) -> tuple[int, ...]:

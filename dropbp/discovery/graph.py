@@ -126,11 +126,11 @@ class _Sum:
 def residual_additions(graph: Graph) -> list[ResidualAddition]:
     """Every addition of the form stream + branches, last one first."""
     sums = _sums(graph)
-    first = [(s, join) for s in sums if (join := _as_join(graph, s)) is not None]
+    first = [(s, addition) for s in sums if (addition := _as_residual(graph, s)) is not None]
     bases: dict[int, list[int]] = {}
-    for _, join in first:
-        bases.setdefault(graph.trace.call_of[join.node], []).append(join.base)
-    return [_with_late_terms(graph, s, join, bases[graph.trace.call_of[join.node]]) for s, join in first]
+    for _, addition in first:
+        bases.setdefault(graph.trace.call_of[addition.node], []).append(addition.base)
+    return [_with_late_terms(graph, s, addition, bases[graph.trace.call_of[addition.node]]) for s, addition in first]
 
 
 def _sums(graph: Graph) -> list[_Sum]:
@@ -146,7 +146,7 @@ def _sums(graph: Graph) -> list[_Sum]:
 
 def unexplained_sums(graph: Graph, branches: Collection[Edge]) -> list[int]:
     """Additions with a term that is neither the stream nor a branch."""
-    base_of = {join.node: join.base for join in residual_additions(graph)}
+    base_of = {addition.node: addition.base for addition in residual_additions(graph)}
 
     def is_explained(total: _Sum) -> bool:
         base = base_of.get(total.node)
@@ -181,8 +181,8 @@ def _continues(graph: Graph, root: Node, source: int) -> bool:
     return same_forward and is_sum(graph, graph.nodes[source]) and len(graph.consumers[source]) == 1
 
 
-def _as_join(graph: Graph, total: _Sum) -> ResidualAddition | None:
-    """The sum as a join, its stream the term on which most others depend; None if no term depends on another."""
+def _as_residual(graph: Graph, total: _Sum) -> ResidualAddition | None:
+    """The sum as stream + branches; the stream is the term on which most others depend. None if none depends on one."""
     best: tuple[int, tuple[Edge, ...]] = (0, ())
     for _, stream in total.terms:
         base = graph.base_of(stream)
@@ -197,44 +197,46 @@ def _leaves(graph: Graph, term: int, stream: int) -> bool:
     return graph.is_private(term) and graph.depends(term, stream)
 
 
-def _with_late_terms(graph: Graph, total: _Sum, join: ResidualAddition, bases: Sequence[int]) -> ResidualAddition:
+def _with_late_terms(graph: Graph, total: _Sum, addition: ResidualAddition, bases: Sequence[int]) -> ResidualAddition:
     """Add terms computed from an earlier point of the stream in the same forward (shortcut experts)."""
-    edges, starts = list(join.edges), list(join.starts)
-    earlier = [base for base in bases if base < join.base and graph.depends(join.base, base)]
+    edges, starts = list(addition.edges), list(addition.starts)
+    earlier = [base for base in bases if base < addition.base and graph.depends(addition.base, base)]
     for edge in total.terms:
-        if edge in edges or graph.base_of(edge[1]) == join.base:
+        if edge in edges or graph.base_of(edge[1]) == addition.base:
             continue
         start = next((base for base in earlier if _leaves(graph, edge[1], base)), None)
         if start is not None:
             edges.append(edge)
             starts.append(start)
-    return dataclasses.replace(join, edges=tuple(edges), starts=tuple(starts))
+    return dataclasses.replace(addition, edges=tuple(edges), starts=tuple(starts))
 
 
 def outermost(graph: Graph, residual_additions: Sequence[ResidualAddition]) -> list[ResidualAddition]:
-    """Joins without branches that lie inside another branch, and without long skips that are residual streams."""
+    """Additions outside all branches of others; a long skip that is itself a residual stream is no branch."""
     kept: list[ResidualAddition] = []
     covered: set[int] = set()
-    for position, join in enumerate(residual_additions):
-        if join.node in covered:
+    for position, addition in enumerate(residual_additions):
+        if addition.node in covered:
             continue
         own = [
             (edge, start)
-            for edge, start in join.branches
-            if _is_branch(graph, join, edge[1], start, residual_additions[position + 1 :])
+            for edge, start in addition.branches
+            if _is_branch(graph, addition, edge[1], start, residual_additions[position + 1 :])
         ]
         if not own:
             continue
         edges, starts = zip(*own, strict=True)
-        kept.append(dataclasses.replace(join, edges=edges, starts=starts))
+        kept.append(dataclasses.replace(addition, edges=edges, starts=starts))
         for (_, head), start in own:
             covered |= graph.ancestors(head, start) - {start}
     return kept
 
 
-def _is_branch(graph: Graph, join: ResidualAddition, head: int, start: int, later: Sequence[ResidualAddition]) -> bool:
+def _is_branch(
+    graph: Graph, addition: ResidualAddition, head: int, start: int, later: Sequence[ResidualAddition]
+) -> bool:
     span = _span(graph, start, head)
-    return _has_module(graph, join, span) and not _is_stream(graph, span, later)
+    return _has_module(graph, addition, span) and not _is_stream(graph, span, later)
 
 
 def _span(graph: Graph, start: int, head: int) -> set[int]:
@@ -242,17 +244,17 @@ def _span(graph: Graph, start: int, head: int) -> set[int]:
     return graph.ancestors(head, start) - graph.ancestors(start, start)
 
 
-def _has_module(graph: Graph, join: ResidualAddition, span: Iterable[int]) -> bool:
-    own = graph.trace.call_of[join.node]
+def _has_module(graph: Graph, addition: ResidualAddition, span: Iterable[int]) -> bool:
+    own = graph.trace.call_of[addition.node]
     return any(graph.trace.call_of[n] != own for n in span if not graph.nodes[n].is_leaf)
 
 
 def _is_stream(graph: Graph, span: set[int], later: Sequence[ResidualAddition]) -> bool:
     inner: list[set[int]] = []
-    for join in later:
-        if join.node in span:
-            spans = [_span(graph, start, head) for (_, head), start in join.branches]
-            if any(_has_module(graph, join, s) for s in spans):
+    for addition in later:
+        if addition.node in span:
+            spans = [_span(graph, start, head) for (_, head), start in addition.branches]
+            if any(_has_module(graph, addition, s) for s in spans):
                 inner.append(set().union(*spans))
     if len(inner) < 2:
         return False

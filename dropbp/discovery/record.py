@@ -303,9 +303,20 @@ class Recorder:
                 by_key.setdefault(key, set()).add(index[tensor.grad_fn])
         keys = {key: frozenset(made) for key, made in by_key.items()}
         first = min((call.start for call in self.calls), default=0)
-        holds = any(t.grad_fn is not None and sequence_of(t.grad_fn) >= first for _, t in held_by_modules(self.model))
-        rest = frozenset(self.kernel_by_weight), self.stand_ins, keys, holds, frozenset(self.returned)
-        return Trace(nodes, tuple(self.calls), roots, flops, call_of, self.masked, *rest)
+        held = (tensor.grad_fn for _, tensor in held_by_modules(self.model) if tensor.grad_fn is not None)
+        return Trace(
+            nodes,
+            tuple(self.calls),
+            roots,
+            flops,
+            call_of,
+            learned_masks=self.masked,
+            kernel_by_weight=frozenset(self.kernel_by_weight),
+            stand_ins=self.stand_ins,
+            outputs=keys,
+            modules_hold_tensors=any(sequence_of(function) >= first for function in held),
+            identities=frozenset(self.returned),
+        )
 
 
 def _made_by(output: Any) -> tuple[int, ...]:

@@ -114,8 +114,8 @@ class Structure:
         parameters: for each parameter, the branches that must all be dropped for it to get no gradient.
         coverage: share of the model's FLOPs that lies in branches.
         stem: what is frozen outside the branches, under masks that drop the bottom of the model.
-        parallel: sets of branches, as bits, that leave and join the stream at the same points. Masks that drop the
-            bottom of the model drop all of them or none.
+        parallel: sets of branches, as bits, that leave the stream at one point and are added to it at one point. Masks
+            that drop the bottom of the model drop all of them or none.
         named: the modules of branches that the user named.
         work: the cost of the branches' backward.
         outputs: keys of the model's outputs, each with whether it depends on something that trains.
@@ -124,7 +124,7 @@ class Structure:
         adds_in_place: whether something is added in place to a view.
         kernel_by_weight: the modules with a product whose kernel depends on whether its weight requires a gradient.
         group_norms: the modules whose own forward computes a group norm.
-        cut_inside: number of branches that can only be dropped in part, or not at all.
+        not_cut_at_addition: number of branches that can only be dropped in part, or not at all.
         identities: the modules that may return their input (dropout), where it must not count as their output.
         calls_follow_shape: the modules that are called a different number of times at other shapes, as for chunks.
     """
@@ -147,6 +147,6 @@ class Structure:
     adds_in_place: bool = False
     kernel_by_weight: frozenset[str] = frozenset()
     group_norms: frozenset[str] = frozenset()
-    cut_inside: int = 0
+    not_cut_at_addition: int = 0
     identities: frozenset[str] = frozenset()
     calls_follow_shape: frozenset[str] = frozenset()

@@ -55,8 +55,8 @@ class Trace:
     attention kernel with a mask made from parameters, the ids of these parameters. `kernel_by_weight` names the
     modules with a product whose kernel depends on whether its weight requires a gradient. `stand_ins` names, by id,
     tensors that were used instead of sharded parameters. `outputs` maps the keys of the model's outputs to their nodes.
-    `holds` tells whether modules hold differentiable tensors afterwards, such as router losses that the training loop
-    collects. `identities` names the modules that returned their input and were given a node.
+    `modules_hold_tensors` tells whether modules hold differentiable tensors afterwards, such as router losses that the
+    training loop collects. `identities` names the modules that returned their input and were given a node.
     """
 
     nodes: tuple[Node, ...]
@@ -68,7 +68,7 @@ class Trace:
     kernel_by_weight: frozenset[str] = frozenset()
     stand_ins: Mapping[int, str] = dataclasses.field(default_factory=dict)
     outputs: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
-    holds: bool = False
+    modules_hold_tensors: bool = False
     identities: frozenset[str] = frozenset()
 
     @property

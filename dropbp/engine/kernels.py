@@ -22,8 +22,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dropbp._torch import attention_mask, kernel_depends_on_weight
+from dropbp.branch_sets import EVERY
 from dropbp.engine.patch import Forward, WrapperState, named_forward
-from dropbp.engine.runtime import EVERY, Runtime
+from dropbp.engine.runtime import Runtime
 from dropbp.tensors import any_requires_grad, map_tensors
 
 

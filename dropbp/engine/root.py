@@ -52,7 +52,7 @@ class RootState(WrapperState):
             forward = self.runtime.cached_forward(call, args, kwargs, plan) or forward
         if training:
             return self.runtime.run(forward, plan)
-        outputs = self.runtime.run_whole(forward)
+        outputs = self.runtime.run_keeping_all(forward)
         if not inside and current_node() is None and torch.is_grad_enabled():
             self.runtime.note_evaluation(outputs)
         return outputs

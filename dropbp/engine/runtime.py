@@ -45,7 +45,6 @@ CachedForwardFactory = Callable[
 
 REMEMBERED_FORWARDS = 4096
 REMEMBERED_THREADS = 64
-EVERY = -1
 
 
 @dataclasses.dataclass
@@ -215,7 +214,7 @@ class Runtime:
     def run(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:
         """Run a training forward under the plan."""
         outputs = self._observed(forward, plan) if isinstance(plan, CallPlan) else self._recorded(forward, plan)
-        outputs = outputs if plan.trained == EVERY else self._connected(outputs, plan)
+        outputs = outputs if plan.trained == branch_sets.EVERY else self._connected(outputs, plan)
         self.watch_backward(outputs, ~plan.trained)
         return outputs
 
@@ -250,8 +249,8 @@ class Runtime:
         with torch.no_grad():
             return self._run_with(forward, KEEP_ALL)
 
-    def run_whole(self, forward: Callable[[], Any]) -> Any:
-        """Run a forward that drops nothing and draws no mask: evaluation, `no_grad`."""
+    def run_keeping_all(self, forward: Callable[[], Any]) -> Any:
+        """Run a forward that is no training forward and drops nothing: evaluation, `no_grad`."""
         return self.run(forward, KEEP_ALL) if torch.is_grad_enabled() else self._run_with(forward, KEEP_ALL)
 
     def _recorded(self, forward: Callable[[], Any], plan: ForwardPlan) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dropbp.branch_sets import EVERY
 from dropbp.discovery.walks import nodes_below, reached, sources
 from dropbp.errors import StateError
 from dropbp.inputs import CallSignature, argument_names, call_signature
@@ -34,7 +35,6 @@ _WITHOUT_SIDE_OUTPUTS = frozenset({
 })  # fmt: skip
 _KEPT_STATES = frozenset({"past_key_values", "cache_params", "mems", "past_buckets_states", "rnn_state", "state"})
 _MAX_PLANS = 512
-_EVERY = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ class CallKinds:
         self._undetachable = ~_detachable(structure.branch_outputs)
         outputs = {**structure.outputs, **({"loss": True} if self._without_side_outputs else {})}
         base = CallKind(self._undetachable, outputs, [name for name, _ in held_by_modules(model)])
-        base.isolated = self._undetachable if structure.side_outputs else _EVERY
+        base.isolated = self._undetachable if structure.side_outputs else EVERY
         self._kinds = {(self._key(recorded), self._settings.changed()): base}
 
     def plan(self, plan: ForwardPlan, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CallPlan:

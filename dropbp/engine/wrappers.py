@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dropbp._torch import detached, never_compile, next_sequence, uncompiled
+from dropbp.branch_sets import EVERY
 from dropbp.discovery.cuts import ALWAYS_NEEDED
 from dropbp.discovery.structure import BranchModule, BranchOutput
 from dropbp.engine.autograd_functions import ScaleGradient, StepBoundary
@@ -67,7 +68,7 @@ class BranchModuleState(WrapperState):
     def this_call(self) -> tuple[ForwardPlan, int]:
         """The plan, and the branches that must all be dropped for this call of the module to be skipped."""
         plan = self.running() or self.runtime.plan_recomputed()
-        return plan, self._need_of_this_call() if self.per_call and plan.trained != ALWAYS_NEEDED else self.need
+        return plan, self._need_of_this_call() if self.per_call and plan.trained != EVERY else self.need
 
     def run_detached(self, plan: ForwardPlan, need: int, forward: Callable[[], Any]) -> Any:
         """Run with recording, and detach what the branches of `need` add to the stream."""
