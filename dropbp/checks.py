@@ -37,7 +37,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_whole(value: object, least: float = -math.inf) -> bool:
+def is_integer(value: object, least: float = -math.inf) -> bool:
     """Whether the value is an integer of at least `least`."""
     return isinstance(value, int) and is_number(value) and value >= least
 

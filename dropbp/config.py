@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from dropbp.checks import is_number, is_whole
+from dropbp.checks import is_integer, is_number
 from dropbp.errors import ConfigError
 
 SCALINGS = ("none", "unbiased", "clipped")
@@ -124,7 +124,7 @@ def _one_of(choices: Sequence[str]) -> tuple[Callable[[Any], bool], str]:
 
 
 def _is_resample(value: Any) -> bool:
-    return is_whole(value, 1) or (isinstance(value, str) and value in ("forward", "step"))
+    return is_integer(value, 1) or (isinstance(value, str) and value in ("forward", "step"))
 
 
 def _is_place(value: Any) -> bool:
@@ -164,19 +164,19 @@ _ALLOWED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _is_resample,
         "allowed: 'forward', 'step' (with handle.resample() in each step), or how many forwards share a mask, from 1.",
     ),
-    ("warmup", lambda count: is_whole(count, 0), "it must be a whole number of training forwards, at least 0."),
+    ("warmup", lambda count: is_integer(count, 0), "it must be a whole number of training forwards, at least 0."),
     (
         "steps",
-        lambda count: count is None or is_whole(count, 1),
+        lambda count: count is None or is_integer(count, 1),
         "it must be the number of training forwards of the run, at least 1, or None if it is unknown.",
     ),
     ("max_scale", lambda scale: is_number(scale) and scale >= 1, "it must be a number of at least 1."),
     ("activation_cache", _is_place, "allowed: True (memory of the host), the path of a folder, or None (off)."),
     (
         "activation_cache_limit",
-        lambda limit: limit is None or is_whole(limit, 1),
+        lambda limit: limit is None or is_integer(limit, 1),
         "it must be a number of bytes of at least 1, or None.",
     ),
-    ("seed", is_whole, "it must be an integer."),
+    ("seed", is_integer, "it must be an integer."),
     ("rehearse", lambda value: isinstance(value, bool), "it must be True or False."),
 )

@@ -119,5 +119,5 @@ def _safetensors_fault(path: Path) -> str | None:
             return f"{path.name} is truncated"
         header = json.loads(file.read(length))
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    whole = path.stat().st_size == 8 + length + max(ends, default=0)
-    return None if whole else f"{path.name} is truncated"
+    complete = path.stat().st_size == 8 + length + max(ends, default=0)
+    return None if complete else f"{path.name} is truncated"

@@ -34,6 +34,11 @@ def is_differentiable(x: torch.Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that all ranks agree on, if each holds a shard of it (DTensor); else the tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def own_output(output: Any, args: Any) -> Any:
     """The output; a view of it if it is one of the arguments, so that it has an autograd node of its own."""
     is_argument = isinstance(output, torch.Tensor) and any(output is tensor for tensor in tensors_in(args))

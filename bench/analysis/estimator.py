@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropbp.checks import check_callables, checked_drop_rates, is_whole, short
+from dropbp.checks import check_callables, checked_drop_rates, is_integer, short
 from dropbp.discovery.discover import find
 from dropbp.errors import ConfigError
 from dropbp.estimate.workload import in_training
@@ -109,7 +109,7 @@ def analyze(
         DiscoveryError: no residual branch was found.
         StateError: the model is already enabled.
     """
-    if not is_whole(samples, 1) or not is_whole(draws, 2):
+    if not is_integer(samples, 1) or not is_integer(draws, 2):
         given = f"samples is {short(samples)} and draws {short(draws)}"
         raise ConfigError(f"{given}; allowed: samples >= 1 and draws >= 2.")
     rates, pairs = checked_drop_rates(drop_rates), _pairs(ways)

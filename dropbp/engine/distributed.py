@@ -157,19 +157,19 @@ class KeptGradientsHook:
         kept = [gradient for parameter, gradient in pairs if self.needs.get(parameter, ALWAYS_NEEDED) & ~dropped]
         if bucket.is_last():
             self.dropped = None
-        return self._reduced(bucket.buffer(), kept, whole=len(kept) == len(bucket.parameters()))
+        return self._reduced(bucket.buffer(), kept, all_kept=len(kept) == len(bucket.parameters()))
 
     def _reduced(
-        self, buffer: torch.Tensor, kept: Sequence[torch.Tensor], whole: bool
+        self, buffer: torch.Tensor, kept: Sequence[torch.Tensor], all_kept: bool
     ) -> torch.futures.Future[torch.Tensor]:
         if not kept:
             done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
             done.set_result(buffer)
             return done
-        sent = buffer if whole else torch.cat([gradient.reshape(-1) for gradient in kept])
+        sent = buffer if all_kept else torch.cat([gradient.reshape(-1) for gradient in kept])
         sent.div_(self.group.size())
         work: Any = torch.distributed.all_reduce(sent, group=self.group, async_op=True)
-        back = functools.partial(_unpack, sent, () if whole else kept, buffer)
+        back = functools.partial(_unpack, sent, () if all_kept else kept, buffer)
         return work.get_future().then(back)  # type: ignore[no-any-return]
 
 

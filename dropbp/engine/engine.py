@@ -255,14 +255,14 @@ class Engine:
         # A mask given by the user names only branches; everything else trains, unless `stem="rest"` was chosen.
         freezes_stem = self.config.stem == "rest" or not self.schedule.fixed
         return Conditions(
-            self._activations_limit(),
-            freezes_stem,
-            freezes_stem and self.truncation.is_allowed(),
-            self._input_requires_grad(args, kwargs),
-            is_multi_rank(),
-            self.parameters.branches_with_gradient,
-            self.recomputation.never_recomputed,
-            self._ddp_guard.has_pending,
+            limit=self._activations_limit(),
+            stem_frozen=freezes_stem,
+            truncated=freezes_stem and self.truncation.is_allowed(),
+            keep_all=self._input_requires_grad(args, kwargs),
+            multi_rank=is_multi_rank(),
+            with_gradient=self.parameters.branches_with_gradient,
+            never_recomputed=self.recomputation.never_recomputed,
+            repeat_mask=self._ddp_guard.has_pending,
         )
 
     def _refuse_graphs(self) -> None:

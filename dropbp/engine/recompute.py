@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint as torch_checkpoint
 
+from dropbp.engine.patch import Forward
 from dropbp.engine.purity import (
     ReachableState,
     Snapshot,
@@ -39,7 +40,6 @@ from dropbp.errors import StateError
 logger = logging.getLogger(__name__)
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
-Forward = Callable[..., Any]
 
 _top_hooks: Callable[[bool], Hooks | None] | None = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", None

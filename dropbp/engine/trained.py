@@ -115,14 +115,14 @@ def resolve_auto(config: Config, trained: Trained, rates: Callable[[Config], Seq
     if not chosen or config.mask_options:
         return config
     found = trained.shares(rates(config))
-    if min(found[name] for name in chosen) >= _whole_steps(config):
+    if min(found[name] for name in chosen) >= _share_of_full_steps(config):
         return config
-    cap = 1 - _whole_steps(config) if config.max_rate is None else config.max_rate
+    cap = 1 - _share_of_full_steps(config) if config.max_rate is None else config.max_rate
     options = {**config.mask_options, "uniform": "golden"}
     return dataclasses.replace(config, rates=kind.rates, max_rate=cap, mask_options=options)
 
 
-def _whole_steps(config: Config) -> float:
+def _share_of_full_steps(config: Config) -> float:
     """Share of steps that drop nothing if parameters below all branches train: half of the backward budget."""
     return (1 - config.drop_rate) / 2
 

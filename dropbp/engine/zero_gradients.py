@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dropbp._torch import transforming
 from dropbp.engine.parameters import Parameters
-from dropbp.tensors import tensors_in
+from dropbp.tensors import tensors_in, unsharded
 
 _NONE, _get = itertools.repeat(None), cast(Any, dict.get)
 _grad_of, _version_of = operator.attrgetter("grad"), operator.attrgetter("_version")
@@ -94,11 +94,11 @@ class ZeroGradients:
         gradients = self._gradients()
         if backward.before:
             unknown = self._unknown(backward.before, gradients)
-            looked_at = {need for need in unknown if not need & ~backward.dropped}
-            if looked_at:
-                self._forget(looked_at)
+            resettable = {need for need in unknown if not need & ~backward.dropped}
+            if resettable:
+                self._reset_zeros(resettable)
                 gradients = self._gradients()
-            left = unknown - looked_at
+            left = unknown - resettable
             gradients = [None if need in left else g for need, g in zip(self._needs, gradients, strict=True)]
         written = _present(gradients)
         self._noted = list(map(weakref.ref, written)), list(map(_version_of, written)), self._steps.made
@@ -119,8 +119,8 @@ class ZeroGradients:
         each = ((need, g) for need, g in zip(self._needs, gradients, strict=True) if g is not None and not g.is_meta)
         return {need for need, g in each if before.get(id(g)) == g._version != known.get(id(g))}
 
-    def _forget(self, needs: set[int]) -> None:
-        """Reset these sets of branches where all gradients are zero; one transfer from the device tells for all."""
+    def _reset_zeros(self, needs: set[int]) -> None:
+        """Set the gradients of those of these sets of branches to None that are all zero; one transfer per device."""
         each, model = self._parameters.needs_now().items(), self._parameters.model
         present = dict(model.named_parameters(remove_duplicate=False))
         own = [(need, present[name], present[name].grad) for name, need in each if need in needs and name in present]
@@ -180,12 +180,7 @@ def _any(tensors: Sequence[Tensor]) -> list[bool]:
         by_device.setdefault(tensor.device, []).append(place)
     found = [False] * len(tensors)
     for places in by_device.values():
-        for place, any_ in zip(places, torch.stack([_whole(tensors[i].any()) for i in places]).tolist(), strict=True):
-            found[place] = any_
+        values = torch.stack([unsharded(tensors[i].any()) for i in places]).tolist()
+        for place, value in zip(places, values, strict=True):
+            found[place] = value
     return found
-
-
-def _whole(value: Tensor) -> Tensor:
-    """The value that all ranks agree on, if a gradient is sharded."""
-    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole

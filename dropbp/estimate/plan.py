@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dropbp import inputs as example
-from dropbp.checks import check_callables, checked_drop_rates, is_number, is_whole, short
+from dropbp.checks import check_callables, checked_drop_rates, is_integer, is_number, short
 from dropbp.device import Device, get_device
 from dropbp.errors import ConfigError
 from dropbp.estimate.footprint import Footprint, Optimizer, OptimizerBytes, largest, probe_for
@@ -313,7 +313,7 @@ def _freezing_stem(masks: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _positions(model: nn.Module) -> int | None:
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return most if is_whole(most, 1) else None
+    return most if is_integer(most, 1) else None
 
 
 def _check(model: nn.Module, accumulation: int, memory_limit: int | None) -> None:
@@ -322,7 +322,7 @@ def _check(model: nn.Module, accumulation: int, memory_limit: int | None) -> Non
             f"{type(model).__name__} has parameters without data (meta device), but planning runs some small steps. "
             "Give it weights on the device to plan for; random ones will do."
         )
-    if not is_whole(accumulation, 1):
+    if not is_integer(accumulation, 1):
         raise ConfigError(f"accumulation is {accumulation!r}; it must be a whole number of micro-batches, at least 1.")
     if memory_limit is not None and not (is_number(memory_limit) and 0 < memory_limit <= sys.float_info.max):
         raise ConfigError(f"memory_limit is {short(memory_limit)}; it must be a number of bytes above 0, or None.")

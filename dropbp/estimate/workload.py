@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dropbp import inputs as example
-from dropbp.checks import is_whole, short
+from dropbp.checks import is_integer, short
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape, shape_of
 from dropbp.sensitivity.restore import training_state_restored
@@ -116,7 +116,7 @@ def planned_shape(
     change.
     """
     for name, value in (("batch_size", rows), ("sequence_length", length)):
-        if value is not None and not is_whole(value, 1):
+        if value is not None and not is_integer(value, 1):
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     if text:
         return Shape(rows or 1, length or min(512, positions or 512))

@@ -9,6 +9,7 @@ from itertools import compress
 from typing import Any, Protocol, runtime_checkable
 
 from dropbp import branch_sets
+from dropbp.checks import Rates
 from dropbp.config import Config
 from dropbp.flops import Shape
 from dropbp.masks.pace import Curve
@@ -19,7 +20,6 @@ from dropbp.masks.samplers import Sampler
 
 REDRAWS = 64
 
-Rates = tuple[float, ...]
 Part = tuple[int, int, float]  # the branch whose dropping saves it, the branch that it lies in, FLOPs
 
 

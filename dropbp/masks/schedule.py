@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
-from dropbp.checks import check_lengths, checked_mask, checked_rates
+from dropbp.checks import Rates, check_lengths, checked_mask, checked_rates
 from dropbp.config import Config
 from dropbp.errors import ConfigError
 from dropbp.flops import Shape
 from dropbp.lazy.warmup import LOOKAHEAD, GraphWarmup
-from dropbp.masks.at_shape import AtShape, CountsFlops, CountsParts, Rates
+from dropbp.masks.at_shape import AtShape, CountsFlops, CountsParts
 from dropbp.masks.online import Online
 from dropbp.masks.pace import Pace
 from dropbp.masks.plan import Conditions, ForwardPlan
@@ -147,8 +147,9 @@ class Schedule:
                 self._values_at.clear()
             flops, weights = self._flops.at(shape), self._weights.at(shape)
             parts = self._weights.parts(shape) if isinstance(self._weights, CountsParts) else ()
-            rates, own = self.profile or self.given or (), (self.trains, self._parallel, parts)
-            found = self._values_at[shape] = AtShape(self.config, flops, weights, rates, *own)
+            rates = self.profile or self.given or ()
+            found = AtShape(self.config, flops, weights, rates, self.trains, self._parallel, parts)
+            self._values_at[shape] = found
         return found
 
     # -- rates
@@ -206,13 +207,13 @@ class Schedule:
         """The plan of the next training forward, which is counted as done."""
         self.set_shape(shape, conditions.multi_rank)
         at_draw, at_batch = self.at_draw_shape, self.at_batch_shape
-        past = self.dropping and self.statistics.forwards >= self.config.warmup
-        mask = self.mask = self._next_mask(past and not conditions.keep_all, conditions)
-        drawn = self.mask_drawn = past and not self.fixed and not conditions.keep_all
+        warmed_up = self.dropping and self.statistics.forwards >= self.config.warmup
+        mask = self.mask = self._next_mask(warmed_up and not conditions.keep_all, conditions)
+        drawn = self.mask_drawn = warmed_up and not self.fixed and not conditions.keep_all
         self.statistics.note(mask, at_batch.weights, at_batch.total, at_batch.planned if drawn else None)
         if drawn:
             self.pace.note(at_draw.planned, sum(compress(at_draw.weights, mask)), at_draw.total)
-        return self._plan(mask, past, conditions)
+        return self._plan(mask, warmed_up, conditions)
 
     def progress(self, share: float, dropping: bool) -> None:
         """Take the training loop's report: the share that is done, and whether the coming forwards drop branches."""
@@ -263,25 +264,25 @@ class Schedule:
 
     def _plan(self, mask: Mask, scaled: bool, conditions: Conditions) -> ForwardPlan:
         """Computed once for each mask, because a few masks occur again and again."""
-        asked, plans = conditions, self.at_draw_shape.plans
-        key = mask, scaled, asked.limit, asked.stem_frozen, asked.truncated, asked.never_recomputed
+        plans, limit, stem_frozen = self.at_draw_shape.plans, conditions.limit, conditions.stem_frozen
+        key = mask, scaled, limit, stem_frozen, conditions.truncated, conditions.never_recomputed
         plan = plans.get(key)
         if plan is None:
             if len(plans) >= MAX_PLANS:
                 plans.clear()
             dropped, factors = bits(mask), self.at_draw_shape.factors if scaled else ()
-            recomputed = self.checkpointed(dropped, asked.limit, asked.never_recomputed)
-            plan = plans[key] = ForwardPlan(dropped, factors, recomputed, asked.stem_frozen, asked.truncated)
+            recomputed = self.checkpointed(dropped, limit, conditions.never_recomputed)
+            plan = plans[key] = ForwardPlan(dropped, factors, recomputed, stem_frozen, conditions.truncated)
         return plan
 
     # -- the mask
 
-    def _next_mask(self, past: bool, conditions: Conditions) -> Mask:
+    def _next_mask(self, dropping: bool, conditions: Conditions) -> Mask:
         if self.fixed:
             return self.fixed[-1]
         if conditions.repeat_mask and not conditions.keep_all and self.mask is not None:
             return self.mask
-        if not past or not self.at_draw_shape.total:
+        if not dropping or not self.at_draw_shape.total:
             return (False,) * len(self.names)
         if self.graph_warmup is not None and not self.graph_warmup.done:
             return self._warming_up(self.graph_warmup, conditions.with_gradient())

@@ -11,10 +11,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dropbp.checks import check_lengths, checked_rates, is_number, is_whole, short
+from dropbp.checks import Rates, check_lengths, checked_rates, is_integer, is_number, short
 from dropbp.errors import StateError
 from dropbp.flops import Shape
-from dropbp.masks.at_shape import Rates
 from dropbp.masks.online import Online
 from dropbp.masks.pace import Pace
 from dropbp.masks.registry import Mask
@@ -156,7 +155,7 @@ def _mask(mask: Any) -> Mask:
 
 
 def _count(value: Any) -> int:
-    if not is_whole(value, 0):
+    if not is_integer(value, 0):
         raise ValueError(f"a count is {short(value)}, not a whole number of at least 0")
     return int(value)
 

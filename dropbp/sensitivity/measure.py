@@ -28,6 +28,7 @@ from dropbp.engine.distributed import is_multi_rank
 from dropbp.errors import ConfigError, StateError
 from dropbp.sensitivity.onepass import Observation, OnePass
 from dropbp.sensitivity.restore import training_state_restored
+from dropbp.tensors import unsharded
 
 Closure = Callable[[], torch.Tensor]
 Masking = Callable[[Sequence[bool]], contextlib.AbstractContextManager[Any]]  # runs forwards under a mask, uncounted
@@ -140,7 +141,7 @@ def moved_along_gradients(model: nn.Module, step: float) -> Iterator[float]:
             if gradient is not None:
                 kept.append((parameter, parameter.data.clone()))
                 parameter.data.add_(gradient.to(parameter.dtype), alpha=step)
-                moved.append(_whole_sum((parameter.data.float() - kept[-1][1].float()) * gradient))
+                moved.append(unsharded(((parameter.data.float() - kept[-1][1].float()) * gradient).sum()))
                 squares.append(squared_norm(gradient))
         torch.clear_autocast_cache()  # which holds casts of the unmoved parameters
         yield math.fsum(_numbers(moved)) / math.fsum(_numbers(squares))
@@ -179,13 +180,8 @@ def own_squares(model: nn.Module, parameters: Mapping[str, int], count: int) -> 
 
 def squared_norm(gradient: torch.Tensor) -> torch.Tensor:
     """Squared norm of the whole gradient as a tensor of one element, even if each rank holds a shard."""
-    whole: Any = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return _whole_sum(whole.detach().float().square())
-
-
-def _whole_sum(tensor: Any) -> torch.Tensor:
-    total = tensor.sum()
-    return total.full_tensor() if hasattr(total, "full_tensor") else total  # type: ignore[no-any-return]
+    values: Any = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return unsharded(values.detach().float().square().sum())
 
 
 def _numbers(scalars: Sequence[torch.Tensor]) -> list[float]:
@@ -209,14 +205,14 @@ def _device(model: nn.Module) -> torch.device:
 def _averaged(observations: Sequence[Observation], device: torch.device, passes: int) -> Estimate:
     """Average observations over ranks, which hold parts of one batch, and results over closures, which are batches."""
     rows = torch.tensor([[o.own, o.below, o.inner_products, o.ratios] for o in observations], dtype=torch.float64)
-    whole = [Observation(*(tuple(values) for values in row)) for row in mean_over_ranks(rows, device).tolist()]
-    scores = _mean([observation.sensitivities() for observation in whole])
+    averages = [Observation(*(tuple(values) for values in row)) for row in mean_over_ranks(rows, device).tolist()]
+    scores = _mean([observation.sensitivities() for observation in averages])
     if not all(math.isfinite(score) for score in scores):
         raise StateError(
             "A sensitivity is not finite: the loss or a gradient overflowed or was NaN. Nothing was changed. Calibrate "
             "on another batch, or later."
         )
-    return Estimate(scores, _mean([observation.own for observation in whole]), passes)
+    return Estimate(scores, _mean([observation.own for observation in averages]), passes)
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
