@@ -101,9 +101,9 @@ _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.Tensor.matmul, 
 
 
 def kernel_depends_on_weight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the kernel of this call depends on whether its weight asks for a gradient.
+    """Whether the kernel of this call depends on whether its weight requires a gradient.
 
-    PyTorch multiplies rows that are not contiguous as one matrix if the weight asks for one, and in batches
+    PyTorch multiplies rows that are not contiguous as one matrix if the weight requires one, and in batches
     otherwise (`should_fold` in ATen's LinearAlgebra.cpp); the two differ in the last bits.
     """
     if func is nn.functional.multi_head_attention_forward:

@@ -52,9 +52,9 @@ class Config:
         activation_cache: where to store the activations of rows seen before. Such rows then start at the border below
             which nothing trains any more (docs/activation_cache.md). True (host memory), a folder, or None (off).
         activation_cache_limit: largest size of the cache in bytes; None: half of the free memory or disk space.
-        boundary: where to cut the graph of a lazy device: `none`, `layer`, `sublayer`; `auto` asks the device.
+        boundary: where to cut the graph of a lazy device: `none`, `layer`, `sublayer`; `auto` leaves it to the device.
         fill: gradient of skipped parameters. `none` leaves it None, so the optimizer does not move them. `zero` fills
-            it with zeros, so weight decay and momentum still move them. `auto` asks the device.
+            it with zeros, so weight decay and momentum still move them. `auto` leaves it to the device.
         rehearse: whether the first steps use, out of the coming masks, those for which a lazy device must compile a new
             graph. Other devices gain nothing from it.
         mask_options: further options of the sampler, such as `pool_size`.

@@ -1,12 +1,12 @@
-"""Notices that rows do not come again, for example because each epoch packs or augments them anew.
+"""Notices that rows do not recur, for example because each epoch packs or augments them in another way.
 
 A trainer reports the end of its epochs. In one's own loop the finished share of the run takes its place: in a run of
-two epochs or more, rows have come again by its middle.
+two epochs or more, rows have recurred by its middle.
 """
 
 from __future__ import annotations
 
-FEW = 0.1  # share of rows that may come again by chance, such as rows that fill a pack by themselves
+FEW = 0.1  # share of rows that may recur by chance, such as rows that fill a pack by themselves
 PAST_THE_MIDDLE = 0.55  # share of the run
 
 
@@ -18,7 +18,7 @@ class Recurrence:
         self._begin: float | None = None
 
     def note(self, rows: int, stored: int, hits: int, share: float | None, full: bool) -> str | None:
-        """Count the rows of a training forward. Return the reason if rows turn out not to come again.
+        """Count the rows of a training forward. Return the reason if rows turn out not to recur.
 
         `stored` of the rows had states, and `hits` started at the border. `share` is the finished share of the run
         (None: unknown); `full` says whether rows were left out for lack of space.

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 OUTPUT = Path("runs/finetune")
 LEARNING_RATE = {"lora": 1e-4, "none": 2e-5}
 WEIGHT_DECAY = {"lora": 0.01, "none": 0.02}
-# names and patterns; a trainer silently starts anew what is missing of these
+# names and patterns; a trainer silently resets what is missing of these
 RESUMED_FILES = {"optimizer.pt": "optimizer.*", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*.pth"}
 MICRO_BATCH, ACCUMULATION = 2, 64  # the paper's batch of 128
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     checkpoint = _checkpoint(output, args.resume)
     job = _job(args)
     callback = None if args.plain else _callback(args)
-    with _says_what_is_kept(output):
+    with _naming_kept_checkpoint(output):
         run = train(job, _settings(args, output), callback, checkpoint)
         _save(job, callback, output)
     return new_result(vars(args), args.device, [run]), output
@@ -117,13 +117,13 @@ def _checkpoint(output: Path, resume: bool) -> str | None:
     for name, fault in faults.items():
         logger.warning("%s is ignored because it is incomplete: %s", output / name, fault)
     if resume and last is None:
-        whole = f"no whole checkpoint ({'; '.join(faults.values())})" if faults else "no checkpoint"
-        raise ConfigError(f"--resume: {output} holds {whole}. Start a new run with another --output.")
+        found = f"no whole checkpoint ({'; '.join(faults.values())})" if faults else "no checkpoint"
+        raise ConfigError(f"--resume: {output} holds {found}. Start a new run with another --output.")
     return None if last is None else str(last)
 
 
 @contextmanager
-def _says_what_is_kept(output: Path) -> Iterator[None]:
+def _naming_kept_checkpoint(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:

@@ -98,7 +98,7 @@ class ResumeCheck(TrainerCallback):  # type: ignore[misc]
 
     Args:
         checkpoint: its folder.
-        drops: whether the run goes on with DropBP.
+        drops: whether the resumed run uses DropBP.
     """
 
     def __init__(self, checkpoint: str, drops: bool) -> None:
@@ -117,14 +117,14 @@ class ResumeCheck(TrainerCallback):  # type: ignore[misc]
         self._check_numbers(
             "scheduler.pt", rates, getattr(scheduler, "last_epoch", 0), getattr(scheduler, "_step_count", 0)
         )
-        self._say_what_stays("learning rate", rates[0], args.learning_rate)
-        self._say_what_stays("number of steps between evaluations", state.eval_steps, args.eval_steps)
-        self._say_what_stays("number of steps between checkpoints", state.save_steps, args.save_steps)
+        self._warn_if_changed("learning rate", rates[0], args.learning_rate)
+        self._warn_if_changed("number of steps between evaluations", state.eval_steps, args.eval_steps)
+        self._warn_if_changed("number of steps between checkpoints", state.save_steps, args.save_steps)
         if not self._drops and DropBPCallback.__name__ in state.stateful_callbacks:
             logger.warning("--resume: %s is of a run with DropBP; the rest of it runs without.", self._checkpoint)
 
-    def _say_what_stays(self, what: str, saved: float, asked: float) -> None:
-        """A trainer takes these from the checkpoint."""
+    def _warn_if_changed(self, what: str, saved: float, asked: float) -> None:
+        """Warn of a setting that differs from that in the checkpoint, because a trainer takes the saved one."""
         if saved != asked:
             logger.warning("--resume: the %s stays %g, as in %s.", what, saved, self._checkpoint)
 

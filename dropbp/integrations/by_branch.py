@@ -111,7 +111,7 @@ def _saved_parts(group: ParameterGroup, count: int) -> Sequence[Mapping[str, Any
     if saved is None:
         return [{}] * count
     if len(saved) != count:
-        logger.warning("The saved optimizer has %d parts, this one %d: its parts start afresh.", len(saved), count)
+        logger.warning("The saved optimizer has %d parts, this one %d: its parts are not loaded.", len(saved), count)
         return [{}] * count
     return list(saved)
 

@@ -64,7 +64,7 @@ class DropBPCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             An empty dict uses the defaults; None compiles nothing. Leave `torch_compile` of the training arguments off
             then.
         group_parameters: whether optimizer and clipping work branch by branch, so that a lazy device compiles nothing
-            new for a new mask; None asks the device. The result is the same.
+            new for a new mask; None leaves it to the device. The result is the same.
         log: add `dropbp_*` figures to the trainer's own log, and so to TensorBoard, W&B and the like.
         **options: passed on to `dropbp.enable`. By default `rehearse` is on for a lazy device, and `steps` is the
             length of the training, so that nested masks anneal with the trainer's progress; `steps=None` prevents that.

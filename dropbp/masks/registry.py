@@ -30,7 +30,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """A registered mask sampler, and what it asks of its users.
+    """A registered mask sampler, and what its users must respect.
 
     Attributes:
         name: the name that selects it.
