@@ -10,7 +10,6 @@ import argparse
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +84,11 @@ def analyse(setting: Setting, note: Note | None = None) -> Found:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         llama, closure, loss = _trained_llama(setting, note)
-        look = partial(analyze, samples=setting.samples, seed=setting.seed, progress=note)
-        real = look(llama, closure, draws=setting.draws)
+        options: Any = {"samples": setting.samples, "seed": setting.seed, "progress": note}
+        real = analyze(llama, closure, draws=setting.draws, **options)
         note("the linear residual net")
         toy, toy_closure, inputs = _toy()
-        linear = look(toy, toy_closure, example_inputs=inputs, draws=TOY_DRAWS, drop_rates=(0.5,))
+        linear = analyze(toy, toy_closure, example_inputs=inputs, draws=TOY_DRAWS, drop_rates=(0.5,), **options)
     return {
         "kind": "dropbp analyze",
         "format": 1,
@@ -137,9 +136,9 @@ def _summed(value: float) -> str:
 def way_table(model: Found) -> str:
     """Markdown table with one row per rate, mask sampler and scaling."""
     rows = []
-    for way in model["estimators"]:
-        numbers = [way[key] for key in ("bias", "cosine", "tensor_cosine", "variance", "error")]
-        cells = [f"{way['drop_rate']:g}", way["masks"], way["scaling"], *(f"{number:.3g}" for number in numbers)]
+    for entry in model["estimators"]:
+        numbers = [entry[key] for key in ("bias", "cosine", "tensor_cosine", "variance", "error")]
+        cells = [f"{entry['drop_rate']:g}", entry["masks"], entry["scaling"], *(f"{number:.3g}" for number in numbers)]
         rows.append(cells)
     return table(_COLUMNS, rows, "rllr")
 
@@ -151,9 +150,9 @@ def plot(found: Found, path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
     """
     figure = new_figure(11, 4)
-    lengths, ways = figure.subplots(1, 2)
+    lengths, estimators = figure.subplots(1, 2)
     _draw_lengths(lengths, found["llama"]["paths"])
-    _draw_ways(ways, found["llama"]["estimators"])
+    _draw_estimators(estimators, found["llama"]["estimators"])
     save_figure(figure, path, dpi=110)
 
 
@@ -169,14 +168,14 @@ def _draw_lengths(axes: Axes, paths: list[Found]) -> None:
     axes.legend()
 
 
-def _draw_ways(axes: Axes, estimators: list[Found]) -> None:
-    names = list(dict.fromkeys((way["masks"], way["scaling"]) for way in estimators))
-    rates = list(dict.fromkeys(way["drop_rate"] for way in estimators))
-    for way in estimators:
-        name = (way["masks"], way["scaling"])
-        first = way["drop_rate"] == rates[0]
+def _draw_estimators(axes: Axes, estimators: list[Found]) -> None:
+    names = list(dict.fromkeys((entry["masks"], entry["scaling"]) for entry in estimators))
+    rates = list(dict.fromkeys(entry["drop_rate"] for entry in estimators))
+    for entry in estimators:
+        name = (entry["masks"], entry["scaling"])
+        first = entry["drop_rate"] == rates[0]
         axes.scatter(
-            way["variance"], way["bias"], color=f"C{names.index(name)}", marker="o" if first else "s",
+            entry["variance"], entry["bias"], color=f"C{names.index(name)}", marker="o" if first else "s",
             label=f"{name[0]}, {name[1]}" if first else None,
         )  # fmt: skip
     axes.set_xscale("log")
@@ -199,8 +198,8 @@ def _trained_llama(setting: Setting, note: Note) -> tuple[nn.Module, Callable[[]
         note(f"training the model, step {step} of {setting.steps}")
 
     loss = train_briefly(model, code.batch, setting.steps, setting.learning_rate, progress)
-    looked_at = english.batch()
-    return model, lambda: model(input_ids=looked_at, labels=looked_at).loss, loss
+    ids_BS = english.batch()
+    return model, lambda: model(input_ids=ids_BS, labels=ids_BS).loss, loss
 
 
 def _toy() -> tuple[nn.Module, Callable[[], Tensor], Tensor]:

@@ -28,7 +28,7 @@ from dropbp.device import get_device
 
 from ..common import markdown, records
 from ..common.corpus import Windows, english_prose, source_code
-from ..common.options import add_run_arguments, progress, settle
+from ..common.options import add_run_arguments, prepare_run, progress
 from ..common.small import small_gpt2, small_llama, train_briefly
 
 KIND = FILE = "sensitivity"
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the file and print the table."""
-    settle(args)
+    prepare_run(args)
     setting = SMOKE if args.smoke else Setting()
     path = args.output / f"{FILE}{'-smoke' if args.smoke else ''}.json"
     record = None if args.again or not path.is_file() else records.read(path)

@@ -64,8 +64,8 @@ class TimeLimit:
         return self._ends_s - time.monotonic()
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Set the number of threads, and silence libraries."""
+def prepare_run(args: argparse.Namespace) -> None:
+    """Set the number of threads, and silence warnings of libraries."""
     if args.threads is not None:
         if args.threads < 1:
             raise ConfigError(f"--threads {args.threads} must be at least 1.")

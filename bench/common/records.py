@@ -47,16 +47,16 @@ class Store:
     def finished(self, name: str, configuration: Mapping[str, Any]) -> Record | None:
         """The finished run of that name and configuration; None if there is none, or its configuration differs.
 
-        A run with more rounds than the configuration asks for is accepted.
+        A run with more rounds than in the configuration is accepted.
         """
         path = self.path(name)
         record = read(path) if path.is_file() else None
         if record is None:
             return None
-        asked, done = _plain(configuration), dict(record["configuration"])
-        if ROUNDS in asked and ROUNDS in done:
-            done[ROUNDS] = min(asked[ROUNDS], done[ROUNDS])
-        return record if done == asked else None
+        wanted, done = _plain(configuration), dict(record["configuration"])
+        if ROUNDS in wanted and ROUNDS in done:
+            done[ROUNDS] = min(wanted[ROUNDS], done[ROUNDS])
+        return record if done == wanted else None
 
     @contextmanager
     def run(

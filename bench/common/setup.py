@@ -86,7 +86,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 class Lane:
-    """One variant, ready to run: a tree of modules over the shared parameters."""
+    """One variant that can run: its own tree of modules, over the parameters that all variants share."""
 
     def __init__(
         self,

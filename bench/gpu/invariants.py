@@ -23,7 +23,7 @@ from dropbp.device import Device, get_device
 
 from ..common import records
 from ..common.models import build_model, check_packages
-from ..common.options import add_run_arguments, check_only, device_name, progress, settle
+from ..common.options import add_run_arguments, check_only, device_name, prepare_run, progress
 from ..common.presets import DROP_RATES, Training, chosen
 from ..common.reference_detach import DetachedBranches
 from ..common.setup import PLAIN, SAMPLERS, Lane, Variant, build_batch, compiler_of, loss_of, many_compilations, twin
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the presets; returns 1 if an invariant does not hold."""
-    settle(args)
+    prepare_run(args)
     names = args.preset or (("rehearsal",) if args.smoke or device_name(args) == "cpu" else ("llama2-7b",))
     presets = {name: chosen("preset", PRESETS, name) for name in names}
     check_only(args.only, (preset.trainings for preset in presets.values()))

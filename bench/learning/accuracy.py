@@ -23,7 +23,7 @@ from dropbp.errors import ConfigError, MissingDependencyError
 from dropbp.files import write_text
 
 from ..common import records
-from ..common.options import add_run_arguments, settle
+from ..common.options import add_run_arguments, prepare_run
 from ..common.presets import chosen
 
 KIND = "accuracy"
@@ -151,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune if asked to, evaluate, and keep a record."""
-    settle(args)
+    prepare_run(args)
     _harness()  # before hours of training
     configuration = {name: getattr(args, name) for name in _RECORDED} | {
         "hyperparameters": asdict(TUNINGS[args.tuning])

@@ -1,4 +1,4 @@
-"""Does it learn? Validation loss of every method at equal FLOPs, time and memory, each at its best learning rate.
+"""Validation loss of every method at equal FLOPs, time and memory, each at its best learning rate.
 
 `dropbp bench learning --preset full --resume` measures step times, trains, and writes one JSON file per run. `--tables`
 makes the tables and the plot from those files alone (`tables`).

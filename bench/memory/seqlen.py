@@ -16,7 +16,7 @@ from dropbp.errors import ConfigError, MissingDependencyError
 
 from ..common import records
 from ..common.models import check_packages
-from ..common.options import add_run_arguments, add_time_limit, check_only, device_name, limit_of, progress, settle
+from ..common.options import add_run_arguments, add_time_limit, check_only, device_name, limit_of, prepare_run, progress
 from ..common.presets import DEFAULT_SEQLEN, ENDLESS, SEQLEN, SeqlenPreset, Training, chosen
 from ..common.setup import PLAIN, SAMPLERS, Variant
 from .probe import Workplace
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the presets; finished runs are skipped."""
-    settle(args)
+    prepare_run(args)
     kind = device_name(args)
     names = args.preset or (("smoke",) if args.smoke else DEFAULT_SEQLEN.get(kind, ("smoke",)))
     presets = {name: chosen("preset", SEQLEN, name) for name in names}

@@ -21,7 +21,7 @@ import torch
 from dropbp.device import get_device
 
 from ..common import records
-from ..common.options import add_run_arguments, settle
+from ..common.options import add_run_arguments, prepare_run
 from ..common.small import small_llama
 
 KIND = "callback_overhead"
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the record and print the results."""
-    settle(args)
+    prepare_run(args)
     layers, width, steps = (2, 32, 6) if args.smoke else (args.layers, args.width, args.steps)
     configuration = {"layers": layers, "width": width, "steps": steps, "batch_size": 4, "sequence_length": 128}
     store, name = records.Store(args.output, KIND), f"llama-{layers}x{width}"

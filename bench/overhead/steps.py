@@ -27,7 +27,7 @@ import dropbp
 from dropbp.device import get_device
 
 from ..common import records
-from ..common.options import add_run_arguments, settle
+from ..common.options import add_run_arguments, prepare_run
 
 KIND = "overhead"
 TARGET_MS = 1.0
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the record and print the results."""
-    settle(args)
+    prepare_run(args)
     branches, steps = (8, 5) if args.smoke else (args.branches, args.steps)
     configuration = {"branches": branches, "steps": steps, "drop_rate": args.drop_rate, "masks": args.masks}
     store, name = records.Store(args.output, KIND), f"{branches}-branches--{args.masks}--{args.drop_rate:g}"

@@ -18,7 +18,7 @@ from dropbp.cli.libraries import quiet
 from dropbp.device import get_device
 
 from ..common import records
-from ..common.options import add_run_arguments, device_name, say, settle
+from ..common.options import add_run_arguments, device_name, prepare_run, say
 from . import tables, training
 from .presets import PRESETS
 from .tasks import TASKS
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do all unfinished runs."""
-    settle(args)
+    prepare_run(args)
     if args.tables:
         tables.write(records.read_all(args.output, KIND), args.docs)
         return 0

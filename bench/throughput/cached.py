@@ -27,7 +27,7 @@ from dropbp.device import Device, get_device
 
 from ..common import records
 from ..common.models import build_model
-from ..common.options import add_run_arguments, progress, settle
+from ..common.options import add_run_arguments, prepare_run, progress
 from ..common.presets import MODELS, Training
 from ..common.small import small_llama
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write a record per run and print the results."""
-    settle(args)
+    prepare_run(args)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

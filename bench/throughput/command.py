@@ -28,7 +28,7 @@ from ..common.options import (
     check_only,
     device_name,
     limit_of,
-    settle,
+    prepare_run,
 )
 from ..common.presets import DEFAULT_THROUGHPUT, THROUGHPUT, ThroughputPreset, Training, chosen
 from ..common.setup import (
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the presets; finished runs are skipped."""
-    settle(args)
+    prepare_run(args)
     if args.rounds is not None and args.rounds < 1:
         raise ConfigError(f"--rounds {args.rounds} must be at least 1.")
     kind = device_name(args)

@@ -49,7 +49,7 @@ def try_cell(stack: str, tuning: str, engine: str) -> dict[str, Any]:
         refused = Outcome(REFUSED, f"{type(error).__name__}: {error}")
         return _whose_limit(stack, tuning, engine, refused).as_dict()
     except Exception as error:
-        failed = Outcome(FAILS, f"{_said(error)}\n{traceback.format_exc()[-1500:]}")
+        failed = Outcome(FAILS, f"{_first_line(error)}\n{traceback.format_exc()[-1500:]}")
         return _whose_limit(stack, tuning, engine, failed).as_dict()
 
 
@@ -57,11 +57,11 @@ def _whose_limit(stack: str, tuning: str, engine: str, ours: Outcome) -> Outcome
     try:
         _run(stack, tuning, engine, None)
     except Exception as error:
-        return Outcome(BROKEN, _said(error))
+        return Outcome(BROKEN, _first_line(error))
     return ours
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 

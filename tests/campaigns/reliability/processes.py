@@ -44,8 +44,8 @@ def killed(count: int, folder: Path) -> dict[str, Any]:
     A run is killed and resumed again and again. Its weights, losses and masks must be as if it had never been killed.
     """
     options = inputs(folder)
-    whole = _finish(options, folder).rename(folder / "whole")
-    _assert_no_step_too_many(whole, options, folder)
+    uninterrupted = _finish(options, folder).rename(folder / "uninterrupted")
+    _assert_no_step_too_many(uninterrupted, options, folder)
     kills = writing = 0
     while kills < count:
         shutil.rmtree(folder / "run", ignore_errors=True)
@@ -54,7 +54,7 @@ def killed(count: int, folder: Path) -> dict[str, Any]:
             if inside is None:
                 break
             kills, writing = kills + 1, writing + inside
-        _assert_equal(whole, _finish(options, folder))
+        _assert_equal(uninterrupted, _finish(options, folder))
     return {"injected": kills, "while_a_checkpoint_was_written": writing}
 
 
@@ -62,7 +62,7 @@ def _kill_once(options: list[str], folder: Path, random: Random) -> bool | None:
     """Whether a checkpoint was being written; None if the run had already ended."""
     output = folder / "run"
     before = _newest(output)
-    with command(_going_on(options, output), folder) as child:
+    with command(_resumed_if_possible(options, output), folder) as child:
         if random.random() < 0.75:  # when a new checkpoint appears, or some milliseconds later
             child.wait_until(lambda: _newest(output) > before)
             time.sleep(random.random() * 0.03)
@@ -78,23 +78,23 @@ def _kill_once(options: list[str], folder: Path, random: Random) -> bool | None:
 
 
 def _finish(options: list[str], folder: Path) -> Path:
-    with command(_going_on(options, folder / "run"), folder) as child:
+    with command(_resumed_if_possible(options, folder / "run"), folder) as child:
         assert child.wait() == 0, child.said
     return folder / "run"
 
 
-def _assert_no_step_too_many(whole: Path, options: list[str], folder: Path) -> None:
+def _assert_no_step_too_many(uninterrupted: Path, options: list[str], folder: Path) -> None:
     """Killed after the last step but before its result was written."""
-    cut = Path(shutil.copytree(whole, folder / "run"))
+    cut = Path(shutil.copytree(uninterrupted, folder / "run"))
     for path in cut.iterdir():
         if path.is_file():
             path.unlink()
     _finish(options, folder)
-    _assert_equal(whole, cut)
+    _assert_equal(uninterrupted, cut)
 
 
-def _going_on(options: list[str], output: Path) -> list[str]:
-    """With --resume if there is a complete checkpoint; otherwise the partial one is removed, as the message advises."""
+def _resumed_if_possible(options: list[str], output: Path) -> list[str]:
+    """Add --resume if there is a complete checkpoint; otherwise remove the partial one, as the message advises."""
     from dropbp.files import last_whole_checkpoint
 
     if last_whole_checkpoint(output)[0] is None:
@@ -108,12 +108,14 @@ def _newest(output: Path) -> int:
     return max((int(name.rpartition("-")[2]) for name in names), default=0)
 
 
-def _assert_equal(whole: Path, cut: Path) -> None:
-    one, two = (json.loads((run / "result.json").read_text(encoding="utf-8"))["runs"][0] for run in (whole, cut))
+def _assert_equal(uninterrupted: Path, cut: Path) -> None:
+    one, two = (
+        json.loads((run / "result.json").read_text(encoding="utf-8"))["runs"][0] for run in (uninterrupted, cut)
+    )
     for key in ("train_losses", "tokens", "calibrated_steps", "dropbp"):
         assert one[key] == two[key], key
     name = "adapter_model.safetensors"
-    assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    assert (uninterrupted / name).read_bytes() == (cut / name).read_bytes()
 
 
 def interrupted(count: int, folder: Path) -> dict[str, Any]:

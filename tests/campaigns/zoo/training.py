@@ -199,8 +199,8 @@ def _gradient_problem(
         lost = kept and expected is not None and bool(expected.any())
         return "no gradient though its branch was kept" if lost else ""
     if expected is None:
-        fallen = need is not None and need & ~dropped == 0
-        return "a gradient though its branch was dropped" if fallen else "a gradient where plain has none" * got.any()
+        dead = need is not None and need & ~dropped == 0
+        return "a gradient though its branch was dropped" if dead else "a gradient where plain has none" * got.any()
     if not expected.any():
         return f"a gradient of norm {got.norm():.1e} where plain's is zero" * bool(got.any())
     error = (got.double() - expected.double()).norm() / expected.double().norm()
@@ -216,9 +216,9 @@ def _besides_the_stream(
     added.
     """
     needs = handle.engine.structure.parameters
-    fallen = {name for name, need in needs.items() if need & ~dropped == 0}
-    if all(got.gradients[name] is None for name in fallen) or not _asks_for_more(batch):
-        return dict.fromkeys(fallen)
+    names = {name for name, need in needs.items() if need & ~dropped == 0}
+    if all(got.gradients[name] is None for name in names) or not _asks_for_more(batch):
+        return dict.fromkeys(names)
     model, before = handle.model, {name: buffer.detach().clone() for name, buffer in handle.model.named_buffers()}
     recorder = Recorder(model, count_flops=False)
     seed()
@@ -232,7 +232,7 @@ def _besides_the_stream(
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
-    return {name: model.get_parameter(name).grad for name in fallen}
+    return {name: model.get_parameter(name).grad for name in names}
 
 
 def _ends(handle: Any, recorder: Recorder, outputs: Any, dropped: int) -> set[Any]:
