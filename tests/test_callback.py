@@ -130,9 +130,7 @@ def test_the_budget_is_met_however_many_forwards_a_step_has(
     assert "missed its budget" not in caplog.text
 
 
-def test_a_training_that_stops_early_says_that_it_missed_its_budget(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_stopped_early_warns_that_it_missed_its_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback = DropBPCallback()
     trained(tmp_path, callback, watch={"stop_at": 20}, max_steps=60, save_strategy="no")
     assert callback.report()["realised_drop_rate"] < 0.48
@@ -140,7 +138,7 @@ def test_a_training_that_stops_early_says_that_it_missed_its_budget(
 
 
 @pytest.mark.parametrize("change", [{"drop_rate": 0.875}, {"gradient_accumulation_steps": 4}, {"max_steps": 60}])
-def test_a_training_resumed_with_something_changed_meets_its_budget(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_run_resumed_with_other_options_meets_its_budget(tmp_path: Path, change: dict[str, Any]) -> None:
     options = {"gradient_accumulation_steps": 2, "max_steps": 40, "save_steps": 20}
     trained(tmp_path, DropBPCallback(0.5), watch={"stop_at": 20}, **options)
     rate = change.get("drop_rate", 0.5)
@@ -155,7 +153,7 @@ def test_a_training_resumed_with_something_changed_meets_its_budget(tmp_path: Pa
     assert whole == pytest.approx(rate if rate == 0.5 else (0.42 + 0.875) / 2, abs=0.02 if rate == 0.5 else 0.05)
 
 
-def test_an_optimizer_that_holds_only_what_rests_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_of_parameters_that_every_step_freezes_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [DropBPCallback()])
     embedding = trainer.model.get_input_embeddings().weight
     trainer.optimizer = torch.optim.AdamW([embedding], lr=1e-3)
@@ -165,7 +163,9 @@ def test_an_optimizer_that_holds_only_what_rests_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("masks", "drop_rate"), [("nested", 0.5), ("independent", 0.875)])
-def test_each_mask_leaves_a_gradient_to_what_the_optimizer_holds(tmp_path: Path, masks: str, drop_rate: float) -> None:
+def test_every_step_gives_some_parameter_of_the_optimizer_a_gradient(
+    tmp_path: Path, masks: str, drop_rate: float
+) -> None:
     callback = DropBPCallback(drop_rate, masks=masks, calibrate_at=None, steps=None)
     trainer = make_trainer(tmp_path, [callback], max_steps=30, save_strategy="no")
     held = [p for n, p in trainer.model.named_parameters() if n.endswith(("q_proj.weight", "v_proj.weight"))]
@@ -182,7 +182,7 @@ def test_each_mask_leaves_a_gradient_to_what_the_optimizer_holds(tmp_path: Path,
     assert len(counts) == 30
 
 
-def test_training_end_leaves_no_trace_on_the_model(tmp_path: Path) -> None:
+def test_the_model_is_restored_at_the_end_of_training(tmp_path: Path) -> None:
     trainer, _ = trained(tmp_path / "a", DropBPCallback(calibrate_at=None), max_steps=2)
     bare = make_trainer(tmp_path / "b", [], max_steps=2)
     bare.train()
@@ -202,7 +202,7 @@ def test_blocks_are_compiled_while_training_runs_and_not_after(tmp_path: Path) -
     assert all(layer._compiled_call_impl is None for layer in trainer.model.model.layers)
 
 
-def test_the_trainers_log_carries_the_figures_where_reporters_see_them(tmp_path: Path) -> None:
+def test_figures_are_in_the_trainers_log(tmp_path: Path) -> None:
     trainer, watcher = trained(tmp_path, DropBPCallback(calibrate_at=None))
     names = {"dropbp_realised_drop_rate", "dropbp_backward_saved_share", "dropbp_step_s", "dropbp_calibration_s"}
     seen = [logs for logs in watcher.logs if "loss" in logs]
@@ -231,7 +231,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path: Path, m
         assert torch.equal(ours, theirs)
 
 
-def test_calibration_happens_once_at_the_share_asked_for_also_over_a_resume(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_repeat_the_calibration(tmp_path: Path) -> None:
     callback = DropBPCallback(masks="exact", calibrate_at=0.2)
     trained(tmp_path, callback, watch={"stop_at": 5})
     assert callback.calibrated_steps == [2]
@@ -250,7 +250,7 @@ def test_calibration_can_be_repeated(tmp_path: Path) -> None:
     assert trainer.state.log_history[-1]["dropbp_calibration_s"] > 0
 
 
-def test_calibration_leaves_data_order_and_random_state_alone(tmp_path: Path) -> None:
+def test_calibration_does_not_change_data_order_or_random_state(tmp_path: Path) -> None:
     plain, _ = trained(tmp_path / "a", DropBPCallback(0.0, calibrate_at=None), max_steps=4)
     calibrated, _ = trained(tmp_path / "b", DropBPCallback(1e-9, calibrate_at=1, recalibrate_every=1), max_steps=4)
     assert losses(plain) == losses(calibrated)
@@ -263,7 +263,7 @@ def test_warm_up_steps_drop_nothing(tmp_path: Path) -> None:
     assert all(any(mask) for mask in watcher.masks[6:])
 
 
-def test_each_checkpoint_holds_the_state_twice(tmp_path: Path) -> None:
+def test_checkpoints_hold_the_state_in_the_trainers_file_and_in_one_of_their_own(tmp_path: Path) -> None:
     trained(tmp_path, DropBPCallback(0.25, calibrate_at=None), max_steps=4)
     own = json.loads((tmp_path / "checkpoint-4" / STATE_FILE).read_text())
     trainers = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
@@ -300,7 +300,7 @@ def test_a_with_block_removes_dropbp_after_an_exception(tmp_path: Path) -> None:
     assert not any("forward" in module.__dict__ for module in trainer.model.modules())
 
 
-def test_a_few_forwards_after_the_training_are_no_run_with_a_budget(
+def test_forwards_after_training_do_not_warn_of_a_missed_budget(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = DropBPCallback(calibrate_at=None)
@@ -313,7 +313,7 @@ def test_a_few_forwards_after_the_training_are_no_run_with_a_budget(
     assert "budget" not in caplog.text
 
 
-def test_training_again_after_an_exception_starts_anew(tmp_path: Path) -> None:
+def test_training_again_after_an_exception_starts_from_the_first_step(tmp_path: Path) -> None:
     callback = DropBPCallback(calibrate_at=None)
     watcher = Watcher(callback, fail_at=2)
     trainer = make_trainer(tmp_path, [callback, watcher], max_steps=4)
@@ -324,7 +324,7 @@ def test_training_again_after_an_exception_starts_anew(tmp_path: Path) -> None:
     assert callback.report()["forwards"] == 4
 
 
-def test_a_plain_training_after_an_interrupted_one_moves_every_parameter(tmp_path: Path) -> None:
+def test_plain_training_after_an_interrupted_run_updates_every_parameter(tmp_path: Path) -> None:
     callback = DropBPCallback(0.875)
     trainer = make_trainer(tmp_path, [callback, Watcher(callback, fail_at=2)])
     with pytest.raises(RuntimeError, match="on fire"):
@@ -337,7 +337,7 @@ def test_a_plain_training_after_an_interrupted_one_moves_every_parameter(tmp_pat
     assert callback.handle is None
 
 
-def test_another_callback_takes_over_a_model_whose_training_was_interrupted(tmp_path: Path) -> None:
+def test_another_callback_can_enable_a_model_after_an_interrupted_run(tmp_path: Path) -> None:
     callback, other = DropBPCallback(0.5), DropBPCallback(0.5)
     trainer = make_trainer(tmp_path, [callback, Watcher(callback, fail_at=2)])
     with pytest.raises(RuntimeError, match="on fire"):
@@ -348,7 +348,7 @@ def test_another_callback_takes_over_a_model_whose_training_was_interrupted(tmp_
     assert other.report()["forwards"] == 2
 
 
-def test_evaluation_inside_training_is_not_touched(tmp_path: Path) -> None:
+def test_evaluation_inside_training_equals_plain_evaluation(tmp_path: Path) -> None:
     callback = DropBPCallback(0.0, calibrate_at=None)
     plain, _ = trained(tmp_path / "a", callback, eval_strategy="steps", eval_steps=2, max_steps=2)
     bare = make_trainer(tmp_path / "b", [], eval_strategy="steps", eval_steps=2, max_steps=2)
@@ -389,7 +389,7 @@ def test_a_replayed_loss_has_the_gradients_of_a_loss_computed_outside_the_model(
     assert not model._forward_hooks
 
 
-def test_a_replay_lets_evaluation_pass_and_says_when_there_is_nothing() -> None:
+def test_a_replay_ignores_evaluation_and_raises_without_a_training_forward() -> None:
     model = make_model().train()
     replay = LossReplay(model)
     with torch.no_grad():

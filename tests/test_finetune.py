@@ -58,7 +58,7 @@ def learned(example: Example) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_rows_are_the_same_from_every_format(tmp_path: Path, suffix: str) -> None:
+def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     rows = sums(3)
     path = tmp_path / f"rows{suffix}"
     write_as(rows, path)
@@ -103,7 +103,9 @@ def write_as(rows: list[dict[str, str]], path: Path) -> None:
         ("a.csv", 'text\n"a\nb\n', "line 3 is not CSV: unexpected end of data"),
     ],
 )
-def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+def test_a_broken_file_raises_an_error_with_its_path_and_fault(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as caught:
@@ -112,7 +114,7 @@ def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, name: str, conten
     assert str(path) in str(caught.value)
 
 
-def test_a_csv_field_may_be_long_and_the_limit_of_the_process_stays(tmp_path: Path) -> None:
+def test_a_long_csv_field_is_read_without_changing_the_limit_of_the_process(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n" + "a" * 200_000 + "\n")
     limit = csv.field_size_limit()
     assert read_rows(str(tmp_path / "a.csv")) == [{"text": "a" * 200_000}]
@@ -150,7 +152,7 @@ def test_an_input_is_part_of_the_prompt() -> None:
     assert "### Instruction:\nAdd them.\n\n### Input:\n1 and 2\n\n### Response:\n3" in text
 
 
-def test_in_a_conversation_every_answer_is_learned_and_nothing_else() -> None:
+def test_the_loss_of_a_conversation_is_on_its_answers_only() -> None:
     messages = [
         {"role": "user", "content": "1+1"},
         {"role": "assistant", "content": "2"},
@@ -199,7 +201,7 @@ def test_a_row_without_a_response_is_left_out_and_counted(kind: str) -> None:
     assert list(result.notes()) == ["3 of 6 rows were left out: 3 with no response"]
 
 
-def test_text_rows_without_text_and_the_last_tokens_are_counted() -> None:
+def test_rows_without_text_and_leftover_tokens_are_counted() -> None:
     rows = [{"text": "0 1 2 3 4 5 " * 8}, {"text": None}, {"other": "a"}, {"text": ""}]
     result = encode_rows(rows, Encoder(make_tokenizer(), 16), iter)
     first, last = result.notes()
@@ -208,12 +210,12 @@ def test_text_rows_without_text_and_the_last_tokens_are_counted() -> None:
     assert result.tokens_left_out == (len(make_tokenizer()("0 1 2 3 4 5 " * 8)["input_ids"]) + 1) % 16 > 0
 
 
-def test_rows_that_are_cut_are_counted() -> None:
+def test_truncated_rows_are_counted() -> None:
     result = encode_rows([{"prompt": "a", "completion": "b " * 40}], Encoder(make_tokenizer(), 8), iter)
     assert list(result.notes()) == ["1 of 1 rows were cut at --max-length"]
 
 
-def test_an_answer_is_learned_whole_where_a_token_would_reach_across_its_border() -> None:
+def test_an_answer_keeps_its_first_token_where_the_tokenizer_would_merge_it_with_the_prompt() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "say the{% endif %}").replace(
         "<|{{ message['role'] }}|>", "{{ 'say the' if message['role'] == 'assistant' else '<|user|>' }}"
@@ -245,13 +247,13 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS)
-def test_a_row_that_cannot_be_used_is_named(row: dict[str, Any], message: str) -> None:
+def test_an_unusable_row_raises_an_error_with_its_number(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=r"^row 1 of the data set does not fit the kind") as caught:
         encoded([row], chat=True)
     assert message in str(caught.value)
 
 
-def test_a_template_that_fails_names_the_row() -> None:
+def test_a_failing_chat_template_raises_an_error_with_the_row() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConfigError, match=r"row 1 of x\.jsonl .* refuses a conversation: roles must alternate"):
@@ -301,7 +303,7 @@ CHAT_TOKENIZER.chat_template = CHAT_TEMPLATE
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.one_of(*map(rows_with, COLUMNS)), max_length=st.sampled_from([4, 64]))
-def test_whatever_the_rows_text_alone_is_trained_and_every_row_is_counted(
+def test_random_rows_train_on_text_only_or_are_counted_or_refused(
     tmp_path: Path, rows: list[dict[str, Any]], max_length: int
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -350,7 +352,7 @@ def test_rows_whose_response_does_not_fit_are_counted() -> None:
         ),
     ],
 )
-def test_rows_that_cannot_be_used_are_refused(rows: list[dict[str, Any]], message: str) -> None:
+def test_data_sets_without_usable_rows_are_refused(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         encoded(rows, max_length=8)
     assert message in str(caught.value)
@@ -388,9 +390,7 @@ def test_a_fine_tuned_model_can_be_loaded_with_its_tokenizer(
     assert str(tmp_path / "result.json") in capsys.readouterr().out
 
 
-def test_a_resumed_command_ends_where_the_uninterrupted_one_does(
-    model_folder: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_command_equals_the_uninterrupted_one(model_folder: Path, data: Path, tmp_path: Path) -> None:
     common = ["--save-steps", "3", "--eval-steps", "2", "--learning-rate", "1e-3"]
     assert finetune(model_folder, data, tmp_path / "whole", *common, "--max-steps", "6") == 0
     interrupt_at(model_folder, data, tmp_path / "cut", common, step=5)
@@ -417,7 +417,7 @@ def interrupt_at(model: Path, data: Path, output: Path, common: list[str], step:
         assert finetune(model, data, output, *common, "--max-steps", "6") == 130
 
 
-def test_ctrl_c_says_which_checkpoint_is_kept(
+def test_ctrl_c_prints_the_checkpoint_to_resume_from(
     model_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupt_at(model_folder, data, tmp_path, ["--save-steps", "2"], step=3)
@@ -462,7 +462,7 @@ def test_checkpointing_and_bf16_train(model_folder: Path, data: Path, tmp_path: 
         (["--model", "./missing"], "./missing does not exist"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(
+def test_bad_input_prints_one_line_and_exits_with_status_2(
     model_folder: Path,
     data: Path,
     tmp_path: Path,
@@ -552,7 +552,7 @@ def test_bf16_needs_no_device_on_a_machine_that_has_a_cpu_only(model_folder: Pat
     assert result_of(tmp_path)["runs"][0]["steps"] == 2
 
 
-def test_the_demo_takes_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_accepts_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo_of_tiny_things(monkeypatch)
     monkeypatch.setattr(demo, "load_smollm", None)
     folder, output = save_model(tmp_path / "model", chat=True), tmp_path / "out"
@@ -560,7 +560,7 @@ def test_the_demo_takes_another_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(result_of(output)["runs"]) == 1
 
 
-def test_padded_on_the_left_few_positions_are_labelled_and_the_loss_is_the_same() -> None:
+def test_left_padding_reduces_the_logits_and_keeps_the_loss() -> None:
     model, tokenizer = chat_model()
     rows = [question.row for question in QUESTIONS[7:12]]
     examples = encode_rows(rows, Encoder(tokenizer, 256), iter).examples
@@ -573,7 +573,7 @@ def test_padded_on_the_left_few_positions_are_labelled_and_the_loss_is_the_same(
     assert outputs.loss.item() == pytest.approx(model(**right).loss.item(), rel=1e-5)
 
 
-def test_logits_where_a_label_is_give_the_same_training(tmp_path: Path) -> None:
+def test_labelled_logits_give_the_same_losses_as_all_logits(tmp_path: Path) -> None:
     folder, data = save_model(tmp_path / "model"), write_jsonl(tmp_path / "data.jsonl", sums(24))
     losses = []
     for logits in ("all", "labelled"):
@@ -585,7 +585,7 @@ def test_logits_where_a_label_is_give_the_same_training(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_accuracy_counts_the_letters_that_are_likeliest() -> None:
+def test_accuracy_is_the_share_of_questions_whose_likeliest_letter_is_right() -> None:
     model, tokenizer = chat_model()
     right = 0
     for question in QUESTIONS:
@@ -629,7 +629,7 @@ def pip_that_gives(content: bytes | None, monkeypatch: pytest.MonkeyPatch, cache
     return calls
 
 
-def test_files_are_fetched_once_and_again_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_downloaded_once_and_again_if_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = pip_that_gives(CONTENT, monkeypatch, tmp_path)
     (place,) = registry.package_files(PACKAGE).values()
     assert place.read_bytes() == CONTENT
@@ -653,7 +653,7 @@ def test_files_are_fetched_once_and_again_when_damaged(tmp_path: Path, monkeypat
         (b"another", "sample/a.txt of dropbp-sample 1.0 is not the expected file"),
     ],
 )
-def test_a_registry_that_fails_or_lies_is_named(
+def test_a_failed_or_wrong_download_raises_an_error_and_leaves_no_file(
     content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pip_that_gives(content, monkeypatch, tmp_path)
@@ -663,7 +663,7 @@ def test_a_registry_that_fails_or_lies_is_named(
     assert not list(tmp_path.rglob("a.txt"))
 
 
-def test_a_gguf_file_gives_the_model_and_tokenizer_it_was_made_of(tmp_path: Path) -> None:
+def test_a_gguf_file_loads_as_the_model_and_tokenizer_it_was_made_from(tmp_path: Path) -> None:
     model, tokenizer = chat_model(2)
     model.lm_head.weight = model.model.embed_tokens.weight
     write_gguf(model, tokenizer, tmp_path / "tiny.gguf")
@@ -742,7 +742,7 @@ def make_run(name: str, drop_rate: float, step_s: float, final_loss: float) -> d
     }
 
 
-def test_the_verdict_says_so_when_plain_training_is_better() -> None:
+def test_the_verdict_reports_a_lower_loss_of_plain_training() -> None:
     result = {"runs": [make_run("plain", 0.0, 2.0, 1.0), make_run("dropbp", 0.5, 1.0, 2.5)]}
     cost, same_steps, same_time, same_flops = report.verdict(result)
     assert cost == "dropbp takes 50% of plain training's step time, 75% of its FLOPs, 100% of its peak memory."
@@ -753,13 +753,13 @@ def test_the_verdict_says_so_when_plain_training_is_better() -> None:
     assert "plain 1.5000, DropBP 2.5000" in same_flops
 
 
-def test_the_verdict_distrusts_times_of_a_busy_machine() -> None:
+def test_the_verdict_warns_of_uneven_step_times() -> None:
     busy = make_run("plain", 0.0, 2.0, 1.0) | {"step_s": [2.0, 2.0, 2.0, 4.0, 2.0, 4.0]}
     result = {"runs": [busy, make_run("dropbp", 0.5, 1.0, 1.5)]}
     assert "Times of equal steps differ by a factor of 2.0" in report.verdict(result)[1]
 
 
-def test_the_verdict_says_so_when_dropbp_is_better() -> None:
+def test_the_verdict_reports_a_lower_loss_of_dropbp() -> None:
     result = {"runs": [make_run("plain", 0.0, 2.0, 1.0), make_run("dropbp", 0.5, 1.0, 1.5)]}
     assert "DropBP is lower by 0.5000" in report.verdict(result)[2]
 
@@ -780,9 +780,7 @@ def demo_result(dropped_loss: float) -> dict[str, Any]:
         (1.5, "DropBP did not reach plain training's final loss 1.0000, which plain reached after 8 s."),
     ],
 )
-def test_the_demos_verdict_says_when_plains_loss_was_reached_and_how_many_are_right(
-    dropped_loss: float, sentence: str
-) -> None:
+def test_the_demos_verdict_reports_time_to_plains_loss_and_accuracy(dropped_loss: float, sentence: str) -> None:
     *_, reached, right = report.verdict(demo_result(dropped_loss))
     assert reached == sentence
     assert right == "Right answers to 8 held-out questions: 25% before, plain 50%, DropBP 75%."

@@ -44,7 +44,7 @@ def axolotl(monkeypatch) -> Any:
     sys.modules.pop(module.__name__)
 
 
-def test_axolotls_file_alone_turns_dropbp_on(axolotl):
+def test_axolotl_enables_dropbp_from_its_configuration_file(axolotl):
     written = yaml.safe_load(snippet("Axolotl", "yaml"))
     (name,) = written["plugins"]
     module, _, plugin_class = name.rpartition(".")
@@ -68,12 +68,12 @@ def test_axolotls_file_alone_turns_dropbp_on(axolotl):
         (0.5, "dropbp"),
     ],
 )
-def test_axolotls_file_is_checked_before_a_model_is_loaded(axolotl, wrong, named):
+def test_axolotls_configuration_is_checked_before_a_model_is_loaded(axolotl, wrong, named):
     with pytest.raises(ValueError, match=named):
         axolotl.DropBPArgs(dropbp=wrong)
 
 
-def test_llama_factorys_script_hands_over_the_file_and_the_callback(monkeypatch, tmp_path):
+def test_llama_factorys_script_passes_its_configuration_and_the_callback(monkeypatch, tmp_path):
     calls: list[dict[str, Any]] = []
     stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=lambda **options: calls.append(options))
     (tmp_path / "train.yaml").write_text("stage: sft\n", encoding="utf-8")
@@ -83,7 +83,7 @@ def test_llama_factorys_script_hands_over_the_file_and_the_callback(monkeypatch,
     assert isinstance(calls[0]["callbacks"][0], DropBPCallback)
 
 
-def test_ms_swifts_plugin_file_adds_a_callback_by_name(monkeypatch):
+def test_ms_swifts_plugin_registers_the_callback(monkeypatch):
     known: dict[str, Any] = {}
     stand_in(monkeypatch, "swift", callbacks_map=known)
     exec(snippet("ms-swift"), {})

@@ -41,7 +41,7 @@ class Wrapped(nn.Module):
         return self.net(x_BD)
 
 
-def test_exact_equals_the_literal_n_plus_one_passes():
+def test_exact_method_equals_n_plus_one_passes():
     model, x_BD = Wrapped(), torch.randn(5, 6)
     literal = gradient_norm_sensitivities(model, lambda mask: model.net(x_BD, mask).square().mean(), 4)
     with dropbp.enable(model, example_inputs=x_BD) as handle:
@@ -66,7 +66,7 @@ def literal_sensitivities(handle: dropbp.Handle, model: nn.Module, closure: Call
     return [sum((a - b) ** 2 for a, b in zip(full, norms(place), strict=True)) for place in range(count)]
 
 
-def test_exact_equals_the_literal_passes_on_a_language_model_with_dropout():
+def test_exact_method_equals_n_plus_one_passes_with_dropout():
     model = trained.gpt2(layers=2, width=16, dropout=0.3)
     handle, batch = dropbp.enable(model, masks="exact"), tokens()
 
@@ -88,7 +88,7 @@ def test_rates_are_the_allocation_of_the_sensitivities():
         assert found.rates == dropbp.allocate(found.sensitivities, flops, 0.5, 0.8)
 
 
-def test_only_asked_for_rates_are_set():
+def test_set_rates_false_leaves_the_rates_unchanged():
     model = tiny_llama()
     with dropbp.enable(model, 0.5, masks="exact") as handle:
         before = handle.rates
@@ -163,7 +163,7 @@ def test_one_pass_agrees_with_exact_in_low_precision(models, how):
     assert correlation >= 0.9 and ratio <= 1.03
 
 
-def test_a_step_is_seen_though_casts_of_an_open_autocast_are_cached(models):
+def test_one_pass_agrees_with_exact_inside_an_open_autocast_that_caches_casts(models):
     model = copy.deepcopy(models["llama"])
     batch = trained.text(7, rows=12).batch()
     with dropbp.enable(model) as handle, torch.autocast("cpu", torch.bfloat16):
@@ -182,14 +182,14 @@ def test_dropout_is_repeated_in_the_second_forward(models):
     assert correlation >= 0.9 and ratio <= 1.02
 
 
-def test_norms_stand_in_where_a_branchs_inputs_cannot_be_watched():
+def test_norms_replace_inner_products_that_were_not_observed():
     seen = Observation(
         own=(1.0, 1.0, 2.0), below=(4.0, 4.0, 0.0), inner_products=(1.0, math.nan, math.nan), ratios=(0.5,) * 3
     )
     assert seen.sensitivities() == (1.25, 2.0, 2.0)
 
 
-def test_norms_stand_in_where_the_second_forward_is_another_one(models):
+def test_norms_replace_inner_products_if_the_second_forward_gets_another_batch(models):
     model = copy.deepcopy(models["llama"])
     first, second = (trained.text(seed, rows=12).batch() for seed in (7, 8))
     both = iter((first, second))
@@ -252,7 +252,7 @@ def normed_loss(model: nn.Module, factor: float = 1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_is_as_before_after_a_calibration(normed, method):
+def test_calibration_restores_the_training_state(normed, method):
     model, handle = normed
     model.inner.blocks[0].eval()
     before = Snapshot(model, handle)
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_changes_nothing(normed, method
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("call", [0, 1])
-def test_all_is_as_before_when_the_closure_raises(normed, method, call):
+def test_an_error_in_the_closure_restores_the_training_state(normed, method, call):
     model, handle = normed
     calls = iter(range(10))
     before = Snapshot(model, handle)
@@ -290,7 +290,7 @@ def test_all_is_as_before_when_the_closure_raises(normed, method, call):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("wrong", [None, 1.0, torch.zeros(2), torch.zeros(())])
-def test_a_closure_that_returns_no_loss_is_told_so(normed, method, wrong):
+def test_a_closure_that_returns_no_loss_is_refused(normed, method, wrong):
     model, handle = normed
     before = Snapshot(model, handle)
     with pytest.raises(ConfigError, match="must run one forward and return the loss"):
@@ -317,7 +317,7 @@ def test_an_optimizer_that_steps_in_backward_is_refused():
         handle.calibrate(lambda: llama_loss(model))
 
 
-def test_training_goes_on_as_if_nothing_had_been_measured():
+def test_calibration_does_not_change_later_losses():
     def losses(calibrating: bool) -> list[float]:
         model = trained.gpt2(layers=2, width=16, dropout=0.1)
         torch.manual_seed(3)
@@ -337,7 +337,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured():
     assert losses(True) == losses(False)
 
 
-def test_nothing_of_a_calibration_stays_in_memory():
+def test_calibration_frees_its_activations():
     model = tiny_llama()
     seen: list[weakref.ref[Any]] = []
 
@@ -352,7 +352,7 @@ def test_nothing_of_a_calibration_stays_in_memory():
         assert [ref() for ref in seen] == [None] * len(seen)
 
 
-def test_what_feeds_the_stream_is_awake_while_measuring_and_rests_afterwards():
+def test_calibration_trains_the_stem_although_it_is_frozen_in_steps():
     found = {}
     for stem in ("rest", "train"):
         model = tiny_llama(layers=2)
@@ -455,7 +455,7 @@ def test_checkpointing_of_adapters_on_frozen_embeddings():
     assert found.sensitivities == pytest.approx(plain.sensitivities, rel=2e-3)
 
 
-def test_reentrant_checkpoints_of_a_users_own_are_refused_by_one_pass_only():
+def test_one_pass_refuses_reentrant_checkpoints_of_the_models_own():
     model = plain_net(kind="reentrant")
     with dropbp.enable(model, example_inputs=plain_batch()) as handle:
         closure = lambda: model(plain_batch().requires_grad_()).square().mean()  # noqa: E731
@@ -465,7 +465,7 @@ def test_reentrant_checkpoints_of_a_users_own_are_refused_by_one_pass_only():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_model_in_evaluation_mode_is_measured_as_it_is(method):
+def test_calibration_keeps_evaluation_mode(method):
     model = trained.gpt2(layers=3, width=16, dropout=0.5)
     with dropbp.enable(model) as handle:
         model.eval()
@@ -505,7 +505,7 @@ def test_a_closure_may_run_the_model_more_than_once():
     assert_sensible(model, lambda: trained.loss_of(model, tokens(1)) + trained.loss_of(model, tokens(2)))
 
 
-def test_stream_changed_in_place_is_left_to_the_norms():
+def test_a_stream_changed_in_place_uses_norms():
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -545,7 +545,7 @@ def own_parameters(model: nn.Module, branch: int) -> Iterator[nn.Parameter]:
         yield from part.parameters()
 
 
-def test_rates_follow_what_is_observed_from_time_to_time():
+def test_observe_updates_the_rates_every_so_many_calls():
     model = tiny_llama(layers=3)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     with dropbp.enable(model, 0.5, masks="exact") as handle:
@@ -562,7 +562,7 @@ def test_rates_follow_what_is_observed_from_time_to_time():
     assert handle.rates != before and saved == pytest.approx(0.5)
 
 
-def test_without_calibration_rates_wait_until_every_branch_was_seen():
+def test_without_calibration_observe_updates_rates_once_every_branch_was_kept():
     model = tiny_llama()
     with dropbp.enable(model, 0.5) as handle:
         for mask, renewed in (((True, True, False, False), False), ((False, False, True, True), True)):
@@ -572,7 +572,7 @@ def test_without_calibration_rates_wait_until_every_branch_was_seen():
             model.zero_grad()
 
 
-def test_accumulated_gradients_are_weighed_by_how_often_a_branch_was_kept():
+def test_observed_squares_are_weighted_by_how_often_a_branch_was_kept():
     model = tiny_llama()
     with dropbp.enable(model, 0.5) as handle:
         for mask in ((False,) * 4, (True, False, False, False)):
@@ -584,7 +584,7 @@ def test_accumulated_gradients_are_weighed_by_how_often_a_branch_was_kept():
     assert own["sums"][0] / own["weights"][0] == pytest.approx(2 * kept_once)
 
 
-def test_state_carries_sensitivities_and_averages():
+def test_state_dict_holds_sensitivities_and_observed_averages():
     def run(resumed: bool) -> tuple[Any, ...]:
         model = tiny_llama(layers=3)
         handle = dropbp.enable(model, 0.5)
@@ -619,7 +619,7 @@ def test_a_damaged_state_is_refused(key):
         ({"decay": 1.0}, r"decay is 1\.0; allowed is a number from 0 to below 1"),
     ],
 )
-def test_observe_refuses_what_makes_no_sense(options, message):
+def test_observe_refuses_values_out_of_range(options, message):
     with dropbp.enable(tiny_llama()) as handle, pytest.raises(ConfigError, match=message):
         handle.observe(**options)
 
@@ -721,7 +721,7 @@ def test_branches_that_a_closure_does_not_run_have_no_sensitivity(method, caplog
     assert method == "exact" or "net.blocks.3.mix, net.blocks.3.mlp" in told[0]
 
 
-def test_a_branch_that_runs_unseen_by_one_pass_is_named():
+def test_one_pass_names_a_branch_that_it_could_not_observe():
     model = EarlyExits().train()
     model.net.stem = nn.Identity()
     named = pytest.raises(StateError, match=r"1 of them ran without being shown, first net\.blocks\.0\.mix")
