@@ -7,7 +7,9 @@ replaced by the CPU.
 
 from __future__ import annotations
 
+import ast
 import doctest
+import functools
 import importlib
 import re
 import textwrap
@@ -133,6 +135,41 @@ def test_every_make_target_that_a_page_names_exists() -> None:
         text = page.read_text(encoding="utf-8")
         named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", text, re.MULTILINE))
         assert named <= targets, f"{page.name}: make {', '.join(named - targets)}"
+
+
+@functools.cache
+def names_in_the_sources() -> frozenset[str]:
+    """Paths of the sources and every part of them, and the names of classes, methods, functions and variables."""
+    found: set[str] = set()
+    for path in (path for folder in ("dropbp", "backends", "bench", "tests") for path in (ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT).parts
+        found |= {"/".join(parts[place:]) for place in range(len(parts))}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found |= {f"{node.name}.{entry.name}" for entry in node.body if isinstance(entry, ast.FunctionDef)}
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+    return frozenset(found)
+
+
+def unknown_names(text: str) -> list[str]:
+    """Source files, classes, methods, constants and tests that a text names in backticks and that do not exist."""
+    named = re.findall(
+        r"`((?:[\w/]+\.py)|(?:_?[A-Z][\w.]+)|(?:test_\w+))`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    )
+    return sorted(set(named) - names_in_the_sources() - {"PIP_EXTRA_INDEX_URL"})
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_pages_for_contributors_name_only_what_exists(page: str) -> None:
+    assert unknown_names((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_an_unknown_name_in_a_page_is_found() -> None:
+    text = "`engine/engine.py`, `Engine.begin`, `Engine.began`, `engine/engin.py`, `test_nothing`, `METHODS`"
+    assert unknown_names(text) == ["Engine.began", "engine/engin.py", "test_nothing"]
 
 
 def test_the_site_has_every_page_and_no_other() -> None:
