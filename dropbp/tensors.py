@@ -71,13 +71,16 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _LONG_LIST = 1000
 
 
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that not every module has."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
 def held_by_modules(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Floating-point tensors that are attributes of modules but neither parameters nor buffers, with their names."""
     for name, module in model.named_modules():
-        for attribute, value in module.__dict__.items():
-            if attribute in _OF_EVERY_MODULE or not _may_hold_tensors(value):
-                continue
-            for tensor in tensors_in(value):
+        for attribute, value in own_attributes(module).items():
+            for tensor in tensors_in(value) if _may_hold_tensors(value) else ():
                 if tensor.is_floating_point():
                     yield f"{name}.{attribute}".lstrip("."), tensor
 

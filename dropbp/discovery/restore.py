@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dropbp._torch import compiled_code_off
 from dropbp.device import fork_rng
 from dropbp.errors import DiscoveryError
+from dropbp.tensors import own_attributes
 
 # Random state and attention kernels are settings of the process: overlapping threads would restore each other's values.
 _one_at_a_time = threading.RLock()
@@ -61,7 +62,7 @@ def module_attributes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, attributes, buffers, contents in before:
             replaced = any(module._buffers.get(name) is not buffer for name, buffer in buffers.items())
-            if replaced or any(map(_is_recorded, _own(module))):
+            if replaced or any(map(_is_recorded, own_attributes(module).values())):
                 _set_attributes(module, attributes)
                 module._buffers.update(buffers)
                 for container, items in contents:
@@ -106,12 +107,7 @@ def _set_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> None:
     vars(module).update(attributes)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, OrderedDict, defaultdict)
-
-
-def _own(module: nn.Module) -> list[Any]:
-    return [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
 
 
 def _is_recorded(value: Any) -> bool:
@@ -123,7 +119,8 @@ def _is_recorded(value: Any) -> bool:
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
     """All lists and dicts in the attributes of a module, each with a copy."""
-    return [(container, copy.copy(container)) for value in _own(module) for container in _containers(value)]
+    values = own_attributes(module).values()
+    return [(container, copy.copy(container)) for value in values for container in _containers(value)]
 
 
 def _containers(value: Any) -> Iterator[Any]:

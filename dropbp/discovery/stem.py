@@ -59,11 +59,11 @@ def find_stem(graph: Graph, cuts: Sequence[Cut], parallel: Sequence[int]) -> Ste
         if any(not use.lowest_above for use in uses) and lowest_above:  # a fused loss uses the weight without the head
             parameters[ScopedParameter(name, "", lowest_above)] = None
     return Stem(
-        modules,
-        tuple(parameters),
-        {name: _lowest_above(uses).bit_length() - 1 for name, uses in by_name.items()},
-        frozenset(name for name, uses in by_name.items() if _is_outside_branches(uses)),
-        frozenset(name for name, uses in by_name.items() if len({u.lowest_above for u in uses if u.in_branch}) > 1),
+        modules=modules,
+        parameters=tuple(parameters),
+        lowest_above={name: _lowest_above(uses).bit_length() - 1 for name, uses in by_name.items()},
+        names=frozenset(name for name, uses in by_name.items() if _is_outside_branches(uses)),
+        shared=frozenset(n for n, uses in by_name.items() if len({u.lowest_above for u in uses if u.in_branch}) > 1),
     )
 
 

@@ -80,8 +80,16 @@ class CallKind:
         return self._of(plan, detached, False, Observation())
 
     def _of(self, plan: ForwardPlan, detached: int, truncated: bool, observation: Observation | None) -> CallPlan:
-        rest = plan.factors, plan.checkpointed, plan.stem_frozen, truncated
-        return CallPlan(plan.dropped & ~detached, *rest, detached, kind=self, observation=observation)
+        return CallPlan(
+            dropped=plan.dropped & ~detached,
+            factors=plan.factors,
+            checkpointed=plan.checkpointed,
+            stem_frozen=plan.stem_frozen,
+            truncated=truncated,
+            detached=detached,
+            kind=self,
+            observation=observation,
+        )
 
     def observed_again(self, plan: ForwardPlan) -> CallPlan:
         """The same plan without relying on earlier observations."""

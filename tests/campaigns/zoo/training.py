@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dropbp
 from dropbp import inputs as example
+from dropbp._torch import next_sequence
 from dropbp.discovery.branches import branch_cuts
 from dropbp.discovery.build import restricted_to_main_output
 from dropbp.discovery.cuts import needs
@@ -324,15 +325,11 @@ class _Owners(dict[int, str]):
                 module.register_forward_hook(functools.partial(self._leave, name))
 
     def _enter(self, *_: Any) -> None:
-        self._starts.append(_next_number())
+        self._starts.append(next_sequence())
 
     def _leave(self, name: str, *_: Any) -> None:
-        for number in range(self._starts.pop(), _next_number()):
+        for number in range(self._starts.pop(), next_sequence()):
             self.setdefault(number, name)
-
-
-def _next_number() -> int:
-    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 Product = tuple[str, str]  # a module, and the kind of an autograd node that it creates
