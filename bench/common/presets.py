@@ -144,7 +144,8 @@ _BOTH_LOSSES = "plain chunked"
 
 THROUGHPUT: Mapping[str, ThroughputPreset] = {
     "smoke": ThroughputPreset(
-        "llama-4x64", _trainings("full lora", "fp32"), (0.875,), 1, 32, 2, 1, _trainings("full", "fp32"), 2.0, 1
+        "llama-4x64", _trainings("full lora", "fp32"), (0.875,), batch_size=1, sequence_length=32, rounds=2,
+        warmup_rounds=1, growth=_trainings("full", "fp32"), growth_budget_micro_batches=2.0, growth_rounds=1,
     ),
     # Every run of the GPU plan, with a tiny model.
     "rehearsal": ThroughputPreset(
@@ -154,7 +155,8 @@ THROUGHPUT: Mapping[str, ThroughputPreset] = {
             *_trainings("qlora", "bf16", "no yes"),
             *(Training("full", kernels=kernels) for kernels in ("liger", "flash")),
         ),
-        (0.875,), 1, 16, 2, 1, _trainings("full lora"), 2.0, 1,
+        (0.875,), batch_size=1, sequence_length=16, rounds=2, warmup_rounds=1, growth=_trainings("full lora"),
+        growth_budget_micro_batches=2.0, growth_rounds=1,
     ),
     "cpu-small": ThroughputPreset(
         "llama-8x512",
@@ -188,15 +190,19 @@ THROUGHPUT: Mapping[str, ThroughputPreset] = {
 }  # fmt: skip
 
 SEQLEN: Mapping[str, SeqlenPreset] = {
-    "smoke": SeqlenPreset("llama-4x64", _trainings("full", "fp32"), (0.875,), 0.02, 32, 8192, True),
+    "smoke": SeqlenPreset(
+        "llama-4x64", _trainings("full", "fp32"), (0.875,), budget_gib=0.02, step=32, max_length=8192, counted=True
+    ),
     "cpu": SeqlenPreset(
         "llama-8x1024", _trainings("full lora", "bf16", "no yes", _BOTH_LOSSES), budget_gib=4.0, counted=True
     ),
     "llama2-7b-80gib": SeqlenPreset(
-        "llama2-7b", _trainings("full lora", "bf16", "no", _BOTH_LOSSES), (0.875,), 79.0, 64, counted=True, masks=2
+        "llama2-7b", _trainings("full lora", "bf16", "no", _BOTH_LOSSES), (0.875,), budget_gib=79.0, step=64,
+        counted=True, masks=2,
     ),
     "llama2-70b-qlora-80gib": SeqlenPreset(
-        "llama2-70b", _trainings("qlora", "bf16", "no", _BOTH_LOSSES), (0.875,), 79.0, 64, counted=True, masks=2
+        "llama2-70b", _trainings("qlora", "bf16", "no", _BOTH_LOSSES), (0.875,), budget_gib=79.0, step=64,
+        counted=True, masks=2,
     ),
     # Tried on the device until memory runs out. A try of a long sequence takes seconds, so steps are larger.
     "llama2-7b": SeqlenPreset("llama2-7b", _trainings("full lora", "bf16", "no yes", _BOTH_LOSSES), (0.875,), step=256),
@@ -206,7 +212,7 @@ SEQLEN: Mapping[str, SeqlenPreset] = {
     "rehearsal": SeqlenPreset(
         "llama-4x64", _trainings("full lora qlora", "bf16", "no", _BOTH_LOSSES), (0.5, 0.875), step=16, max_length=32
     ),
-}
+}  # fmt: skip
 
 # The presets of the whole bench when none is named, by kind of device. On CPU, all of it with the other parts of `all`
 # should take less than 40 minutes on two cores; `cpu-more` and `cpu-small` take longer.

@@ -51,7 +51,9 @@ _COMPILED = tuple(Training(tuning, compiled=True) for tuning in ("full", "lora")
 PRESETS = {
     "llama2-7b": InvariantsPreset("llama2-7b", _EAGER),
     "llama2-7b-4-layers": InvariantsPreset("llama2-7b-4-layers", _COMPILED),
-    "rehearsal": InvariantsPreset("llama-4x64", (*_EAGER, *_COMPILED), (0.875,), 1, 16, 6),
+    "rehearsal": InvariantsPreset(
+        "llama-4x64", (*_EAGER, *_COMPILED), (0.875,), batch_size=1, sequence_length=16, masks=6
+    ),
 }
 
 

@@ -122,14 +122,14 @@ class _Builder:
         blocks = self._block_masks(branches)
         self._check_blocks(branches)
         return Structure(
-            branches,
-            branch_modules,
-            self._scoped_parameters(),
-            outputs,
-            unscalable,
-            blocks,
-            self._parameter_needs(),
-            self._coverage(),
+            branches=branches,
+            branch_modules=branch_modules,
+            scoped_parameters=self._scoped_parameters(),
+            branch_outputs=outputs,
+            unscalable=unscalable,
+            blocks=blocks,
+            parameters=self._parameter_needs(),
+            coverage=self._coverage(),
             repeated=self._repeated(blocks, branch_modules),
             adds_in_place=trace.adds_in_place,
             kernel_by_weight=trace.kernel_by_weight,

@@ -111,11 +111,19 @@ def plan(
         row_bytes = planner.row_bytes()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     return TrainingPlan(
-        rates, shape.batch_size, shape.sequence_length or None, accumulation, masks, precision, limit,
-        sum(p.numel() for p in model.parameters()), sum(trained),
-        None if timed_at is None else (timed_at.batch_size, timed_at.sequence_length or None), adapter.describe(),
-        row_bytes,
-    )  # fmt: skip
+        rates=rates,
+        batch_size=shape.batch_size,
+        sequence_length=shape.sequence_length or None,
+        accumulation=accumulation,
+        masks=masks,
+        precision=precision,
+        memory_limit_bytes=limit,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(trained),
+        timed_at=None if timed_at is None else (timed_at.batch_size, timed_at.sequence_length or None),
+        device=adapter.describe(),
+        cache_row_bytes=row_bytes,
+    )
 
 
 class _Planner:
@@ -167,14 +175,14 @@ class _Planner:
             memories = [memory for mask in mix.peak_memory_masks() for memory in self._memories(handle, mix, mask)]
             length = self.shape.sequence_length
             planned = RatePlan(
-                drop_rate,
-                mix.dropped_share,
-                None,
-                None if optimizer_s is None else mix.updated_share() * optimizer_s,
-                _peak(memories, self.shape),
-                count * mix.mean(flops.of),
-                self._largest(lambda rows: _peak(memories, Shape(rows, length)), MOST_ROWS),
-                self._largest_sequence(memories) if self.workload.has_lengths else None,
+                drop_rate=drop_rate,
+                dropped_share=mix.dropped_share,
+                forward_backward_s=None,
+                optimizer_s=None if optimizer_s is None else mix.updated_share() * optimizer_s,
+                peak_bytes=_peak(memories, self.shape),
+                flops=count * mix.mean(flops.of),
+                largest_batch=self._largest(lambda rows: _peak(memories, Shape(rows, length)), MOST_ROWS),
+                largest_sequence=self._largest_sequence(memories) if self.workload.has_lengths else None,
             )
             if seconds is None:
                 return planned
