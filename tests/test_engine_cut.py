@@ -32,7 +32,7 @@ def enabled(model, **options):
     return dropbp.enable(model, 0.5, stem="rest", example_inputs=inputs, **{"max_activations": 1.0, **options})
 
 
-def looked_at(model, loss, **options):
+def enabled_after_one_forward(model, loss, **options):
     """Enabled, and past the first forward, in which the stream keeps its gradient."""
     handle = enabled(model, **options)
     take_gradients(model, loss(model))
@@ -45,7 +45,7 @@ def test_kept_parameters_have_the_gradient_of_a_plain_step(name, count):
     make, loss = MODELS[name]
     plain, model = make(), make()
     expected = take_gradients(plain, loss(plain))
-    handle = looked_at(model, loss)
+    handle = enabled_after_one_forward(model, loss)
     frozen = {n for b in handle.branches[:count] for m in b.modules for n in names_under(model, m)}
     frozen |= {n for stem in handle.engine.structure.stem.modules for n in names_under(model, stem)}
     with handle.fixed(bottom_dropped(count)):
@@ -66,7 +66,7 @@ def flops_of(step):
 @pytest.mark.parametrize("count", range(1, 2 * BLOCKS))
 def test_a_step_costs_what_freezing_costs(count):
     model, frozen = plain_net(blocks=BLOCKS), plain_net(blocks=BLOCKS)
-    handle = looked_at(model, plain_loss)
+    handle = enabled_after_one_forward(model, plain_loss)
     for branch in handle.branches[:count]:
         for module in branch.modules:
             frozen.get_submodule(module).requires_grad_(False)
@@ -135,7 +135,7 @@ class FromLatents(torch.nn.Module):
 @pytest.mark.parametrize("way", GIVEN_OUT)
 def test_a_frozen_module_that_returns_a_parameter_requires_no_gradient(way, query):
     model = FromLatents(way, query).train()
-    handle = looked_at(model, plain_loss)
+    handle = enabled_after_one_forward(model, plain_loss)
     assert not stream_asks_for_gradients(model, handle)
 
 
@@ -143,7 +143,7 @@ def test_a_frozen_module_that_returns_a_parameter_requires_no_gradient(way, quer
 def test_checkpointed_blocks_get_their_gradients(kind):
     plain, model = plain_net(blocks=BLOCKS), plain_net(blocks=BLOCKS, kind=kind)
     expected = take_gradients(plain, plain_loss(plain))
-    handle = looked_at(model, plain_loss)
+    handle = enabled_after_one_forward(model, plain_loss)
     with handle.fixed(bottom_dropped(4)):
         found = take_gradients(model, plain_loss(model))
     kept = [name for name in expected if name.startswith(("blocks.2", "blocks.3", "norm", "head"))]
@@ -154,7 +154,7 @@ def test_checkpointed_blocks_get_their_gradients(kind):
 def test_checkpointing_switched_on_between_steps(reentrant):
     plain, model = tiny_llama(BLOCKS), tiny_llama(BLOCKS)
     expected = take_gradients(plain, llama_loss(plain))
-    handle = looked_at(model, llama_loss)
+    handle = enabled_after_one_forward(model, llama_loss)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with handle.fixed(bottom_dropped(4)):
         found = take_gradients(model, llama_loss(model))
@@ -165,7 +165,7 @@ def test_checkpointing_switched_on_between_steps(reentrant):
 
 def test_a_reentrant_checkpoint_switched_on_late_warns_and_costs_one_step(caplog):
     model = plain_net(blocks=BLOCKS)
-    handle = looked_at(model, plain_loss)
+    handle = enabled_after_one_forward(model, plain_loss)
     model.kind = "reentrant"
     with handle.fixed(bottom_dropped(4)):
         with caplog.at_level(logging.WARNING, "dropbp"):
@@ -210,7 +210,7 @@ def test_a_compiled_model_keeps_its_number_of_graphs():
 def test_a_stream_that_requires_gradients_itself_is_left_alone():
     model = tiny_llama(BLOCKS)
     model.enable_input_require_grads()
-    handle = looked_at(model, llama_loss)
+    handle = enabled_after_one_forward(model, llama_loss)
     with handle.fixed(bottom_dropped(8)):
         llama_loss(model).backward()
     assert gradients(model)["lm_head.weight"] is not None

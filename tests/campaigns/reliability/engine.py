@@ -29,7 +29,7 @@ KINDS = (None, "reentrant", "non-reentrant")
 BRANCHES = 6
 
 
-class Fuse(nn.Module):
+class FaultPoint(nn.Module):
     """An identity whose forward or backward raises when armed."""
 
     def __init__(self) -> None:
@@ -45,41 +45,41 @@ class Fuse(nn.Module):
 
 class _Pass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fuse: Fuse) -> Tensor:
-        ctx.fuse = fuse
+    def forward(ctx: Any, x: Tensor, point: FaultPoint) -> Tensor:
+        ctx.point = point
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if ctx.fuse.error is not None and ctx.fuse.where == "backward":
-            raise ctx.fuse.error("out of memory, as injected")
+        if ctx.point.error is not None and ctx.point.where == "backward":
+            raise ctx.point.error("out of memory, as injected")
         return gradient, None
 
 
-def fused_net(kind: str | None = None) -> tuple[nn.Module, list[Fuse]]:
-    """Three blocks with a fuse in each branch, and one before the head."""
+def net_with_fault_points(kind: str | None = None) -> tuple[nn.Module, list[FaultPoint]]:
+    """Three blocks with a fault point in each branch, and one before the head."""
     model = plain_net(kind=kind)
     for block in model.blocks:
-        block.mix.append(Fuse())
-        block.mlp.append(Fuse())
-    model.norm = nn.Sequential(model.norm, Fuse())
-    return model, [module for module in model.modules() if isinstance(module, Fuse)]
+        block.mix.append(FaultPoint())
+        block.mlp.append(FaultPoint())
+    model.norm = nn.Sequential(model.norm, FaultPoint())
+    return model, [module for module in model.modules() if isinstance(module, FaultPoint)]
 
 
 def in_training(count: int, where: str) -> dict[str, Any]:
     """Errors in the forward or backward at a random place of a random step; the next step equals the paper's."""
     for number in range(count):
         random = Random(f"{where}:{number}")
-        model, fuses = fused_net(random.choice(KINDS))
-        plain, _ = fused_net()
-        error, fuse = random.choice(ERRORS), random.choice(fuses)
+        model, points = net_with_fault_points(random.choice(KINDS))
+        plain, _ = net_with_fault_points()
+        error, point = random.choice(ERRORS), random.choice(points)
         mask = _mask(random)
         with dropbp.enable(model, masks="exact", example_inputs=plain_batch(), seed=number) as handle:
             for _ in range(random.randrange(3)):
                 plain_loss(model).backward()
-            fuse.error, fuse.where = error, where
+            point.error, point.where = error, where
             _one_step(model, error)
-            fuse.error = None
+            point.error = None
             _assert_next_step(handle, model, plain, mask)
         _assert_plain(model, plain)
     return {"injected": count}
@@ -91,15 +91,15 @@ def in_calibration(count: int) -> dict[str, Any]:
         random = Random(f"calibration:{number}")
         method = random.choice(("one-pass", "exact"))
         # The one-pass method refuses reentrant checkpoints other than those of transformers.
-        model, fuses = fused_net(random.choice(KINDS if method == "exact" else (None, "non-reentrant")))
-        plain, _ = fused_net()
+        model, points = net_with_fault_points(random.choice(KINDS if method == "exact" else (None, "non-reentrant")))
+        plain, _ = net_with_fault_points()
         with dropbp.enable(model, masks="exact", example_inputs=plain_batch()) as handle:
             plain_loss(model).backward()
             before = _everything(model, handle)
-            fuse = random.choice(fuses)
-            fuse.error, fuse.where = random.choice(ERRORS), random.choice(("forward", "backward"))
-            _expect(fuse.error, lambda h=handle, m=model, how=method: h.calibrate(lambda: plain_loss(m), method=how))
-            fuse.error = None
+            point = random.choice(points)
+            point.error, point.where = random.choice(ERRORS), random.choice(("forward", "backward"))
+            _expect(point.error, lambda h=handle, m=model, how=method: h.calibrate(lambda: plain_loss(m), method=how))
+            point.error = None
             _assert_same(before, _everything(model, handle))
             _assert_next_step(handle, model, plain, _mask(random))
     return {"injected": count}
