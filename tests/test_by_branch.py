@@ -57,14 +57,14 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return weights(trainer)
 
 
-def test_the_result_is_that_of_the_uncut_optimizer(uncut: dict[str, torch.Tensor], tmp_path: Path):
+def test_an_optimizer_split_by_branch_equals_the_unsplit_one(uncut: dict[str, torch.Tensor], tmp_path: Path):
     trainer = make_trainer(tmp_path, by_branch=True)
     trainer.train()
     for name, weight in weights(trainer).items():
         torch.testing.assert_close(weight, uncut[name], rtol=1e-5, atol=1e-6)
 
 
-def test_optimizer_and_accelerator_are_put_back(tmp_path: Path):
+def test_optimizer_and_accelerator_are_restored(tmp_path: Path):
     trainer = make_trainer(tmp_path, by_branch=True)
     trainer.train()
     assert "clip_grad_norm_" not in vars(trainer.accelerator)
@@ -73,7 +73,7 @@ def test_optimizer_and_accelerator_are_put_back(tmp_path: Path):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_checkpoint_of_either_kind_continues_as_the_other(
+def test_checkpoints_of_split_and_unsplit_optimizers_are_interchangeable(
     first: bool, uncut: dict[str, torch.Tensor], tmp_path: Path
 ):
     saving = {"save_strategy": "steps", "save_steps": STEPS // 2}

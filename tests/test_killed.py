@@ -50,7 +50,7 @@ def train_until_killed(folder: Path, step: int) -> None:
     make_trainer(folder, [make_callback(), Killer(step)], **OPTIONS).train()
 
 
-def test_a_training_killed_at_a_random_step_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_killed_at_a_random_step_equals_an_uninterrupted_one_when_resumed(tmp_path: Path) -> None:
     step = random.SystemRandom().randint(SAVED_EVERY + 1, STEPS)
     command = [sys.executable, "-m", "tests.test_killed", str(tmp_path / "cut"), str(step)]
     killed = subprocess.run(command, cwd=Path(__file__).parents[1], check=False, capture_output=True, text=True)

@@ -64,7 +64,7 @@ def plain_losses() -> list[float]:
     return losses
 
 
-def test_training_is_that_of_a_loop_by_hand_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_training_equals_a_loop_by_hand_and_restores_the_model(tmp_path: Path) -> None:
     module, callback = Module(), DropBPLightning(0.5)
     trainer = fit(tmp_path, module, callback, STEPS)
     assert module.losses == plain_losses()
@@ -73,7 +73,7 @@ def test_training_is_that_of_a_loop_by_hand_and_leaves_no_trace(tmp_path: Path) 
     assert not any("forward" in part.__dict__ for part in module.model.modules())
 
 
-def test_a_resumed_run_goes_on_with_the_masks_of_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_masks_of_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = plain_losses()
     first = Module()
     fit(tmp_path, first, DropBPLightning(0.5), 4).save_checkpoint(tmp_path / "half.ckpt")
@@ -91,6 +91,6 @@ def test_an_exception_removes_dropbp(tmp_path: Path) -> None:
     assert not any("forward" in part.__dict__ for part in module.model.modules())
 
 
-def test_an_unknown_submodule_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_submodule_is_refused_with_a_list_of_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(dropbp.ConfigError, match="'net' is not in Module; its submodules are model"):
         fit(tmp_path, Module(), DropBPLightning(0.5, module="net"), 1)

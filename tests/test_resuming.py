@@ -114,7 +114,7 @@ def without_half(path: Path) -> None:
     [Path.unlink, saved_as([1]), saved_as({}), other_zip],
     ids=["missing", "a list", "without its parts", "another archive"],
 )
-def test_a_file_that_a_trainer_reads_is_named(
+def test_errors_name_the_damaged_file_of_a_checkpoint(
     inputs: Path, tmp_path: Path, name: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert resumed(inputs, tmp_path, change=lambda checkpoint: damage(checkpoint / name)) == 2
@@ -189,7 +189,7 @@ def test_a_trainer_state_without_the_state_of_callbacks_is_resumed(inputs: Path,
     assert resumed(inputs, tmp_path, "--plain", change=with_entry("stateful_callbacks", {})) == 0
 
 
-def test_what_a_resumed_run_takes_from_its_checkpoint_is_said(
+def test_a_resumed_run_warns_of_settings_taken_from_its_checkpoint(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert resumed(inputs, tmp_path, "--learning-rate", "0.5", "--eval-steps", "2", "--plain", model="twin") == 0
@@ -199,7 +199,7 @@ def test_what_a_resumed_run_takes_from_its_checkpoint_is_said(
     assert f"were trained on {inputs / 'model'}, and --model is {inputs / 'twin'}" in caplog.text
 
 
-def test_other_data_and_other_batches_of_a_resumed_run_are_said(
+def test_a_resumed_run_warns_of_other_data_and_other_batches(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = "--dataset", str(write_jsonl(tmp_path / "other.jsonl", sums(12))), "--gradient-accumulation", "2"
@@ -210,14 +210,14 @@ def test_other_data_and_other_batches_of_a_resumed_run_are_said(
     assert "the number of micro-batches per step changes from 1 to 2 for the rest of the run" in caplog.text
 
 
-def test_a_run_resumed_with_its_own_options_says_nothing(
+def test_a_run_resumed_with_the_same_options_warns_of_nothing(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert resumed(inputs, tmp_path) == 0
     assert "--resume" not in caplog.text
 
 
-def test_a_disk_that_is_full_before_the_first_checkpoint_is_told_so(
+def test_a_full_disk_before_the_first_checkpoint_is_reported(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any) -> None:

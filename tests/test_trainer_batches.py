@@ -151,7 +151,7 @@ def _pictures_and_text() -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_the_branches_of_a_vision_tower_are_found_by_the_trainers_own_pictures(told: bool, tmp_path: Path) -> None:
+def test_branches_of_a_vision_tower_are_found_with_the_trainers_images(told: bool, tmp_path: Path) -> None:
     rows = _pictures_and_text()
     example = {"example_inputs": {name: value[None] for name, value in rows[0].items()}} if told else {}
     callback = DropBPCallback(0.5, **example)
@@ -181,7 +181,7 @@ def weights(trainer: Trainer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_that_cannot_say_what_it_takes_trains_as_with_example_inputs(name: str, tmp_path: Path) -> None:
+def test_a_model_that_does_not_describe_its_inputs_trains_as_with_example_inputs(name: str, tmp_path: Path) -> None:
     batch = Collator(name == "clip")([Rows(name == "clip")[index] for index in range(2)])
     trainers = []
     for options in ({}, {"example_inputs": batch}):
@@ -208,7 +208,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("data", [Rows(False), Stream()], ids=["rows", "stream"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_loaders_next_batches_are_those_they_would_have_been(data: Dataset[Any], workers: int) -> None:
+def test_taking_a_first_batch_does_not_change_the_loaders_next_batches(data: Dataset[Any], workers: int) -> None:
     def batches(takes_one: bool) -> list[Tensor]:
         torch.manual_seed(0)
         random.seed(0)
@@ -224,7 +224,7 @@ def test_the_loaders_next_batches_are_those_they_would_have_been(data: Dataset[A
     assert all(torch.equal(a, b) for a, b in zip(plain, after, strict=True))
 
 
-def test_data_that_gives_no_batch_is_said_beside_what_failed_first(tmp_path: Path) -> None:
+def test_a_loader_without_a_batch_is_reported_with_the_first_error(tmp_path: Path) -> None:
     def stream() -> Iterator[dict[str, Any]]:
         yield from ({"input_ids": torch.tensor([3, 2]), "labels": torch.tensor(0)} for _ in range(8))
 
@@ -239,7 +239,7 @@ def test_data_that_gives_no_batch_is_said_beside_what_failed_first(tmp_path: Pat
         make_trainer("own", tmp_path, DropBPCallback(0.5), OneShot()).train()
 
 
-def test_a_model_that_reads_short_rows_otherwise_is_enabled_with_rows_of_the_run(tmp_path: Path) -> None:
+def test_a_model_that_treats_short_rows_differently_is_enabled_with_rows_of_the_run(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
     config = BigBirdConfig(vocab_size=64, max_position_embeddings=128, block_size=4, num_random_blocks=2, **sizes)
     model, length = BigBirdForSequenceClassification(config), 40  # up to 36 tokens BigBird changes to full attention

@@ -62,7 +62,7 @@ class Store:
     def run(
         self, name: str, configuration: Mapping[str, Any], device: Device, *, goes_on: bool = False
     ) -> Iterator[Record]:
-        """A record to fill in. It is written when the block ends, in whatever way; errors are re-raised.
+        """A record to fill in. It is written when the block ends, also by an error, which is re-raised.
 
         `failures`, a list in the record, is for parts that failed without ending the run.
 

@@ -288,7 +288,7 @@ def _quiet_libraries() -> None:
 
 
 def run_preset(preset: Preset, folder: Path, resume: bool) -> None:
-    """Measure step times, then do all runs. Each run is written as soon as it ends, in whatever way."""
+    """Measure step times, then do all runs. Each run is written as soon as it ends, also by an error."""
     ratios = {name: _measured_times(preset, name, folder, resume) for name in preset.tasks}
     own = folder / preset.folder
     _run_all(first_runs(preset), ratios, own, resume)

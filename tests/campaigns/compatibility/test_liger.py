@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 INSTALLED = all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton"))
 
 
-def test_a_model_patched_as_liger_patches_it_drops_its_branches() -> None:
+def test_a_model_with_ligers_patches_drops_its_branches() -> None:
     check(stand_in)
 
 

@@ -22,14 +22,14 @@ def test_every_cell_is_recorded_and_none_fails():
     assert not [name for name, cell in record["cells"].items() if cell["status"] == FAILS]
 
 
-def test_a_cell_that_does_not_work_says_why():
+def test_cells_that_do_not_work_have_a_reason():
     assert all(cell["error"] for cell in read()["cells"].values() if cell["status"] != WORKS)
 
 
 @pytest.mark.parametrize("engine", ["one process", "checkpointing"])
 @pytest.mark.parametrize("tuning", ["full", "LoRA", "QLoRA"])
 @pytest.mark.parametrize("stack", ["your own loop", "accelerate", "transformers Trainer"])
-def test_cells_run_again_are_as_recorded(stack, tuning, engine):
+def test_repeated_cells_have_the_recorded_outcome(stack, tuning, engine):
     if tuning == "QLoRA":
         pytest.importorskip("bitsandbytes")
     assert try_cell(stack, tuning, engine) == read()["cells"][f"{stack} | {tuning} | {engine}"]

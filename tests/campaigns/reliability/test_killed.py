@@ -7,5 +7,5 @@ from pathlib import Path
 from tests.campaigns.reliability.registry import CHECKS
 
 
-def test_a_command_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_command_killed_repeatedly_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     CHECKS["kill"].run(CHECKS["kill"].few, tmp_path)
