@@ -253,3 +253,21 @@ def test_a_drop_rate_that_would_leave_nothing_to_train_is_told_before_the_first_
     if told:
         foreseen = float(told[0].split("About ")[1].split(" of ")[0])
         assert realised == pytest.approx(foreseen, abs=0.03)
+
+
+@pytest.mark.parametrize("when", ["only the head trains", "an input requires a gradient"])
+@pytest.mark.parametrize("at", [range(20, 40), range(0, 80, 4)])
+def test_forwards_that_can_drop_nothing_take_up_a_part_of_the_run(when: str, at: range) -> None:
+    """Otherwise an annealed run would end before its last masks."""
+    model = tiny_llama(4)
+    handle = dropbp.enable(model, 0.5, steps=80)
+    for step in range(80):
+        if when == "only the head trains":
+            model.model.requires_grad_(step not in at)
+            model(input_ids=ids(12), labels=ids(12)).loss.backward()
+        else:
+            embedded = model.get_input_embeddings()(ids(12)).detach().requires_grad_(step in at)
+            model(inputs_embeds=embedded, labels=ids(12)).loss.backward()
+        assert any(handle.mask) <= (step not in at)
+    assert handle.schedule.statistics.drawn_rate == pytest.approx(0.5, abs=0.02)
+    assert handle.schedule.pace.now == pytest.approx(1.0)

@@ -208,6 +208,8 @@ class Schedule:
         self.set_shape(shape, conditions.multi_rank)
         at_draw, at_batch = self.at_draw_shape, self.at_batch_shape
         warmed_up = self.dropping and self.statistics.forwards >= self.config.warmup
+        if warmed_up and not self.fixed and (conditions.keep_all or not at_draw.total):
+            self._pass_without_mask()
         mask = self.mask = self._next_mask(warmed_up and not conditions.keep_all, conditions)
         drawn = self.mask_drawn = warmed_up and not self.fixed and not conditions.keep_all
         self.statistics.note(mask, at_batch.weights, at_batch.total, at_batch.planned if drawn else None)
@@ -289,6 +291,11 @@ class Schedule:
         if self.current is None or not self._keeps_current():
             self.current = self._next_drawn()
         return self.current
+
+    def _pass_without_mask(self) -> None:
+        """Count a forward that can drop nothing as a part of the run, in which it takes the place of a draw."""
+        if not self._keeps_current():
+            self.pace.begin()
 
     def _keeps_current(self) -> bool:
         every = self.config.resample
