@@ -44,10 +44,8 @@ def analyse(trace: Trace, model: nn.Module) -> Structure:
         )
     unexplained = unexplained_sums(graph, {branch.edge for branch in found})
     structure = structure_of(graph, model, [branch.cut or () for branch in found], unexplained, parallel_sets(found))
-    others = sum(not branch.is_cut_at_addition for branch in every)
-    return dataclasses.replace(
-        structure, outputs=trained_outputs(trace), side_outputs=side_outputs, not_cut_at_addition=others
-    )
+    inexact = sum(not branch.is_cut_at_addition for branch in every)
+    return dataclasses.replace(structure, outputs=trained_outputs(trace), side_outputs=side_outputs, inexact=inexact)
 
 
 def restricted_to_main_output(trace: Trace, model: nn.Module) -> tuple[Trace, bool]:

@@ -157,8 +157,8 @@ def _structure(model: nn.Module, given: example.Inputs, named: Names | None) -> 
         if finer is None:
             raise
         return finer
-    finer = _with_identities(model, given) if structure.not_cut_at_addition else None
-    return structure if finer is None or finer.not_cut_at_addition >= structure.not_cut_at_addition else finer
+    finer = _with_identities(model, given) if structure.inexact else None
+    return structure if finer is None or finer.inexact >= structure.inexact else finer
 
 
 def _with_identities(model: nn.Module, given: example.Inputs) -> Structure | None:

@@ -26,9 +26,8 @@ def analyse_named(trace: Trace, model: nn.Module, named: Sequence[Sequence[str]]
     structure = structure_of(graph, model, [group for group in cuts if group is not None])
     _check_stream_survives(graph, named)
     modules = tuple(tuple(names) for names in named)
-    return dataclasses.replace(
-        structure, named=modules, outputs=trained_outputs(trace), side_outputs=trace.modules_hold_tensors
-    )
+    held = trace.modules_hold_tensors
+    return dataclasses.replace(structure, named=modules, outputs=trained_outputs(trace), side_outputs=held)
 
 
 def _check_names(model: nn.Module, named: Sequence[Sequence[str]]) -> None:

@@ -305,18 +305,10 @@ class Recorder:
         first = min((call.start for call in self.calls), default=0)
         held = (tensor.grad_fn for _, tensor in held_by_modules(self.model) if tensor.grad_fn is not None)
         return Trace(
-            nodes,
-            tuple(self.calls),
-            roots,
-            flops,
-            call_of,
-            learned_masks=self.masked,
-            kernel_by_weight=frozenset(self.kernel_by_weight),
-            stand_ins=self.stand_ins,
-            outputs=keys,
+            nodes, tuple(self.calls), roots, flops, call_of, learned_masks=self.masked, stand_ins=self.stand_ins,
+            kernel_by_weight=frozenset(self.kernel_by_weight), outputs=keys, identities=frozenset(self.returned),
             modules_hold_tensors=any(sequence_of(function) >= first for function in held),
-            identities=frozenset(self.returned),
-        )
+        )  # fmt: skip
 
 
 def _made_by(output: Any) -> tuple[int, ...]:

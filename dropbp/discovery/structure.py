@@ -124,7 +124,7 @@ class Structure:
         adds_in_place: whether something is added in place to a view.
         kernel_by_weight: the modules with a product whose kernel depends on whether its weight requires a gradient.
         group_norms: the modules whose own forward computes a group norm.
-        not_cut_at_addition: number of branches that can only be dropped in part, or not at all.
+        inexact: number of branches that can only be dropped in part, or not at all.
         identities: the modules that may return their input (dropout), where it must not count as their output.
         calls_follow_shape: the modules that are called a different number of times at other shapes, as for chunks.
     """
@@ -147,6 +147,6 @@ class Structure:
     adds_in_place: bool = False
     kernel_by_weight: frozenset[str] = frozenset()
     group_norms: frozenset[str] = frozenset()
-    not_cut_at_addition: int = 0
+    inexact: int = 0
     identities: frozenset[str] = frozenset()
     calls_follow_shape: frozenset[str] = frozenset()

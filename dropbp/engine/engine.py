@@ -118,7 +118,7 @@ class Engine:
     def start(self, schedule: Schedule, owner: object, refresh_weights: Callable[[bool], bool]) -> None:
         """Install the forward wrappers; `owner` is the handle of the enabled model.
 
-        `refresh_weights` is told whether parameters were replaced, and returns whether others train now.
+        `refresh_weights`, called with whether parameters were replaced, returns whether others train now.
         """
         self.schedule, self._refresh_weights = schedule, refresh_weights
         self._patches = self._installed(owner)

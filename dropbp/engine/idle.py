@@ -81,8 +81,7 @@ class IdleBranches:
         self._compare_at_shape(calls)
         ran = self._ran(calls)
         if any(ran.values()):
-            others = {branch: times for branch, times in ran.items() if times != 1}
-            correct_counters(self._schedule, begun[1], others)
+            correct_counters(self._schedule, begun[1], {branch: times for branch, times in ran.items() if times != 1})
             if any(times > 1 for times in ran.values()):
                 self._repeated(calls, dropped)
 

@@ -110,9 +110,7 @@ class Runtime:
         """The flag for modules that are skipped if all these branches are dropped; it is kept up to date."""
         if need not in self._flags:
             self._flags[need] = Flag(need)
-            for branch in branch_sets.each(
-                max(need, 0)
-            ):  # a negative `need` is never dropped, so its flag never changes
+            for branch in branch_sets.each(max(need, 0)):  # the flag of a negative `need` never changes
                 self._flags_by_branch[branch].append(self._flags[need])
         return self._flags[need]
 

@@ -81,15 +81,9 @@ class CallKind:
 
     def _of(self, plan: ForwardPlan, detached: int, truncated: bool, observation: Observation | None) -> CallPlan:
         return CallPlan(
-            dropped=plan.dropped & ~detached,
-            factors=plan.factors,
-            checkpointed=plan.checkpointed,
-            stem_frozen=plan.stem_frozen,
-            truncated=truncated,
-            detached=detached,
-            kind=self,
-            observation=observation,
-        )
+            dropped=plan.dropped & ~detached, factors=plan.factors, checkpointed=plan.checkpointed,
+            stem_frozen=plan.stem_frozen, truncated=truncated, detached=detached, kind=self, observation=observation,
+        )  # fmt: skip
 
     def observed_again(self, plan: ForwardPlan) -> CallPlan:
         """The same plan without relying on earlier observations."""

@@ -29,9 +29,7 @@ from dropbp.tensors import tensors_in, unsharded
 
 _NONE, _get = itertools.repeat(None), cast(Any, dict.get)
 _grad_of, _version_of = operator.attrgetter("grad"), operator.attrgetter("_version")
-ParameterSlot = tuple[
-    Mapping[str, nn.Parameter | None], str
-]  # of a parameter: its module's dictionary, and its key there
+ParameterSlot = tuple[Mapping[str, nn.Parameter | None], str]  # a module's dictionary of parameters, and a key in it
 
 
 class ZeroGradients:

@@ -111,19 +111,12 @@ def plan(
         row_bytes = planner.row_bytes()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     return TrainingPlan(
-        rates=rates,
-        batch_size=shape.batch_size,
-        sequence_length=shape.sequence_length or None,
-        accumulation=accumulation,
-        masks=masks,
-        precision=precision,
-        memory_limit_bytes=limit,
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained_parameters=sum(trained),
+        rates=rates, batch_size=shape.batch_size, sequence_length=shape.sequence_length or None,
+        accumulation=accumulation, masks=masks, precision=precision, memory_limit_bytes=limit,
+        parameters=sum(p.numel() for p in model.parameters()), trained_parameters=sum(trained),
         timed_at=None if timed_at is None else (timed_at.batch_size, timed_at.sequence_length or None),
-        device=adapter.describe(),
-        cache_row_bytes=row_bytes,
-    )
+        device=adapter.describe(), cache_row_bytes=row_bytes,
+    )  # fmt: skip
 
 
 class _Planner:

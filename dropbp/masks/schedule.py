@@ -147,9 +147,8 @@ class Schedule:
                 self._values_at.clear()
             flops, weights = self._flops.at(shape), self._weights.at(shape)
             parts = self._weights.parts(shape) if isinstance(self._weights, CountsParts) else ()
-            rates = self.profile or self.given or ()
-            found = AtShape(self.config, flops, weights, rates, self.trains, self._parallel, parts)
-            self._values_at[shape] = found
+            rates, trains = self.profile or self.given or (), self.trains
+            found = self._values_at[shape] = AtShape(self.config, flops, weights, rates, trains, self._parallel, parts)
         return found
 
     # -- rates
