@@ -1,4 +1,4 @@
-"""What lies below each border, and what speaks against storing states there.
+"""What lies below each border, and the reasons not to store states there.
 
 Border `k` lies after the first `k` blocks. A state stored there is valid as long as no parameter and no buffer below
 has changed. The coming masks tell which of them may still train. Whether one has changed is read from PyTorch's version
@@ -97,15 +97,15 @@ class Prefix:
     def _training(self) -> Iterator[tuple[int, int, bool]]:
         """For each trained parameter: its block, the lowest branch above it, whether it is in the stem."""
         stem = self._structure.stem
-        for (place, _, _, name), asks in zip(self._tensors, self._requires_grad, strict=True):
-            if name and asks:
+        for (place, _, _, name), requires_grad in zip(self._tensors, self._requires_grad, strict=True):
+            if name and requires_grad:
                 yield place, stem.lowest_above.get(name, 0), name in stem.names
 
     def changed(self, tensors: Sequence[Any], border: int) -> int | None:
-        """The block of the lowest of the `current_tensors` below a border that changed since the last call; None if
-        none did.
+        """The lowest block below a border with a changed tensor since the last call; None if there is none.
 
-        A tensor checked for the first time counts as unchanged, since no state was stored above it before.
+        `tensors` are the `current_tensors`. One checked for the first time counts as unchanged, since no state was
+        stored above it before.
         """
         storage_fixed = not hasattr(self.model, "set_unshard_in_backward")  # FSDP2 gathers what it holds at the root
         below = bisect_left(self._places, border)

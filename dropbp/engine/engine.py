@@ -172,10 +172,10 @@ class Engine:
             if self._refresh_weights(self._stream_check.changed()):
                 self.parameters.refresh()
                 self._zeros.refresh()
-                self._stray.inspect_anew()
+                self._stray.note_changed_model()
                 self.schedule.recount_weights()
             elif self._stream_check.has_other_hooks():
-                self._stray.inspect_anew()
+                self._stray.note_changed_model()
             self.bypass.refresh()
             shape, conditions = shape_of(args, kwargs), self._conditions(args, kwargs)
             if conditions.multi_rank and not self.schedule.agreed:

@@ -33,7 +33,7 @@ class ForeignSources:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._told = model, False
+        self._model, self._warned = model, False
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def known(self) -> set[int]:
@@ -60,8 +60,8 @@ class ForeignSources:
 
     def warn(self, what: str) -> None:
         """Warn of something foreign, the first time."""
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             logger.warning(_WARNING, type(self._model).__name__, what)
 
 

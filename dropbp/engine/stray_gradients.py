@@ -43,11 +43,11 @@ class StrayGradients:
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters, self._foreign = parameters, ForeignSources(parameters.model)
-        self._told, self._forwards = set[str](), 0
+        self._warned, self._forwards = set[str](), 0
         self.found = False  # whether a stray use was found
-        self.inspect_anew()
+        self.note_changed_model()
 
-    def inspect_anew(self) -> None:
+    def note_changed_model(self) -> None:
         """Search the graph of the next step that drops a branch, because the model has changed."""
         self._inspected = 0  # branches, as bits, that an inspected forward has dropped
 
@@ -74,16 +74,16 @@ class StrayGradients:
             if hasattr(node, "run_function"):
                 node.run_function = _Recomputing(node.run_function, functools.partial(self._search, uses, sequence))
         self.found |= uses.found
-        self._tell(uses.told)
+        self._warn(uses.reportable)
 
-    def _tell(self, found: set[int]) -> None:
+    def _warn(self, found: set[int]) -> None:
         """Warn once of parameters that train in fewer steps, because they were added or tied after `enable`."""
         parameters = self._parameters
         for names, what in ((parameters.unplaced, _ADDED), (parameters.tied, _TIED)):
             model = parameters.model
-            new = {n for n in names if n not in self._told and id(model.get_parameter(n)) in found}
+            new = {n for n in names if n not in self._warned and id(model.get_parameter(n)) in found}
             if new:
-                self._told |= new
+                self._warned |= new
                 each = [name for name, _ in model.named_parameters(remove_duplicate=False)]
                 named = abbreviated((name for name in each if name in new), each)
                 logger.warning("%s: %s %s %s", type(model).__name__, named, what, _REMEDY)
@@ -92,7 +92,7 @@ class StrayGradients:
 class _Uses:
     """Tells which uses of tensors in one forward get no gradient.
 
-    `found`: some that later forwards may have, too. `told`: ids of parameters that the user may have to be told of.
+    `found`: some that later forwards may have, too. `reportable`: ids of parameters that a warning may name.
     """
 
     def __init__(self, parameters: Parameters, foreign: ForeignSources, record: ForwardRecord) -> None:
@@ -101,7 +101,7 @@ class _Uses:
         self._start, self._blocks_end = record.start, record.blocks_end
         self._dropped_end = record.dropped_end if record.plan.stem_frozen else 0
         self._seeks_foreign = not foreign.is_sharded()
-        self.found, self.told = False, set[int]()
+        self.found, self.reportable = False, set[int]()
 
     def is_cut(self, source: Any, sequence: int, inputs: Container[int]) -> bool:
         """Whether a node with this number gives no gradient to a source; `inputs` are those of a checkpoint."""
@@ -110,7 +110,7 @@ class _Uses:
         leaf = getattr(source, "variable", None)
         among = self._skipped if sequence < self._blocks_end else self._frozen_stem
         is_cut, is_unplaced = id(leaf) in among, id(leaf) in self._unplaced and sequence < self._blocks_end
-        self.told |= {id(leaf)} if is_cut or is_unplaced else set()
+        self.reportable |= {id(leaf)} if is_cut or is_unplaced else set()
         if not is_cut and self._start <= sequence < self._dropped_end:
             if not is_unplaced and self._seeks_foreign and id(leaf) not in inputs:
                 return self._is_foreign(source, leaf)
