@@ -14,6 +14,7 @@ from dropbp.config import Config, make_config
 from dropbp.device import Device, get_device
 from dropbp.discovery.discover import checked_module, find, unwrapped
 from dropbp.engine.distributed import refuse_wrapper
+from dropbp.engine.integrity import refuse_per_sample_gradients
 from dropbp.engine.regional import compile_each
 from dropbp.engine.root import RootState
 from dropbp.engine.trained import warn_of_untrained
@@ -120,6 +121,7 @@ def disable(model: nn.Module) -> None:
 def _checked_model(model: Any) -> nn.Module:
     refuse_wrapper(checked_module(model))
     model = unwrapped(model)
+    refuse_per_sample_gradients(model)
     earlier = handle_of(model)
     enabled = earlier is not None and not earlier.engine.is_abandoned()
     if enabled or any(m.__dict__.get("_dropbp_branch") is not None for m in model.modules()):

@@ -31,7 +31,7 @@ from dropbp.engine.distributed import (
 )
 from dropbp.engine.idle import IdleBranches
 from dropbp.engine.install import install, install_boundaries, install_outputs
-from dropbp.engine.integrity import PatchCheck, last_modules
+from dropbp.engine.integrity import PatchCheck, last_modules, refuse_per_sample_gradients
 from dropbp.engine.order import BlockOrder
 from dropbp.engine.parameters import Parameters
 from dropbp.engine.patch import ForwardPatch
@@ -169,13 +169,14 @@ class Engine:
         if self._measuring is not None:
             return self.calls.plan(ForwardPlan(bits(self._measuring)), args, kwargs)
         with self._lock:
+            if self._stream_check.has_other_hooks():
+                refuse_per_sample_gradients(self.model)
+                self._stray.note_changed_model()
             if self._refresh_weights(self._stream_check.changed()):
                 self.parameters.refresh()
                 self._zeros.refresh()
                 self._stray.note_changed_model()
                 self.schedule.recount_weights()
-            elif self._stream_check.has_other_hooks():
-                self._stray.note_changed_model()
             self.bypass.refresh()
             shape, conditions = shape_of(args, kwargs), self._conditions(args, kwargs)
             if conditions.multi_rank and not self.schedule.agreed:

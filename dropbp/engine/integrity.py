@@ -39,6 +39,16 @@ def last_modules(structure: Structure) -> list[str]:
     return list(found)
 
 
+def refuse_per_sample_gradients(model: nn.Module) -> None:
+    """Raises StateError if opacus collects the gradients of single rows: it asks for those of every parameter."""
+    if any(hasattr(parameter, "grad_sample") for parameter in model.parameters()):
+        raise StateError(
+            f"opacus collects a gradient of each row for every parameter of {type(model).__name__}, and the parameters "
+            "of dropped branches have none. Train without DropBP (handle.remove()), or without opacus "
+            "(to_standard_module() of its GradSampleModule)."
+        )
+
+
 class PatchCheck:
     """Checks that the branches' last modules are still in place, with the forwards that `enable` gave them."""
 

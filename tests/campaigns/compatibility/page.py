@@ -45,6 +45,7 @@ OUTSIDE = """
 | Lightning, Axolotl, LLaMA-Factory | see [integrations](integrations.md) |
 | Liger kernels | not tested on a GPU; rotary embedding and fused loss run in Triton's interpreter, if installed, and \
 stand-ins replace the rest: tests/campaigns/compatibility/test_liger.py |
+| opacus (`GradSampleModule`, `PrivacyEngine`) | refused in one line: it asks for the gradients of every parameter |
 | bitsandbytes and FSDP on CUDA | need a GPU; not tested |
 """
 
