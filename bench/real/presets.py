@@ -123,6 +123,17 @@ WHOLE = (
     ),
 )
 
+# The same in one epoch on a third task, by value, so that a CPU gets as far as its hours allow.
+_ARITHMETIC = (
+    ("plain", 0.0, 1e-4), ("default", 0.5, 1e-4), ("freezing", 0.5, 1e-4), ("published", 0.5, 1e-4),
+    ("plain", 0.0, 3e-4), ("default", 0.5, 3e-4), ("freezing", 0.5, 3e-4), ("published", 0.5, 3e-4),
+    ("plain", 0.0, 3e-5), ("default", 0.5, 3e-5), ("default", 0.25, 1e-4), ("exact", 0.5, 1e-4),
+)  # fmt: skip
+ARITHMETIC = (
+    Run("plain", 0.0, 1e-4, "arithmetic whole", plain_steps=0),
+    *(Run(method, p, rate, "arithmetic whole", plain_steps=48) for method, p, rate in _ARITHMETIC),
+)
+
 ALL = ("default", "freezing", "default reversed", "default narrow", "nested shelf", "exact")
 TOY_RATES = {"toy python": (1e-4, 3e-4, 1e-3, 3e-3), "toy prose": (3e-4, 1e-3, 3e-3, 1e-2)}
 BEST = {"toy python": (3e-4, 1e-3), "toy prose": (1e-3, 3e-3)}  # of these, for further seeds
@@ -146,5 +157,6 @@ PRESETS: Mapping[str, Sequence[Run]] = {
     "coarse": COARSE,
     "epochs": EPOCHS,
     "whole": WHOLE,
+    "arithmetic": ARITHMETIC,
     "toys": TOYS,
 }

