@@ -27,6 +27,7 @@ LINES = (
     ("default", 0.25),
     ("default", 0.5),
     ("default", 0.75),
+    ("default, cache", 0.25),
     ("default, cache", 0.5),
     ("freezing", 0.5),
     ("freezing, cache", 0.5),

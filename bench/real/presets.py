@@ -117,8 +117,13 @@ WHOLE = (
     *_others("solutions whole", 2),
     *_others("choices whole", 0),
     *(
-        Run(method, 0.5, rate, task, plain_steps=228, epochs=3)
-        for method in ("default, cache", "default", "freezing, cache")
+        Run(method, drop_rate, rate, task, plain_steps=228, epochs=3)
+        for method, drop_rate in (
+            ("default, cache", 0.25),
+            ("default, cache", 0.5),
+            ("default", 0.5),
+            ("freezing, cache", 0.5),
+        )
         for task, rate in (("solutions whole", 3e-5), ("choices whole", 1e-4))
     ),
 )
