@@ -22,6 +22,7 @@ COMPARISONS = (  # epochs of plain training, the quantity held equal
     (3, "steps", "three epochs, as many steps as plain training"),
     (3, "flops", "FLOPs of three epochs of plain training"),
 )
+DRAWN = COMPARISONS[:2]
 LINES = (
     ("plain, checkpointed", 0.0),
     ("default", 0.25),
@@ -37,7 +38,7 @@ LINES = (
     ("published", 0.5),
 )
 PLAIN = ("plain", 0.0)
-COLOURS = ("#1f6f8b", "#7fb069", "#c8553d", "#e0a030")
+COLOURS = ("#6a4c93", "#1f6f8b", "#7fb069", "#c8553d", "#e0a030", "#444444")
 Line = tuple[str, float]  # method, drop rate
 Setting = tuple[str, str]  # task, tuning
 Losses = Mapping[int, float]  # by seed
@@ -100,7 +101,7 @@ def section(runs: Sequence[Record]) -> str:
     parts = []
     for epochs, equal, title in COMPARISONS:
         found = gains(runs, equal, epochs)
-        settings = _settings(found)
+        settings = _settings(found.values())
         if not settings:
             continue
         head = ["method", "p", *(f"{_short(setting)}, %" for setting in settings)]
@@ -120,8 +121,8 @@ def _cells(line: Line, found: Mapping[Setting, Gain], settings: Sequence[Setting
     return [method, f"{drop_rate:g}" if drop_rate else "-", *shares, *flops]
 
 
-def _settings(found: Mapping[Line, Mapping[Setting, Gain]]) -> list[Setting]:
-    return sorted({setting for line in found.values() for setting in line}, key=lambda each: (each[1], each[0]))
+def _settings(found: Iterable[Mapping[Setting, Gain]]) -> list[Setting]:
+    return sorted({setting for line in found for setting in line}, key=lambda each: (each[1], each[0]))
 
 
 def _tunings(settings: Iterable[Setting]) -> list[str]:
@@ -140,17 +141,18 @@ def _named(tuning: str) -> str:
 def figure(runs: Sequence[Record]) -> Any:
     """One panel per comparison, one line per method, one point per setting."""
     drawn = new_figure(10.0, 3.6)
-    panels = drawn.subplots(1, len(COMPARISONS), sharey=True)
-    lines = [line for line in LINES if line[1] != 0.75 and line[0] != "nested shelf"]
-    for ax, (epochs, equal, title) in zip(panels, COMPARISONS, strict=True):
-        found = gains(runs, equal, epochs)
-        settings = _settings(found)
+    panels = drawn.subplots(1, len(DRAWN), sharey=True)
+    lines = [line for line in LINES if line[1] != 0.75 and line[0] != "nested shelf" and "cache" not in line[0]]
+    every = [gains(runs, equal, epochs) for epochs, equal, _ in DRAWN]
+    colours = dict(zip(_settings(found for each in every for found in each.values()), COLOURS, strict=False))
+    for ax, found, (_, _, title) in zip(panels, every, DRAWN, strict=True):
+        settings = _settings(found.values())
         for place, setting in enumerate(settings):
             points = [(row, found[line][setting]) for row, line in enumerate(lines) if setting in found.get(line, {})]
             rows = [row + 0.12 * (place - (len(settings) - 1) / 2) for row, _ in points]
             means, errors = [100 * gain.mean for _, gain in points], [100 * gain.error for _, gain in points]
-            colour = COLOURS[place % len(COLOURS)]
-            ax.errorbar(means, rows, xerr=errors, fmt="o", markersize=5, color=colour, label=_short(setting))
+            style: dict[str, Any] = {"fmt": "o", "markersize": 5, "color": colours[setting]}
+            ax.errorbar(means, rows, xerr=errors, label=_short(setting), **style)
         ax.axvline(100, color="black", linewidth=0.8)
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("share of plain training's gain, %", fontsize=8)
