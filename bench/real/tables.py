@@ -69,14 +69,14 @@ def _title(group: Group, runs: Sequence[Record], before: dict[str, float]) -> st
 def table(runs: Sequence[Record]) -> str:
     """Losses of each method at each learning rate, the best in bold, and the cost of a step relative to plain training.
 
-    The cost is processor time, or FLOPs where the runs shared an accelerator.
+    The cost is processor time, or FLOPs for whole tasks, whose runs shared a device.
     """
     rates = sorted({run["configuration"]["learning_rate"] for run in runs})
     lines: dict[Line, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         c = run["configuration"]
         lines[c["tuning"], c["method"], c["drop_rate"]][c["learning_rate"]].append(run)
-    shared = any(run["device"]["name"] != "cpu" for run in runs)
+    shared = any(run["device"]["name"] != "cpu" or run["configuration"]["task"].endswith(" whole") for run in runs)
     plain_s = None if shared else _step_s(_every(lines.get(PLAIN) or lines.get(LORA_PLAIN)))
     cost = "FLOPs of a step" if shared else "CPU time of a step"
     columns = ("method", "p", "steps", cost, *(f"lr {rate:g}" for rate in rates))
