@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -678,6 +679,35 @@ def test_adapters_of_every_kind_have_states_of_their_own(kind):
     assert len({round(each[0], 4) for each in losses.values()}) == 3
     for each in losses.values():
         assert each == pytest.approx([each[0]] * len(each), rel=1e-6)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_hook_on_what_feeds_the_blocks_keeps_forwards_whole(tuning):
+    """It may add what the cache does not know, here a vector that changes by hand."""
+    model = llama() if tuning == "full" else with_lora(llama())
+    vector, losses = torch.zeros(1), {}
+
+    def add_vector(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + vector
+
+    for name in ("none", "cached"):
+        vector.zero_()
+        with cached(model) if name == "cached" else contextlib.nullcontext() as handle:
+            for _ in range(3):
+                llama_loss(model)
+            hook = model.get_input_embeddings().register_forward_hook(add_vector)
+            losses[name] = []
+            for _ in range(3):
+                losses[name].append(llama_loss(model).item())
+                vector += 1
+            hook.remove()
+            if handle is not None:
+                before = found(handle)["forwards_shortened"]
+                assert any("embed_tokens" in each for each in found(handle)["objections"])
+                llama_loss(model)
+                assert found(handle)["forwards_shortened"] == before + 1
+    assert losses["cached"] == pytest.approx(losses["none"], rel=1e-6)
+    assert len(set(losses["none"])) == 3
 
 
 def test_every_module_that_runs_below_the_border_is_inspected():

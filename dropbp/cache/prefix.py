@@ -39,6 +39,7 @@ class Prefix:
         self.names, self.blocks = list(modules.values()), list(modules)
         self._inside = [list(_called(block)) for block in self.blocks]
         self._norms = [[each for each in inside if isinstance(each, _NormBase)] for inside in self._inside]
+        self._feeding: dict[str, nn.Module] = {}  # modules outside the blocks that come before some branch
         self._tensors = sorted(self._found(), key=lambda entry: entry[0])
         self._places = [entry[0] for entry in self._tensors]
         self._tables, self._keys = ([entry[i] for entry in self._tensors] for i in (1, 2))
@@ -67,6 +68,7 @@ class Prefix:
             for key in module._parameters:
                 name = f"{path}.{key}".lstrip(".")
                 if place is not None or lowest_above.get(name, 0) != NO_BRANCH_ABOVE:
+                    self._feeding |= {} if place is not None else {path: module}
                     yield place or 0, module._parameters, key, name
             for key in module._buffers if place is not None else ():
                 yield place or 0, module._buffers, key, ""
@@ -138,8 +140,11 @@ class Prefix:
                 if norm.training:
                     return f"{name} holds a {type(norm).__name__}, which uses statistics of the whole batch"
             for module in [each for each in modules if each._forward_pre_hooks or each._forward_hooks]:
-                if any(map(is_foreign_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))):
+                if _has_foreign_hooks(module):
                     return f"a hook is registered on {type(module).__name__} in {name}, and would not be called"
+        for path, module in self._feeding.items():
+            if _has_foreign_hooks(module):
+                return f"a hook is registered on {path}, and may change what enters the blocks"
         everywhere = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
         if any(map(is_foreign_hook, everywhere)):
             return "a global forward hook is registered, and would not be called for every module"
@@ -152,6 +157,10 @@ class Prefix:
         found = next(dropouts, "")
         where = self.names[place] if place >= 0 else "what feeds the first block"
         return f"{where}.{found}" if found else where
+
+
+def _has_foreign_hooks(module: nn.Module) -> bool:
+    return any(map(is_foreign_hook, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
 
 def _called(model: nn.Module) -> Iterator[nn.Module]:
