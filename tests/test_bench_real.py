@@ -241,6 +241,21 @@ def test_what_a_cache_saves_pays_for_more_steps_at_equal_flops(method: str, sour
     assert promised == pytest.approx(saved, abs=0.04)
 
 
+def test_sums_are_rows_of_a_chat_each_once_and_none_is_held_out_and_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums = [{"passage": f"{n} apples. ", "question": "How many? ", "answer": f"{n} apples"} for n in range(300)]
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*sums, sums[3]]))
+    monkeypatch.setattr(tasks, "package_files", lambda package: dict.fromkeys(package.files, file))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    data = tasks.TASKS["arithmetic whole"].load(tokenizer, 128)
+    told = [tokenizer.decode(row["input_ids"]) for row in (*data.train, *data.held_out)]
+    assert len(data.held_out) == tasks.WHOLE and len(told) == len(set(told)) == 300
+    assert any("<|user|>3 apples. How many?</s><|assistant|>3 apples</s>" in text for text in told)
+
+
 def test_shards_share_the_runs_of_a_preset_out(tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = (1e-3, 2e-3, 3e-3)
     monkeypatch.setitem(command.PRESETS, "smoke", [Run("plain", 0.0, rate, plain_steps=1) for rate in rates])

@@ -77,7 +77,7 @@ def _choices(tokenizer: Any, longest: int, count: int = HELD_OUT, spare: float =
     return Data(_short(rows, longest), held[:count], options[:count])
 
 
-def _told(
+def _load_talks(
     package: Package, folder: str, make: Callable[[Mapping[str, str]], Row], tokenizer: Any, longest: int, count: int
 ) -> Data:
     (place,) = (place for name, place in package_files(package).items() if f"/{folder}/" in name)
@@ -100,8 +100,8 @@ def _talk(*words: str) -> Row:
     return {"messages": [{"role": role, "content": text.strip()} for role, text in zip(roles, words, strict=True)]}
 
 
-_solutions = functools.partial(_told, PACKAGE, "PIQA", _solution)
-_arithmetic = functools.partial(_told, ASDIV, "ASDiv", _sum)
+_solutions = functools.partial(_load_talks, PACKAGE, "PIQA", _solution)
+_arithmetic = functools.partial(_load_talks, ASDIV, "ASDiv", _sum)
 
 
 def _encoded(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
